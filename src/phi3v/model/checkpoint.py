@@ -1,0 +1,34 @@
+"""What is in a checkpoint folder, read without loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+
+EMBEDDING = "model.embed_tokens.weight"
+SECOND_EMBEDDING = "model.vision_embed_tokens.wte.weight"
+
+
+def checkpoint_keys(folder: Path) -> set[str]:
+    """Names of the tensors in a folder of safetensors, single or sharded; empty where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with safe_open(single, framework="pt") as weights:
+            return set(weights.keys())
+    return set()
+
+
+def embedding_key_mapping(folder: Path) -> dict[str, str] | None:
+    """A renaming for checkpoints that kept the embeddings under their second name only.
+
+    Tools that drop one of two names of a shared tensor at saving may have kept either.
+    """
+    keys = checkpoint_keys(folder)
+    if SECOND_EMBEDDING in keys and EMBEDDING not in keys:
+        return {r"^model\.vision_embed_tokens\.wte\.weight": EMBEDDING}
+    return None

@@ -1,0 +1,275 @@
+"""Phi-3-vision for causal language modelling: transformers' Phi-3 decoder behind our vision part.
+
+Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch in reading order (row by row), ``H`` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, Phi3Model, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+
+from phi3v.model.checkpoint import embedding_key_mapping
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.loss import causal_lm_loss
+from phi3v.model.rotary import Phi3VRotaryEmbedding
+from phi3v.model.vision import Phi3VImageEmbedding
+from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
+
+# transformers 5.24 renamed the cache from `past_key_values`; both names are met.
+CACHE_NAMES = ("cache", "past_key_values")
+
+OFFICIAL_VOCABULARY = 32064
+END_TOKEN_ID = 32007  # <|end|>
+END_OF_TEXT_TOKEN_ID = 32000  # <|endoftext|>, also padding
+
+
+class ImageAlignmentError(ValueError):
+    """Image placeholders and images of a batch do not fit together; the message gives both counts and the row."""
+
+
+def check_image_alignment(input_ids: torch.Tensor, image_sizes: list[tuple[int, int]]) -> None:
+    """Check that every run of an image id in ``input_ids`` (B, T) is as long as its image has tokens.
+
+    Raises:
+        ImageAlignmentError: otherwise.
+    """
+    placeholders = input_ids.clamp(max=0).tolist()
+    runs = [
+        (row, -image_id, len(list(run)))
+        for row, ids in enumerate(placeholders)
+        for image_id, run in groupby(ids)
+        if image_id < 0
+    ]
+    if len(runs) != len(image_sizes):
+        rows = {row: sum(1 for r, _, _ in runs if r == row) for row in range(len(placeholders))}
+        raise ImageAlignmentError(
+            f"the batch has placeholders for {len(runs)} images but {len(image_sizes)} images were given "
+            f"(images per row: {rows})"
+        )
+    for (row, image_id, length), (height, width) in zip(runs, image_sizes, strict=True):
+        expected = num_img_tokens(height // CROP_SIZE, width // CROP_SIZE)
+        if length != expected:
+            raise ImageAlignmentError(
+                f"row {row}: image {image_id} has {length} placeholder tokens but {expected} features "
+                f"({height} x {width} pixels)"
+            )
+
+
+class Phi3VPreTrainedModel(PreTrainedModel):
+    """What the library needs to know to load, initialise, shard and place the model."""
+
+    config: Phi3VConfig
+    config_class = Phi3VConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 - the library's own form
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # A second name for the embeddings that some checkpoints hold, and a buffer of older CLIP versions.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"vision_embed_tokens\.wte\.weight",
+        r"embeddings\.position_ids",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Phi3VImageEmbedding):
+            init.zeros_(module.glb_GN)
+            init.zeros_(module.sub_GN)
+        elif isinstance(module, CLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, mean=0.0, std=module.embed_dim**-0.5)
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+        else:
+            super()._init_weights(module)
+
+
+class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
+    """The decoder with images laid into its embeddings."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.post_init()
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
+        inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
+        is_image = input_ids < 0
+        if pixel_values is None:
+            if is_image.any():
+                check_image_alignment(input_ids, [])
+            return self._touch_vision(inputs_embeds)
+        if image_sizes is None:
+            raise ValueError("pixel_values came without image_sizes")
+        sizes = [(height, width) for height, width in image_sizes.tolist()]
+        check_image_alignment(input_ids, sizes)
+        features = self.vision_embed_tokens(pixel_values, sizes)
+        return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
+
+    def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Give a trained vision part a zero gradient where a batch has no image.
+
+        Ranks of one step must all reduce the same tensors, and text-only samples may sit beside ones with images.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return inputs_embeds
+        if not any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters()):
+            return inputs_embeds
+        blank = inputs_embeds.new_zeros(1, 2, 3, CROP_SIZE, CROP_SIZE)
+        return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder's output for official inputs (see :class:`Phi3VForCausalLM`)."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give either input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Positions count a sample's own tokens, so padding on either side changes nothing.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = position_ids.masked_fill(attention_mask == 0, 0)[:, -inputs_embeds.shape[1] :]
+        return super().forward(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """Phi-3-vision and Phi-3.5-vision.
+
+    Loads and saves the official layout. A second copy of the embeddings (``vision_embed_tokens.wte``) is
+    accepted and never written.
+    """
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._set_stop_tokens()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint in the official layout; arguments as of `PreTrainedModel.from_pretrained`."""
+        if kwargs.get("key_mapping") is None and Path(pretrained_model_name_or_path).is_dir():
+            kwargs["key_mapping"] = embedding_key_mapping(Path(pretrained_model_name_or_path))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # With output_loading_info=True the library returns the model and a report.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._set_stop_tokens()
+        return loaded
+
+    def _set_stop_tokens(self) -> None:
+        # The published generation_config.json stops at </s> (2), which the model never writes.
+        if self.config.vocab_size == OFFICIAL_VOCABULARY and self.generation_config is not None:
+            self.generation_config.eos_token_id = [END_TOKEN_ID, END_OF_TEXT_TOKEN_ID]
+            self.generation_config.pad_token_id = END_OF_TEXT_TOKEN_ID
+
+    def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that the checkpoint carries but no forward pass runs: CLIP's last layer and final norm."""
+        vision = self.model.vision_embed_tokens.img_processor.vision_model
+        unused = {
+            id(p)
+            for module in (vision.encoder.layers[-1], vision.post_layernorm)
+            for p in module.parameters()
+        }
+        return ((name, p) for name, p in self.named_parameters() if id(p) in unused)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        loss_normalizer: torch.Tensor | float | None = None,
+        logits_to_keep: int | None = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where ``labels`` are given.
+
+        Args:
+            input_ids: (B, T) int64; image k of a row is a run of ``-k`` as long as the image has tokens.
+            attention_mask: (B, T), 1 for tokens and 0 for padding on either side.
+            position_ids: (B, T) int64; by default a sample's own tokens are counted.
+            pixel_values: (N, C + 1, 3, 336, 336) float, normalised, global crop first, padded with any crops.
+            image_sizes: (N, 2) int64, padded height and width in pixels.
+            labels: (B, T) int64, -100 where nothing is learnt.
+            loss_weights: (B, T) float, weight of each label (see ``loss.causal_lm_loss``).
+            loss_normalizer: what the weighted sum is divided by; by default the sum of this batch's weights.
+            logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
+
+        Raises:
+            ImageAlignmentError: placeholders and images do not fit together.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, loss_normalizer)
+        logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
+        # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The library's inputs; where a sample outgrows the short rotary factors, the cache is made anew.
+
+        Its keys were rotated with the short factors, so at that one step the whole sequence, images included, runs
+        again with the long ones, as in the official code.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+        past = cache.get_seq_length() if cache is not None else 0
+        position_ids = inputs.get("position_ids")
+        if past == 0 or position_ids is None:
+            return inputs
+        length = position_ids[:, -1] + 1  # [B], tokens of each sample including the new ones
+        before = length - position_ids.shape[1]
+        start = self.config.long_context_start
+        if not bool(((before <= start) & (length > start)).any()):
+            return inputs
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
+        kwargs["next_sequence_length"] = None
+        kwargs["is_first_iteration"] = True  # the images are needed again
+        restarted: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return restarted

@@ -1,0 +1,85 @@
+"""The token stream of a conversation and the mask of what is learnt.
+
+A turn is ``<|user|>\\n{tags}{question}<|end|>\\n<|assistant|>\\n`` and its answer ``{answer}<|end|>\\n``. The last answer
+also ends the text: ``{answer}<|end|>\\n<|endoftext|>``. The tags of a turn's pictures are joined and followed by a line
+break; their numbers run on through the conversation. The loss is on the answers' tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from phi3v.processing.processor import Phi3VProcessor, image_tag
+
+IGNORE_INDEX = -100  # label of a token that is not learnt
+END = "<|end|>"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One question and its answer; ``assistant`` is ``None`` where the model is to answer."""
+
+    user: str
+    assistant: str | None = None
+    num_images: int = 0
+
+
+@dataclass
+class TokenStream:
+    """``input_ids`` (image k as a run of ``-k``) and the ``labels`` beside them, equally long."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that are learnt."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def user_prompt(user: str, image_numbers: Sequence[int] = ()) -> str:
+    """The text from the start of a user's turn to where its answer begins."""
+    tags = "".join(image_tag(number) for number in image_numbers)
+    return f"<|user|>\n{tags}{chr(10) if tags else ''}{user}{END}\n<|assistant|>\n"
+
+
+def encode_conversation(
+    processor: Phi3VProcessor, turns: Sequence[ChatTurn], num_img_tokens: Sequence[int]
+) -> TokenStream:
+    """The token stream of ``turns``.
+
+    Args:
+        num_img_tokens: tokens of every picture of the conversation, in order.
+
+    Raises:
+        ValueError: no turn, pictures and turns do not fit together, or an answer is missing before the last turn.
+    """
+    if not turns:
+        raise ValueError("a conversation needs at least one turn")
+    expected = sum(turn.num_images for turn in turns)
+    if expected != len(num_img_tokens):
+        raise ValueError(
+            f"the turns have {expected} pictures but token counts of {len(num_img_tokens)} were given"
+        )
+    stream = TokenStream()
+    next_image = 1
+    for index, turn in enumerate(turns):
+        numbers = range(next_image, next_image + turn.num_images)
+        next_image += turn.num_images
+        prompt = processor.tokenize_segment(
+            user_prompt(turn.user, numbers), num_img_tokens, starts_text=index == 0
+        )
+        stream.input_ids += prompt
+        stream.labels += [IGNORE_INDEX] * len(prompt)
+        is_last = index == len(turns) - 1
+        if turn.assistant is None:
+            if not is_last:
+                raise ValueError(f"turn {index + 1} of {len(turns)} has no answer")
+            return stream
+        answer = turn.assistant + END + "\n" + (END_OF_TEXT if is_last else "")
+        answer_ids = processor.tokenize_text(answer)
+        stream.input_ids += answer_ids
+        stream.labels += answer_ids
+    return stream

@@ -1,0 +1,82 @@
+"""The HD transform: how a picture of any shape becomes a page of 336 x 336 crops.
+
+Follows `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL in place of
+torchvision (which calls PIL for PIL images), so the pixels are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image
+
+CROP_SIZE = 336
+TOKENS_PER_CROP = 144
+PAD_COLOUR = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """Where the picture lies on its page. Sizes in pixels; ``rows`` x ``columns`` crops."""
+
+    resized: tuple[int, int]  # width, height of the picture on the page
+    offset: tuple[int, int]  # left, top
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the page, as in ``image_sizes``."""
+        return self.rows * CROP_SIZE, self.columns * CROP_SIZE
+
+    @property
+    def num_img_tokens(self) -> int:
+        return num_img_tokens(self.rows, self.columns)
+
+
+def num_img_tokens(rows: int, columns: int) -> int:
+    """Tokens of an image of rows x columns crops: page, separator, global view, one end a row of patches."""
+    return (rows * columns + 1) * TOKENS_PER_CROP + 1 + (rows + 1) * 12
+
+
+def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
+    """The page of a ``width`` x ``height`` picture on at most ``num_crops`` crops.
+
+    A tall picture is worked on as its transpose. The scale (crops along the long side) is the largest with
+    ``scale * ceil(scale / ratio) <= num_crops``.
+
+    Raises:
+        ValueError: ``num_crops`` below 1.
+    """
+    if num_crops < 1:
+        raise ValueError(f"num_crops must be at least 1, got {num_crops}")
+    if width < height:
+        upright = page_geometry(height, width, num_crops)
+        return PageGeometry(upright.resized[::-1], upright.offset[::-1], upright.columns, upright.rows)
+    ratio = width / height
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    new_width = scale * CROP_SIZE
+    # The reference gives a zero height (and crashes) for pictures over `new_width` times wider than high.
+    new_height = max(1, int(new_width / ratio))
+    rows = math.ceil(new_height / CROP_SIZE)
+    top = int((rows * CROP_SIZE - new_height) / 2)
+    return PageGeometry((new_width, new_height), (0, top), rows, scale)
+
+
+def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
+    """``image`` (RGB) resized and padded with white to its page; the result's sides are multiples of 336."""
+    geometry = page_geometry(*image.size, num_crops)
+    tall = image.width < image.height
+    # Resizing the transpose is not the transpose of resizing, to the bit: keep the reference's order.
+    if tall:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    resized = image.resize(geometry.resized[::-1] if tall else geometry.resized, Image.Resampling.BILINEAR)
+    if tall:
+        resized = resized.transpose(Image.Transpose.TRANSPOSE)
+    height, width = geometry.size
+    page = Image.new("RGB", (width, height), PAD_COLOUR)
+    page.paste(resized, geometry.offset)
+    return page

@@ -1,0 +1,120 @@
+"""Pictures to ``pixel_values`` and ``image_sizes``, equal to the official image processor.
+
+Shapes: ``N`` images, ``C`` = ``num_crops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, page_geometry
+
+# CLIP's statistics of the red, green and blue channel.
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Images = Image.Image | Sequence[Image.Image]
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """Cuts each picture into at most ``num_crops`` crops plus one global view.
+
+    Args:
+        num_crops: crops of a page at most; 16 for one picture, 4 for several is the model's advice.
+        image_mean, image_std: of each channel, for values in 0..1.
+        num_img_tokens: tokens of a crop; 144, kept because the official file carries it.
+        do_convert_rgb: convert pictures of another mode to RGB.
+
+    Raises:
+        ValueError: ``num_crops`` below 1.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 - the library's own form
+
+    def __init__(
+        self,
+        num_crops: int = 16,
+        image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
+        image_std: Sequence[float] = OPENAI_CLIP_STD,
+        num_img_tokens: int = TOKENS_PER_CROP,
+        do_convert_rgb: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_crops < 1:
+            raise ValueError(f"num_crops must be at least 1, got {num_crops}")
+        self.num_crops = num_crops
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.num_img_tokens = num_img_tokens
+        self.do_convert_rgb = do_convert_rgb
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Tokens of a ``width`` x ``height`` picture."""
+        return page_geometry(width, height, self.num_crops).num_img_tokens
+
+    def calc_num_image_tokens(self, images: Images) -> list[int]:
+        """Tokens of each picture."""
+        return [self.calc_num_image_tokens_from_image_size(*image.size) for image in as_list(images)]
+
+    def crops(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The crops of one picture and the size of its page.
+
+        Returns:
+            float32 (1 + rows * columns, 3, 336, 336), global view first; (height, width) of the page.
+        """
+        if self.do_convert_rgb:
+            image = image.convert("RGB")
+        page = torch.from_numpy(np.array(hd_transform(image, self.num_crops)))  # [height, width, 3] uint8
+        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+        pixels = page.permute(2, 0, 1).float().div(255)  # [3, height, width]
+        pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+        # Without antialias, as the reference shrinks the page.
+        view = functional.interpolate(
+            pixels[None], size=(CROP_SIZE, CROP_SIZE), mode="bicubic"
+        )  # [1, 3, 336, 336]
+        height, width = page.shape[:2]
+        crops = pixels.view(3, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
+        crops = crops.permute(1, 3, 0, 2, 4).reshape(
+            -1, 3, CROP_SIZE, CROP_SIZE
+        )  # [rows * columns, 3, 336, 336]
+        return torch.cat([view, crops]), (height, width)
+
+    def preprocess(self, images: Images, return_tensors: str | None = None) -> BatchFeature:
+        """
+        Returns:
+            ``pixel_values`` float32 (N, C + 1, 3, 336, 336), global view first, zero-padded; ``image_sizes`` int64
+            (N, 2), height and width of the page; ``num_img_tokens``, a list of N.
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are made")
+        pictures = as_list(images)
+        pixel_values = torch.zeros(len(pictures), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
+        sizes = []
+        for index, picture in enumerate(pictures):
+            crops, size = self.crops(picture)
+            pixel_values[index, : len(crops)] = crops
+            sizes.append(size)
+        return BatchFeature(
+            {
+                "pixel_values": pixel_values,
+                "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+                "num_img_tokens": self.calc_num_image_tokens(pictures),
+            }
+        )
+
+    def __call__(self, images: Images, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, return_tensors=return_tensors, **kwargs)
+
+
+def as_list(images: Images) -> list[Image.Image]:
+    """One picture or several, as a list."""
+    return [images] if isinstance(images, Image.Image) else list(images)

@@ -1,0 +1,200 @@
+"""The processor: text with image tags and pictures to model inputs, equal to the official one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.hub import cached_file
+
+from phi3v.processing.image_processor import Images, Phi3VImageProcessor, as_list
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json")
+
+
+def image_tag(number: int) -> str:
+    """The tag of the ``number``-th picture, from 1."""
+    return f"<|image_{number}|>"
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """Tokenizer and image processor of Phi-3-vision in one.
+
+    Args:
+        image_processor: cuts pictures into crops.
+        tokenizer: Phi-3's tokenizer.
+    """
+
+    def __init__(
+        self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("chat_template", tokenizer.chat_template)
+        super().__init__(image_processor, tokenizer, **kwargs)
+        # Its files as they were read; see `save_pretrained`.
+        self._tokenizer_files: dict[str, bytes] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Phi3VProcessor:
+        """Load from a folder or a hub id in the official layout.
+
+        Args:
+            num_crops: overrides the saved value.
+            kwargs: ``revision``, ``cache_dir``, ``token`` … for the hub.
+        """
+        overrides = {"num_crops": kwargs.pop("num_crops")} if kwargs.get("num_crops") is not None else {}
+        kwargs.pop("num_crops", None)
+        path = str(pretrained_model_name_or_path)
+        image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
+        files = {}
+        for name in TOKENIZER_FILES:
+            file = cached_file(
+                path, name, _raise_exceptions_for_missing_entries=name == TOKENIZER_FILE, **kwargs
+            )
+            if file is not None:
+                files[name] = Path(file).read_bytes()
+        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+        # tokenizer.json is the whole truth. The class that tokenizer_config.json names (LlamaTokenizer) is rebuilt
+        # differently by different versions of the library, so it is not asked.
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_buffer(files[TOKENIZER_FILE]),
+            chat_template=config.get("chat_template"),
+            model_max_length=config.get("model_max_length"),
+            padding_side=config.get("padding_side", "right"),
+            clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
+            **{name: _token_text(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None},
+        )
+        processor = cls(image_processor, tokenizer)
+        processor._tokenizer_files = files
+        return processor
+
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Write the official files: the tokenizer's byte for byte as read, and ``preprocessor_config.json``.
+
+        Training never changes the tokenizer, and the library would write a class and a format of merges that older
+        versions and other tools do not know.
+        """
+        if push_to_hub:
+            raise ValueError("save to a folder, look at it, then upload it with `hf upload`")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._tokenizer_files:
+            self.tokenizer.save_pretrained(folder)
+        for name, content in self._tokenizer_files.items():
+            (folder / name).write_bytes(content)
+        self.image_processor.processor_class = type(self).__name__
+        self.image_processor.save_pretrained(folder)
+        return [str(file) for file in sorted(folder.iterdir())]
+
+    def tokenize_text(self, text: str, *, starts_text: bool = False) -> list[int]:
+        """Token ids of ``text`` without image tags, with BOS before it where it starts a text."""
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=starts_text).ids
+        return ids
+
+    def tokenize_segment(self, text: str, num_img_tokens: Sequence[int], *, starts_text: bool) -> list[int]:
+        """Token ids of a part of a conversation, image k as a run of ``-k``.
+
+        The text between tags is tokenised chunk by chunk and **every chunk starts with BOS**; the model was trained
+        so (`Phi3VProcessor._convert_images_texts_to_inputs` of the official code). A segment that goes on after
+        earlier text has none before its first chunk.
+
+        Args:
+            num_img_tokens: tokens of every picture of the conversation, by number.
+        """
+        # re.split with a group gives text, number, text, number, …, text.
+        ids: list[int] = []
+        for index, chunk in enumerate(IMAGE_TAG.split(text)):
+            if index % 2:
+                ids += [-int(chunk)] * num_img_tokens[int(chunk) - 1]
+            else:  # an empty chunk too: two tags side by side have a BOS between them
+                ids += self.tokenize_text(chunk, starts_text=starts_text or index > 0)
+        return ids
+
+    def tokenize_with_images(self, text: str, num_img_tokens: Sequence[int]) -> list[int]:
+        """Token ids of a whole text with tags ``<|image_1|>`` … ``<|image_n|>``, each once.
+
+        Raises:
+            ValueError: tags and pictures do not fit together.
+        """
+        numbers = [int(number) for number in IMAGE_TAG.findall(text)]
+        if sorted(numbers) != list(range(1, len(num_img_tokens) + 1)):
+            raise ValueError(
+                f"the text has the image tags {[image_tag(n) for n in numbers]} but {len(num_img_tokens)} pictures "
+                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must stand once"
+            )
+        return self.tokenize_segment(text, num_img_tokens, starts_text=True)
+
+    def __call__(  # type: ignore[override]
+        self,
+        text: str | Sequence[str],
+        images: Images | Sequence[Sequence[Image.Image]] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs of one prompt, or of several padded on the tokenizer's ``padding_side``.
+
+        Args:
+            text: a prompt with image tags, or a list of them.
+            images: the prompt's pictures in the order of their numbers; for a list of prompts, a list for each.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` int64 (B, T); with pictures also ``pixel_values`` and
+            ``image_sizes`` (see :class:`Phi3VImageProcessor`).
+
+        Raises:
+            ValueError: tags and pictures do not fit together.
+        """
+        if kwargs:
+            raise TypeError(f"unknown arguments {sorted(kwargs)}")
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are made")
+        texts = [text] if isinstance(text, str) else list(text)
+        if images is None:
+            pictures: list[list[Image.Image]] = [[] for _ in texts]
+        elif isinstance(text, str):
+            pictures = [as_list(images)]  # type: ignore[arg-type]
+        else:
+            pictures = [as_list(group) for group in images]  # type: ignore[union-attr]
+        if len(pictures) != len(texts):
+            raise ValueError(f"{len(texts)} prompts but {len(pictures)} lists of pictures")
+        rows = [
+            self.tokenize_with_images(row, self.image_processor.calc_num_image_tokens(group))
+            for row, group in zip(texts, pictures, strict=True)
+        ]
+        data = pad_rows(rows, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+        flat = [picture for group in pictures for picture in group]
+        if flat:
+            features = self.image_processor(flat)
+            data |= {name: features[name] for name in ("pixel_values", "image_sizes")}
+        return BatchFeature(data)
+
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _token_text(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of uneven length, padded ``left`` or ``right``."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        input_ids[index, where] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, where] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
