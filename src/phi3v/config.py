@@ -1,0 +1,296 @@
+"""The one configuration of a run: a typed tree, read from a recipe (YAML) and the command line.
+
+The docstring of a field is its help text. Unknown keys are errors that name the nearest known key. The resolved tree
+is written into every run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from phi3v.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Part = Literal["decoder", "head", "vision", "projector"]
+
+
+@dataclass
+class ModelConfig:
+    """Which model is tuned, and how it reads pictures."""
+
+    path: str = "microsoft/Phi-3.5-vision-instruct"
+    """A folder in the official layout, or a hub id."""
+    num_crops: int | None = None
+    """Crops of a page at most (16 for one picture, 4 for several is the model's advice); default: as the model says."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of the decoder; auto takes flash_attention_2 where flash-attn and its GPU are there, else sdpa."""
+
+    def __post_init__(self) -> None:
+        if self.num_crops is not None and self.num_crops < 1:
+            raise UserError(f"must be at least 1, got {self.num_crops}", where="model.num_crops")
+
+
+@dataclass
+class DataConfig:
+    """Where the conversations are."""
+
+    train: str | None = None
+    """JSONL file to learn from; pictures are looked up in the folder images/ beside it."""
+    eval: str | None = None
+    """JSONL file to measure on before and after; none: no evaluation."""
+    image_check: Literal["decode", "header", "off"] = "decode"
+    """How pictures are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
+    max_image_pixels: int = 89_478_485
+    """Larger pictures are refused unread."""
+    special_text: Literal["refuse", "escape"] = "refuse"
+    """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
+    num_workers: int | None = None
+    """Processes that read and cut pictures; default: cores less one a rank, at most 8."""
+
+
+@dataclass
+class LoraConfig:
+    """Adapters, for the methods lora and qlora."""
+
+    rank: int = 64
+    """Rank of every adapter."""
+    alpha_ratio: float = 2.0
+    """LoRA's alpha divided by its rank."""
+    dropout: float = 0.0
+    """Dropout before the adapters."""
+    parts: list[Part] = field(default_factory=lambda: ["decoder", "head", "vision", "projector"])
+    """Parts of the model that get adapters; leave out vision and projector to freeze vision."""
+    targets: list[str] | None = None
+    """Names of linear layers to adapt, in place of parts; each must match something."""
+    also_train: list[Literal["vision", "projector"]] = field(default_factory=list)
+    """Parts that are trained in full beside the adapters (and get none)."""
+    double_quant: bool = False
+    """qlora: quantise the quantisation constants too."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"must be at least 1, got {self.rank}", where="method.lora.rank")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"must be in [0, 1), got {self.dropout}", where="method.lora.dropout")
+
+    @property
+    def alpha(self) -> float:
+        return self.rank * self.alpha_ratio
+
+
+@dataclass
+class MethodConfig:
+    """What is trained."""
+
+    name: Literal["full", "frozen-vision", "lora", "qlora"] = "full"
+    """full: everything; frozen-vision: the decoder; lora, qlora: adapters on a frozen (4-bit) model."""
+    train_embeddings: bool = False
+    """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
+
+
+@dataclass
+class TrainingConfig:
+    """How it is trained. Defaults are the public recipe's."""
+
+    output_dir: str = "output"
+    """The run folder."""
+    overwrite: bool = False
+    """Replace a finished run in output_dir."""
+    seed: int = 0
+    """Seeds data order and new weights."""
+    precision: Precision = "auto"
+    """Arithmetic; auto is bf16 where the GPU has it, else fp16, and fp32 on the CPU."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: int = 16
+    """Samples of an optimizer step, over all devices."""
+    micro_batch_size: int = 1
+    """Samples that a device computes at a time; the rest of batch_size is accumulated."""
+    learning_rate: float = 4e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's beta 1."""
+    adam_beta2: float = 0.95
+    """AdamW's beta 2."""
+    adam_epsilon: float = 1e-7
+    """AdamW's epsilon."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: never."""
+    loss_weighting: Literal["sample", "token"] = "sample"
+    """sample: every record counts the same (as the public recipe); token: every answer token does."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: slower, far less memory."""
+    logging_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"must be at least 1, got {getattr(self, name)}", where=f"training.{name}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"must be at least 1, got {self.max_steps}", where="training.max_steps")
+        for name in ("epochs", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"must be above 0, got {getattr(self, name)}", where=f"training.{name}")
+
+
+@dataclass
+class EvaluationConfig:
+    """Measuring by generating answers, before and after."""
+
+    before: bool = True
+    """Measure before training."""
+    after: bool = True
+    """Measure after training."""
+    metric: Literal["accuracy"] = "accuracy"
+    """The score."""
+    max_questions: int | None = None
+    """Measure on so many questions, drawn once by the seed from the whole file; default: all."""
+    batch_size: int = 8
+    """Questions answered at a time on a device."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"must be at least 1, got {getattr(self, name)}", where=f"evaluation.{name}")
+
+
+@dataclass
+class RunConfig:
+    """A run of ``phi3v train``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """What is trained."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How it is measured."""
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches that a device adds up before it steps.
+
+        Raises:
+            UserError: ``batch_size`` does not divide.
+        """
+        share = world_size * self.training.micro_batch_size
+        if self.training.batch_size % share:
+            raise UserError(
+                f"{self.training.batch_size} samples a step cannot be split over {world_size} devices in micro-batches "
+                f"of {self.training.micro_batch_size}",
+                where="training.batch_size",
+                hint=f"use a multiple of {share}, or change training.micro_batch_size",
+            )
+        return self.training.batch_size // share
+
+    def to_yaml(self) -> str:
+        """The whole tree; reads back as the same configuration."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def build_parser() -> ArgumentParser:
+    """A parser with an option for every key of the tree."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def known_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every leaf and branch below ``cls``."""
+    hints = typing.get_type_hints(cls)
+    for entry in dataclasses.fields(cls):
+        yield prefix + entry.name
+        if dataclasses.is_dataclass(hints[entry.name]):
+            yield from known_keys(hints[entry.name], f"{prefix}{entry.name}.")
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply ``--key.subkey value`` overrides.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or a value is of the wrong type or out of range.
+    """
+    parser = build_parser()
+    keys = list(known_keys())
+    settings = Namespace()
+    try:
+        if recipe is not None:
+            tree = _read_yaml(recipe)
+            for name, value in _dotted(tree):
+                _check_key(name, keys, where=str(recipe))
+                is_branch = any(key.startswith(name + ".") for key in keys)
+                if is_branch and not isinstance(value, Mapping):
+                    raise UserError(f"{name} is a group of keys, got {value!r}", where=str(recipe))
+            settings = parser.parse_object(tree)
+        for argument in overrides:
+            if argument.startswith("--"):
+                _check_key(argument[2:].split("=", 1)[0], keys, where=argument.split("=", 1)[0])
+        settings = parser.parse_args(list(overrides), namespace=settings)
+        config: RunConfig = RunConfig(**parser.instantiate_classes(settings).as_dict())
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse has errors of many classes
+        raise UserError(_one_line(error), where=str(recipe) if recipe else "command line") from None
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path), hint="recipes that come with phi3v are in recipes/") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot be read as YAML: {error}", where=str(path)) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError("a recipe is a mapping of keys", where=str(path))
+    return tree
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _check_key(name: str, keys: Sequence[str], *, where: str) -> None:
+    if name in keys:
+        return
+    # The name may be right and its branch missing: `learning_rate` for `training.learning_rate`.
+    same_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = same_leaf or difflib.get_close_matches(name, keys, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see `phi3v train --help` for every key"
+    raise UserError(f"unknown key {name}", where=where, hint=hint)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.removesuffix(".")

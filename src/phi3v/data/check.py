@@ -1,0 +1,292 @@
+"""Every fault of a data file and its images, before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.duplicates import IdIndex
+from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.images import DEFAULT_MAX_PIXELS, ImageLevel, check_image
+from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
+from phi3v.data.progress import LateProgress
+from phi3v.data.schema import Record, SpecialText, read_line
+from phi3v.errors import UserError
+
+
+@dataclass(slots=True)
+class TextStats:
+    """Lengths of texts, in characters."""
+
+    count: int = 0
+    total: int = 0
+    longest: int = 0
+    longest_line: int = 0
+
+    def add(self, text: str, line: int) -> None:
+        """One more text."""
+        self.count += 1
+        self.total += len(text)
+        if len(text) > self.longest:
+            self.longest, self.longest_line = len(text), line
+
+    @property
+    def mean(self) -> float:
+        """0 if there is none."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What a check found.
+
+    The counts are of what was read, which is not the whole file if ``stopped_early``; ``turns``,
+    ``questions`` and the text lengths are of the lines without a fault of their own.
+
+    Attributes:
+        path: the data file.
+        images_root: where its images were looked up.
+        image_level: how closely.
+        faults: in line order.
+        stopped_early: there are more faults than ``faults``.
+        records: lines that are not blank.
+        turns: turns of all records.
+        questions: turns with a text from the user (a turn may have images only).
+        images: distinct image paths.
+        user: lengths of the questions.
+        assistant: lengths of the answers.
+    """
+
+    path: Path
+    images_root: Path
+    image_level: ImageLevel
+    faults: list[Fault] = field(default_factory=list)
+    stopped_early: bool = False
+    records: int = 0
+    turns: int = 0
+    questions: int = 0
+    images: int = 0
+    user: TextStats = field(default_factory=TextStats)
+    assistant: TextStats = field(default_factory=TextStats)
+
+    @property
+    def ok(self) -> bool:
+        """No fault was found."""
+        return not self.faults
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {
+            "ok": self.ok,
+            "path": str(self.path),
+            "images_root": str(self.images_root),
+            "image_level": self.image_level,
+            "faults": [fault.to_json_dict() for fault in self.faults],
+            "stopped_early": self.stopped_early,
+            "records": self.records,
+            "turns": self.turns,
+            "questions": self.questions,
+            "images": self.images,
+            "user": asdict(self.user),
+            "assistant": asdict(self.assistant),
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the faults, or the counts if there is none."""
+        # As `Text`, not markup: rich would take the [0] of a field for a style.
+        for fault in self.faults:
+            what, _, hint = str(fault).partition("\n")
+            console.print(Text(what, style="red"), soft_wrap=True)
+            console.print(Text(hint), soft_wrap=True)
+        if self.faults:
+            shown = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} in {self.path}"
+            more = "; stopped there, there are more (--max-errors shows more)" if self.stopped_early else ""
+            console.print(Text(shown + more, style="bold red"), soft_wrap=True)
+            return
+        seen = {"decode": "all decoded", "header": "headers read", "off": "not looked at"}[self.image_level]
+        lines = [
+            f"{self.path}: no fault",
+            f"  records    {self.records:,}",
+            f"  turns      {self.turns:,} ({self.questions:,} with a question)",
+            f"  images     {self.images:,} distinct, {seen}",
+            f"  questions  {self.user.mean:.0f} characters on average, "
+            f"at most {self.user.longest:,} (line {self.user.longest_line})",
+            f"  answers    {self.assistant.mean:.0f} characters on average, "
+            f"at most {self.assistant.longest:,} (line {self.assistant.longest_line})",
+        ]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def check_file(
+    path: Path,
+    *,
+    max_errors: int | None = 20,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    image_level: ImageLevel = "decode",
+    special_text: SpecialText = "refuse",
+    workers: int | None = None,
+    images_root: Path | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """Read a data file and each of its images once, and collect the faults.
+
+    Args:
+        path: the .jsonl file.
+        max_errors: stop after that many faults; None for all of them.
+        max_pixels: largest width x height of an image.
+        image_level: ``decode`` reads every pixel, ``header`` format and size, ``off`` no image at all.
+        special_text: whether literal special tokens in texts are faults.
+        workers: threads that read images (decoding runs outside of Python's lock); default one a core.
+        images_root: default ``images/`` beside the file.
+        progress: show a bar if it takes long and standard error is a terminal.
+
+    Returns:
+        The report; an image that several turns name is checked, and reported, where it is named first.
+
+    Raises:
+        UserError: the file cannot be read or holds no record, or ``max_errors`` or ``workers`` is below 1.
+    """
+    path = Path(path)
+    for name, number in (("max_errors", max_errors), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UserError(f"must be at least 1, not {number}", where=name)
+    require_file(path)
+    root = images_root or path.parent / "images"
+    report = CheckReport(path, root, image_level)
+    faults: list[Fault] = []
+    ids = IdIndex()
+    seen_images: set[str] = set()
+    workers = workers or min(8, _cores())
+    # Images in the hands of the threads, oldest first: short, so that stopping is quick and memory flat.
+    pending: deque[tuple[int, str, Future[tuple[str, str] | None]]] = deque()
+
+    def collect_one() -> None:
+        line, where, future = pending.popleft()
+        if wrong := future.result():
+            faults.append(Fault(path, line, where, *wrong))
+
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        LateProgress(f"checking {path.name}", path.stat().st_size, enabled=progress) as bar,
+    ):
+        for number, raw in read_lines(path):
+            line = read_line(raw, file=path, line=number, special_text=special_text)
+            report.records += 1
+            faults.extend(line.faults)
+            if line.id is not None:
+                ids.add(line.id, number)
+            if line.record is not None:
+                _count(report, line.record)
+            for where, image in line.images:
+                if image in seen_images:
+                    continue
+                seen_images.add(image)
+                if image_level != "off":
+                    future = pool.submit(check_image, image, root=root, max_pixels=max_pixels, level=image_level)
+                    pending.append((number, where, future))
+                    if len(pending) > 4 * workers:
+                        collect_one()
+            bar.advance(len(raw))
+            if max_errors is not None and len(faults) > max_errors:
+                break
+        while pending:
+            collect_one()
+
+    if not report.records:
+        raise no_record(path)
+    faults.extend(ids.faults(path))
+    # All faults up to the last line read are known here, so the first of them are the first of the file.
+    faults.sort(key=lambda fault: fault.line)
+    report.faults = faults[:max_errors]
+    report.stopped_early = len(faults) > len(report.faults)
+    report.images = len(seen_images)
+    return report
+
+
+def ensure_checked(
+    path: Path,
+    *,
+    max_errors: int = 20,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    image_level: ImageLevel = "decode",
+    special_text: SpecialText = "refuse",
+    images_root: Path | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """`check_file`, once for each version of a data file: a passed check is remembered in the cache.
+
+    What is remembered is the file, not its images: delete one later and only loading it will tell.
+
+    Raises:
+        DataFaultsError: there are faults.
+        UserError: as `check_file`, or the cache cannot be written.
+    """
+    path = Path(path)
+    root = images_root or path.parent / "images"
+    memory = cache_folder(path, special_text) / f"check-{image_level}-{max_pixels}.json"
+    passed = _recall(memory, path, root, image_level)
+    if passed is not None:
+        return passed
+    report = check_file(
+        path,
+        max_errors=max_errors,
+        max_pixels=max_pixels,
+        image_level=image_level,
+        special_text=special_text,
+        images_root=root,
+        progress=progress,
+    )
+    if not report.ok:
+        total = len(report.faults) + report.stopped_early
+        raise DataFaultsError(path, report.faults, total=total, exact=not report.stopped_early)
+    try:
+        with replacing(memory) as temporary:
+            temporary.write_text(json.dumps(report.to_json_dict() | {"images_root": os.path.abspath(root)}))
+    except OSError as error:
+        raise cannot_write(memory.parent, error) from None
+    return report
+
+
+def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckReport | None:
+    """The report of a passed check of these images, if there was one."""
+    try:
+        known = json.loads(memory.read_text())
+        if known["images_root"] != os.path.abspath(root) or not known["ok"]:
+            return None
+        return CheckReport(
+            path,
+            root,
+            level,
+            records=int(known["records"]),
+            turns=int(known["turns"]),
+            questions=int(known["questions"]),
+            images=int(known["images"]),
+            user=TextStats(**known["user"]),
+            assistant=TextStats(**known["assistant"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _count(report: CheckReport, record: Record) -> None:
+    report.turns += len(record.turns)
+    for turn in record.turns:
+        report.questions += bool(turn.user.strip())
+        report.user.add(turn.user, record.line)
+        report.assistant.add(turn.assistant, record.line)
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

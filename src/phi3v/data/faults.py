@@ -1,0 +1,77 @@
+"""A fault of a data file: where it is, what is wrong, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3v.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong with one line of a data file.
+
+    Attributes:
+        file: the data file, as the caller named it.
+        line: 1-based, as editors count; blank lines count.
+        field: e.g. ``conversations[2].images[0]`` (0-based, as in JSON paths); empty for the whole line.
+        what: what is wrong, so that "``field``: ``what``" reads well.
+        hint: what to do about it.
+    """
+
+    file: Path
+    line: int
+    field: str
+    what: str
+    hint: str
+
+    def __str__(self) -> str:
+        field = f"{self.field}: " if self.field else ""
+        return f"{self.file}:{self.line}: {field}{self.what}\n  → {self.hint}"
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        return {
+            "file": str(self.file),
+            "line": self.line,
+            "field": self.field,
+            "what": self.what,
+            "hint": self.hint,
+        }
+
+
+class DataFaultsError(UserError):
+    """A data file has faults; the message lists them.
+
+    Args:
+        file: the data file.
+        faults: the first faults, in line order.
+        total: how many there are in all.
+        exact: false if reading stopped early, so that ``total`` is a lower bound.
+    """
+
+    def __init__(self, file: Path, faults: Sequence[Fault], *, total: int, exact: bool = True) -> None:
+        self.file = file
+        self.faults = tuple(faults)
+        self.total = total
+        self.exact = exact
+        count = f"{total:,} fault{'s' if total != 1 else ''}"
+        if not exact:
+            count = f"at least {count}"
+        if len(self.faults) < total:
+            count += f" (the first {len(self.faults)} follow)"
+        super().__init__(count, where=str(file), hint=f"correct them; `phi3v data check {file}` looks again")
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.where}: {self.what}", *map(str, self.faults), f"  → {self.hint}"])
+
+
+def quote(text: str, limit: int = 80) -> str:
+    """``text`` in quotes, cut to ``limit`` characters, with control characters made visible.
+
+    Data may hold terminal escape sequences, so a message never prints it raw.
+    """
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -1,0 +1,56 @@
+"""A progress bar that shows up only when it is worth it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class LateProgress:
+    """A bar on standard error, from ``delay`` seconds on, and only in a terminal.
+
+    Args:
+        description: what is being done.
+        total: the amount of work, in the unit of `advance`.
+        enabled: false for no bar ever.
+        delay: seconds; shorter work shows nothing.
+    """
+
+    def __init__(self, description: str, total: int, *, enabled: bool = True, delay: float = 2.0) -> None:
+        self._description = description
+        self._total = total
+        self._enabled = enabled and sys.stderr.isatty()
+        self._start_at = time.monotonic() + delay
+        self._done = 0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> LateProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: int) -> None:
+        """``amount`` more is done."""
+        self._done += amount
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif time.monotonic() >= self._start_at:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(self._description, total=self._total, completed=self._done)
+            self._bar.start()

@@ -1,0 +1,388 @@
+"""What one line of a data file holds, and every way it can be wrong.
+
+A line is one JSON object::
+
+    {"id": "val-0300", "source": "ucf101", "conversations": [
+        {"images": ["val/BabyCrawling/g21.0.jpg"], "user": "Which class?", "assistant": "BabyCrawling"}]}
+
+``source``, ``images`` and ``answers`` (all reference answers of the question, for evaluation) are optional.
+Nothing here touches the disk: whether an image can be read is the business of `images.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from phi3v.data.faults import DataFaultsError, Fault, quote
+from phi3v.processing.special_text import escape_special_text, find_special_text
+
+SpecialText = Literal["refuse", "escape"]
+
+# Part of the name of every cached table: raise it whenever the same file would give other records.
+SCHEMA_VERSION = 1
+
+# A longer line is no conversation but a whole file without line breaks. The bound keeps memory flat.
+MAX_LINE_BYTES = 64 * 2**20
+
+_RECORD_KEYS = ("id", "source", "conversations")
+_TURN_KEYS = ("images", "user", "assistant", "answers")
+_ONE_A_LINE = "write one object a line, e.g. `jq -c '.[]' old.json > new.jsonl`"
+_NO_LINE_BREAKS = "a record may not be spread over lines, e.g. `jq -c . old.json > new.jsonl` joins them"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question with its images, and its answer.
+
+    Attributes:
+        user: the question; empty only if the turn has images.
+        assistant: the answer to learn.
+        images: paths relative to the data folder's ``images/``, with ``/``.
+        answers: all reference answers, for evaluation; empty means that ``assistant`` is the only one.
+    """
+
+    user: str
+    assistant: str
+    images: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A conversation: one line of a data file.
+
+    Attributes:
+        id: unique in its file.
+        source: the dataset it came from.
+        turns: at least one (key ``conversations`` in JSON).
+        line: 1-based line in the file.
+    """
+
+    id: str
+    source: str | None
+    turns: tuple[Turn, ...]
+    line: int
+
+
+@dataclass(slots=True)
+class Line:
+    """A line after reading: its record, or its faults and what could be read all the same.
+
+    Attributes:
+        record: None exactly if there are faults.
+        faults: all of them, in the order of the fields.
+        id: the id, if that is valid.
+        images: (field, path) of every image path that may be looked up on the disk.
+    """
+
+    record: Record | None = None
+    faults: list[Fault] = field(default_factory=list)
+    id: str | None = None
+    images: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_line(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Line:
+    """Read one line that is not blank. Never raises for what the line holds.
+
+    Args:
+        text: the line; bytes are decoded as UTF-8. A byte order mark is tolerated on line 1.
+        file: named in the faults.
+        line: 1-based.
+        special_text: whether literal special tokens in texts are faults or are escaped.
+    """
+    return _LineReader(file, line, special_text).read(text)
+
+
+def iter_faults(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Iterator[Fault]:
+    """All faults of one line that is not blank."""
+    yield from read_line(text, file=file, line=line, special_text=special_text).faults
+
+
+def parse_line(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Record:
+    """The record of one line that is not blank.
+
+    Raises:
+        DataFaultsError: with the first fault of the line.
+    """
+    result = read_line(text, file=file, line=line, special_text=special_text)
+    if result.record is None:
+        raise DataFaultsError(file, result.faults[:1], total=len(result.faults))
+    return result.record
+
+
+def image_path_fault(path: str) -> tuple[str, str] | None:
+    """(what, hint) if ``path`` is no path inside the data folder's ``images/``, whatever the disk holds."""
+    relative = "image paths are relative to the data folder's images/, e.g. 'train/0.png'"
+    if not path.strip():
+        return "is an empty path", 'name the file, or leave "images" out if the turn has none'
+    if "\0" in path:
+        return f"has a NUL character: {quote(path)}", relative
+    if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", path):
+        return f"is a URL, not a file: {quote(path)}", f"save the image in the data folder; {relative}"
+    if path.startswith(("/", "\\\\")) or re.match(r"[A-Za-z]:[\\/]", path):
+        return f"is an absolute path: {quote(path)}", relative
+    if "\\" in path:
+        return (
+            f"has a backslash: {quote(path)}",
+            f"separate folders with '/': {quote(path.replace(chr(92), '/'))}",
+        )
+    depth = 0
+    for part in path.split("/"):
+        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
+        if depth < 0:
+            return f"leaves the data root: {quote(path)}", relative
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _NotANumber:
+    """NaN, Infinity or -Infinity, which Python's JSON reader lets through. No field takes one."""
+
+    name: str
+
+
+class _RepeatedKeys(dict[str, Any]):
+    """An object that names a key twice; plain dicts keep the last value without a word."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    marked = _RepeatedKeys(plain)
+    counts = Counter(name for name, _ in pairs)
+    marked.repeated = tuple(name for name in plain if counts[name] > 1)
+    return marked
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_make_object, parse_constant=_NotANumber).decode
+
+
+def _kind(value: object) -> str:
+    """What JSON calls ``value``."""
+    if isinstance(value, _NotANumber):
+        return value.name
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", type(None): "null"}
+    return kinds.get(type(value), "an object")
+
+
+class _LineReader:
+    """Collects the faults of one line while it reads the fields."""
+
+    def __init__(self, file: Path, line: int, special_text: SpecialText) -> None:
+        self.file = file
+        self.line = line
+        self.special_text = special_text
+        self.result = Line()
+
+    def fault(self, where: str, what: str, hint: str) -> None:
+        self.result.faults.append(Fault(self.file, self.line, where, what, hint))
+
+    def read(self, raw: str | bytes) -> Line:
+        text = self.decode(raw)
+        value = None if text is None else self.json(text)
+        if value is not None:
+            self.record(value)
+        return self.result
+
+    def decode(self, raw: str | bytes) -> str | None:
+        if len(raw) > MAX_LINE_BYTES:
+            self.fault("", f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", _ONE_A_LINE)
+            return None
+        if isinstance(raw, bytes):
+            try:
+                raw = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+                encoding = "UTF-16" if utf16 else "ENCODING"
+                self.fault(
+                    "",
+                    f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
+                    f"save the file as UTF-8, e.g. `iconv -f {encoding} -t UTF-8 old.jsonl > new.jsonl`",
+                )
+                return None
+        return raw.removeprefix("\ufeff") if self.line == 1 else raw
+
+    def json(self, text: str) -> dict[str, Any] | None:
+        text = text.strip()
+        try:
+            value = _decode_json(text)
+        except json.JSONDecodeError as error:
+            self.fault("", f"is not valid JSON: {error.msg} (column {error.colno})", _json_hint(text, error.pos))
+            return None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+            self.fault("", f"is not usable JSON: {error}", "no field of the format needs this; remove it")
+            return None
+        if not isinstance(value, dict):
+            self.fault("", f"must be an object, not {_kind(value)}", _ONE_A_LINE)
+            return None
+        return value
+
+    def record(self, value: dict[str, Any]) -> None:
+        self.keys(value, "", _RECORD_KEYS)
+        self.result.id = self.id(value)
+        source = value.get("source")
+        if source is not None:
+            source = self.string(source, "source", 'name the dataset in quotes, or leave "source" out')
+        turns = self.turns(value)
+        if not self.result.faults:
+            assert self.result.id is not None
+            self.result.record = Record(self.result.id, source, turns, self.line)
+
+    def id(self, value: dict[str, Any]) -> str | None:
+        if "id" not in value:
+            self.fault("id", "is missing", 'add "id": "…", a name that no other line has')
+            return None
+        name = value["id"]
+        quoted = f'quote it: "id": "{name}"' if type(name) in (int, float) else "give it a name in quotes"
+        name = self.string(name, "id", quoted)
+        if name is not None and not name.strip():
+            self.fault("id", "is empty", "give it a name that no other line has")
+            return None
+        return name
+
+    def turns(self, value: dict[str, Any]) -> tuple[Turn, ...]:
+        shape = 'write a list of turns: "conversations": [{"user": "…", "assistant": "…"}]'
+        if "conversations" not in value:
+            self.fault("conversations", "is missing", shape)
+            return ()
+        items = value["conversations"]
+        if not isinstance(items, list):
+            self.fault("conversations", f"must be a list, not {_kind(items)}", shape)
+            return ()
+        if not items:
+            self.fault("conversations", "has no turn", f"remove the line, or {shape}")
+            return ()
+        turns = [self.turn(item, f"conversations[{k}]") for k, item in enumerate(items)]
+        return tuple(turn for turn in turns if turn is not None)
+
+    def turn(self, value: object, where: str) -> Turn | None:
+        """None if the turn has a fault."""
+        if not isinstance(value, dict):
+            self.fault(where, f"must be an object, not {_kind(value)}", 'write {"user": "…", "assistant": "…"}')
+            return None
+        faults_before = len(self.result.faults)
+        self.keys(value, f"{where}.", _TURN_KEYS)
+        images = self.images(value.get("images"), f"{where}.images")
+        user = self.text(value, "user", where)
+        if user is not None and not user.strip() and not value.get("images"):
+            self.fault(f"{where}.user", "is empty and the turn has no images", "ask something, or add images")
+        assistant = self.text(value, "assistant", where)
+        if assistant is not None and not assistant.strip():
+            self.fault(
+                f"{where}.assistant",
+                "is empty: there is nothing to learn",
+                "add the answer, or remove the turn",
+            )
+        answers = self.answers(value.get("answers"), f"{where}.answers")
+        if len(self.result.faults) > faults_before:
+            return None
+        assert user is not None
+        assert assistant is not None
+        return Turn(user, assistant, images, answers)
+
+    def images(self, value: object, where: str) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            hint = f'write a list: "images": ["{value}"]' if isinstance(value, str) else 'write "images": ["a.png"]'
+            self.fault(where, f"must be a list, not {_kind(value)}", hint)
+            return ()
+        paths = []
+        for k, item in enumerate(value):
+            path = self.string(item, f"{where}[{k}]", "name the file in quotes; images lie in files of their own")
+            if path is None:
+                continue
+            if wrong := image_path_fault(path):
+                self.fault(f"{where}[{k}]", *wrong)
+                continue
+            paths.append(path)
+            self.result.images.append((f"{where}[{k}]", path))
+        return tuple(paths)
+
+    def answers(self, value: object, where: str) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            self.fault(where, f"must be a list, not {_kind(value)}", 'write "answers": ["…", "…"]')
+            return ()
+        if not value:
+            self.fault(where, "is an empty list", 'list the reference answers, or leave "answers" out')
+        texts = []
+        for k, item in enumerate(value):
+            text = self.string(item, f"{where}[{k}]", "write the answer in quotes")
+            if text is None:
+                continue
+            if not text.strip():
+                self.fault(f"{where}[{k}]", "is empty", "write the answer, or remove it")
+            texts.append(self.special(text, f"{where}[{k}]"))
+        return tuple(texts)
+
+    def text(self, value: dict[str, Any], key: str, where: str) -> str | None:
+        """A required text that the model will read or write."""
+        if key not in value:
+            self.fault(f"{where}.{key}", "is missing", f'add "{key}": "…" to the turn')
+            return None
+        text = self.string(value[key], f"{where}.{key}", "write the text in quotes")
+        return None if text is None else self.special(text, f"{where}.{key}")
+
+    def special(self, text: str, where: str) -> str:
+        if "<" not in text:
+            return text
+        found = find_special_text(text)
+        if not found:
+            return text
+        if self.special_text == "escape":
+            return escape_special_text(text)
+        names = ", ".join(dict.fromkeys(found))
+        hint = "remove it (images need no tag), or set special_text to escape to keep it as plain text"
+        self.fault(where, f"holds text that the tokenizer reads as a special token: {names}", hint)
+        return text
+
+    def string(self, value: object, where: str, hint: str) -> str | None:
+        if not isinstance(value, str):
+            self.fault(where, f"must be a string, not {_kind(value)}", hint)
+            return None
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            self.fault(where, f"has half of a surrogate pair: {quote(value)}", "correct the \\ud8… escape")
+            return None
+        return value
+
+    def keys(self, value: dict[str, Any], prefix: str, known: tuple[str, ...]) -> None:
+        if isinstance(value, _RepeatedKeys):
+            for name in value.repeated:
+                self.fault(f"{prefix}{_key(name)}", "is there twice in one object", "keep one of the two")
+        for name in value:
+            if name not in known:
+                near = difflib.get_close_matches(name.lower(), known, n=1)
+                hint = f'did you mean "{near[0]}"?' if near else f"the keys here are {', '.join(known)}"
+                self.fault(f"{prefix}{_key(name)}", "is an unknown key", hint)
+
+
+def _key(name: str) -> str:
+    """A key of the file for a message: as it is if it is a plain word."""
+    return name if name.isidentifier() and len(name) <= 40 else quote(name, 40)
+
+
+def _json_hint(text: str, position: int) -> str:
+    if text in ("{", "[", "[{"):
+        return _NO_LINE_BREAKS if text == "{" else _ONE_A_LINE
+    if text.startswith("["):
+        return _ONE_A_LINE
+    near = f"look near {quote(text[max(0, position - 20) : position + 20])}"
+    if text.startswith("{'"):
+        return f"JSON quotes with \", not with '; {near}"
+    if position >= len(text):
+        return f"the line ends too early; {_NO_LINE_BREAKS}"
+    return near

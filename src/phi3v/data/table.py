@@ -1,0 +1,250 @@
+"""Reading a data file lazily: parsed once, memory-mapped from then on.
+
+The first opening streams the JSONL into an Arrow file in the cache (`cache.py`), batch by batch. Every
+opening maps that file, so that memory grows neither with the file nor with the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from filelock import FileLock
+from PIL import Image
+
+from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.duplicates import IdIndex
+from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.images import DEFAULT_MAX_PIXELS, load_image
+from phi3v.data.jsonl import no_record, read_lines, replacing
+from phi3v.data.progress import LateProgress
+from phi3v.data.schema import Record, SpecialText, Turn, read_line
+from phi3v.errors import UserError
+
+_TURN = pa.struct(
+    [
+        ("user", pa.string()),
+        ("assistant", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),
+    ]
+)
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("turns", pa.list_(_TURN)),
+        ("num_turns", pa.int32()),
+        ("num_images", pa.int32()),
+        ("num_chars", pa.int64()),
+    ]
+)
+_BATCH_ROWS = 4096
+_BATCH_BYTES = 16 * 2**20  # of JSONL; whichever comes first ends a batch
+
+
+class RecordTable:
+    """The records of a data file, read from the disk one by one as they are asked for.
+
+    Opened by `open_table`. May be pickled and sent to worker processes: the file is mapped again there.
+
+    Attributes:
+        path: the data file.
+        images_root: the folder that image paths are relative to.
+        max_pixels: the limit of `load_images`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, path: Path, images_root: Path, max_pixels: int) -> None:
+        self._dataset = dataset
+        self.path = path
+        self.images_root = images_root
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        """Record ``index``, from 0 in the order of the file; negative ones count from the end.
+
+        Raises:
+            IndexError: there is no such record.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} in {self.path}")
+        return _record(self._dataset[int(index)])
+
+    def __iter__(self) -> Iterator[Record]:
+        for batch in self._dataset.with_format("arrow").iter(batch_size=1000):
+            for row in batch.to_pylist():
+                yield _record(row)
+
+    def turn_counts(self) -> npt.NDArray[np.int32]:
+        """(records,) number of turns of each record, without reading the texts."""
+        return self._column("num_turns").astype(np.int32)
+
+    def image_counts(self) -> npt.NDArray[np.int32]:
+        """(records,) number of images of each record, without reading the texts."""
+        return self._column("num_images").astype(np.int32)
+
+    def text_lengths(self) -> npt.NDArray[np.int64]:
+        """(records,) characters of all questions and answers of each record, without reading the texts."""
+        return self._column("num_chars").astype(np.int64)
+
+    def load_images(self, record: Record) -> list[Image.Image]:
+        """The images of all turns of a record as RGB, in order.
+
+        Raises:
+            UserError: an image cannot be used; names the line and the field.
+        """
+        images = []
+        for t, turn in enumerate(record.turns):
+            for k, name in enumerate(turn.images):
+                try:
+                    images.append(load_image(name, root=self.images_root, max_pixels=self.max_pixels))
+                except UserError as error:
+                    where = f"{self.path}:{record.line}: conversations[{t}].images[{k}]"
+                    raise UserError(error.what, where=where, hint=error.hint) from None
+        return images
+
+    def _column(self, name: str) -> npt.NDArray[np.integer]:
+        return np.asarray(self._dataset.data.column(name))
+
+
+def open_table(
+    path: Path,
+    *,
+    special_text: SpecialText = "refuse",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_errors: int = 20,
+    images_root: Path | None = None,
+    progress: bool = True,
+) -> RecordTable:
+    """Open a data file; the first time it is parsed and every line is validated (images are not looked at).
+
+    Several processes may open the same file at once: one parses, the others wait for it.
+
+    Args:
+        path: the .jsonl file.
+        special_text: whether literal special tokens in texts are faults or are escaped.
+        max_pixels: limit for the images that the table loads.
+        max_errors: how many faults the error lists.
+        images_root: default ``images/`` beside the file.
+        progress: show a bar if parsing takes long and standard error is a terminal.
+
+    Raises:
+        DataFaultsError: lines are wrong; lists the first ``max_errors`` faults and counts them all.
+        UserError: the file cannot be read, holds no record or changed meanwhile; or the cache cannot be
+            written.
+    """
+    path = Path(path)
+    folder = cache_folder(path, special_text)
+    dataset = _open_cached(folder)
+    if dataset is None:
+        try:
+            # The lock only saves the others the work; what makes this safe is that files appear complete.
+            with FileLock(folder / "lock"):
+                dataset = _open_cached(folder)
+                if dataset is None:
+                    _build(path, folder, special_text, max_errors, progress)
+                    dataset = _open_cached(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        if dataset is None:
+            raise RuntimeError(f"the table that was just written cannot be read: {folder}")
+    return RecordTable(dataset, path, images_root or path.parent / "images", max_pixels)
+
+
+def _open_cached(folder: Path) -> datasets.Dataset | None:
+    """The table if the cache has it whole, else None: a partial or damaged one is as good as none."""
+    arrow = folder / "records.arrow"
+    try:
+        expected = json.loads((folder / "records.json").read_text())
+        if arrow.stat().st_size != expected["bytes"]:
+            return None
+        dataset = datasets.Dataset.from_file(str(arrow))
+        whole = len(dataset) == expected["records"] and dataset.data.schema.names == _SCHEMA.names
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+    return dataset if whole else None
+
+
+def _build(path: Path, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
+    """Write records.arrow, then records.json, which says that the first is complete."""
+    status = path.stat()
+    with replacing(folder / "records.arrow") as temporary:
+        records = _convert(path, temporary, special_text, max_errors, progress)
+        now = path.stat()
+        if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise UserError("changed while it was read", where=str(path), hint="start again when it is written")
+        size = temporary.stat().st_size
+    with replacing(folder / "records.json") as temporary:
+        temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))
+
+
+def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int, progress: bool) -> int:
+    """Stream the lines into an Arrow file and return the number of records."""
+    faults: list[Fault] = []
+    total_faults = 0
+    records = 0
+    ids = IdIndex()
+    rows: list[dict[str, Any]] = []
+    rows_bytes = 0
+    with (
+        pa.OSFile(str(arrow), "wb") as sink,
+        pa.ipc.new_stream(sink, _SCHEMA) as writer,
+        LateProgress(f"reading {path.name}", path.stat().st_size, enabled=progress) as bar,
+    ):
+        for number, raw in read_lines(path):
+            line = read_line(raw, file=path, line=number, special_text=special_text)
+            bar.advance(len(raw))
+            records += 1
+            if line.id is not None:
+                ids.add(line.id, number)
+            if line.record is None or total_faults:
+                total_faults += len(line.faults)
+                faults.extend(line.faults[: max_errors - len(faults)])
+                continue
+            rows.append(_row(line.record))
+            rows_bytes += len(raw)
+            if len(rows) >= _BATCH_ROWS or rows_bytes >= _BATCH_BYTES:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+                rows, rows_bytes = [], 0
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    repeated = ids.faults(path)
+    if total_faults + len(repeated):
+        first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
+        raise DataFaultsError(path, first, total=total_faults + len(repeated))
+    if not records:
+        raise no_record(path)
+    return records
+
+
+def _row(record: Record) -> dict[str, Any]:
+    turns = [
+        {"user": turn.user, "assistant": turn.assistant, "images": turn.images, "answers": turn.answers}
+        for turn in record.turns
+    ]
+    return {
+        "id": record.id,
+        "source": record.source,
+        "line": record.line,
+        "turns": turns,
+        "num_turns": len(turns),
+        "num_images": sum(len(turn.images) for turn in record.turns),
+        "num_chars": sum(len(turn.user) + len(turn.assistant) for turn in record.turns),
+    }
+
+
+def _record(row: dict[str, Any]) -> Record:
+    turns = tuple(
+        Turn(turn["user"], turn["assistant"], tuple(turn["images"]), tuple(turn["answers"])) for turn in row["turns"]
+    )
+    return Record(row["id"], row["source"], turns, row["line"])

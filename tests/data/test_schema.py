@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.schema import MAX_LINE_BYTES, Record, Turn, image_path_fault, iter_faults, parse_line, read_line
+from phi3v.errors import UserError
+
+FILE = Path("data/train.jsonl")
+TURN = {"user": "what shape?", "assistant": "circle"}
+
+
+def line_of(turn: dict[str, Any] | None = None, **keys: Any) -> str:
+    return json.dumps({"id": "a", "conversations": [TURN if turn is None else turn], **keys})
+
+
+def faults_of(text: str | bytes, line: int = 7, **options: Any) -> list[Fault]:
+    return list(iter_faults(text, file=FILE, line=line, **options))
+
+
+def test_a_record_of_several_turns_is_read_whole() -> None:
+    text = json.dumps(
+        {
+            "id": "val-0300",
+            "source": "ucf101",
+            "conversations": [
+                {"images": ["val/a.jpg", "val/b.jpg"], "user": "Who?", "assistant": "Zoë ☂", "answers": ["Zoë", "Z"]},
+                {"user": "Sure?", "assistant": "yes", "images": None},
+                {"user": "", "assistant": "a cat", "images": ["c.png"]},
+            ],
+        }
+    )
+    assert parse_line(text, file=FILE, line=3) == Record(
+        "val-0300",
+        "ucf101",
+        (
+            Turn("Who?", "Zoë ☂", ("val/a.jpg", "val/b.jpg"), ("Zoë", "Z")),
+            Turn("Sure?", "yes", (), ()),
+            Turn("", "a cat", ("c.png",), ()),
+        ),
+        3,
+    )
+
+
+@pytest.mark.parametrize("source", [{}, {"source": None}])
+def test_source_is_optional(source: dict[str, Any]) -> None:
+    assert parse_line(line_of(**source), file=FILE, line=1).source is None
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "what", "hint"),
+    [
+        ('{"id": "a", "conversations": [}', "", "is not valid JSON: Expecting value (column 31)", "look near"),
+        ("{'id': 'a'}", "", "is not valid JSON", 'quotes with "'),
+        ("{", "", "is not valid JSON", "may not be spread over lines"),
+        ('{"id": "a", "conver', "", "is not valid JSON", "look near"),
+        ("[{", "", "is not valid JSON", "one object a line"),
+        ("[]", "", "must be an object, not a list", "one object a line"),
+        ("NaN", "", "must be an object, not NaN", ""),
+        ("[" * 100_000, "", "is not usable JSON", ""),
+        ("9" * 5_000, "", "is not usable JSON", ""),
+        (line_of(id=7), "id", "must be a string, not a number", 'quote it: "id": "7"'),
+        (line_of(id=None), "id", "must be a string, not null", ""),
+        (line_of(id=" "), "id", "is empty", ""),
+        (json.dumps({"conversations": [TURN]}), "id", "is missing", 'add "id"'),
+        (line_of(source=3), "source", "must be a string, not a number", ""),
+        (line_of(source=float("nan")), "source", "must be a string, not NaN", ""),
+        (line_of(source=float("-inf")), "source", "must be a string, not -Infinity", ""),
+        ('{"id": "a"}', "conversations", "is missing", ""),
+        (line_of(conversations={}), "conversations", "must be a list, not an object", ""),
+        (line_of(conversations=[]), "conversations", "has no turn", ""),
+        (line_of(conversations=["hello"]), "conversations[0]", "must be an object, not a string", ""),
+        (line_of({"assistant": "x"}), "conversations[0].user", "is missing", ""),
+        (line_of({"user": "x"}), "conversations[0].assistant", "is missing", ""),
+        (line_of(TURN | {"user": " "}), "conversations[0].user", "is empty and the turn has no images", ""),
+        (line_of(TURN | {"user": True}), "conversations[0].user", "must be a string, not true", ""),
+        (line_of(TURN | {"assistant": " \n"}), "conversations[0].assistant", "is empty: there is nothing", ""),
+        (line_of(TURN | {"assistant": 3}), "conversations[0].assistant", "must be a string, not a number", ""),
+        (line_of(TURN | {"images": "a.png"}), "conversations[0].images", "must be a list", '["a.png"]'),
+        (line_of(TURN | {"images": ["a", 1]}), "conversations[0].images[1]", "must be a string", ""),
+        (line_of(TURN | {"answers": "x"}), "conversations[0].answers", "must be a list, not a string", ""),
+        (line_of(TURN | {"answers": []}), "conversations[0].answers", "is an empty list", ""),
+        (line_of(TURN | {"answers": ["x", ""]}), "conversations[0].answers[1]", "is empty", ""),
+        (line_of(TURN | {"answers": [None]}), "conversations[0].answers[0]", "must be a string, not null", ""),
+        (line_of(sorce="x"), "sorce", "is an unknown key", 'did you mean "source"?'),
+        (line_of(TURN | {"Images": []}), "conversations[0].Images", "is an unknown key", '"images"'),
+        (line_of(TURN | {"xyz": 1}), "conversations[0].xyz", "is an unknown key", "the keys here are images, user"),
+        (line_of().replace('"id": "a"', '"id": "a", "id": "b"'), "id", "is there twice", ""),
+        (line_of().replace('"user"', '"user": "", "user"'), "conversations[0].user", "is there twice", ""),
+        (line_of(TURN | {"user": "\ud800"}), "conversations[0].user", "half of a surrogate pair", ""),
+        (line_of(TURN | {"images": [""]}), "conversations[0].images[0]", "is an empty path", ""),
+        (line_of(TURN | {"images": ["/etc/a.png"]}), "conversations[0].images[0]", "is an absolute path", "images/"),
+        (line_of(TURN | {"images": ["a.png", "../b.png"]}), "conversations[0].images[1]", "leaves the data", ""),
+    ],
+)  # fmt: skip
+def test_a_fault_names_its_field_and_what_to_do(text: str, field: str, what: str, hint: str) -> None:
+    faults = faults_of(text)
+    assert [fault.field for fault in faults] == [field]
+    fault = faults[0]
+    assert (fault.file, fault.line) == (FILE, 7)
+    assert what in fault.what
+    assert fault.hint
+    assert hint in fault.hint
+    with pytest.raises(DataFaultsError, match=r"train\.jsonl:7: ") as caught:
+        parse_line(text, file=FILE, line=7)
+    assert caught.value.faults == (fault,)
+
+
+def test_all_faults_of_a_line_are_found_and_parse_raises_the_first() -> None:
+    text = '{"id": 1, "sauce": NaN, "conversations": [{"user": "x", "assistant": ""}, {"images": ["C:\\\\a.png"]}]}'
+    fields = [fault.field for fault in faults_of(text)]
+    assert fields == [
+        "sauce",
+        "id",
+        "conversations[0].assistant",
+        "conversations[1].images[0]",
+        "conversations[1].user",
+        "conversations[1].assistant",
+    ]
+    with pytest.raises(UserError) as caught:
+        parse_line(text, file=FILE, line=2)
+    assert str(caught.value).startswith("data/train.jsonl: 6 faults (the first 1 follow)\ndata/train.jsonl:2: sauce: ")
+
+
+def test_a_fault_prints_as_one_line_and_its_hint() -> None:
+    fault = Fault(FILE, 7, "conversations[2].images[0]", "is an empty path", "name the file")
+    assert str(fault) == "data/train.jsonl:7: conversations[2].images[0]: is an empty path\n  → name the file"
+
+
+def test_control_characters_of_the_data_never_reach_the_terminal() -> None:
+    for fault in faults_of(line_of(TURN | {"images": ["/\x1b[31mred"], "\x1b]0;x": 1})):
+        assert "\x1b" not in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("", "is an empty path"),
+        ("  ", "is an empty path"),
+        ("/a.png", "is an absolute path"),
+        ("C:/a.png", "is an absolute path"),
+        ("c:\\a.png", "is an absolute path"),
+        ("\\\\server\\a.png", "is an absolute path"),
+        ("train\\a.png", "has a backslash"),
+        ("..", "leaves the data root"),
+        ("a/../../b.png", "leaves the data root"),
+        ("a/./../../a/b.png", "leaves the data root"),
+        ("https://example.org/a.png", "is a URL"),
+        ("file:///a.png", "is a URL"),
+        ("data:image/png;base64,AAAA", "is a URL"),
+        ("a\0.png", "has a NUL"),
+    ],
+)
+def test_a_path_that_cannot_be_inside_the_data_folder(path: str, what: str) -> None:
+    fault = image_path_fault(path)
+    assert fault is not None
+    assert fault[0].startswith(what)
+
+
+@pytest.mark.parametrize("path", ["a.png", "a/b/../c.png", "./a.png", "a b/ü…x.png", "..a/b..png", "v:2/a.png"])
+def test_a_path_inside_the_data_folder_is_fine(path: str) -> None:
+    assert image_path_fault(path) is None
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|user|>", "<|image_1|>", "<|endoftext|>", "</s>"])
+def test_special_text_is_refused_with_its_field(token: str) -> None:
+    text = line_of({"user": f"a {token}", "assistant": f"{token} b", "answers": ["c", token]})
+    faults = faults_of(text)
+    assert [fault.field.removeprefix("conversations[0].") for fault in faults] == ["user", "assistant", "answers[1]"]
+    assert all(token in fault.what for fault in faults)
+
+
+def test_special_text_is_escaped_if_asked() -> None:
+    text = line_of({"user": "a <|end|> <b>", "assistant": "<|user|>", "answers": ["</s>"]})
+    (turn,) = parse_line(text, file=FILE, line=1, special_text="escape").turns
+    assert turn == Turn("a < |end|> <b>", "< |user|>", (), ("< /s>",))
+
+
+def test_text_that_only_looks_special_is_left_alone() -> None:
+    turn = {"user": "is 3 < 4? <|nothing|> <b>", "assistant": "a <- b"}
+    assert parse_line(line_of(turn), file=FILE, line=1).turns == (Turn(**turn),)
+
+
+def test_invalid_utf8_names_the_byte() -> None:
+    (fault,) = faults_of(line_of().encode().replace(b"circle", b"caf\xe9"))
+    assert "not UTF-8: byte 0xe9 at byte" in fault.what
+    (fault,) = faults_of(line_of().encode("utf-16"), line=1)
+    assert "iconv -f UTF-16" in fault.hint
+
+
+def test_a_byte_order_mark_is_tolerated_on_the_first_line_only() -> None:
+    text = "\ufeff" + line_of()
+    assert parse_line(text.encode(), file=FILE, line=1).id == "a"
+    assert parse_line(text, file=FILE, line=1).id == "a"
+    assert faults_of(text, line=2)
+
+
+def test_a_line_without_end_is_refused() -> None:
+    (fault,) = faults_of(b'["' + b"x" * MAX_LINE_BYTES)
+    assert fault.what == "the line is longer than 64 MiB"
+
+
+def test_what_can_be_read_of_a_faulty_line_is_kept() -> None:
+    line = read_line(line_of({"user": "x", "assistant": "", "images": ["a.png", "/b.png", "c.png"]}), file=FILE, line=1)
+    assert line.record is None
+    assert line.id == "a"
+    assert line.images == [("conversations[0].images[0]", "a.png"), ("conversations[0].images[2]", "c.png")]
