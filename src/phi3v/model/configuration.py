@@ -105,7 +105,7 @@ class Phi3VConfig(Phi3Config):
                 "long_factor": rope["long_factor"],
                 "factor": self.max_position_embeddings / self.original_max_position_embeddings,
             }
-        return super().convert_rope_params_to_dict(**kwargs)  # type: ignore[no-any-return]
+        return super().convert_rope_params_to_dict(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()

@@ -195,11 +195,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the checkpoint carries but no forward pass runs: CLIP's last layer and final norm."""
         vision = self.model.vision_embed_tokens.img_processor.vision_model
-        unused = {
-            id(p)
-            for module in (vision.encoder.layers[-1], vision.post_layernorm)
-            for p in module.parameters()
-        }
+        unused = {id(p) for module in (vision.encoder.layers[-1], vision.post_layernorm) for p in module.parameters()}
         return ((name, p) for name, p in self.named_parameters() if id(p) in unused)
 
     def forward(

@@ -167,9 +167,7 @@ def init_model(
         UserError: unknown preset, ``out`` holds a model already, or ``tokenizer`` has no tokenizer.json.
     """
     if (out / "config.json").exists():
-        raise UserError(
-            "there is a model already", where=str(out), hint="choose another --out, or remove it first"
-        )
+        raise UserError("there is a model already", where=str(out), hint="choose another --out, or remove it first")
     is_tiny = preset == "tiny"
     preset_config(preset)  # an unknown name is an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +181,7 @@ def init_model(
         size = max(ids.values()) + 1
     else:
         made = save_tiny_tokenizer(out, official_ids=not is_tiny)
-        ids = {token: made.token_to_id(token) for token in CHAT_TOKENS}
+        ids = {token: made.get_vocab()[token] for token in CHAT_TOKENS}
         size = max(made.get_vocab().values()) + 1
     overrides: dict[str, Any] = {}
     if is_tiny:
@@ -212,6 +210,4 @@ def _token_id(folder: Path, token: str) -> int:
     for entry in added:
         if entry["content"] == token:
             return int(entry["id"])
-    raise UserError(
-        f"the tokenizer has no {token}", where=str(folder), hint="give the folder of Phi-3's tokenizer"
-    )
+    raise UserError(f"the tokenizer has no {token}", where=str(folder), hint="give the folder of Phi-3's tokenizer")

@@ -32,9 +32,7 @@ class Phi3VRotaryEmbedding(nn.Module):
         base = rope["rope_theta"] ** exponents
         self.long_context_start = config.long_context_start
         if rope["rope_type"] == "longrope":
-            factors = torch.tensor(
-                [rope["short_factor"], rope["long_factor"]], dtype=torch.float32, device="cpu"
-            )
+            factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32, device="cpu")
             scale = config.max_position_embeddings / self.long_context_start
             self.attention_scaling = (
                 math.sqrt(1 + math.log(scale) / math.log(self.long_context_start)) if scale > 1 else 1.0

@@ -60,17 +60,13 @@ def encode_conversation(
         raise ValueError("a conversation needs at least one turn")
     expected = sum(turn.num_images for turn in turns)
     if expected != len(num_img_tokens):
-        raise ValueError(
-            f"the turns have {expected} pictures but token counts of {len(num_img_tokens)} were given"
-        )
+        raise ValueError(f"the turns have {expected} pictures but token counts of {len(num_img_tokens)} were given")
     stream = TokenStream()
     next_image = 1
     for index, turn in enumerate(turns):
         numbers = range(next_image, next_image + turn.num_images)
         next_image += turn.num_images
-        prompt = processor.tokenize_segment(
-            user_prompt(turn.user, numbers), num_img_tokens, starts_text=index == 0
-        )
+        prompt = processor.tokenize_segment(user_prompt(turn.user, numbers), num_img_tokens, starts_text=index == 0)
         stream.input_ids += prompt
         stream.labels += [IGNORE_INDEX] * len(prompt)
         is_last = index == len(turns) - 1

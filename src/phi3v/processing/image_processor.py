@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, page_geometry
+from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, num_img_tokens, page_geometry
 
 # CLIP's statistics of the red, green and blue channel.
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -61,6 +61,10 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Tokens of a ``width`` x ``height`` picture."""
         return page_geometry(width, height, self.num_crops).num_img_tokens
 
+    def num_tokens_of_page(self, size: tuple[int, int]) -> int:
+        """Tokens of a page of ``size`` (height, width)."""
+        return num_img_tokens(size[0] // CROP_SIZE, size[1] // CROP_SIZE)
+
     def calc_num_image_tokens(self, images: Images) -> list[int]:
         """Tokens of each picture."""
         return [self.calc_num_image_tokens_from_image_size(*image.size) for image in as_list(images)]
@@ -78,14 +82,10 @@ class Phi3VImageProcessor(BaseImageProcessor):
         pixels = page.permute(2, 0, 1).float().div(255)  # [3, height, width]
         pixels = (pixels - mean[:, None, None]) / std[:, None, None]
         # Without antialias, as the reference shrinks the page.
-        view = functional.interpolate(
-            pixels[None], size=(CROP_SIZE, CROP_SIZE), mode="bicubic"
-        )  # [1, 3, 336, 336]
+        view = functional.interpolate(pixels[None], size=(CROP_SIZE, CROP_SIZE), mode="bicubic")  # [1, 3, 336, 336]
         height, width = page.shape[:2]
         crops = pixels.view(3, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
-        crops = crops.permute(1, 3, 0, 2, 4).reshape(
-            -1, 3, CROP_SIZE, CROP_SIZE
-        )  # [rows * columns, 3, 336, 336]
+        crops = crops.permute(1, 3, 0, 2, 4).reshape(-1, 3, CROP_SIZE, CROP_SIZE)  # [rows * columns, 3, 336, 336]
         return torch.cat([view, crops]), (height, width)
 
     def preprocess(self, images: Images, return_tensors: str | None = None) -> BatchFeature:

@@ -36,9 +36,7 @@ class Phi3VProcessor(ProcessorMixin):
         tokenizer: Phi-3's tokenizer.
     """
 
-    def __init__(
-        self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any
-    ) -> None:
+    def __init__(self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
         kwargs.setdefault("chat_template", tokenizer.chat_template)
         super().__init__(image_processor, tokenizer, **kwargs)
         # Its files as they were read; see `save_pretrained`.
@@ -58,9 +56,7 @@ class Phi3VProcessor(ProcessorMixin):
         image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
         files = {}
         for name in TOKENIZER_FILES:
-            file = cached_file(
-                path, name, _raise_exceptions_for_missing_entries=name == TOKENIZER_FILE, **kwargs
-            )
+            file = cached_file(path, name, _raise_exceptions_for_missing_entries=name == TOKENIZER_FILE, **kwargs)
             if file is not None:
                 files[name] = Path(file).read_bytes()
         config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
@@ -78,9 +74,7 @@ class Phi3VProcessor(ProcessorMixin):
         processor._tokenizer_files = files
         return processor
 
-    def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the official files: the tokenizer's byte for byte as read, and ``preprocessor_config.json``.
 
         Training never changes the tokenizer, and the library would write a class and a format of merges that older
@@ -136,7 +130,7 @@ class Phi3VProcessor(ProcessorMixin):
             )
         return self.tokenize_segment(text, num_img_tokens, starts_text=True)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | Sequence[str],
         images: Images | Sequence[Sequence[Image.Image]] | None = None,

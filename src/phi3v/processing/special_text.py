@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 
 # The added tokens of Phi-3's tokenizer and the image tags of its processor.
-SPECIAL_TEXT = re.compile(
-    r"<\|(?:endoftext|assistant|system|end|user|image|image_\d+|placeholder\d+)\|>|</?s>|<unk>"
-)
+SPECIAL_TEXT = re.compile(r"<\|(?:endoftext|assistant|system|end|user|image|image_\d+|placeholder\d+)\|>|</?s>|<unk>")
 
 
 def find_special_text(text: str) -> list[str]:

@@ -40,7 +40,7 @@ left right top bottom large small with for on at by from as it was were be has h
 why person people man woman dog cat car tree house road water food hand face light sign street building object
 describe read find show list give same different first second last more less most least all some none other
 value amount price year month day time company address city country state phone page letter report form field
-""".split()
+""".split()  # noqa: SIM905 - a list literal would be a word a line
 
 MIN_MERGES = 320
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
@@ -73,10 +73,7 @@ def build_tiny_tokenizer(*, official_ids: bool = False) -> Tokenizer:
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, rstrip=token in STRIPS_RIGHT)
-            for token in ("<unk>", "<s>", *CHAT_TOKENS)
-        ]
+        [AddedToken(token, normalized=False, rstrip=token in STRIPS_RIGHT) for token in ("<unk>", "<s>", *CHAT_TOKENS)]
     )
     # In the official files </s> is an added token but no special one.
     tokenizer.add_tokens([AddedToken("</s>", normalized=False, rstrip=True, special=False)])
@@ -88,7 +85,7 @@ def _learn_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
     learner = Tokenizer(models.BPE(byte_fallback=True))
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     base = ["<unk>", "<s>", "</s>", *BYTES]
-    alphabet = sorted(set(string.printable) - set(string.whitespace)) + ["▁"]
+    alphabet = [*sorted(set(string.printable) - set(string.whitespace)), "▁"]
     trainer = trainers.BpeTrainer(
         vocab_size=len(base) + len(alphabet) + MIN_MERGES,
         special_tokens=base,
@@ -98,9 +95,7 @@ def _learn_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
     corpus = [word for rank, word in enumerate(WORDS) for _ in range(len(WORDS) - rank)]
     learner.train_from_iterator(corpus, trainer)
     model = json.loads(learner.to_str())["model"]
-    merges = [
-        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]
-    ]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return model["vocab"], merges
 
 

@@ -1,0 +1,152 @@
+"""Records to model inputs: what one sample is, and how several become a batch.
+
+Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch, ``C`` crops of the largest page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from phi3v.data.schema import Record
+from phi3v.data.table import RecordTable
+from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor, pad_rows
+
+LossWeighting = Literal["sample", "token"]
+
+
+@dataclass
+class Sample:
+    """One record, or one question of it, as the model sees it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    crops: list[torch.Tensor]  # of each picture (1 + rows * columns, 3, 336, 336), global view first
+    image_sizes: list[tuple[int, int]]  # height and width of each page
+    num_questions: int = 1
+
+
+def make_sample(table: RecordTable, record: Record, processor: Phi3VProcessor, *, question: int | None = None) -> Sample:
+    """The token stream and the pictures of a record.
+
+    Args:
+        question: make the prompt of this turn, after the turns before it with their answers; by default the whole
+            record is made, with every answer.
+    """
+    turns = record.turns if question is None else record.turns[: question + 1]
+    pages = [processor.image_processor.crops(image) for image in table.load_images(Record(record.id, record.source, turns, record.line))]
+    chat = [
+        ChatTurn(turn.user, None if index == question else turn.assistant, len(turn.images))
+        for index, turn in enumerate(turns)
+    ]
+    counts = [processor.image_processor.num_tokens_of_page(size) for _, size in pages]
+    stream = encode_conversation(processor, chat, counts)
+    return Sample(
+        stream.input_ids, stream.labels, [crops for crops, _ in pages], [size for _, size in pages], len(turns)
+    )
+
+
+class ConversationDataset(Dataset[Sample]):
+    """Whole records, to learn from."""
+
+    def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
+        self.table = table
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Sample:
+        return make_sample(self.table, self.table[index], self.processor)
+
+
+class QuestionDataset(Dataset[Sample]):
+    """Every question of every record as a prompt, to answer.
+
+    Args:
+        limit: take so many questions, drawn by ``seed`` and kept in the order of the file.
+    """
+
+    def __init__(
+        self, table: RecordTable, processor: Phi3VProcessor, *, limit: int | None = None, seed: int = 0
+    ) -> None:
+        self.table = table
+        self.processor = processor
+        counts = table.turn_counts()
+        records = np.repeat(np.arange(len(table)), counts)
+        turns = np.concatenate([np.arange(count) for count in counts])
+        # (questions, 2): record and turn of each question
+        self.index: npt.NDArray[np.int64] = np.stack([records, turns], axis=1).astype(np.int64)
+        if limit is not None and limit < len(self.index):
+            chosen = np.random.default_rng(seed).choice(len(self.index), size=limit, replace=False)
+            self.index = self.index[np.sort(chosen)]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def question(self, index: int) -> tuple[str, str, tuple[str, ...]]:
+        """Id, text and reference answers of a question."""
+        record_index, turn_index = self.index[index]
+        record = self.table[int(record_index)]
+        turn = record.turns[turn_index]
+        name = record.id if len(record.turns) == 1 else f"{record.id}#{turn_index + 1}"
+        return name, turn.user, turn.answers or (turn.assistant,)
+
+    def __getitem__(self, index: int) -> Sample:
+        record_index, turn_index = self.index[index]
+        return make_sample(self.table, self.table[int(record_index)], self.processor, question=int(turn_index))
+
+
+@dataclass
+class Collator:
+    """Pads samples to a batch.
+
+    Args:
+        pad_token_id: fills ``input_ids``.
+        padding_side: right to learn, left to generate.
+        loss_weighting: ``sample`` weighs each label by one over its sample's number of labels, so that every sample
+            weighs 1; ``token`` weighs every label 1.
+    """
+
+    pad_token_id: int
+    padding_side: Literal["left", "right"] = "right"
+    loss_weighting: LossWeighting = "sample"
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T),
+            ``num_questions`` int64 (B,), and with pictures ``pixel_values`` float32 (N, 1 + C, 3, 336, 336) and
+            ``image_sizes`` int64 (N, 2).
+        """
+        batch = pad_rows([sample.input_ids for sample in samples], self.pad_token_id, self.padding_side)
+        length = batch["input_ids"].shape[1]
+        labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
+        weights = torch.zeros(len(samples), length)
+        for row, sample in enumerate(samples):
+            own = torch.tensor(sample.labels, dtype=torch.int64)
+            learnt = own != IGNORE_INDEX
+            where = slice(length - len(own), length) if self.padding_side == "left" else slice(0, len(own))
+            labels[row, where] = own
+            weight = 1.0 / max(1, int(learnt.sum())) if self.loss_weighting == "sample" else 1.0
+            weights[row, where] = learnt * weight
+        batch |= {
+            "labels": labels,
+            "loss_weights": weights,
+            "num_questions": torch.tensor([sample.num_questions for sample in samples]),
+        }
+        crops = [image for sample in samples for image in sample.crops]
+        if crops:
+            pixel_values = crops[0].new_zeros(len(crops), max(len(image) for image in crops), *crops[0].shape[1:])
+            for index, image in enumerate(crops):
+                pixel_values[index, : len(image)] = image
+            batch["pixel_values"] = pixel_values
+            batch["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
+        return batch
