@@ -1,0 +1,207 @@
+"""The command line: one subcommand a verb; parsing and wiring, no logic.
+
+Exit codes: 0 done; 1 a fault of ours; 2 the user's input was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from phi3v import __version__
+from phi3v.errors import UserError
+
+PRESETS = ("tiny", "phi-3.5-vision", "phi-3-vision")
+Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = build_parser().parse_args(argv)
+    as_json = getattr(arguments, "json", False)
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=as_json, quiet=not is_first_rank)
+    try:
+        result = arguments.handler(arguments, console)
+    except UserError as error:
+        if is_first_rank:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if as_json and result is not None and is_first_rank:
+        print(json.dumps(result))
+    return int((result or {}).get("exit_code", 0))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
+    )
+    parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    model = verbs.add_parser("model", help="make models").add_subparsers(dest="action", required=True)
+    init = _command(
+        model,
+        "init",
+        _model_init,
+        "write a model with random weights in the official layout, with processor and tokenizer",
+        "phi3v model init --preset tiny --out tiny",
+    )
+    init.add_argument("--preset", choices=PRESETS, required=True, help="which architecture")
+    init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    init.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: float32 for tiny, bfloat16 for the real sizes)",
+    )
+    init.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=os.environ.get("PHI3V_TOKENIZER"),
+        metavar="DIR",
+        help="folder with Phi-3's tokenizer (default: $PHI3V_TOKENIZER, else a small built-in one); "
+        "the tiny preset always has the built-in one",
+    )
+
+    data = verbs.add_parser("data", help="convert and check data").add_subparsers(dest="action", required=True)
+    convert = _command(
+        data,
+        "convert",
+        _data_convert,
+        "bring a dataset into the JSONL format",
+        "phi3v data convert easy-vqa --out data/easy-vqa",
+    )
+    convert.add_argument("source", choices=("easy-vqa",), help="which dataset")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
+    check = _command(
+        data,
+        "check",
+        _data_check,
+        "list every fault of a data file with its line, its field and what to do",
+        "phi3v data check data/train.jsonl",
+    )
+    check.add_argument("file", type=Path, metavar="FILE.jsonl", help="the data; pictures lie in images/ beside it")
+    check.add_argument("--max-errors", type=int, default=20, help="stop after so many faults (default: %(default)s)")
+    check.add_argument(
+        "--images",
+        choices=("decode", "header", "off"),
+        default="decode",
+        help="how pictures are checked: decoded in full, header only, not at all (default: %(default)s)",
+    )
+    check.add_argument(
+        "--max-pixels", type=int, default=89_478_485, help="refuse larger pictures unread (default: %(default)s)"
+    )
+    check.add_argument(
+        "--special-text",
+        choices=("refuse", "escape"),
+        default="refuse",
+        help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
+    )
+
+    train = _command(
+        verbs,
+        "train",
+        _train,
+        "fine-tune a model as a recipe says; options override it",
+        "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
+        add_help=False,
+    )
+    train.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe")
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key.subkey value", help="override its keys")
+    return parser
+
+
+def _command(
+    verbs: Any, name: str, handler: Handler, summary: str, example: str, **kwargs: Any
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example: {example}",
+        **kwargs,
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    import torch
+
+    from phi3v.model.presets import init_model
+
+    parameters = init_model(
+        arguments.preset,
+        arguments.out,
+        seed=arguments.seed,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
+    )
+    console.print(f"{arguments.preset}: {parameters:,} parameters in {arguments.out}", highlight=False)
+    return {"preset": arguments.preset, "parameters": parameters, "folder": str(arguments.out)}
+
+
+def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.data.sources import SOURCES
+
+    files = SOURCES[arguments.source](arguments.out, arguments.location)
+    for split, path in files.items():
+        console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
+    return {"source": arguments.source, "files": {split: str(path) for split, path in files.items()}}
+
+
+def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.data.check import check_file
+
+    report = check_file(
+        arguments.file,
+        max_errors=arguments.max_errors,
+        max_pixels=arguments.max_pixels,
+        image_level=arguments.images,
+        special_text=arguments.special_text,
+    )
+    report.render(console)
+    return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+
+
+def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    from phi3v.config import build_parser as config_parser
+    from phi3v.config import load_config
+
+    overrides = list(arguments.overrides)
+    recipe = arguments.recipe
+    if "--json" in overrides:
+        overrides.remove("--json")
+        arguments.json = True
+    if "-h" in overrides or "--help" in overrides or (recipe is None and not overrides):
+        options = config_parser()
+        options.prog = "phi3v train"
+        options.usage = "phi3v train [RECIPE.yaml] [--json] [--key.subkey value …]"
+        options.epilog = "example: phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first"
+        options.print_help()
+        return None
+    config = load_config(recipe, overrides)
+    from phi3v.train.run import run_training
+
+    return run_training(config, console).to_json_dict()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Which device and which precision a run uses, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from phi3v.config import Precision
+from phi3v.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what a rank computes."""
+
+    device: torch.device
+    precision: str  # bf16, fp16 or fp32
+    reason: str
+    rank: int
+    world_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.precision == "fp32" else self.dtype
+
+
+def choose_compute(wanted: Precision) -> Compute:
+    """Device and precision of this process; ranks come from torchrun's environment.
+
+    Raises:
+        UserError: the device cannot compute in the precision asked for.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        if wanted == "fp16":
+            raise UserError(
+                "fp16 training needs a GPU, and there is none",
+                where="training.precision",
+                hint="use fp32, or bf16 on a recent CPU",
+            )
+        precision, reason = ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")
+        return Compute(torch.device("cpu"), precision, reason, rank, world_size)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    name = torch.cuda.get_device_name(device)
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted == "auto":
+        precision, reason = ("bf16", f"{name} has it") if has_bf16 else ("fp16", f"{name} has no bf16")
+        return Compute(device, precision, reason, rank, world_size)
+    if wanted == "bf16" and not has_bf16:
+        raise UserError(f"{name} has no bf16", where="training.precision", hint="use fp16")
+    return Compute(device, wanted, "as configured", rank, world_size)
+
+
+def default_workers(world_size: int) -> int:
+    """Reading processes of a rank: the cores less one for computing, shared by the ranks, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(0, min(8, cores // world_size - 1))

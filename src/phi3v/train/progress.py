@@ -1,0 +1,101 @@
+"""What a person sees while it trains, and the lines of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from phi3v.train.trainer import Phi3VTrainer
+
+
+def peak_memory_gb() -> float:
+    """Highest memory so far in GB (10**9 bytes): the allocator's on a GPU, the process's on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar of long work: what, how far, extras, time gone and time left."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[extra]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar on a terminal, plain lines elsewhere, and a line of ``metrics.jsonl`` a logging step."""
+
+    def __init__(self, console: Console, metrics_file: Path) -> None:
+        self.console = console
+        self.metrics_file = metrics_file
+        self.trainer: Phi3VTrainer | None = None
+        self.bar = progress_bar(console)
+        self.task: Any = None
+        self.start = self.last = 0.0
+        self.counted: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = self.last = time.perf_counter()
+        if state.is_world_process_zero:
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, extra="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
+            return
+        now = time.perf_counter()
+        seen = {name: count * args.world_size for name, count in self.trainer.seen.items()}
+        rates = {
+            f"{name}_per_second": round((count - self.counted.get(name, 0)) / max(now - self.last, 1e-9), 2)
+            for name, count in seen.items()
+        }
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            **seen,
+            **rates,
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+            "seconds": round(now - self.start, 2),
+        }
+        self.counted, self.last = seen, now
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        text = (
+            f"loss {line['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
+            f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
+        )
+        if self.console.is_terminal:
+            self.bar.update(self.task, extra=text)
+        else:
+            left = (now - self.start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.bar.stop()

@@ -1,0 +1,303 @@
+"""One run from recipe to result: check, load, measure, train, save, measure again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback as LibraryProgressCallback
+
+from phi3v.config import RunConfig
+from phi3v.data.check import ensure_checked
+from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.table import RecordTable, open_table
+from phi3v.errors import UserError
+from phi3v.evaluate.evaluation import EvaluationResult, evaluate
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.gradient_check import check_gradients
+from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
+from phi3v.train.run_folder import prepare_run_folder
+from phi3v.train.saving import save_final
+from phi3v.train.strategies import choose_attention, load_for_training, summarize
+from phi3v.train.trainer import Phi3VTrainer, training_arguments
+
+logger = logging.getLogger("phi3v")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    steps: int
+    train_seconds: float
+    questions_per_second: float
+    samples_per_second: float
+    tokens_per_second: float
+    final_loss: float
+
+    def to_json_dict(self) -> dict[str, Any]:
+        summary = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.name not in ("folder", "before", "after")
+        }
+        scores = {
+            f"{name}_{result.metric}": result.score
+            for name, result in (("before", self.before), ("after", self.after))
+            if result is not None
+        }
+        return {"folder": str(self.folder), **scores, **summary, "peak_memory_gb": peak_memory_gb()}
+
+
+def run_training(config: RunConfig, console: Console) -> RunResult:
+    """Train as configured.
+
+    Everything that can be known to be wrong is found before the model is loaded: first the configuration, then the
+    data, then the gradients of one batch.
+
+    Raises:
+        UserError: the configuration or the data are wrong.
+    """
+    compute = choose_compute(config.training.precision)
+    accumulation = config.accumulation_steps(compute.world_size)
+    train_table, eval_table = open_data(config)
+    folder = prepare_run_folder(config) if compute.rank == 0 else Path(config.training.output_dir)
+    _log_to(folder / "log.txt", compute.rank)
+    set_seed(config.training.seed)
+    workers = config.data.num_workers
+    workers = default_workers(compute.world_size) if workers is None else workers
+
+    processor = load_processor(config)
+    started = time.perf_counter()
+    model = load_for_training(config.model, config.method, compute_dtype=compute.dtype, device=compute.device)
+    if config.training.gradient_checkpointing:
+        # Reentrant checkpointing gives no gradients behind frozen embeddings.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _print_header(console, config, compute, model, train_table, eval_table, accumulation, folder)
+    logger.info("model loaded in %.1f s", time.perf_counter() - started)
+
+    dataset = ConversationDataset(train_table, processor)
+    collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=config.training.loss_weighting)
+    checked = check_gradients(
+        model, collator([dataset[probe_index(train_table)]]), autocast_dtype=compute.autocast_dtype
+    )
+    console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
+
+    questions = None
+    if eval_table is not None:
+        questions = QuestionDataset(
+            eval_table, processor, limit=config.evaluation.max_questions, seed=config.training.seed
+        )
+    before = after = None
+    if questions is not None and config.evaluation.before:
+        before = _measure(model, processor, questions, config, compute, workers, console, folder, "before")
+
+    trainer = Phi3VTrainer(
+        model=model,
+        args=training_arguments(
+            config,
+            folder,
+            precision=compute.precision,
+            use_cpu=compute.device.type == "cpu",
+            accumulation=accumulation,
+            num_workers=workers,
+        ),
+        train_dataset=dataset,
+        data_collator=collator,
+    )
+    for callback in (PrinterCallback, LibraryProgressCallback):
+        trainer.remove_callback(callback)
+    progress = ProgressCallback(console, folder / "metrics.jsonl")
+    progress.trainer = trainer
+    trainer.add_callback(progress)
+    started = time.perf_counter()
+    output = trainer.train()
+    seconds = time.perf_counter() - started
+
+    if compute.rank == 0:
+        save_final(model, processor, folder / "final")
+    trainer.accelerator.wait_for_everyone()
+    if questions is not None and config.evaluation.after:
+        after = _measure(model, processor, questions, config, compute, workers, console, folder, "after")
+
+    seen = {name: count * compute.world_size for name, count in trainer.seen.items()}
+    result = RunResult(
+        folder=folder,
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        train_seconds=round(seconds, 2),
+        questions_per_second=round(seen["questions"] / seconds, 2),
+        samples_per_second=round(seen["samples"] / seconds, 2),
+        tokens_per_second=round(seen["tokens"] / seconds, 2),
+        final_loss=float(output.training_loss),
+    )
+    logger.info("result %s", json.dumps(result.to_json_dict()))
+    _print_result(console, result)
+    return result
+
+
+def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
+    """The checked data files.
+
+    Raises:
+        UserError: no data, or faults in it.
+    """
+    if config.data.train is None:
+        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+    tables: list[RecordTable | None] = []
+    for name in (config.data.train, config.data.eval):
+        if name is None:
+            tables.append(None)
+            continue
+        ensure_checked(
+            Path(name),
+            max_pixels=config.data.max_image_pixels,
+            image_level=config.data.image_check,
+            special_text=config.data.special_text,
+        )
+        tables.append(
+            open_table(
+                Path(name), special_text=config.data.special_text, max_pixels=config.data.max_image_pixels
+            )
+        )
+    train, evaluation = tables
+    assert train is not None
+    return train, evaluation
+
+
+def load_processor(config: RunConfig) -> Phi3VProcessor:
+    """The model's processor, with the configured number of crops.
+
+    Raises:
+        UserError: there is none at ``model.path``.
+    """
+    try:
+        return Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
+    except OSError as error:
+        raise UserError(
+            f"no processor there: {str(error).splitlines()[0]}",
+            where=f"model.path {config.model.path}",
+            hint="give a folder in the official layout (make one with `phi3v model init`), or a hub id",
+        ) from None
+
+
+def probe_index(table: RecordTable) -> int:
+    """A record for the gradient check: the first one with a picture, or the first."""
+    with_images = table.image_counts().nonzero()[0]
+    return int(with_images[0]) if len(with_images) else 0
+
+
+def _measure(
+    model: Any,
+    processor: Phi3VProcessor,
+    questions: QuestionDataset,
+    config: RunConfig,
+    compute: Compute,
+    workers: int,
+    console: Console,
+    folder: Path,
+    when: str,
+) -> EvaluationResult:
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"evaluating {when}", total=len(questions), extra="")
+        result = evaluate(
+            model,
+            processor,
+            questions,
+            config.evaluation,
+            autocast_dtype=compute.autocast_dtype,
+            num_workers=workers,
+            rank=compute.rank,
+            world_size=compute.world_size,
+            on_batch=lambda count: bar.advance(task, count * compute.world_size),
+        )
+    if compute.rank == 0:
+        result.write(folder / f"eval_{when}.json")
+        console.print(
+            f"{result.metric} {when}: {100 * result.score:.2f} % on {len(result.ids)} questions "
+            f"({len(result.ids) / result.seconds:.1f} questions/s)",
+            highlight=False,
+        )
+    return result
+
+
+def _print_header(
+    console: Console,
+    config: RunConfig,
+    compute: Compute,
+    model: Any,
+    train_table: RecordTable,
+    eval_table: RecordTable | None,
+    accumulation: int,
+    folder: Path,
+) -> None:
+    parts = summarize(model)
+    table = Table(box=None, pad_edge=False)
+    for column in ("part", "parameters", "trained", "adapters"):
+        table.add_column(column, justify="left" if column in ("part", "adapters") else "right")
+    for part in parts:
+        adapters = ", ".join(f"{name} ×{count}" for name, count in part.adapters.items())
+        table.add_row(part.part, f"{part.total:,}", f"{part.trainable:,}", adapters)
+    trainable, total = sum(part.trainable for part in parts), sum(part.total for part in parts)
+    table.add_row("total", f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.2f} % trained")
+    attention, why = choose_attention(config.model.attention, compute.device, compute.dtype)
+    console.print(f"[bold]{config.method.name}[/bold] training of {config.model.path}", highlight=False)
+    console.print(table)
+    for line in (
+        f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
+        + (f", {int(eval_table.turn_counts().sum())} questions to measure on" if eval_table is not None else ""),
+        f"device: {compute.device}, {compute.precision} ({compute.reason}); attention: {attention} ({why})",
+        f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
+        f"{config.training.micro_batch_size} at a time × {accumulation} accumulated; "
+        f"every {config.training.loss_weighting} weighs the same",
+        f"output: {folder}",
+    ):
+        console.print(line, highlight=False)
+
+
+def _print_result(console: Console, result: RunResult) -> None:
+    table = Table(title="result", box=None, pad_edge=False, title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for when, measured in (("before", result.before), ("after", result.after)):
+        if measured is not None:
+            table.add_row(f"{measured.metric} {when}", f"{100 * measured.score:.2f} %")
+    table.add_row("steps", str(result.steps))
+    table.add_row("training time", f"{result.train_seconds:.1f} s")
+    table.add_row("speed", f"{result.questions_per_second:.1f} questions/s")
+    table.add_row("", f"{result.samples_per_second:.2f} samples/s")
+    table.add_row("", f"{result.tokens_per_second:,.0f} tokens/s")
+    table.add_row("peak memory", f"{peak_memory_gb():.2f} GB")
+    console.print(table)
+    console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+
+
+def _log_to(path: Path, rank: int) -> None:
+    """Send our log and the libraries' warnings to ``log.txt``, on the first rank."""
+    for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        for name in ("phi3v", "transformers"):
+            logging.getLogger(name).removeHandler(old)
+        old.close()
+    if rank != 0:
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("phi3v", "transformers"):
+        logging.getLogger(name).addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.info("command %s", " ".join(sys.argv))
+

@@ -1,0 +1,96 @@
+"""The training loop: transformers' Trainer with an exact loss and counters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from phi3v.config import RunConfig
+
+
+class Phi3VTrainer(Trainer):
+    """Divides the weighted loss by the weight of the whole optimizer step.
+
+    A step's weight is summed over its micro-batches and over all ranks before the first of them runs, so every split
+    of the same samples gives the same gradients (see ``model/loss.py``).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
+        self.model_accepts_loss_kwargs = True
+        self.seen = {"samples": 0, "questions": 0, "tokens": 0}  # by this rank since the start
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks."""
+        for batch in batch_samples:
+            self.seen["samples"] += len(batch["num_questions"])
+            self.seen["questions"] += int(batch["num_questions"].sum())
+            self.seen["tokens"] += int(batch["attention_mask"].sum())
+        weight = torch.zeros((), device=device)
+        for batch in batch_samples:
+            weight += batch["loss_weights"].sum().to(device)
+        if self.args.world_size > 1:
+            weight = self.accelerator.reduce(weight, reduction="sum")
+        return weight
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss.
+
+        Data-parallel engines average gradients over ranks, so each rank's share is multiplied by their number.
+        """
+        inputs = {name: value for name, value in inputs.items() if name != "num_questions"}
+        if num_items_in_batch is not None:
+            inputs["loss_normalizer"] = num_items_in_batch / self.args.world_size
+        outputs = model(**inputs, logits_to_keep=None, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def training_arguments(
+    config: RunConfig, run_folder: Path, *, precision: str, use_cpu: bool, accumulation: int, num_workers: int
+) -> TrainingArguments:
+    """The configuration in the library's terms."""
+    training = config.training
+    return TrainingArguments(
+        output_dir=str(run_folder),
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=use_cpu,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_steps,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch",
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        # A loss that is not finite must be seen, not smoothed over.
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        dataloader_num_workers=num_workers,
+        dataloader_persistent_workers=num_workers > 0,
+        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        average_tokens_across_devices=False,  # the weight is summed over ranks above
+    )
