@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
@@ -46,7 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int((result or {}).get("exit_code", 0))
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line; what follows ``train`` is left to the configuration, whose keys are its options."""
+    if argv[:1] != ["train"]:
+        return build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(["train"])
+    rest = [argument for argument in argv[1:] if argument != "--json"]
+    arguments.json = len(rest) < len(argv) - 1
+    arguments.recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    arguments.overrides = rest
+    return arguments
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
     parser = argparse.ArgumentParser(
         prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
     )
@@ -114,28 +127,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
     )
 
-    train = _command(
+    _command(
         verbs,
         "train",
         _train,
         "fine-tune a model as a recipe says; options override it",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
-        add_help=False,
     )
-    train.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="the recipe")
-    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key.subkey value", help="override its keys")
     return parser
 
 
-def _command(
-    verbs: Any, name: str, handler: Handler, summary: str, example: str, **kwargs: Any
-) -> argparse.ArgumentParser:
+def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example: {example}",
-        **kwargs,
     )
     command.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     command.set_defaults(handler=handler)
@@ -185,19 +192,14 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
     from phi3v.config import build_parser as config_parser
     from phi3v.config import load_config
 
-    overrides = list(arguments.overrides)
-    recipe = arguments.recipe
-    if "--json" in overrides:
-        overrides.remove("--json")
-        arguments.json = True
-    if "-h" in overrides or "--help" in overrides or (recipe is None and not overrides):
+    if {"-h", "--help"} & set(arguments.overrides) or (arguments.recipe is None and not arguments.overrides):
         options = config_parser()
         options.prog = "phi3v train"
         options.usage = "phi3v train [RECIPE.yaml] [--json] [--key.subkey value …]"
         options.epilog = "example: phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first"
         options.print_help()
         return None
-    config = load_config(recipe, overrides)
+    config = load_config(arguments.recipe, arguments.overrides)
     from phi3v.train.run import run_training
 
     return run_training(config, console).to_json_dict()

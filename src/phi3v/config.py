@@ -56,7 +56,7 @@ class DataConfig:
     special_text: Literal["refuse", "escape"] = "refuse"
     """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
     num_workers: int | None = None
-    """Processes that read and cut pictures; default: cores less one a rank, at most 8."""
+    """Processes that read and cut pictures; default: with a GPU the cores less one, at most 8, else none."""
 
 
 @dataclass
@@ -252,7 +252,7 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig
             if argument.startswith("--"):
                 _check_key(argument[2:].split("=", 1)[0], keys, where=argument.split("=", 1)[0])
         settings = parser.parse_args(list(overrides), namespace=settings)
-        config: RunConfig = RunConfig(**parser.instantiate_classes(settings).as_dict())
+        config: RunConfig = RunConfig(**parser.instantiate(settings).as_dict())
     except UserError:
         raise
     except Exception as error:  # jsonargparse has errors of many classes

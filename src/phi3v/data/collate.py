@@ -33,7 +33,9 @@ class Sample:
     num_questions: int = 1
 
 
-def make_sample(table: RecordTable, record: Record, processor: Phi3VProcessor, *, question: int | None = None) -> Sample:
+def make_sample(
+    table: RecordTable, record: Record, processor: Phi3VProcessor, *, question: int | None = None
+) -> Sample:
     """The token stream and the pictures of a record.
 
     Args:
@@ -41,7 +43,10 @@ def make_sample(table: RecordTable, record: Record, processor: Phi3VProcessor, *
             record is made, with every answer.
     """
     turns = record.turns if question is None else record.turns[: question + 1]
-    pages = [processor.image_processor.crops(image) for image in table.load_images(Record(record.id, record.source, turns, record.line))]
+    pages = [
+        processor.image_processor.crops(image)
+        for image in table.load_images(Record(record.id, record.source, turns, record.line))
+    ]
     chat = [
         ChatTurn(turn.user, None if index == question else turn.assistant, len(turn.images))
         for index, turn in enumerate(turns)

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-from phi3v.model.checkpoint import embedding_key_mapping
+from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loss import causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
@@ -73,7 +73,7 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 - the library's own form
-    _skip_keys_device_placement = list(CACHE_NAMES)
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -183,6 +183,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # With output_loading_info=True the library returns the model and a report.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # The library undoes at saving what it renamed at loading; the second name is never to be written.
+        model._weight_conversions = [c for c in model._weight_conversions or [] if EMBEDDING not in c.target_patterns]
         model._set_stop_tokens()
         return loaded
 

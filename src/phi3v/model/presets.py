@@ -169,11 +169,12 @@ def init_model(
     if (out / "config.json").exists():
         raise UserError("there is a model already", where=str(out), hint="choose another --out, or remove it first")
     is_tiny = preset == "tiny"
-    preset_config(preset)  # an unknown name is an error before anything is written
+    # Errors before anything is written.
+    preset_config(preset)
+    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+        raise UserError("no tokenizer.json here", where=str(tokenizer))
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        if not (tokenizer / "tokenizer.json").is_file():
-            raise UserError("no tokenizer.json here", where=str(tokenizer))
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, out / name)

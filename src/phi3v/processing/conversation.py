@@ -1,8 +1,8 @@
 """The token stream of a conversation and the mask of what is learnt.
 
-A turn is ``<|user|>\\n{tags}{question}<|end|>\\n<|assistant|>\\n`` and its answer ``{answer}<|end|>\\n``. The last answer
-also ends the text: ``{answer}<|end|>\\n<|endoftext|>``. The tags of a turn's pictures are joined and followed by a line
-break; their numbers run on through the conversation. The loss is on the answers' tokens only.
+A turn is ``<|user|>\\n{tags}{question}<|end|>\\n<|assistant|>\\n`` and its answer ``{answer}<|end|>\\n``. The last
+answer also ends the text: ``{answer}<|end|>\\n<|endoftext|>``. The tags of a turn's pictures are joined and
+followed by a line break; their numbers run on through the conversation. The loss is on the answers' tokens only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from phi3v.processing.processor import Phi3VProcessor, image_tag
+from phi3v.processing.processor import IMAGE_TAG, Phi3VProcessor, image_tag
 
 IGNORE_INDEX = -100  # label of a token that is not learnt
 END = "<|end|>"
@@ -54,7 +54,8 @@ def encode_conversation(
         num_img_tokens: tokens of every picture of the conversation, in order.
 
     Raises:
-        ValueError: no turn, pictures and turns do not fit together, or an answer is missing before the last turn.
+        ValueError: no turn, pictures and turns do not fit together, a question holds an image tag of its own, or an
+            answer is missing before the last turn.
     """
     if not turns:
         raise ValueError("a conversation needs at least one turn")
@@ -64,6 +65,8 @@ def encode_conversation(
     stream = TokenStream()
     next_image = 1
     for index, turn in enumerate(turns):
+        if IMAGE_TAG.search(turn.user):
+            raise ValueError(f"turn {index + 1} has an image tag in its text: escape it")
         numbers = range(next_image, next_image + turn.num_images)
         next_image += turn.num_images
         prompt = processor.tokenize_segment(user_prompt(turn.user, numbers), num_img_tokens, starts_text=index == 0)

@@ -117,16 +117,18 @@ class Phi3VProcessor(ProcessorMixin):
         return ids
 
     def tokenize_with_images(self, text: str, num_img_tokens: Sequence[int]) -> list[int]:
-        """Token ids of a whole text with tags ``<|image_1|>`` … ``<|image_n|>``, each once.
+        """Token ids of a whole text with tags ``<|image_1|>`` … ``<|image_n|>``, each once and in order.
 
         Raises:
             ValueError: tags and pictures do not fit together.
         """
         numbers = [int(number) for number in IMAGE_TAG.findall(text)]
-        if sorted(numbers) != list(range(1, len(num_img_tokens) + 1)):
+        # The model lays pictures in reading order (as the official one does), so tags out of order would swap them.
+        if numbers != list(range(1, len(num_img_tokens) + 1)):
             raise ValueError(
                 f"the text has the image tags {[image_tag(n) for n in numbers]} but {len(num_img_tokens)} pictures "
-                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must stand once"
+                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must stand once, "
+                f"in this order"
             )
         return self.tokenize_segment(text, num_img_tokens, starts_text=True)
 

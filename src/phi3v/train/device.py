@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 
 from phi3v.config import Precision
 from phi3v.errors import UserError
@@ -33,22 +34,24 @@ class Compute:
 
 
 def choose_compute(wanted: Precision) -> Compute:
-    """Device and precision of this process; ranks come from torchrun's environment.
+    """Device and precision of this process; under ``torchrun`` it joins the other ranks here.
 
     Raises:
         UserError: the device cannot compute in the precision asked for.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if not torch.cuda.is_available():
-        if wanted == "fp16":
-            raise UserError(
-                "fp16 training needs a GPU, and there is none",
-                where="training.precision",
-                hint="use fp32, or bf16 on a recent CPU",
-            )
+    has_gpu = torch.cuda.is_available()
+    if wanted == "fp16" and not has_gpu:
+        raise UserError(
+            "fp16 training needs a GPU, and there is none",
+            where="training.precision",
+            hint="use fp32, or bf16 on a recent CPU",
+        )
+    state = PartialState(cpu=not has_gpu)
+    rank, world_size = state.process_index, state.num_processes
+    if not has_gpu:
         precision, reason = ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")
         return Compute(torch.device("cpu"), precision, reason, rank, world_size)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = state.device
     name = torch.cuda.get_device_name(device)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if wanted == "auto":
@@ -59,7 +62,12 @@ def choose_compute(wanted: Precision) -> Compute:
     return Compute(device, wanted, "as configured", rank, world_size)
 
 
-def default_workers(world_size: int) -> int:
-    """Reading processes of a rank: the cores less one for computing, shared by the ranks, at most 8."""
+def default_workers(compute: Compute) -> int:
+    """Reading processes of a rank: with a GPU the cores less one, shared by the ranks, at most 8.
+
+    Without a GPU none: the computation has the cores already, and reading beside it costs more than it hides.
+    """
+    if compute.device.type == "cpu":
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(8, cores // world_size - 1))
+    return max(0, min(8, cores // compute.world_size - 1))

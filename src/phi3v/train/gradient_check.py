@@ -20,9 +20,7 @@ ZERO_BY_NATURE = ("k_proj.bias",)
 FP16_SCALE = 1024.0  # keeps small gradients of half precision above zero, as the gradient scaler does in training
 
 
-def check_gradients(
-    model: Any, batch: Mapping[str, torch.Tensor], *, autocast_dtype: torch.dtype | None = None
-) -> int:
+def check_gradients(model: Any, batch: Mapping[str, torch.Tensor], *, autocast_dtype: torch.dtype | None = None) -> int:
     """Check the gradients of one batch and leave the model as it was.
 
     LoRA's B matrices start at zero, which makes the gradients of A zero; for the check they get small random values.

@@ -67,7 +67,7 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
             return
         now = time.perf_counter()
-        seen = {name: count * args.world_size for name, count in self.trainer.seen.items()}
+        seen = dict(self.trainer.seen)
         rates = {
             f"{name}_per_second": round((count - self.counted.get(name, 0)) / max(now - self.last, 1e-9), 2)
             for name, count in seen.items()
@@ -94,7 +94,9 @@ class ProgressCallback(TrainerCallback):
             self.bar.update(self.task, extra=text)
         else:
             left = (now - self.start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.task is not None:

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback as LibraryProgressCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback as LibraryProgressCallback
 
 from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
@@ -78,7 +79,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     _log_to(folder / "log.txt", compute.rank)
     set_seed(config.training.seed)
     workers = config.data.num_workers
-    workers = default_workers(compute.world_size) if workers is None else workers
+    workers = default_workers(compute) if workers is None else workers
 
     processor = load_processor(config)
     started = time.perf_counter()
@@ -133,7 +134,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     if questions is not None and config.evaluation.after:
         after = _measure(model, processor, questions, config, compute, workers, console, folder, "after")
 
-    seen = {name: count * compute.world_size for name, count in trainer.seen.items()}
+    seen = trainer.seen
     result = RunResult(
         folder=folder,
         before=before,
@@ -170,9 +171,7 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
             special_text=config.data.special_text,
         )
         tables.append(
-            open_table(
-                Path(name), special_text=config.data.special_text, max_pixels=config.data.max_image_pixels
-            )
+            open_table(Path(name), special_text=config.data.special_text, max_pixels=config.data.max_image_pixels)
         )
     train, evaluation = tables
     assert train is not None
@@ -300,4 +299,3 @@ def _log_to(path: Path, rank: int) -> None:
         logging.getLogger(name).addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.info("command %s", " ".join(sys.argv))
-

@@ -98,9 +98,7 @@ def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError(
-            "qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"'
-        ) from None
+        raise UserError("qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"') from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -113,7 +111,6 @@ def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
 
 def apply_method(model: Phi3VForCausalLM, method: MethodConfig) -> Any:
     """Choose the trainable tensors of a loaded model; wraps it in a ``PeftModel`` for adapters."""
-    unused = [parameter for _, parameter in model.unused_parameters()]
     if method.name in ("lora", "qlora"):
         model = add_adapters(model, method.lora)
     else:
@@ -122,11 +119,10 @@ def apply_method(model: Phi3VForCausalLM, method: MethodConfig) -> Any:
                 name.startswith(VISION) or (name.startswith(EMBEDDINGS) and not method.train_embeddings)
             )
             parameter.requires_grad_(not frozen)
-    for parameter in unused:
-        parameter.requires_grad_(False)
+    never_run = re.compile(rf"encoder\.layers\.{_last_clip_layer(model)}\.|post_layernorm\.")
     for name, parameter in model.named_parameters():
-        # Also the copies that PEFT makes of modules trained in full beside adapters.
-        if re.search(r"encoder\.layers\.%d\.|post_layernorm\." % _last_clip_layer(model), name):
+        # By name, for the copies too that PEFT makes of modules trained in full beside adapters.
+        if never_run.search(name):
             parameter.requires_grad_(False)
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()

@@ -22,20 +22,21 @@ class Phi3VTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
-        self.seen = {"samples": 0, "questions": 0, "tokens": 0}  # by this rank since the start
+        self.seen = {"samples": 0, "questions": 0, "tokens": 0}  # by all ranks since the start
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks."""
+        counts = torch.zeros(4, dtype=torch.float64)  # weight, samples, questions, tokens
         for batch in batch_samples:
-            self.seen["samples"] += len(batch["num_questions"])
-            self.seen["questions"] += int(batch["num_questions"].sum())
-            self.seen["tokens"] += int(batch["attention_mask"].sum())
-        weight = torch.zeros((), device=device)
-        for batch in batch_samples:
-            weight += batch["loss_weights"].sum().to(device)
+            counts[0] += batch["loss_weights"].sum()
+            counts[1] += len(batch["num_questions"])
+            counts[2] += batch["num_questions"].sum()
+            counts[3] += batch["attention_mask"].sum()
         if self.args.world_size > 1:
-            weight = self.accelerator.reduce(weight, reduction="sum")
-        return weight
+            counts = self.accelerator.reduce(counts.to(device), reduction="sum").cpu()
+        for name, count in zip(self.seen, counts[1:].tolist(), strict=True):
+            self.seen[name] += int(count)
+        return counts[0].float().to(device)
 
     def compute_loss(
         self,

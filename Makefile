@@ -1,0 +1,38 @@
+# Everything a newcomer needs. The first target that is asked for makes .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := quickstart
+
+.PHONY: help quickstart test check style clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "phi3v needs Python 3.11 or newer; choose one: make PYTHON=python3.12 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: tiny model, easy-vqa, before and after (10 minutes)
+	rm -rf $(QUICKSTART)/model $(QUICKSTART)/run
+	$(BIN)/phi3v model init --preset tiny --out $(QUICKSTART)/model
+	$(BIN)/phi3v data convert easy-vqa --out $(QUICKSTART)/data
+	$(BIN)/phi3v train recipes/easy_vqa_tiny.yaml
+
+test: check  ## linter, type checker and the test suite
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed  ## linter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.installed  ## put the code into form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and the quickstart's files
+	rm -rf $(VENV) $(QUICKSTART)

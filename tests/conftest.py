@@ -1,0 +1,86 @@
+"""Shared by all rooms: the reference numbers, a tiny model, the real tokenizer where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before any library reads them. Tests never ask the hub. The tensors of tests are too small to share among threads:
+# on two busy cores tests/model takes 13 s with one thread and 137 s with two.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the `slow` tests to `pytest -m slow`."""
+    if "slow" in config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers; also a checkpoint in the official layout."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> dict[str, Any]:
+    """``cases.json`` of the reference numbers."""
+    cases: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
+    return cases
+
+
+@pytest.fixture(scope="session")
+def golden_arrays() -> dict[str, Any]:
+    """``cases.safetensors`` of the reference numbers."""
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / "cases.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_images() -> Callable[[str], Image.Image]:
+    """A picture of the reference numbers, by its name (``640x480``)."""
+    opened: dict[str, Image.Image] = {}
+
+    def image(name: str) -> Image.Image:
+        if name not in opened:
+            with Image.open(GOLDEN / "images" / f"{name}.png") as picture:
+                opened[name] = picture.convert("RGB")
+        return opened[name]
+
+    return image
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the ``tiny`` model, its processor and its tokenizer. Read only: it is shared by all tests."""
+    from phi3v.model.presets import init_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    init_model("tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_dir() -> Path:
+    """The folder of Phi-3.5-vision's own tokenizer, which is not part of this repository."""
+    named = os.environ.get("PHI3V_TOKENIZER")
+    folder = Path(named) if named else ROOT.parent / "shared" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        why = "$PHI3V_TOKENIZER" if named else "../shared/tokenizer beside the repository; $PHI3V_TOKENIZER is not set"
+        pytest.skip(f"needs the real tokenizer: no tokenizer.json in {folder} ({why})")
+    return folder

@@ -1,0 +1,73 @@
+"""One optimizer step of the real trainer; writes the gradients that the optimizer saw.
+
+python one_step.py MODEL DATA OUT MICRO_BATCH WEIGHTING   (or under torchrun)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from phi3v.config import RunConfig
+from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.table import open_table
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import choose_compute
+from phi3v.train.strategies import load_for_training
+from phi3v.train.trainer import Phi3VTrainer, training_arguments
+
+
+class KeepGradients(TrainerCallback):
+    """Copies all gradients just before the optimizer uses them."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None:
+                self.gradients[name.removeprefix("module.")] = parameter.grad.clone()
+
+
+def main() -> None:
+    model_path, data, out, micro, weighting = sys.argv[1:]
+    config = RunConfig()
+    config.model.path = model_path
+    config.training.batch_size = 4
+    config.training.micro_batch_size = int(micro)
+    config.training.max_steps = 1
+    config.training.max_grad_norm = 0.0
+    compute = choose_compute("fp32")
+    processor = Phi3VProcessor.from_pretrained(model_path)
+    model = load_for_training(config.model, config.method, compute_dtype=compute.dtype, device=compute.device)
+    arguments = training_arguments(
+        config,
+        Path(out).parent / "run",
+        precision="fp32",
+        use_cpu=True,
+        accumulation=config.accumulation_steps(compute.world_size),
+        num_workers=0,
+    )
+    trainer = Phi3VTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=ConversationDataset(open_table(Path(data)), processor),
+        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),  # type: ignore[arg-type]
+    )
+    assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    loss = torch.tensor(trainer.state.log_history[0]["loss"])
+    total = torch.stack([gradient.norm() for gradient in keep.gradients.values()]).norm()
+    if compute.rank == 0:
+        save_file({**keep.gradients, "loss": loss, "total": total}, out)
+
+
+if __name__ == "__main__":
+    main()
