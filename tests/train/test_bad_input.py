@@ -123,7 +123,7 @@ def test_bad_evaluation_data_is_found_before_training(
     [
         (["--training.epochs", "1"], "no data to learn from"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["nowhere.yaml"], "does not exist"),
+        (["nowhere.yaml"], "no such file"),
         (["--training.learning_rat", "1"], "did you mean training.learning_rate?"),
         (["--learning_rate", "1"], "did you mean training.learning_rate?"),
         (["--training.learning_rate", "fast"], "training.learning_rate"),

@@ -173,15 +173,15 @@ def test_fp16_without_a_gpu_is_refused(train: Train, capsys: pytest.CaptureFixtu
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    code, folder = train("training.max_steps", 1)
+    code, folder = train("training.max_steps", 2)
     assert code == 0
     kept = (folder / "final" / "model.safetensors").read_bytes()
-    code, _ = train("training.max_steps", 1, "training.seed", 5)
+    code, _ = train("training.max_steps", 2, "training.seed", 5)
     assert code == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (folder / "final" / "model.safetensors").read_bytes() == kept
     (folder / "notes.txt").write_text("mine")
-    code, _ = train("training.max_steps", 1, "training.seed", 5, "training.overwrite", "true")
+    code, _ = train("training.max_steps", 2, "training.seed", 5, "training.overwrite", "true")
     assert code == 0
     assert (folder / "final" / "model.safetensors").read_bytes() != kept
     assert (folder / "notes.txt").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -32,3 +33,11 @@ def embedding_key_mapping(folder: Path) -> dict[str, str] | None:
     if SECOND_EMBEDDING in keys and EMBEDDING not in keys:
         return {r"^model\.vision_embed_tokens\.wte\.weight": EMBEDDING}
     return None
+
+
+def make_weights_readable(folder: Path) -> None:
+    """Give weight files the permissions of any new file; safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)

@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 
 from phi3v.errors import UserError
+from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import HD_EMBEDDING, Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.image_processor import Phi3VImageProcessor
@@ -108,15 +109,15 @@ TINY: dict[str, Any] = {
     "sliding_window": 262144,
     "bos_token_id": 1,
     "clip_vision_config": {
-        "hidden_size": 96,
+        "hidden_size": 128,
         "image_size": 336,
         "patch_size": 14,
-        "intermediate_size": 384,
+        "intermediate_size": 256,
         "num_attention_heads": 4,
         "num_hidden_layers": 3,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "projection_dim": 48,
+        "projection_dim": 64,
     },
 }
 
@@ -200,6 +201,7 @@ def init_model(
         model.generation_config.eos_token_id = [ids["<|end|>"], ids["<|endoftext|>"]]
         model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(out, max_shard_size="1GB")
+    make_weights_readable(out)
     processor = Phi3VImageProcessor(num_crops=NUM_CROPS[preset])
     processor.processor_class = "Phi3VProcessor"
     processor.save_pretrained(out)

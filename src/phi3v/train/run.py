@@ -29,7 +29,7 @@ from phi3v.train.gradient_check import check_gradients
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
 from phi3v.train.run_folder import prepare_run_folder
 from phi3v.train.saving import save_final
-from phi3v.train.strategies import choose_attention, load_for_training, summarize
+from phi3v.train.strategies import choose_attention, enable_checkpointing, load_for_training, summarize
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
@@ -85,8 +85,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     started = time.perf_counter()
     model = load_for_training(config.model, config.method, compute_dtype=compute.dtype, device=compute.device)
     if config.training.gradient_checkpointing:
-        # Reentrant checkpointing gives no gradients behind frozen embeddings.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     _print_header(console, config, compute, model, train_table, eval_table, accumulation, folder)
     logger.info("model loaded in %.1f s", time.perf_counter() - started)
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.run_folder import write_manifest
 
@@ -25,6 +26,7 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    make_weights_readable(folder)
     processor.save_pretrained(folder)
     verify_saved(model, folder)
     write_manifest(folder)

@@ -69,7 +69,9 @@ def load_for_training(
         kwargs["quantization_config"] = quantization(method.lora, compute_dtype)
         kwargs["device_map"] = {"": device}
     model = Phi3VForCausalLM.from_pretrained(model_config.path, **kwargs)
-    if method.name != "qlora":
+    if method.name == "qlora":
+        keep_trainable_layout(model)
+    else:
         model = model.to(device)
     return apply_method(model, method)
 
@@ -107,6 +109,28 @@ def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=lora.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_trainable_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first inference on the CPU.
+
+    Its packed layout is for inference only: trained after an evaluation, a repacked layer passes no gradient on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute every layer's activations in the backward pass.
+
+    Never the reentrant kind: behind frozen embeddings it gives no gradients.
+    """
+    # The library's new name for it; the old one warns.
+    name = "activation_checkpointing"
+    if not hasattr(model, f"{name}_enable"):
+        name = "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def apply_method(model: Phi3VForCausalLM, method: MethodConfig) -> Any:
