@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a fault of ours; 2 the user's input was wrong; 130 interru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -32,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
+    # Libraries that print to standard output must not break the one JSON object.
+    voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
-        result = arguments.handler(arguments, console)
+        with voice:
+            result = arguments.handler(arguments, console)
     except UserError as error:
         if is_first_rank:
             print(f"error: {error}", file=sys.stderr)

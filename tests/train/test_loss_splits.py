@@ -25,7 +25,9 @@ def one_step(out: Path, model: Path, data: Path, *, micro: int, weighting: str, 
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(launcher + arguments, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    result = subprocess.run(
+        launcher + arguments, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(out)
 

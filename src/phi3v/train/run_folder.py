@@ -62,7 +62,7 @@ def prepare_run_folder(config: RunConfig) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and command of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)

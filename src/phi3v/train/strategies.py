@@ -116,9 +116,10 @@ def keep_trainable_layout(model: nn.Module) -> None:
 
     Its packed layout is for inference only: trained after an evaluation, a repacked layer passes no gradient on.
     """
+    flag = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, flag):
+            setattr(module, flag, False)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -1,0 +1,101 @@
+"""The command line as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi3v.cli import main
+
+COMMANDS = {
+    "model init": ("--preset", "default: 0"),
+    "data convert": ("easy-vqa", "--out"),
+    "data check": ("--max-errors", "default: 20"),
+    "train": ("--training.learning_rate", "default: 4e-05"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_defaults_and_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([*command.split(), "--help"])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"example: phi3v {command}" in shown
+    for words in COMMANDS[command]:
+        assert words in shown
+
+
+def test_every_key_of_the_configuration_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from phi3v.config import build_parser, known_keys
+
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    actions = {action.dest: action for action in build_parser()._actions}
+    for key in known_keys():
+        assert f"--{key}" in shown
+        assert (actions[key].help or "").strip() not in ("", "%s")
+
+
+def test_help_fits_a_screen_and_needs_no_torch() -> None:
+    script = "import sys; from phi3v.cli import main; main(['--help'])"
+    probe = f"try:\n exec({script!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'slow start'"
+    result = subprocess.run([sys.executable, "-c", "import sys\n" + probe], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) <= 24
+
+
+def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
+    """In a process of its own: libraries print at import and while they load."""
+    command = [
+        sys.executable,
+        "-m",
+        "phi3v",
+        "model",
+        "init",
+        "--preset",
+        "tiny",
+        "--out",
+        str(tmp_path / "m"),
+        "--json",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = json.loads(result.stdout)
+    assert answer["preset"] == "tiny"
+    assert answer["parameters"] > 1_000_000
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_unknown_commands_and_missing_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["trian"], ["model", "init"], ["data", "convert", "easy-vqa"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_a_user_error_is_one_message_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "model")
+    assert main(["model", "init", "--preset", "tiny", "--out", out]) == 0
+    assert main(["model", "init", "--preset", "tiny", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "there is a model already" in error
+    assert "Traceback" not in error
+
+
+def test_convert_and_check_easy_vqa(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
+    assert main(["data", "convert", "easy-vqa", "--out", str(tmp_path / "data"), "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert main(["data", "check", files["test"], "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["questions"] == 9673
+    assert report["images"] == 1000
