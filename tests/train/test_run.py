@@ -18,6 +18,7 @@ from phi3v.config import load_config
 from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.model.presets import init_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train import run as run_module
 from phi3v.train import saving
@@ -128,6 +129,11 @@ def test_an_adapter_survives_saving_loading_and_merging(
     base = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
     untrained = logits(base, batch)
     assert (expected - untrained).abs().max() > 0.05  # the run did change the model
+    # The adapter holds what was trained, and of the frozen weights only what is part of a module trained in full.
+    held = load_file(folder / "final" / "adapter_model.safetensors")
+    others = [name for name in held if "lora_" not in name]
+    assert all("img_projection" in name or "img_processor" in name for name in others)
+    assert len(others) == {(): 0, "[projector]": 4, "[vision, projector]": 59}[extra[-1] if extra else ()]
     loaded = PeftModel.from_pretrained(base, folder / "final")
     # Same float32 operations in the same order: equal up to threads.
     assert (logits(loaded, batch) - expected).abs().max() < 1e-5
@@ -154,6 +160,30 @@ def test_a_save_that_loses_something_is_noticed(train: Train, tiny_model_dir: Pa
         model.lm_head.weight[0, 0] -= 1
     with pytest.raises(saving.IncompleteSaveError, match=r"not saved|differs"):
         saving.verify_saved(model, tmp_path / "whole")
+
+
+def test_a_model_stored_in_bf16_is_saved_in_bf16(train: Train, tmp_path: Path) -> None:
+    """Trained in float32, but what is saved (and measured after) has the dtype of the checkpoint it came from."""
+    assert init_model("tiny", tmp_path / "bf16", dtype=torch.bfloat16) > 0
+    code, folder = train("model.path", tmp_path / "bf16", "training.max_steps", 2, "training.learning_rate", 1e-2)
+    assert code == 0
+    saved = load_file(folder / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert json.loads((folder / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    before = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert not torch.equal(before["lm_head.weight"], saved["lm_head.weight"])
+
+
+def test_text_only_data_cannot_train_vision(train: Train, easy_vqa: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (easy_vqa / "train-48.jsonl").read_text().splitlines()[:16]]
+    for record in lines:
+        record["conversations"][0]["images"] = []
+    file = easy_vqa / "text.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = ("data.train", file, "data.eval", "null", "training.max_steps", 2)
+    assert train(*settings)[0] == 2
+    assert "no record has a picture" in capsys.readouterr().err
+    assert train(*settings, "method.name", "frozen-vision", out="frozen")[0] == 0
 
 
 def test_bf16_trains_on_the_cpu(train: Train) -> None:

@@ -28,8 +28,14 @@ from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
 from phi3v.train.run_folder import prepare_run_folder
-from phi3v.train.saving import save_final
-from phi3v.train.strategies import choose_attention, enable_checkpointing, load_for_training, summarize
+from phi3v.train.saving import round_to_stored_dtype, save_final
+from phi3v.train.strategies import (
+    choose_attention,
+    enable_checkpointing,
+    load_for_training,
+    stored_dtype,
+    summarize,
+)
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
@@ -47,7 +53,7 @@ class RunResult:
     questions_per_second: float
     samples_per_second: float
     tokens_per_second: float
-    final_loss: float
+    mean_train_loss: float
 
     def to_json_dict(self) -> dict[str, Any]:
         summary = {
@@ -89,6 +95,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     _print_header(console, config, compute, model, train_table, eval_table, accumulation, folder)
     logger.info("model loaded in %.1f s", time.perf_counter() - started)
 
+    _check_pictures(model, train_table)
     dataset = ConversationDataset(train_table, processor)
     collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=config.training.loss_weighting)
     checked = check_gradients(
@@ -127,6 +134,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     output = trainer.train()
     seconds = time.perf_counter() - started
 
+    round_to_stored_dtype(model, stored_dtype(config.model))
     if compute.rank == 0:
         save_final(model, processor, folder / "final")
     trainer.accelerator.wait_for_everyone()
@@ -143,7 +151,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
         questions_per_second=round(seen["questions"] / seconds, 2),
         samples_per_second=round(seen["samples"] / seconds, 2),
         tokens_per_second=round(seen["tokens"] / seconds, 2),
-        final_loss=float(output.training_loss),
+        mean_train_loss=float(output.training_loss),
     )
     logger.info("result %s", json.dumps(result.to_json_dict()))
     _print_result(console, result)
@@ -191,6 +199,16 @@ def load_processor(config: RunConfig) -> Phi3VProcessor:
             where=f"model.path {config.model.path}",
             hint="give a folder in the official layout (make one with `phi3v model init`), or a hub id",
         ) from None
+
+
+def _check_pictures(model: Any, table: RecordTable) -> None:
+    trained = {part.part for part in summarize(model) if part.trainable}
+    if not table.image_counts().any() and trained & {"vision", "projector"}:
+        raise UserError(
+            "no record has a picture, so the vision part would learn nothing",
+            where=str(table.path),
+            hint="use method.name frozen-vision, or method.lora.parts [decoder, head]",
+        )
 
 
 def probe_index(table: RecordTable) -> int:
@@ -264,7 +282,7 @@ def _print_header(
         f"every {config.training.loss_weighting} weighs the same",
         f"output: {folder}",
     ):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_result(console: Console, result: RunResult) -> None:

@@ -18,6 +18,15 @@ class IncompleteSaveError(RuntimeError):
     """A saved model lacks something that was trained."""
 
 
+def round_to_stored_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Put a model that was trained in float32 back into the dtype of its checkpoint, in place.
+
+    Done before it is measured again, so that the score belongs to the weights that were saved. Adapters stay float32.
+    """
+    if not isinstance(model, PeftModel):
+        model.to(dtype)
+
+
 def save_final(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
     """Write the adapter or the model, its processor and a manifest to ``folder``, then verify them.
 
@@ -25,7 +34,8 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
         IncompleteSaveError: a trained tensor is missing from the files or differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has already.
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
     make_weights_readable(folder)
     processor.save_pretrained(folder)
     verify_saved(model, folder)
@@ -42,7 +52,7 @@ def verify_saved(model: Any, folder: Path) -> int:
         IncompleteSaveError: one is missing or differs.
     """
     if isinstance(model, PeftModel):
-        expected = get_peft_model_state_dict(model)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         # The saved names carry no adapter name, so count tensors too: a trained one that PEFT does not save at all
         # (a base tensor unfrozen by hand) would otherwise go unnoticed.
         trained = sum(1 for parameter in model.parameters() if parameter.requires_grad)

@@ -19,6 +19,7 @@ from torch import nn
 
 from phi3v.config import LoraConfig, MethodConfig, ModelConfig, Part
 from phi3v.errors import UserError
+from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 
 # The linear layers of each part, by the names they have in the checkpoint.
@@ -74,6 +75,12 @@ def load_for_training(
     else:
         model = model.to(device)
     return apply_method(model, method)
+
+
+def stored_dtype(model_config: ModelConfig) -> torch.dtype:
+    """The dtype that the model's checkpoint names; float32 where it names none."""
+    dtype = Phi3VConfig.from_pretrained(model_config.path).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
