@@ -186,8 +186,10 @@ def test_text_only_data_cannot_train_vision(train: Train, easy_vqa: Path, capsys
     assert train(*settings, "method.name", "frozen-vision", out="frozen")[0] == 0
 
 
-def test_bf16_trains_on_the_cpu(train: Train) -> None:
-    code, folder = train("training.precision", "bf16", "method.name", "lora", "method.lora.rank", 8)
+@pytest.mark.parametrize("method", ["full", "frozen-vision", "lora", "qlora"])
+def test_bf16_trains_on_the_cpu(train: Train, method: str) -> None:
+    """Float32 and bfloat16 tensors meet in every method: in the embeddings, the residual stream and the cache."""
+    code, folder = train("training.precision", "bf16", "method.name", method, "method.lora.rank", 8)
     assert code == 0
     losses = [line["loss"] for line in read_metrics(folder)]
     assert losses[-1] < losses[0]
