@@ -54,7 +54,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path: Path) -> None:
         ("training: {epochs: -1}", "must be above 0"),
         ("method: {name: lroa}", "method.name"),
         ("method: {lora: {rank: 0}}", "must be at least 1"),
-        ("method: {lora: {dropout: 1.0}}", "must be in [0, 1)"),
+        ("method: {lora: {dropout: 1.0}}", "must be at most 0.99"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +18,12 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__
+from phi3v.config import DEFAULT_MAX_PIXELS, load_config
+from phi3v.config import build_parser as config_parser
+from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
+from phi3v.model.preset_fields import PRESET_FIELDS
 
-PRESETS = ("tiny", "phi-3.5-vision", "phi-3-vision")
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 
@@ -29,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
@@ -41,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if is_first_rank:
             print(f"error: {error}", file=sys.stderr)
+        elif error.one_rank:
+            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -78,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "write a model with random weights in the official layout, with processor and tokenizer",
         "phi3v model init --preset tiny --out tiny",
     )
-    init.add_argument("--preset", choices=PRESETS, required=True, help="which architecture")
+    init.add_argument("--preset", choices=tuple(PRESET_FIELDS), required=True, help="which architecture")
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     init.add_argument(
@@ -103,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bring a dataset into the JSONL format",
         "phi3v data convert easy-vqa --out data/easy-vqa",
     )
-    convert.add_argument("source", choices=("easy-vqa",), help="which dataset")
+    convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
     check = _command(
@@ -122,7 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="how pictures are checked: decoded in full, header only, not at all (default: %(default)s)",
     )
     check.add_argument(
-        "--max-pixels", type=int, default=89_478_485, help="refuse larger pictures unread (default: %(default)s)"
+        "--max-pixels",
+        type=int,
+        default=DEFAULT_MAX_PIXELS,
+        help="refuse larger pictures unread (default: %(default)s)",
     )
     check.add_argument(
         "--special-text",
@@ -170,8 +182,6 @@ def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from phi3v.data.sources import SOURCES
-
     files = SOURCES[arguments.source](arguments.out, arguments.location)
     for split, path in files.items():
         console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
@@ -193,9 +203,6 @@ def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | None:
-    from phi3v.config import build_parser as config_parser
-    from phi3v.config import load_config
-
     if {"-h", "--help"} & set(arguments.overrides) or (arguments.recipe is None and not arguments.overrides):
         options = config_parser()
         options.prog = "phi3v train"

@@ -6,6 +6,7 @@ is written into every run folder.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import typing
@@ -21,8 +22,29 @@ from phi3v.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+# Where Pillow itself starts to warn: a quarter of a GiB at 3 bytes a pixel.
+DEFAULT_MAX_PIXELS = 89_478_485
+
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Part = Literal["decoder", "head", "vision", "projector"]
+
+
+def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
+    """Refuse values outside their bounds (inclusive); keys that are not set pass."""
+    for key, (low, high) in bounds.items():
+        value = getattr(group, key)
+        if value is None:
+            continue
+        if value < low:
+            raise UserError(f"must be at least {low}, got {value}", where=f"{name}.{key}")
+        if high is not None and value > high:
+            raise UserError(f"must be at most {high}, got {value}", where=f"{name}.{key}")
+
+
+def _require_positive(group: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(group, key) <= 0:
+            raise UserError(f"must be above 0, got {getattr(group, key)}", where=f"{name}.{key}")
 
 
 @dataclass
@@ -37,8 +59,7 @@ class ModelConfig:
     """Attention of the decoder; auto takes flash_attention_2 where flash-attn and its GPU are there, else sdpa."""
 
     def __post_init__(self) -> None:
-        if self.num_crops is not None and self.num_crops < 1:
-            raise UserError(f"must be at least 1, got {self.num_crops}", where="model.num_crops")
+        _require(self, "model", num_crops=(1, None))
 
 
 @dataclass
@@ -51,12 +72,15 @@ class DataConfig:
     """JSONL file to measure on before and after; none: no evaluation."""
     image_check: Literal["decode", "header", "off"] = "decode"
     """How pictures are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
-    max_image_pixels: int = 89_478_485
+    max_image_pixels: int = DEFAULT_MAX_PIXELS
     """Larger pictures are refused unread."""
     special_text: Literal["refuse", "escape"] = "refuse"
     """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
     num_workers: int | None = None
     """Processes that read and cut pictures; default: with a GPU the cores less one, at most 8, else none."""
+
+    def __post_init__(self) -> None:
+        _require(self, "data", max_image_pixels=(1, None), num_workers=(0, None))
 
 
 @dataclass
@@ -74,15 +98,15 @@ class LoraConfig:
     targets: list[str] | None = None
     """Names of linear layers to adapt, in place of parts; each must match something."""
     also_train: list[Literal["vision", "projector"]] = field(default_factory=list)
-    """Parts that are trained in full beside the adapters (and get none)."""
+    """Parts trained in full beside the adapters, which get none; the separators sub_GN and glb_GN stay frozen."""
     double_quant: bool = False
     """qlora: quantise the quantisation constants too."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"must be at least 1, got {self.rank}", where="method.lora.rank")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"must be in [0, 1), got {self.dropout}", where="method.lora.dropout")
+        _require(self, "method.lora", rank=(1, None), dropout=(0, 0.99))
+        _require_positive(self, "method.lora", "alpha_ratio")
+        if not (self.parts if self.targets is None else self.targets):
+            raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
 
     @property
     def alpha(self) -> float:
@@ -145,14 +169,10 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"must be at least 1, got {getattr(self, name)}", where=f"training.{name}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"must be at least 1, got {self.max_steps}", where="training.max_steps")
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"must be above 0, got {getattr(self, name)}", where=f"training.{name}")
+        at_least_one = dict.fromkeys(("batch_size", "micro_batch_size", "logging_steps", "max_steps"), (1, None))
+        at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
+        _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
+        _require_positive(self, "training", "epochs", "learning_rate", "adam_epsilon")
 
 
 @dataclass
@@ -173,9 +193,7 @@ class EvaluationConfig:
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"must be at least 1, got {getattr(self, name)}", where=f"evaluation.{name}")
+        _require(self, "evaluation", **dict.fromkeys(("max_questions", "batch_size", "max_new_tokens"), (1, None)))
 
 
 @dataclass
@@ -218,6 +236,10 @@ def build_parser() -> ArgumentParser:
     """A parser with an option for every key of the tree."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(RunConfig, as_group=False)
+    for action in parser._actions:
+        # The library lets every group be read from a file of its own; a recipe is the one way to do that here.
+        if action.metavar == "CONFIG":
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -239,6 +261,7 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig
     parser = build_parser()
     keys = list(known_keys())
     settings = Namespace()
+    where = str(recipe)
     try:
         if recipe is not None:
             tree = _read_yaml(recipe)
@@ -248,6 +271,7 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig
                 if is_branch and not isinstance(value, Mapping):
                     raise UserError(f"{name} is a group of keys, got {value!r}", where=str(recipe))
             settings = parser.parse_object(tree)
+        where = "command line"
         for argument in overrides:
             if argument.startswith("--"):
                 _check_key(argument[2:].split("=", 1)[0], keys, where=argument.split("=", 1)[0])
@@ -256,7 +280,10 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig
     except UserError:
         raise
     except Exception as error:  # jsonargparse has errors of many classes
-        raise UserError(_one_line(error), where=str(recipe) if recipe else "command line") from None
+        hint = None
+        if "unrecognized arguments" in str(error).lower():
+            hint = "the recipe comes first: phi3v train RECIPE.yaml --key.subkey value …"
+        raise UserError(_one_line(error), where=where, hint=hint) from None
     return config
 
 

@@ -20,8 +20,11 @@ class UserError(Exception):
         self.what = what
         self.where = where
         self.hint = hint
+        self.one_rank = False  # of several processes only this one may have met it, so it must speak for itself
         super().__init__(str(self))
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  → {self.hint}" if self.hint else text
+        text = f"{text}\n  → {self.hint}" if self.hint else text
+        # A worker process of a DataLoader wraps the whole traceback into the message of a new error.
+        return text.rsplit("phi3v.errors.UserError: ", 1)[-1].strip()

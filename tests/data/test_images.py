@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data.images import DEFAULT_MAX_PIXELS, ImageLevel, check_image, load_image
+from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.data.images import ImageLevel, check_image, load_image
 from phi3v.errors import UserError
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import UserError
-from phi3v.model.presets import NUM_CROPS, PRESETS, init_model, preset_config
+from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
+from phi3v.model.presets import init_model, preset_config
 from phi3v.processing.conversation import user_prompt
 
 
@@ -33,7 +34,7 @@ def test_real_sizes_differ_in_their_rope_only() -> None:
 
 
 def test_every_preset_has_its_crops() -> None:
-    assert NUM_CROPS.keys() == set(PRESETS)
+    assert NUM_CROPS.keys() == PRESET_FIELDS.keys()
 
 
 def test_tiny_folder_is_complete(tiny_model_dir: Path) -> None:

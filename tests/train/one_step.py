@@ -18,7 +18,7 @@ from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
-from phi3v.train.strategies import load_for_training
+from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     config.training.max_grad_norm = 0.0
     compute = choose_compute("fp32")
     processor = Phi3VProcessor.from_pretrained(model_path)
-    model = load_for_training(config.model, config.method, compute_dtype=compute.dtype, device=compute.device)
+    model = load_for_training(config, inspect_model(config, compute), compute)
     arguments = training_arguments(
         config,
         Path(out).parent / "run",

@@ -72,7 +72,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(run_module, "load_for_training", refuse)
-    monkeypatch.setattr(run_module, "load_processor", refuse)
     return refuse
 
 

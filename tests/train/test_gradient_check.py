@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import load
 
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig
+from phi3v.config import LoraConfig, MethodConfig
 from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.gradient_check import check_gradients
-from phi3v.train.strategies import enable_checkpointing, load_for_training
+from phi3v.train.strategies import enable_checkpointing
 
 
 @pytest.fixture
@@ -21,12 +22,6 @@ def batch(easy_vqa: Path, tiny_model_dir: Path) -> dict[str, torch.Tensor]:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
     dataset = ConversationDataset(open_table(easy_vqa / "train-48.jsonl"), processor)
     return Collator(processor.tokenizer.pad_token_id)([dataset[0]])
-
-
-def load(folder: Path, method: MethodConfig):  # type: ignore[no-untyped-def]
-    return load_for_training(
-        ModelConfig(path=str(folder)), method, compute_dtype=torch.float32, device=torch.device("cpu")
-    )
 
 
 @pytest.mark.parametrize("name", ["full", "frozen-vision", "lora", "qlora"])

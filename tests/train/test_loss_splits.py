@@ -78,7 +78,7 @@ def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, tiny_model
     means, tokens = [], []
     for index in range(4):
         inputs = collate([dataset[index]])
-        del inputs["num_questions"], inputs["loss_weights"]
+        del inputs["counts"], inputs["loss_weights"]
         with torch.no_grad():
             means.append(model(**inputs).loss.item())
         tokens.append(int((inputs["labels"] != -100).sum()))

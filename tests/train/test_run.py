@@ -28,7 +28,7 @@ def batch_of(easy_vqa: Path, folder: Path, count: int = 2) -> dict[str, torch.Te
     processor = Phi3VProcessor.from_pretrained(folder)
     dataset = ConversationDataset(open_table(easy_vqa / "train-48.jsonl"), processor)
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(count)])
-    del batch["num_questions"], batch["loss_weights"]
+    del batch["counts"], batch["loss_weights"]
     return batch
 
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import load
 
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig
+from phi3v.config import LoraConfig, MethodConfig
 from phi3v.errors import UserError
-from phi3v.train.strategies import load_for_training, part_of, summarize, target_modules
+from phi3v.model.presets import init_model
+from phi3v.train.strategies import part_of, summarize, target_modules
 
 UNUSED = ("encoder.layers.2.", "post_layernorm.")  # the tiny tower has three layers; the last never runs
-
-
-def load(folder: Path, method: MethodConfig, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
-    return load_for_training(ModelConfig(path=str(folder)), method, compute_dtype=dtype, device=torch.device("cpu"))
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
@@ -35,11 +33,18 @@ def test_full_trains_everything_that_runs(tiny_model_dir: Path) -> None:
 
 @pytest.mark.parametrize("train_embeddings", [False, True])
 def test_frozen_vision_trains_the_decoder(tiny_model_dir: Path, train_embeddings: bool) -> None:
-    model = load(tiny_model_dir, MethodConfig("frozen-vision", train_embeddings=train_embeddings), torch.bfloat16)
+    model = load(tiny_model_dir, MethodConfig("frozen-vision", train_embeddings=train_embeddings), "bf16")
     parts = {part_of(name) for name in trainable(model)}
     assert parts == {"decoder", "head"} | ({"embeddings"} if train_embeddings else set())
     assert all(p.requires_grad == (part_of(n) in parts) for n, p in model.named_parameters())
-    # What is trained is held in float32, what is frozen in the computation's dtype.
+    # What is frozen stays as it is stored: it is saved again and must not be rounded.
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["frozen-vision", "lora"])
+def test_trained_tensors_are_float32_and_frozen_ones_are_not_widened(tmp_path: Path, method: str) -> None:
+    init_model("tiny", tmp_path / "bf16", dtype=torch.bfloat16)
+    model = load(tmp_path / "bf16", MethodConfig(method), "bf16")  # type: ignore[arg-type]
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 

@@ -13,14 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.images import DEFAULT_MAX_PIXELS, ImageLevel, check_image
+from phi3v.data.images import ImageLevel, check_image
 from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, read_line
 from phi3v.errors import UserError
+from phi3v.machine import available_cores
 
 
 @dataclass(slots=True)
@@ -165,7 +167,7 @@ def check_file(
     faults: list[Fault] = []
     ids = IdIndex()
     seen_images: set[str] = set()
-    workers = workers or min(8, _cores())
+    workers = workers or min(8, available_cores())
     # Images in the hands of the threads, oldest first: short, so that stopping is quick and memory flat.
     pending: deque[tuple[int, str, Future[tuple[str, str] | None]]] = deque()
 
@@ -283,10 +285,3 @@ def _count(report: CheckReport, record: Record) -> None:
         report.questions += bool(turn.user.strip())
         report.user.add(turn.user, record.line)
         report.assistant.add(turn.assistant, record.line)
-
-
-def _cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -124,14 +124,15 @@ class Collator:
     padding_side: Literal["left", "right"] = "right"
     loss_weighting: LossWeighting = "sample"
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T),
-            ``num_questions`` int64 (B,), and with pictures ``pixel_values`` float32 (N, 1 + C, 3, 336, 336) and
-            ``image_sizes`` int64 (N, 2).
+            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), and with
+            pictures ``pixel_values`` float32 (N, 1 + C, 3, 336, 336) and ``image_sizes`` int64 (N, 2). Also
+            ``counts``, plain numbers that stay on the host: sum of loss weights, samples, questions, tokens.
         """
-        batch = pad_rows([sample.input_ids for sample in samples], self.pad_token_id, self.padding_side)
+        rows = [sample.input_ids for sample in samples]
+        batch: dict[str, Any] = dict(pad_rows(rows, self.pad_token_id, self.padding_side))
         length = batch["input_ids"].shape[1]
         labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
         weights = torch.zeros(len(samples), length)
@@ -145,7 +146,12 @@ class Collator:
         batch |= {
             "labels": labels,
             "loss_weights": weights,
-            "num_questions": torch.tensor([sample.num_questions for sample in samples]),
+            "counts": (
+                float(weights.sum()),
+                len(samples),
+                sum(sample.num_questions for sample in samples),
+                sum(len(row) for row in rows),
+            ),
         }
         crops = [image for sample in samples for image in sample.crops]
         if crops:

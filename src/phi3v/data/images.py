@@ -11,14 +11,12 @@ from typing import BinaryIO, Literal
 
 from PIL import Image
 
+from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import quote
 from phi3v.data.schema import image_path_fault
 from phi3v.errors import UserError
 
 ImageLevel = Literal["decode", "header", "off"]
-
-# Where Pillow itself starts to warn: a quarter of a GiB at 3 bytes a pixel.
-DEFAULT_MAX_PIXELS = 89_478_485
 
 # Pixel formats that Pillow reads by itself. Others stay out: EPS, for one, runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")

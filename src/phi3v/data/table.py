@@ -18,10 +18,11 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
+from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.images import DEFAULT_MAX_PIXELS, load_image
+from phi3v.data.images import load_image
 from phi3v.data.jsonl import no_record, read_lines, replacing
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, Turn, read_line

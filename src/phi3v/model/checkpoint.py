@@ -13,15 +13,21 @@ SECOND_EMBEDDING = "model.vision_embed_tokens.wte.weight"
 
 
 def checkpoint_keys(folder: Path) -> set[str]:
-    """Names of the tensors in a folder of safetensors, single or sharded; empty where there are none."""
+    """Names of the tensors in a folder of safetensors, single or sharded; empty where there are none.
+
+    Raises:
+        OSError, SafetensorError: a file that the index names is missing, or one is cut short.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with safe_open(single, framework="pt") as weights:
-            return set(weights.keys())
-    return set()
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = [name for name in ("model.safetensors",) if (folder / name).is_file()]
+    keys: set[str] = set()
+    for name in files:
+        with safe_open(folder / name, framework="pt") as weights:
+            keys |= set(weights.keys())
+    return keys
 
 
 def embedding_key_mapping(folder: Path) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from accelerate import PartialState
 
 from phi3v.config import Precision
 from phi3v.errors import UserError
+from phi3v.machine import available_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -69,5 +69,4 @@ def default_workers(compute: Compute) -> int:
     """
     if compute.device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(8, cores // compute.world_size - 1))
+    return max(0, min(8, available_cores() // compute.world_size - 1))

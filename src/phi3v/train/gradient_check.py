@@ -17,10 +17,11 @@ from phi3v.errors import UserError
 
 # Softmax does not change when all keys move by the same vector, so this gradient is zero in exact arithmetic.
 ZERO_BY_NATURE = ("k_proj.bias",)
-FP16_SCALE = 1024.0  # keeps small gradients of half precision above zero, as the gradient scaler does in training
+# Half precision needs its loss scaled, by how much only trying tells; the gradient scaler of training does the same.
+FP16_SCALES = (65536.0, 1024.0, 16.0)
 
 
-def check_gradients(model: Any, batch: Mapping[str, torch.Tensor], *, autocast_dtype: torch.dtype | None = None) -> int:
+def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: torch.dtype | None = None) -> int:
     """Check the gradients of one batch and leave the model as it was.
 
     LoRA's B matrices start at zero, which makes the gradients of A zero; for the check they get small random values.
@@ -44,22 +45,27 @@ def check_gradients(model: Any, batch: Mapping[str, torch.Tensor], *, autocast_d
     was_training = model.training
     model.train()
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    problems: list[str] = []
     with torch.random.fork_rng(devices):
         try:
             with torch.no_grad():
                 for parameter in zeroed:
                     nn.init.normal_(parameter, std=0.02)
-            with autocast:
-                inputs = {name: value.to(device) for name, value in batch.items() if name != "num_questions"}
-                loss = model(**inputs, logits_to_keep=None, use_cache=False).loss
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss of the first batch is {loss.item()}", hint="try training.precision fp32")
-            (loss * (FP16_SCALE if autocast_dtype == torch.float16 else 1.0)).backward()
-            problems = [
-                f"{name}: {problem}"
-                for name, parameter in model.named_parameters()
-                if (problem := _problem(name, parameter)) is not None
-            ]
+            for scale in FP16_SCALES if autocast_dtype == torch.float16 else (1.0,):
+                model.zero_grad(set_to_none=True)
+                with autocast:
+                    loss = model(**inputs, logits_to_keep=None, use_cache=False).loss
+                if not torch.isfinite(loss):
+                    raise UserError(f"the loss of the first batch is {loss.item()}", hint="try training.precision fp32")
+                (loss * scale).backward()
+                problems = [
+                    f"{name}: {problem}"
+                    for name, parameter in model.named_parameters()
+                    if (problem := _problem(name, parameter)) is not None
+                ]
+                if not problems:
+                    break
         finally:
             with torch.no_grad():
                 for parameter in zeroed:

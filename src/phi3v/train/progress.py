@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -84,10 +85,12 @@ class ProgressCallback(TrainerCallback):
             "seconds": round(now - self.start, 2),
         }
         self.counted, self.last = seen, now
+        # JSON has no infinity; fp16's first steps have gradients that do.
+        line = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         text = (
-            f"loss {line['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
+            f"loss {logs['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
         if self.console.is_terminal:
@@ -98,6 +101,7 @@ class ProgressCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Give the terminal back, however training ended."""
         if self.task is not None:
             self.bar.stop()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -20,22 +21,18 @@ from transformers.trainer_callback import ProgressCallback as LibraryProgressCal
 from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.jsonl import require_file
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, evaluate
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.gradient_check import check_gradients
+from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
-from phi3v.train.run_folder import prepare_run_folder
+from phi3v.train.run_folder import check_run_folder, claim_run_folder
 from phi3v.train.saving import round_to_stored_dtype, save_final
-from phi3v.train.strategies import (
-    choose_attention,
-    enable_checkpointing,
-    load_for_training,
-    stored_dtype,
-    summarize,
-)
+from phi3v.train.strategies import enable_checkpointing, summarize
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
@@ -72,69 +69,94 @@ class RunResult:
 def run_training(config: RunConfig, console: Console) -> RunResult:
     """Train as configured.
 
-    Everything that can be known to be wrong is found before the model is loaded: first the configuration, then the
-    data, then the gradients of one batch.
+    What can be known to be wrong is found before it costs anything: first the configuration, then model and data
+    without loading the model, then the gradients of one batch. Only then is the run folder touched.
 
     Raises:
-        UserError: the configuration or the data are wrong.
+        UserError: the configuration, the model or the data are wrong.
     """
     compute = choose_compute(config.training.precision)
     accumulation = config.accumulation_steps(compute.world_size)
-    train_table, eval_table = open_data(config)
-    folder = prepare_run_folder(config) if compute.rank == 0 else Path(config.training.output_dir)
-    _log_to(folder / "log.txt", compute.rank)
-    set_seed(config.training.seed)
-    workers = config.data.num_workers
-    workers = default_workers(compute) if workers is None else workers
-
+    folder = check_run_folder(config)
+    data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
+    facts = inspect_model(config, compute)
     processor = load_processor(config)
-    started = time.perf_counter()
-    model = load_for_training(config.model, config.method, compute_dtype=compute.dtype, device=compute.device)
+    with PartialState().main_process_first():  # one rank reads and checks, the others find it done
+        train_table, eval_table = open_data(config)
+
+    set_seed(config.training.seed)
+    model = load_for_training(config, facts, compute)
     if config.training.gradient_checkpointing:
         enable_checkpointing(model)
-    _print_header(console, config, compute, model, train_table, eval_table, accumulation, folder)
-    logger.info("model loaded in %.1f s", time.perf_counter() - started)
-
+    _print_header(console, config, compute, facts, model, train_table, eval_table, accumulation)
     _check_pictures(model, train_table)
     dataset = ConversationDataset(train_table, processor)
     collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=config.training.loss_weighting)
-    checked = check_gradients(
-        model, collator([dataset[probe_index(train_table)]]), autocast_dtype=compute.autocast_dtype
-    )
+    probe = collator([dataset[probe_index(train_table)]])
+    checked = check_gradients(model, probe, autocast_dtype=compute.autocast_dtype)
     console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
 
+    try:
+        if compute.rank == 0:
+            claim_run_folder(config)
+            _log_to(folder / "log.txt")
+        PartialState().wait_for_everyone()
+        result = _train_and_measure(
+            config, console, compute, facts, model, processor, dataset, collator, eval_table, accumulation, folder
+        )
+    except UserError as error:
+        error.one_rank = compute.rank > 0
+        raise
+    logger.info("result %s", json.dumps(result.to_json_dict()))
+    _print_result(console, result)
+    return result
+
+
+def _train_and_measure(
+    config: RunConfig,
+    console: Console,
+    compute: Compute,
+    facts: ModelFacts,
+    model: Any,
+    processor: Phi3VProcessor,
+    dataset: ConversationDataset,
+    collator: Collator,
+    eval_table: RecordTable | None,
+    accumulation: int,
+    folder: Path,
+) -> RunResult:
+    workers = config.data.num_workers
+    workers = default_workers(compute) if workers is None else workers
     questions = None
     if eval_table is not None:
-        questions = QuestionDataset(
-            eval_table, processor, limit=config.evaluation.max_questions, seed=config.training.seed
-        )
+        limit, seed = config.evaluation.max_questions, config.training.seed
+        questions = QuestionDataset(eval_table, processor, limit=limit, seed=seed)
     before = after = None
     if questions is not None and config.evaluation.before:
         before = _measure(model, processor, questions, config, compute, workers, console, folder, "before")
 
-    trainer = Phi3VTrainer(
-        model=model,
-        args=training_arguments(
-            config,
-            folder,
-            precision=compute.precision,
-            use_cpu=compute.device.type == "cpu",
-            accumulation=accumulation,
-            num_workers=workers,
-        ),
-        train_dataset=dataset,
-        data_collator=collator,
+    arguments = training_arguments(
+        config,
+        folder,
+        precision=compute.precision,
+        use_cpu=compute.device.type == "cpu",
+        accumulation=accumulation,
+        num_workers=workers,
     )
+    trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
     progress = ProgressCallback(console, folder / "metrics.jsonl")
     progress.trainer = trainer
     trainer.add_callback(progress)
     started = time.perf_counter()
-    output = trainer.train()
+    try:
+        output = trainer.train()
+    finally:
+        progress.close()
     seconds = time.perf_counter() - started
 
-    round_to_stored_dtype(model, stored_dtype(config.model))
+    round_to_stored_dtype(model, facts.stored_dtype)
     if compute.rank == 0:
         save_final(model, processor, folder / "final")
     trainer.accelerator.wait_for_everyone()
@@ -142,7 +164,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
         after = _measure(model, processor, questions, config, compute, workers, console, folder, "after")
 
     seen = trainer.seen
-    result = RunResult(
+    return RunResult(
         folder=folder,
         before=before,
         after=after,
@@ -153,9 +175,6 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
         tokens_per_second=round(seen["tokens"] / seconds, 2),
         mean_train_loss=float(output.training_loss),
     )
-    logger.info("result %s", json.dumps(result.to_json_dict()))
-    _print_result(console, result)
-    return result
 
 
 def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
@@ -164,41 +183,30 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
     Raises:
         UserError: no data, or faults in it.
     """
-    if config.data.train is None:
-        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
-    tables: list[RecordTable | None] = []
-    for name in (config.data.train, config.data.eval):
-        if name is None:
-            tables.append(None)
-            continue
+    tables: list[RecordTable] = []
+    for path in data_files(config):
         ensure_checked(
-            Path(name),
+            path,
             max_pixels=config.data.max_image_pixels,
             image_level=config.data.image_check,
             special_text=config.data.special_text,
         )
-        tables.append(
-            open_table(Path(name), special_text=config.data.special_text, max_pixels=config.data.max_image_pixels)
-        )
-    train, evaluation = tables
-    assert train is not None
-    return train, evaluation
+        tables.append(open_table(path, special_text=config.data.special_text, max_pixels=config.data.max_image_pixels))
+    return tables[0], tables[1] if len(tables) > 1 else None
 
 
-def load_processor(config: RunConfig) -> Phi3VProcessor:
-    """The model's processor, with the configured number of crops.
+def data_files(config: RunConfig) -> list[Path]:
+    """The file to learn from and, where there is one, the file to measure on.
 
     Raises:
-        UserError: there is none at ``model.path``.
+        UserError: none is named, or one does not exist.
     """
-    try:
-        return Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
-    except OSError as error:
-        raise UserError(
-            f"no processor there: {str(error).splitlines()[0]}",
-            where=f"model.path {config.model.path}",
-            hint="give a folder in the official layout (make one with `phi3v model init`), or a hub id",
-        ) from None
+    if config.data.train is None:
+        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+    files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
+    for file in files:
+        require_file(file)
+    return files
 
 
 def _check_pictures(model: Any, table: RecordTable) -> None:
@@ -255,11 +263,11 @@ def _print_header(
     console: Console,
     config: RunConfig,
     compute: Compute,
+    facts: ModelFacts,
     model: Any,
     train_table: RecordTable,
     eval_table: RecordTable | None,
     accumulation: int,
-    folder: Path,
 ) -> None:
     parts = summarize(model)
     table = Table(box=None, pad_edge=False)
@@ -270,17 +278,17 @@ def _print_header(
         table.add_row(part.part, f"{part.total:,}", f"{part.trainable:,}", adapters)
     trainable, total = sum(part.trainable for part in parts), sum(part.total for part in parts)
     table.add_row("total", f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.2f} % trained")
-    attention, why = choose_attention(config.model.attention, compute.device, compute.dtype)
     console.print(f"[bold]{config.method.name}[/bold] training of {config.model.path}", highlight=False)
     console.print(table)
     for line in (
         f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
         + (f", {int(eval_table.turn_counts().sum())} questions to measure on" if eval_table is not None else ""),
-        f"device: {compute.device}, {compute.precision} ({compute.reason}); attention: {attention} ({why})",
+        f"device: {compute.device}, {compute.precision} ({compute.reason})",
+        f"attention: {facts.attention} ({facts.attention_reason})",
         f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
         f"{config.training.micro_batch_size} at a time × {accumulation} accumulated; "
         f"every {config.training.loss_weighting} weighs the same",
-        f"output: {folder}",
+        f"output: {config.training.output_dir}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -302,14 +310,12 @@ def _print_result(console: Console, result: RunResult) -> None:
     console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
 
 
-def _log_to(path: Path, rank: int) -> None:
-    """Send our log and the libraries' warnings to ``log.txt``, on the first rank."""
+def _log_to(path: Path) -> None:
+    """Send our log and the library's to ``log.txt``."""
     for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         for name in ("phi3v", "transformers"):
             logging.getLogger(name).removeHandler(old)
         old.close()
-    if rank != 0:
-        return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("phi3v", "transformers"):

@@ -17,6 +17,7 @@ import torch
 
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
+from phi3v.machine import available_cores
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
 RUN_FILES = (
@@ -32,20 +33,48 @@ RUN_FOLDERS = ("final", "runs")
 LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tokenizers", "Pillow")
 
 
-def prepare_run_folder(config: RunConfig) -> Path:
-    """Make the folder of a run.
+# Any of these says that a run got somewhere.
+RESULTS = ("metrics.jsonl", "eval_before.json", "eval_after.json", "final")
+
+
+def check_run_folder(config: RunConfig) -> Path:
+    """Look whether a run may write to ``training.output_dir``; nothing is written or removed yet.
 
     Raises:
-        UserError: it holds a run already and ``training.overwrite`` is not set, or cannot be written.
+        UserError: it holds a run and ``training.overwrite`` is not set; or what would be replaced is needed by this
+            very run.
     """
     folder = Path(config.training.output_dir)
-    held = [name for name in (*RUN_FILES, *RUN_FOLDERS) if (folder / name).exists()]
+    held = [name for name in RESULTS if (folder / name).exists()]
     if held and not config.training.overwrite:
         raise UserError(
-            f"holds a run already ({', '.join(held[:3])} …)",
+            f"holds a run already ({', '.join(held)})",
             where=str(folder),
             hint="choose another --training.output_dir, or add --training.overwrite true to replace it",
         )
+    for key, needed in (
+        ("model.path", config.model.path),
+        ("data.train", config.data.train),
+        ("data.eval", config.data.eval),
+    ):
+        for name in (*RUN_FILES, *RUN_FOLDERS):
+            doomed = (folder / name).resolve()
+            if needed is not None and doomed.exists() and Path(needed).resolve().is_relative_to(doomed):
+                raise UserError(
+                    f"{key} is {needed}, which this run would replace",
+                    where=str(folder),
+                    hint="choose another --training.output_dir",
+                )
+    return folder
+
+
+def claim_run_folder(config: RunConfig) -> Path:
+    """Make the folder, remove what an earlier run left there, write ``config.yaml`` and ``environment.json``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
@@ -76,7 +105,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "cpu_threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cores(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),

@@ -17,9 +17,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig, Part
+from phi3v.config import LoraConfig, MethodConfig, Part
 from phi3v.errors import UserError
-from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 
 # The linear layers of each part, by the names they have in the checkpoint.
@@ -53,80 +52,6 @@ class TrainablePart:
     trainable: int
     total: int
     adapters: dict[str, int]  # adapted layer name → how many
-
-
-def load_for_training(
-    model_config: ModelConfig, method: MethodConfig, *, compute_dtype: torch.dtype, device: torch.device
-) -> Any:
-    """The model as the method wants it: quantised, with adapters, with the right tensors trainable.
-
-    Raises:
-        UserError: a LoRA target matches nothing, or an optional library is missing.
-    """
-    kwargs: dict[str, Any] = {"attn_implementation": choose_attention(model_config.attention, device, compute_dtype)[0]}
-    # Full training updates what it computes with, and bf16 alone would round small updates away.
-    kwargs["dtype"] = torch.float32 if method.name == "full" else compute_dtype
-    if method.name == "qlora":
-        kwargs["quantization_config"] = quantization(method.lora, compute_dtype)
-        kwargs["device_map"] = {"": device}
-    model = Phi3VForCausalLM.from_pretrained(model_config.path, **kwargs)
-    if method.name == "qlora":
-        keep_trainable_layout(model)
-    else:
-        model = model.to(device)
-    return apply_method(model, method)
-
-
-def stored_dtype(model_config: ModelConfig) -> torch.dtype:
-    """The dtype that the model's checkpoint names; float32 where it names none."""
-    dtype = Phi3VConfig.from_pretrained(model_config.path).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The decoder's attention and the reason for it."""
-    if wanted != "auto":
-        return wanted, "as configured"
-    if device.type != "cuda":
-        return "sdpa", f"flash attention needs a GPU, this is {device.type}"
-    from transformers.utils import is_flash_attn_2_available
-
-    if not is_flash_attn_2_available():
-        return "sdpa", "flash-attn is not installed"
-    if dtype == torch.float32:
-        return "sdpa", "flash attention does not compute in fp32"
-    return "flash_attention_2", f"flash-attn is installed and the precision is {dtype}"
-
-
-def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
-    """4-bit NormalFloat for every frozen linear layer but the head (QLoRA, arXiv 2305.14314).
-
-    Raises:
-        UserError: bitsandbytes is missing.
-    """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"') from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=lora.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def keep_trainable_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first inference on the CPU.
-
-    Its packed layout is for inference only: trained after an evaluation, a repacked layer passes no gradient on.
-    """
-    flag = "support_avx512bf16_for_cpu"
-    for module in model.modules():
-        if hasattr(module, flag):
-            setattr(module, flag, False)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -22,21 +22,24 @@ class Phi3VTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
-        self.seen = {"samples": 0, "questions": 0, "tokens": 0}  # by all ranks since the start
+        self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """Samples, questions and tokens that all ranks have taken since the start; waits for the device."""
+        return dict(zip(("samples", "questions", "tokens"), map(int, self._counts[1:].tolist()), strict=True))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks."""
-        counts = torch.zeros(4, dtype=torch.float64)  # weight, samples, questions, tokens
-        for batch in batch_samples:
-            counts[0] += batch["loss_weights"].sum()
-            counts[1] += len(batch["num_questions"])
-            counts[2] += batch["num_questions"].sum()
-            counts[3] += batch["attention_mask"].sum()
+        """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks.
+
+        The counts come from the host and stay on the device, so no step waits for them.
+        """
+        sums = [sum(batch["counts"][index] for batch in batch_samples) for index in range(4)]
+        counts = torch.tensor(sums, dtype=torch.float64, device=self._counts.device)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(device), reduction="sum").cpu()
-        for name, count in zip(self.seen, counts[1:].tolist(), strict=True):
-            self.seen[name] += int(count)
-        return counts[0].float().to(device)
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        self._counts += counts
+        return counts[0].float()
 
     def compute_loss(
         self,
@@ -49,7 +52,7 @@ class Phi3VTrainer(Trainer):
 
         Data-parallel engines average gradients over ranks, so each rank's share is multiplied by their number.
         """
-        inputs = {name: value for name, value in inputs.items() if name != "num_questions"}
+        inputs = {name: value for name, value in inputs.items() if name != "counts"}
         if num_items_in_batch is not None:
             inputs["loss_normalizer"] = num_items_in_batch / self.args.world_size
         outputs = model(**inputs, logits_to_keep=None, use_cache=False)
@@ -61,7 +64,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """The configuration in the library's terms."""
     training = config.training
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run_folder),
         seed=training.seed,
         data_seed=training.seed,
@@ -95,3 +98,6 @@ def training_arguments(
         disable_tqdm=True,
         average_tokens_across_devices=False,  # the weight is summed over ranks above
     )
+    # Without torchrun the library would spread one process over all GPUs (DataParallel) and tear batches apart.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

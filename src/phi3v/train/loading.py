@@ -1,0 +1,203 @@
+"""Getting the model: what can be known of it before it is loaded, then the loading itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from phi3v.config import LoraConfig, RunConfig
+from phi3v.errors import UserError
+from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute
+from phi3v.train.strategies import PART_MODULES, apply_method, target_modules
+
+FLASH_CAPABILITY = (8, 0)  # Ampere; flash-attn has no kernels for older GPUs
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a run needs to know of its model before it loads it."""
+
+    stored_dtype: torch.dtype  # of the checkpoint; what is saved has it again
+    attention: str
+    attention_reason: str
+
+
+def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
+    """Check model and method against each other without loading a weight.
+
+    Raises:
+        UserError: no model there, an adapter, another architecture, missing or damaged weights, attention that this
+            machine lacks, a LoRA target that matches nothing, or a missing optional library.
+    """
+    where = f"model.path {config.model.path}"
+    folder = Path(config.model.path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                "is an adapter, not a model",
+                where=where,
+                hint="merge it into its base first: PeftModel.from_pretrained(base, folder).merge_and_unload()",
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError("no model there: config.json is missing", where=where, hint=_MODEL_HINT)
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != Phi3VConfig.model_type:
+            raise UserError(f"is a {kind!r} model; only 'phi3_v' can be tuned", where=where)
+    try:
+        model_config = Phi3VConfig.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
+    with torch.device("meta"):
+        skeleton = Phi3VForCausalLM(model_config)
+    if folder.is_dir():
+        _check_weights(folder, skeleton, where)
+    if config.method.name in ("lora", "qlora"):
+        target_modules(skeleton, config.method.lora)
+    if config.method.name == "qlora":
+        require_bitsandbytes()
+    attention, reason = choose_attention(config.model.attention, compute.device, compute.dtype)
+    dtype = model_config.dtype
+    return ModelFacts(dtype if isinstance(dtype, torch.dtype) else torch.float32, attention, reason)
+
+
+_MODEL_HINT = "give a folder in the official layout (make one with `phi3v model init`), or a hub id"
+
+
+def _check_weights(folder: Path, skeleton: nn.Module, where: str) -> None:
+    """A model whose file lacks tensors would otherwise train on random numbers in their place."""
+    try:
+        keys = checkpoint_keys(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"the weights are damaged: {error}", where=where, hint="copy or download them again") from None
+    if not keys:
+        raise UserError("there are no weights (model.safetensors)", where=where, hint=_MODEL_HINT)
+    if SECOND_EMBEDDING in keys:
+        keys = keys | {EMBEDDING}
+    missing = sorted(set(skeleton.state_dict()) - keys)
+    if missing:
+        raise UserError(
+            f"{len(missing)} tensors are missing from the weights, first {missing[0]}",
+            where=where,
+            hint="the copy is incomplete, or config.json belongs to another model",
+        )
+
+
+def load_processor(config: RunConfig) -> Phi3VProcessor:
+    """The model's processor, with the configured number of crops.
+
+    Raises:
+        UserError: there is none at ``model.path``.
+    """
+    try:
+        return Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
+    except OSError as error:
+        raise UserError(
+            f"no processor there: {str(error).splitlines()[0]}",
+            where=f"model.path {config.model.path}",
+            hint=_MODEL_HINT,
+        ) from None
+
+
+def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) -> Any:
+    """The model as the method wants it: quantised, with adapters, with the right tensors trainable.
+
+    Raises:
+        UserError: the weights do not fit the configuration.
+    """
+    method = config.method
+    kwargs: dict[str, Any] = {"attn_implementation": facts.attention, "output_loading_info": True}
+    if compute.autocast_dtype is None or method.name == "full":
+        # Full training updates what it computes with, and half precision would round small updates away.
+        kwargs["dtype"] = torch.float32
+    else:
+        # Frozen weights that are saved again must stay what they were; those under adapters may be rounded.
+        kwargs["dtype"] = facts.stored_dtype if method.name == "frozen-vision" else compute.dtype
+    if method.name == "qlora":
+        kwargs["quantization_config"] = quantization(method.lora, compute.dtype)
+    if method.name == "qlora" or compute.device.type == "cuda":
+        kwargs["device_map"] = {"": compute.device}  # straight to the device, not through the host's memory
+    try:
+        model, info = Phi3VForCausalLM.from_pretrained(config.model.path, **kwargs)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"cannot be loaded: {error}", where=f"model.path {config.model.path}") from error
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(
+            f"{len(info['missing_keys'])} tensors are missing, first {first}", where=f"model.path {config.model.path}"
+        )
+    if method.name == "qlora":
+        keep_trainable_layout(model)
+    return apply_method(model, method)
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The decoder's attention and the reason for it.
+
+    Raises:
+        UserError: flash attention is asked for and cannot run here.
+    """
+    if wanted not in ("auto", "flash_attention_2"):
+        return wanted, "as configured"
+    obstacle = _flash_obstacle(device, dtype)
+    if obstacle is None:
+        return "flash_attention_2", "as configured" if wanted != "auto" else f"flash-attn is installed, {dtype}"
+    if wanted == "auto":
+        return "sdpa", obstacle
+    raise UserError(
+        f"flash_attention_2 cannot run: {obstacle}", where="model.attention", hint="leave it at auto, or use sdpa"
+    )
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type != "cuda":
+        return f"flash attention needs a GPU, this is {device.type}"
+    if torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
+        return f"flash attention has no kernels for {torch.cuda.get_device_name(device)}"
+    if not is_flash_attn_2_available():
+        return "flash-attn is not installed"
+    return "flash attention does not compute in fp32" if dtype == torch.float32 else None
+
+
+def require_bitsandbytes() -> None:
+    """Say which extra to install where bitsandbytes is missing, as a `UserError`."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"') from None
+
+
+def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
+    """4-bit NormalFloat for every frozen linear layer but the head (QLoRA, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=lora.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        # What is trained in full cannot be stored in four bits.
+        llm_int8_skip_modules=["lm_head", *(PART_MODULES[part] for part in lora.also_train)],
+    )
+
+
+def keep_trainable_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first inference on the CPU.
+
+    Its packed layout is for inference only: trained after an evaluation, a repacked layer passes no gradient on.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if hasattr(module, flag):
+            setattr(module, flag, False)

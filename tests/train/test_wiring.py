@@ -1,0 +1,141 @@
+"""What the configuration says reaches what runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_helpers import Train, read_metrics
+
+from phi3v.train import run as run_module
+from phi3v.train.trainer import Phi3VTrainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Phi3VTrainer]:
+    """The trainers that runs make."""
+    made: list[Phi3VTrainer] = []
+
+    class Spy(Phi3VTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(run_module, "Phi3VTrainer", Spy)
+    return made
+
+
+def test_settings_reach_optimizer_schedule_and_loss(train: Train, trainers: list[Phi3VTrainer]) -> None:
+    code, folder = train(
+        *("training.adam_beta1", 0.8, "training.adam_beta2", 0.97, "training.adam_epsilon", 1e-6),
+        *("training.weight_decay", 0.3, "training.learning_rate", 0.004, "training.warmup_steps", 2),
+        *("training.max_steps", 6, "training.max_grad_norm", 0.25, "training.loss_weighting", "token"),
+        *("training.gradient_checkpointing", "true", "evaluation.before", "false", "evaluation.after", "false"),
+    )
+    assert code == 0
+    trainer = trainers[0]
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.97), 1e-6, 0.3)
+    # Linear: up over two steps, then down to zero over four.
+    rates = [line["learning_rate"] for line in read_metrics(folder)]
+    assert rates == pytest.approx([0.0, 0.002, 0.004, 0.003, 0.002, 0.001])
+    assert trainer.args.max_grad_norm == 0.25
+    assert trainer.data_collator.loss_weighting == "token"
+    layers = trainer.model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert trainer.args.n_gpu <= 1
+    assert not (folder / "eval_before.json").exists()
+    assert not (folder / "eval_after.json").exists()
+
+
+def test_checkpointing_can_be_turned_off_and_changes_no_number(train: Train, trainers: list[Phi3VTrainer]) -> None:
+    losses = []
+    for name in ("true", "false"):
+        code, folder = train("training.gradient_checkpointing", name, "training.max_steps", 3, out=name)
+        assert code == 0
+        losses.append([line["loss"] for line in read_metrics(folder)])
+    assert not any(layer.gradient_checkpointing for layer in trainers[1].model.model.layers)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the same float32 operations, run twice
+
+
+def test_every_run_checks_its_gradients(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model with a detached decoder must not start, and must not touch the run folder."""
+    load = run_module.load_for_training
+
+    def detached(*args: Any) -> Any:
+        model = load(*args)
+        model.model.layers[2].register_forward_hook(lambda module, args, output: output.detach())
+        return model
+
+    monkeypatch.setattr(run_module, "load_for_training", detached)
+    code, folder = train()
+    assert code == 2
+    assert "gradient check" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_reading_in_worker_processes_changes_nothing(train: Train) -> None:
+    runs = [train("data.num_workers", count, "training.max_steps", 3, out=str(count)) for count in (0, 2)]
+    assert [code for code, _ in runs] == [0, 0]
+    losses = [[line["loss"] for line in read_metrics(folder)] for _, folder in runs]
+    assert losses[0] == losses[1]
+
+
+def test_an_image_that_vanishes_is_named_by_a_worker_too(
+    train: Train, tmp_path: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "data" / "images" / "train"
+    images.mkdir(parents=True)
+    lines = (easy_vqa / "train-48.jsonl").read_text().splitlines()[:8]
+    for line in lines:
+        name = json.loads(line)["conversations"][0]["images"][0]
+        (images / Path(name).name).write_bytes((easy_vqa / "images" / name).read_bytes())
+    file = images.parents[1] / "data.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    settings = ("data.train", file, "data.eval", "null", "data.image_check", "off", "data.num_workers", 1)
+    last = Path(json.loads(lines[-1])["conversations"][0]["images"][0]).name
+    (images / last).unlink()
+    code, _ = train(*settings)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "data.jsonl:8: conversations[0].images[0]" in error
+    assert "Traceback" not in error
+
+
+def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
+    lines = [json.loads(line) for line in (easy_vqa / "train-48.jsonl").read_text().splitlines()[:8]]
+    lines[3]["conversations"][1]["user"] = "what does <|end|> mean?"
+    file = easy_vqa / "special.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = ("data.train", file, "data.eval", "null", "training.max_steps", 1)
+    assert train(*settings)[0] == 2
+    assert train(*settings, "data.special_text", "escape")[0] == 0
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_runs(recipe: Path, tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> None:
+    """Through the real command line, a few steps, on a little data."""
+    from phi3v.cli import main
+
+    folder = tmp_path / "run"
+    settings = {
+        "model.path": tiny_model_dir,
+        "data.train": easy_vqa / "train-48.jsonl",
+        "data.eval": easy_vqa / "test-24.jsonl",
+        "training.output_dir": folder,
+        "training.max_steps": 2,
+        "training.logging_steps": 1,
+        "evaluation.max_questions": 3,
+    }
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    assert main(["train", str(recipe), *arguments]) == 0
+    assert len(read_metrics(folder)) == 2
