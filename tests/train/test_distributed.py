@@ -12,7 +12,7 @@ import pytest
 from run_helpers import read_metrics
 
 
-def launch(ranks: int, model: Path, data: Path, out: Path) -> None:
+def launch(ranks: int, method: str, model: Path, data: Path, out: Path) -> None:
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "-m"]
@@ -21,6 +21,8 @@ def launch(ranks: int, model: Path, data: Path, out: Path) -> None:
         "data.train": data / "train-48.jsonl",
         "data.eval": data / "test-24.jsonl",
         "data.num_workers": 0,
+        "method.name": method,
+        "method.lora.rank": 8,
         "training.output_dir": out,
         "training.max_steps": 4,
         "training.batch_size": 8,
@@ -39,11 +41,12 @@ def launch(ranks: int, model: Path, data: Path, out: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "frozen-vision", "lora"])
+def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path, method: str) -> None:
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path / f"ranks-{ranks}"
-        launch(ranks, tiny_model_dir, easy_vqa, folders[ranks])
+        launch(ranks, method, tiny_model_dir, easy_vqa, folders[ranks])
     assert json.loads((folders[2] / "environment.json").read_text())["world_size"] == 2
     one, two = (read_metrics(folders[ranks]) for ranks in (1, 2))
     assert len(one) == len(two) == 4
@@ -57,3 +60,24 @@ def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa
     assert scored[0]["ids"] == scored[1]["ids"]
     assert len(set(scored[0]["ids"])) == 7
     assert scored[0]["generated_texts"] == scored[1]["generated_texts"]
+
+
+def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """One message, and no rank left waiting."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "-m",
+        "phi3v",
+        "train",
+    ]
+    command += ["--model.path", str(tiny_model_dir), "--data.train", str(tmp_path / "nowhere.jsonl")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") >= 1
+    assert result.stderr.count("nowhere.jsonl: ") == 1
+    assert "exitcode  : 2" in result.stderr

@@ -62,16 +62,17 @@ def init_model(
     is_tiny = preset == "tiny"
     # Errors before anything is written.
     preset_config(preset)
-    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-        raise UserError("no tokenizer.json here", where=str(tokenizer))
-    out.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise UserError("no tokenizer.json here", where=str(tokenizer))
+        ids = {token: _token_id(tokenizer, token) for token in CHAT_TOKENS}
+        size = max(ids.values()) + 1
+        out.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, out / name)
-        ids = {token: _token_id(out, token) for token in CHAT_TOKENS}
-        size = max(ids.values()) + 1
     else:
+        out.mkdir(parents=True, exist_ok=True)
         made = save_tiny_tokenizer(out, official_ids=not is_tiny)
         ids = {token: made.get_vocab()[token] for token in CHAT_TOKENS}
         size = max(made.get_vocab().values()) + 1

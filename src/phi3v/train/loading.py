@@ -18,7 +18,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
-from phi3v.train.strategies import PART_MODULES, apply_method, target_modules
+from phi3v.train.strategies import PART_MODULES, VISION, apply_method, target_modules
 
 FLASH_CAPABILITY = (8, 0)  # Ampere; flash-attn has no kernels for older GPUs
 
@@ -188,7 +188,7 @@ def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=lora.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         # What is trained in full cannot be stored in four bits.
-        llm_int8_skip_modules=["lm_head", *(PART_MODULES[part] for part in lora.also_train)],
+        llm_int8_skip_modules=["lm_head", *(VISION + PART_MODULES[part] for part in lora.also_train)],
     )
 
 
