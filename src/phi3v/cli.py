@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    code = int((result or {}).pop("exit_code", 0))
     if as_json and result is not None and is_first_rank:
         print(json.dumps(result))
-    return int((result or {}).get("exit_code", 0))
+    return code
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

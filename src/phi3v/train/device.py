@@ -51,7 +51,7 @@ def choose_compute(wanted: Precision) -> Compute:
     if not has_gpu:
         precision, reason = ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")
         return Compute(torch.device("cpu"), precision, reason, rank, world_size)
-    device = state.device
+    device = torch.device("cuda", state.local_process_index)
     name = torch.cuda.get_device_name(device)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if wanted == "auto":

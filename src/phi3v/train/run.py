@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class RunResult:
             for name, result in (("before", self.before), ("after", self.after))
             if result is not None
         }
+        if not math.isfinite(self.mean_train_loss):
+            summary["mean_train_loss"] = None  # JSON has no infinity
         return {"folder": str(self.folder), **scores, **summary, "peak_memory_gb": peak_memory_gb()}
 
 
