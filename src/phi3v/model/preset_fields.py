@@ -78,7 +78,7 @@ def full_size(rope_scaling: dict[str, Any], sliding_window: int) -> dict[str, An
     }
 
 
-# The same architecture at about a third of a thousandth of the size; fast on two cores.
+# The same architecture small enough for two cores.
 TINY: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
