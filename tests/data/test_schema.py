@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.schema import MAX_LINE_BYTES, Record, Turn, image_path_fault, iter_faults, parse_line, read_line
+from phi3v.data.schema import MAX_LINE_BYTES, Record, Turn, image_path_fault, parse_line, read_line
 from phi3v.errors import UserError
 
 FILE = Path("data/train.jsonl")
@@ -19,7 +19,7 @@ def line_of(turn: dict[str, Any] | None = None, **keys: Any) -> str:
 
 
 def faults_of(text: str | bytes, line: int = 7, **options: Any) -> list[Fault]:
-    return list(iter_faults(text, file=FILE, line=line, **options))
+    return list(read_line(text, file=FILE, line=line, **options).faults)
 
 
 def test_a_record_of_several_turns_is_read_whole() -> None:

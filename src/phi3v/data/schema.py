@@ -15,7 +15,6 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,11 +97,6 @@ def read_line(text: str | bytes, *, file: Path, line: int, special_text: Special
         special_text: whether literal special tokens in texts are faults or are escaped.
     """
     return _LineReader(file, line, special_text).read(text)
-
-
-def iter_faults(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Iterator[Fault]:
-    """All faults of one line that is not blank."""
-    yield from read_line(text, file=file, line=line, special_text=special_text).faults
 
 
 def parse_line(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Record:

@@ -44,7 +44,6 @@ _SCHEMA = pa.schema(
         ("turns", pa.list_(_TURN)),
         ("num_turns", pa.int32()),
         ("num_images", pa.int32()),
-        ("num_chars", pa.int64()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -93,10 +92,6 @@ class RecordTable:
     def image_counts(self) -> npt.NDArray[np.int32]:
         """(records,) number of images of each record, without reading the texts."""
         return self._column("num_images").astype(np.int32)
-
-    def text_lengths(self) -> npt.NDArray[np.int64]:
-        """(records,) characters of all questions and answers of each record, without reading the texts."""
-        return self._column("num_chars").astype(np.int64)
 
     def load_images(self, record: Record) -> list[Image.Image]:
         """The images of all turns of a record as RGB, in order.
@@ -240,7 +235,6 @@ def _row(record: Record) -> dict[str, Any]:
         "turns": turns,
         "num_turns": len(turns),
         "num_images": sum(len(turn.images) for turn in record.turns),
-        "num_chars": sum(len(turn.user) + len(turn.assistant) for turn in record.turns),
     }
 
 

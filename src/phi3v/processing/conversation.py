@@ -33,11 +33,6 @@ class TokenStream:
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    @property
-    def num_answer_tokens(self) -> int:
-        """Tokens that are learnt."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
 
 def user_prompt(user: str, image_numbers: Sequence[int] = ()) -> str:
     """The text from the start of a user's turn to where its answer begins."""
