@@ -152,4 +152,4 @@ def test_a_source_that_is_incomplete(small_source: Path, tmp_path: Path) -> None
 
 def test_looking_up_names_imports_no_converter() -> None:
     script = "import sys, phi3v.data.sources; sys.exit('phi3v.data.sources.easy_vqa' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0

@@ -69,11 +69,62 @@ class RunResult:
         return {"folder": str(self.folder), **scores, **summary, "peak_memory_gb": peak_memory_gb()}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A run that may begin: everything checked and loaded, nothing written yet."""
+
+    config: RunConfig
+    console: Console
+    compute: Compute
+    facts: ModelFacts
+    folder: Path
+    accumulation: int
+    processor: Phi3VProcessor
+    model: Any
+    train_table: RecordTable
+    eval_table: RecordTable | None
+
+    @property
+    def num_workers(self) -> int:
+        wanted = self.config.data.num_workers
+        return default_workers(self.compute) if wanted is None else wanted
+
+    def collator(self) -> Collator:
+        """Makes batches to learn from."""
+        pad = self.processor.tokenizer.pad_token_id
+        return Collator(pad, loss_weighting=self.config.training.loss_weighting)
+
+
 def run_training(config: RunConfig, console: Console) -> RunResult:
     """Train as configured.
 
     What can be known to be wrong is found before it costs anything: first the configuration, then model and data
     without loading the model, then the gradients of one batch. Only then is the run folder touched.
+
+    Raises:
+        UserError: the configuration, the model or the data are wrong.
+    """
+    setup = prepare(config, console)
+    dataset = ConversationDataset(setup.train_table, setup.processor)
+    probe = setup.collator()([dataset[probe_index(setup.train_table)]])
+    checked = check_gradients(setup.model, probe, autocast_dtype=setup.compute.autocast_dtype)
+    console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
+    try:
+        if setup.compute.rank == 0:
+            claim_run_folder(config)
+            _log_to(setup.folder / "log.txt")
+        PartialState().wait_for_everyone()
+        result = _train_and_measure(setup, dataset)
+    except UserError as error:
+        error.one_rank = setup.compute.rank > 0
+        raise
+    logger.info("result %s", json.dumps(result.to_json_dict()))
+    _print_result(console, result)
+    return result
+
+
+def prepare(config: RunConfig, console: Console) -> Setup:
+    """Check everything, load the model and say what will happen.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
@@ -86,70 +137,38 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
-
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     if config.training.gradient_checkpointing:
         enable_checkpointing(model)
-    _print_header(console, config, compute, facts, model, train_table, eval_table, accumulation)
+    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, eval_table)
+    _print_header(setup)
     _check_pictures(model, train_table)
-    dataset = ConversationDataset(train_table, processor)
-    collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=config.training.loss_weighting)
-    probe = collator([dataset[probe_index(train_table)]])
-    checked = check_gradients(model, probe, autocast_dtype=compute.autocast_dtype)
-    console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-
-    try:
-        if compute.rank == 0:
-            claim_run_folder(config)
-            _log_to(folder / "log.txt")
-        PartialState().wait_for_everyone()
-        result = _train_and_measure(
-            config, console, compute, facts, model, processor, dataset, collator, eval_table, accumulation, folder
-        )
-    except UserError as error:
-        error.one_rank = compute.rank > 0
-        raise
-    logger.info("result %s", json.dumps(result.to_json_dict()))
-    _print_result(console, result)
-    return result
+    return setup
 
 
-def _train_and_measure(
-    config: RunConfig,
-    console: Console,
-    compute: Compute,
-    facts: ModelFacts,
-    model: Any,
-    processor: Phi3VProcessor,
-    dataset: ConversationDataset,
-    collator: Collator,
-    eval_table: RecordTable | None,
-    accumulation: int,
-    folder: Path,
-) -> RunResult:
-    workers = config.data.num_workers
-    workers = default_workers(compute) if workers is None else workers
+def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
+    config, compute, model = setup.config, setup.compute, setup.model
     questions = None
-    if eval_table is not None:
+    if setup.eval_table is not None:
         limit, seed = config.evaluation.max_questions, config.training.seed
-        questions = QuestionDataset(eval_table, processor, limit=limit, seed=seed)
+        questions = QuestionDataset(setup.eval_table, setup.processor, limit=limit, seed=seed)
     before = after = None
     if questions is not None and config.evaluation.before:
-        before = _measure(model, processor, questions, config, compute, workers, console, folder, "before")
+        before = _measure(setup, questions, "before")
 
     arguments = training_arguments(
         config,
-        folder,
+        setup.folder,
         precision=compute.precision,
         use_cpu=compute.device.type == "cpu",
-        accumulation=accumulation,
-        num_workers=workers,
+        accumulation=setup.accumulation,
+        num_workers=setup.num_workers,
     )
-    trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
+    trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=setup.collator())
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
-    progress = ProgressCallback(console, folder / "metrics.jsonl")
+    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl")
     progress.trainer = trainer
     trainer.add_callback(progress)
     started = time.perf_counter()
@@ -159,16 +178,16 @@ def _train_and_measure(
         progress.close()
     seconds = time.perf_counter() - started
 
-    round_to_stored_dtype(model, facts.stored_dtype)
+    round_to_stored_dtype(model, setup.facts.stored_dtype)
     if compute.rank == 0:
-        save_final(model, processor, folder / "final")
+        save_final(model, setup.processor, setup.folder / "final")
     trainer.accelerator.wait_for_everyone()
     if questions is not None and config.evaluation.after:
-        after = _measure(model, processor, questions, config, compute, workers, console, folder, "after")
+        after = _measure(setup, questions, "after")
 
     seen = trainer.seen
     return RunResult(
-        folder=folder,
+        folder=setup.folder,
         before=before,
         after=after,
         steps=trainer.state.global_step,
@@ -228,32 +247,23 @@ def probe_index(table: RecordTable) -> int:
     return int(with_images[0]) if len(with_images) else 0
 
 
-def _measure(
-    model: Any,
-    processor: Phi3VProcessor,
-    questions: QuestionDataset,
-    config: RunConfig,
-    compute: Compute,
-    workers: int,
-    console: Console,
-    folder: Path,
-    when: str,
-) -> EvaluationResult:
+def _measure(setup: Setup, questions: QuestionDataset, when: str) -> EvaluationResult:
+    compute, console = setup.compute, setup.console
     with progress_bar(console) as bar:
         task = bar.add_task(f"evaluating {when}", total=len(questions), extra="")
         result = evaluate(
-            model,
-            processor,
+            setup.model,
+            setup.processor,
             questions,
-            config.evaluation,
+            setup.config.evaluation,
             autocast_dtype=compute.autocast_dtype,
-            num_workers=workers,
+            num_workers=setup.num_workers,
             rank=compute.rank,
             world_size=compute.world_size,
             on_batch=lambda count: bar.advance(task, count * compute.world_size),
         )
     if compute.rank == 0:
-        result.write(folder / f"eval_{when}.json")
+        result.write(setup.folder / f"eval_{when}.json")
         console.print(
             f"{result.metric} {when}: {100 * result.score:.2f} % on {len(result.ids)} questions "
             f"({len(result.ids) / result.seconds:.1f} questions/s)",
@@ -262,17 +272,10 @@ def _measure(
     return result
 
 
-def _print_header(
-    console: Console,
-    config: RunConfig,
-    compute: Compute,
-    facts: ModelFacts,
-    model: Any,
-    train_table: RecordTable,
-    eval_table: RecordTable | None,
-    accumulation: int,
-) -> None:
-    parts = summarize(model)
+def _print_header(setup: Setup) -> None:
+    config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
+    train_table, eval_table = setup.train_table, setup.eval_table
+    parts = summarize(setup.model)
     table = Table(box=None, pad_edge=False)
     for column in ("part", "parameters", "trained", "adapters"):
         table.add_column(column, justify="left" if column in ("part", "adapters") else "right")
@@ -289,7 +292,7 @@ def _print_header(
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
         f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
-        f"{config.training.micro_batch_size} at a time × {accumulation} accumulated; "
+        f"{config.training.micro_batch_size} at a time × {setup.accumulation} accumulated; "
         f"every {config.training.loss_weighting} weighs the same",
         f"output: {config.training.output_dir}",
     ):
