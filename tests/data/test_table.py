@@ -113,7 +113,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     peak(1_000)  # imports and caches of the libraries
     small, large = peak(2_000), peak(12_000)
     grown = 10_000 * 16  # the hash and the line of every id, kept while parsing
-    slack = 300_000
+    slack = 1_000_000  # a batch of rows comes and goes; 10,000 records held would be over 10 MB
     assert large[0] - small[0] < 4 * grown + slack
     assert large[1] - small[1] < slack
 
