@@ -355,7 +355,7 @@ def shape_turns(rng: Rng, things: list[Thing]) -> list[Turn]:
             turns.append((f"What shape is {thing.colour}?", thing.shape))
             turns.append((f"Where is the {thing.colour} shape?", thing.place))
         turns.append((f"What is at the {thing.place}?", thing.name))
-    turns = pick(rng, turns, 4)
+    turns = pick(rng, turns, 6)
     cell = int(rng.integers(9))
     at = [thing.name for thing in things if thing.cell == cell]
     turns.append((f"What is at the {place_name(cell)}?", at[0] if at else "nothing"))
@@ -396,7 +396,7 @@ def one_scene(rng: Rng, level: int) -> Scene:
 def shapes_scene(rng: Rng, level: int) -> Scene:
     """Coloured shapes: what, which colour, how many, where."""
     things = some_things(rng, (2, 4, 6)[level])
-    return Scene([draw_things(rng, things)], pick(rng, shape_turns(rng, things), 8))
+    return Scene([draw_things(rng, things)], pick(rng, shape_turns(rng, things), 12))
 
 
 def caption_scene(rng: Rng, level: int) -> Scene:

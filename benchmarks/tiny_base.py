@@ -45,16 +45,16 @@ class Stage:
 
 READING = {"text": 0.34, "fields": 0.24, "digits": 0.14, "shapes": 0.18, "caption": 0.10}
 STAGES = (
-    Stage("one", 1600, {"one": 1.0}, (1.0, 0.0, 0.0)),
+    Stage("one", 1200, {"one": 1.0}, (1.0, 0.0, 0.0)),
     Stage("shapes", 3000, {"one": 0.1, "shapes": 0.55, "digits": 0.35}, (0.8, 0.2, 0.0)),
     Stage(
         "words", 4000, {"text": 0.4, "fields": 0.15, "digits": 0.2, "shapes": 0.15, "caption": 0.1}, (0.85, 0.15, 0.0)
     ),
-    Stage("more", 3600, READING, (0.5, 0.4, 0.1), learning_rate=1.5e-3),
-    Stage("several", 1600, {"pair": 0.3, "frames": 0.3, "two": 0.4}, (0.5, 0.4, 0.1), learning_rate=1.5e-3),
+    Stage("more", 3000, READING, (0.5, 0.4, 0.1), learning_rate=1.5e-3),
+    Stage("several", 1200, {"pair": 0.3, "frames": 0.3, "two": 0.4}, (0.5, 0.4, 0.1), learning_rate=1.5e-3),
     Stage(
         "last",
-        1600,
+        1400,
         {"pair": 0.25, "frames": 0.2, "two": 0.55},
         (0.4, 0.4, 0.2),
         learning_rate=1.5e-3,
