@@ -11,24 +11,38 @@ again, it goes on with the stage that was cut off; the same versions on the same
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_result import write_result
 
 from drawing import choose
 from phi3v.data.jsonl import replacing, write_jsonl
+from phi3v.model.presets import PRETRAINED_TINY
 from scenes import SEVERAL, SINGLE, Scene
 
 ROOT = Path(__file__).parents[1]
 SEED = 35
 BATCH_SIZE = 4  # seeing begins after so many steps, whatever their size
 THREADS = 2  # fixed: the order of sums, and so the last bits of the weights, depend on it
+LEVELS = ("easy", "medium", "hard")
+TEST_SCENES = 80  # of each kind and level
+DESCRIPTIONS = {
+    "text": "read words and numbers in many fonts, by place and in order",
+    "fields": "find and read labelled fields",
+    "digits": "read handwritten digits",
+    "shapes": "coloured shapes: which, where, how many",
+    "caption": "a picture with a caption that fits it or not",
+    "pair": "compare two pictures",
+    "frames": "order and motion in three or four frames",
+}
 
 
 @dataclass(frozen=True)
@@ -81,16 +95,21 @@ def samples(stage: Stage, index: int, images: Path) -> Iterator[dict[str, Any]]:
         level = int(rng.choice(3, p=stage.levels))
         turns = []
         for part, scene in enumerate(draw(kind, level, rng)):
-            names = [f"{number // 1000}/{number}-{part}-{k}.png" for k in range(len(scene.images))]
-            for name, image in zip(names, scene.images, strict=True):
-                (images / name).parent.mkdir(parents=True, exist_ok=True)
-                with replacing(images / name) as temporary:
-                    image.save(temporary, format="PNG", compress_level=1)
-            first = {"images": names}
+            first: dict[str, Any] = {"images": save_images(scene, images, f"{number // 1000}/{number}-{part}")}
             for question, answer in scene.turns:
                 turns.append(first | {"user": question, "assistant": answer})
                 first = {}
         yield {"id": f"{stage.name}-{number:06d}", "source": f"{kind}-{level}", "conversations": turns}
+
+
+def save_images(scene: Scene, images: Path, stem: str) -> list[str]:
+    """Write the scene's pictures and return their names."""
+    names = [f"{stem}-{k}.png" for k in range(len(scene.images))]
+    for name, image in zip(names, scene.images, strict=True):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(images / name) as temporary:
+            image.save(temporary, format="PNG", compress_level=1)
+    return names
 
 
 def run_stage(stage: Stage, index: int, model: Path, folder: Path) -> Path:
@@ -120,6 +139,54 @@ def run_stage(stage: Stage, index: int, model: Path, folder: Path) -> Path:
     return run / "final"
 
 
+def measure(model: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """The share of right answers to questions about new pictures, by kind and level."""
+    data, out = folder / "data", folder / "eval"
+    kinds = [*READING, *SEVERAL]
+    if not (data / "test.jsonl").exists():
+        write_jsonl(data / "test.jsonl", test_records(kinds, data / "images"))
+    shutil.rmtree(out, ignore_errors=True)
+    options = ("--metrics", "accuracy", "--batch-size", "32", "--max-new-tokens", "24", "--out", str(out))
+    phi3v("eval", str(model), "--data", str(data / "test.jsonl"), *options)
+    right: dict[str, list[bool]] = {}
+    for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        right.setdefault("-".join(answer["id"].split("-")[:2]), []).append(bool(answer["correct"]))
+    return {
+        f"{kind}-{level}": {"n": len(of_level), "accuracy": round(sum(of_level) / len(of_level), 4)}
+        for kind in kinds
+        for level, name in enumerate(LEVELS)
+        for of_level in [right[f"{kind}-{name}"]]
+    }
+
+
+def test_records(kinds: list[str], images: Path) -> Iterator[dict[str, Any]]:
+    """Scenes that no stage drew, each question a record."""
+    for place, kind in enumerate(kinds):
+        for level, name in enumerate(LEVELS):
+            for number in range(TEST_SCENES):
+                # Four numbers where the stages have three: another stream of random numbers.
+                scene = draw(kind, level, np.random.default_rng([SEED, place, level, 10**6 + number]))[0]
+                names = save_images(scene, images, f"{kind}-{name}-{number}")
+                for k, (question, answer) in enumerate(scene.turns):
+                    turn = {"images": names, "user": question, "assistant": answer}
+                    yield {"id": f"{kind}-{name}-{number}-{k}", "source": kind, "conversations": [turn]}
+
+
+def ship(model: Path, scores: dict[str, dict[str, Any]], out: Path) -> None:
+    """Copy the model into the package, with its card."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(model.iterdir()):
+        if file.name != "manifest.json":
+            shutil.copyfile(file, out / file.name)
+    rows = []
+    for kind in [*READING, *SEVERAL]:
+        cells = [f"{100 * scores[f'{kind}-{level}']['accuracy']:.0f} %" for level in range(len(LEVELS))]
+        rows.append(f"| {kind} | {DESCRIPTIONS[kind]} | {' | '.join(cells)} |")
+    card = (Path(__file__).parent / "tiny_base_card.md").read_text(encoding="utf-8")
+    (out / "README.md").write_text(card.replace("{rows}", "\n".join(rows)), encoding="utf-8")
+
+
 def phi3v(*arguments: str) -> None:
     """Run a command of the package with a fixed number of threads."""
     threads = f"import torch; torch.set_num_threads({THREADS})"
@@ -130,15 +197,23 @@ def phi3v(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny_base", help="where stages are kept")
-    work = parser.parse_args().work
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tiny_base.json")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
     model = work / "start"
     if not (model / "config.json").exists():
         phi3v("model", "init", "--preset", "tiny", "--seed", str(SEED), "--out", str(model))
+    seconds = 0.0
     for index, stage in enumerate(STAGES):
         folder = work / f"stage-{index}-{stage.name}"
         print(f"stage {index + 1} of {len(STAGES)}: {stage.name} in {folder}", flush=True)
         model = run_stage(stage, index, model, folder)
-    print(f"the base model is {model}")
+        seconds += json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    scores = measure(model, work / "test")
+    ship(model, scores, PRETRAINED_TINY)
+    details = {"stages": [asdict(stage) for stage in STAGES], "train_seconds": round(seconds, 1), "scores": scores}
+    write_result("tiny_base", details, arguments.out)
+    print(f"the base model is in {PRETRAINED_TINY}, its scores in {arguments.out}")
 
 
 if __name__ == "__main__":
