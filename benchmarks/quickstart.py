@@ -48,7 +48,7 @@ def tune(*overrides: object) -> dict[str, Any]:
     scores = {}
     for when in ("before", "after"):
         measured = json.loads((folder / f"eval_{when}.json").read_text(encoding="utf-8"))
-        scores[when] = measured["metrics"] | {"seconds": measured["seconds"]}
+        scores[when] = measured["scores"] | {"seconds": measured["seconds"]}
     return {"total_seconds": round(time.perf_counter() - start, 1), "evaluation": scores, "training": run}
 
 
