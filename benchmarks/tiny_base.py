@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_result import write_result
 
+from bench_result import write_result
 from drawing import choose
 from phi3v.data.jsonl import replacing, write_jsonl
 from phi3v.model.presets import PRETRAINED_TINY
