@@ -61,10 +61,10 @@ READING = {"text": 0.34, "fields": 0.24, "digits": 0.14, "shapes": 0.18, "captio
 STAGES = (
     Stage("one", 1200, {"one": 1.0}, (1.0, 0.0, 0.0)),
     Stage("shapes", 3000, {"one": 0.1, "shapes": 0.55, "digits": 0.35}, (0.8, 0.2, 0.0)),
-    Stage("words", 4000, {"text": 0.4, "fields": 0.15, "digits": 0.2, "shapes": 0.15, "caption": 0.1}, (0.8, 0.2, 0.0)),
+    Stage("words", 3200, {"text": 0.4, "fields": 0.15, "digits": 0.2, "shapes": 0.15, "caption": 0.1}, (0.8, 0.2, 0.0)),
     Stage(
         "all",
-        1800,
+        1400,
         {"two": 0.5, "pair": 0.25, "frames": 0.25},
         (0.6, 0.35, 0.05),
         learning_rate=1.5e-3,
