@@ -115,7 +115,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
+    convert.add_argument(
+        "--source",
+        dest="location",
+        metavar="PATH_OR_HUB_ID",
+        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+    )
+    convert.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="bad records and clips: an error that lists them once the good ones are done, "
+        "or leave them out and list them (default: %(default)s)",
+    )
+    convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    convert.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
     check = _command(
         data,
         "check",
@@ -183,10 +197,18 @@ def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    files = SOURCES[arguments.source](arguments.out, arguments.location)
-    for split, path in files.items():
-        console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
-    return {"source": arguments.source, "files": {split: str(path) for split, path in files.items()}}
+    from phi3v.data.convert import ConvertOptions
+
+    options = ConvertOptions(
+        out=arguments.out,
+        source=arguments.location,
+        on_bad=arguments.on_bad,
+        workers=arguments.workers,
+        num_frames=arguments.frames,
+    )
+    result = SOURCES[arguments.source](options)
+    result.render(console)
+    return result.to_json_dict()
 
 
 def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
