@@ -31,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:2] != ["data", "convert"]:  # a dataset takes long to download
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parse(argv)
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
@@ -116,11 +118,25 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         _data_convert,
         "bring a dataset into the JSONL format",
-        "phi3v data convert easy-vqa --out data/easy-vqa",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
     convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
+    convert.add_argument(
+        "--source",
+        dest="location",
+        metavar="PATH_OR_HUB_ID",
+        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+    )
+    convert.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="bad records and clips: an error that lists them once the good ones are done, "
+        "or leave them out and list them (default: %(default)s)",
+    )
+    convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    convert.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
     check = _command(
         data,
         "check",
@@ -221,10 +237,18 @@ def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    files = SOURCES[arguments.source](arguments.out, arguments.location)
-    for split, path in files.items():
-        console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
-    return {"source": arguments.source, "files": {split: str(path) for split, path in files.items()}}
+    from phi3v.data.convert import ConvertOptions
+
+    options = ConvertOptions(
+        out=arguments.out,
+        source=arguments.location,
+        on_bad=arguments.on_bad,
+        workers=arguments.workers,
+        num_frames=arguments.frames,
+    )
+    result = SOURCES[arguments.source](options)
+    result.render(console)
+    return result.to_json_dict()
 
 
 def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
