@@ -168,7 +168,8 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=setup.collator())
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
-    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl")
+    show_bar = config.training.progress_bar
+    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl", show_bar=show_bar)
     progress.trainer = trainer
     trainer.add_callback(progress)
     started = time.perf_counter()
@@ -212,8 +213,15 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
             max_pixels=config.data.max_image_pixels,
             image_level=config.data.image_check,
             special_text=config.data.special_text,
+            progress=config.training.progress_bar,
         )
-        tables.append(open_table(path, special_text=config.data.special_text, max_pixels=config.data.max_image_pixels))
+        table = open_table(
+            path,
+            special_text=config.data.special_text,
+            max_pixels=config.data.max_image_pixels,
+            progress=config.training.progress_bar,
+        )
+        tables.append(table)
     return tables[0], tables[1] if len(tables) > 1 else None
 
 
@@ -249,7 +257,7 @@ def probe_index(table: RecordTable) -> int:
 
 def _measure(setup: Setup, questions: QuestionDataset, when: str) -> EvaluationResult:
     compute, console = setup.compute, setup.console
-    with progress_bar(console) as bar:
+    with progress_bar(console, enabled=setup.config.training.progress_bar) as bar:
         task = bar.add_task(f"evaluating {when}", total=len(questions), extra="")
         result = evaluate(
             setup.model,
