@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__
-from phi3v.config import DEFAULT_MAX_PIXELS, load_config
+from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
 from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
@@ -175,6 +175,36 @@ def build_parser() -> argparse.ArgumentParser:
         "fine-tune a model as a recipe says; options override it",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
     )
+    evaluate = _command(
+        verbs,
+        "eval",
+        _eval,
+        "score a model, an adapter or a run on a data file; also under torchrun",
+        "phi3v eval output/first --data data/test.jsonl --metrics accuracy token_f1 --out output/first-test",
+    )
+    evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and predictions.jsonl there")
+    own = "default: as the run was measured"
+    evaluate.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help=f"the scores, the task's own first, from {', '.join(METRIC_NAMES)} ({own}, else accuracy)",
+    )
+    evaluate.add_argument(
+        "--answer-words",
+        nargs="+",
+        metavar="WORD",
+        help=f"for auroc: the possible answers, the positive one first, e.g. yes no ({own})",
+    )
+    evaluate.add_argument("--max-questions", type=int, metavar="N", help=f"draw so many ({own}, else all)")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help=f"questions at a time ({own}, else 8)")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer ({own}, else 64)")
+    evaluate.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
+    evaluate.add_argument(
+        "--precision", choices=("auto", "bf16", "fp16", "fp32"), help=f"arithmetic ({own}, else auto)"
+    )
     return parser
 
 
@@ -247,6 +277,23 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
     from phi3v.train.run import run_training
 
     return run_training(config, console).to_json_dict()
+
+
+def _eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.train.evaluate_tuned import evaluate_tuned
+
+    keys = ("metrics", "answer_words", "max_questions", "batch_size", "max_new_tokens")
+    settings = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
+    result = evaluate_tuned(
+        arguments.model,
+        arguments.data,
+        console,
+        settings=settings,
+        num_crops=arguments.num_crops,
+        precision=arguments.precision,
+        out=arguments.out,
+    )
+    return {"model": arguments.model, "data": str(arguments.data)} | result.summary()
 
 
 if __name__ == "__main__":
