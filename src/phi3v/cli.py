@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
+
+SECONDS_TO_SPEAK = 10.0  # for a rank on a busy machine; the launcher does not wait that long once rank 0 has ended
 
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
@@ -60,6 +63,9 @@ def run_command(work: Callable[[Console], dict[str, Any] | None], *, as_json: bo
             print(f"error: {error}", file=sys.stderr)
         elif error.one_rank:
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        else:
+            # torchrun ends all ranks when the first one ends, and that must not be before rank 0 has spoken.
+            time.sleep(SECONDS_TO_SPEAK)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
