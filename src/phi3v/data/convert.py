@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,24 +86,8 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """A part of the dataset that is converted by itself.
-
-    Attributes:
-        place: where it is in the source, for messages: ``train.jsonl:12``, ``row 7 of docvqa``, the clip's path.
-        work: adds its images and returns its records, at least one. It runs in a thread, at any time and in any
-            order; what it raises as `UserError` makes the unit bad.
-        amount: its share of the split's ``total``.
-    """
-
-    place: str
-    work: Callable[[], list[JsonRecord]]
-    amount: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class BadUnit:
-    """A part of the dataset that cannot be converted; a source may give it in place of a `Unit`.
+    """A part of the dataset that cannot be converted; a source may give it in place of a `Unit` or of a record.
 
     Attributes:
         place: where it is in the source.
@@ -123,6 +107,23 @@ class BadUnit:
     def to_json_dict(self) -> dict[str, str | None]:
         """Plain values for ``--json``."""
         return {"place": self.place, "what": self.what, "hint": self.hint}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of the dataset that is converted by itself.
+
+    Attributes:
+        place: where it is in the source, for messages: ``train.jsonl:12``, ``row 7 of docvqa``, the clip's path.
+        work: adds its images and returns its records; a `BadUnit` among them stands for a part that is bad while the
+            rest is good. It runs in a thread, at any time and in any order; what it raises as `UserError` makes the
+            whole unit bad.
+        amount: its share of the split's ``total``.
+    """
+
+    place: str
+    work: Callable[[], Sequence[JsonRecord | BadUnit]]
+    amount: int = 1
 
 
 class BadUnitsError(UserError):
@@ -322,7 +323,7 @@ class Conversion:
             self._source,
             self._files,
             self._records,
-            images=self.images.made + self.images.kept,
+            images=self.images.total,
             images_kept=self.images.kept,
             skipped=tuple(self._bad),
             notes=tuple(self._notes),
@@ -334,14 +335,14 @@ class Conversion:
         for unit, outcome in _in_order(units, self.options.workers or available_cores()):
             self._units += 1
             bar.advance(unit.amount)
-            if isinstance(outcome, BadUnit):
-                state.bad.append(outcome)
-                if stop and len(self._bad) + len(state.bad) >= _HOPELESS:
-                    self._stopped_early = True
-                    break
-            elif not (stop and state.bad):
-                state.records += len(outcome)
-                yield from outcome
+            state.bad += [part for part in outcome if isinstance(part, BadUnit)]
+            if stop and len(self._bad) + len(state.bad) >= _HOPELESS:
+                self._stopped_early = True
+                break
+            if not (stop and state.bad):
+                records = [part for part in outcome if not isinstance(part, BadUnit)]
+                state.records += len(records)
+                yield from records
         if stop and state.bad:
             raise _SplitHasBadUnitsError
         if not state.records:
@@ -349,20 +350,24 @@ class Conversion:
             raise UserError(f"gives no record at all{first}", where=self._source, hint="is this the right source?")
 
 
-def _in_order(
-    units: Iterable[Unit | BadUnit], workers: int
-) -> Iterator[tuple[Unit | BadUnit, list[JsonRecord] | BadUnit]]:
-    """Each unit with what became of it, in the given order; a few units ahead are being worked on."""
-    pending: deque[tuple[Unit | BadUnit, Future[list[JsonRecord] | BadUnit] | BadUnit]] = deque()
+_Outcome = Sequence[JsonRecord | BadUnit]
 
-    def take() -> tuple[Unit | BadUnit, list[JsonRecord] | BadUnit]:
-        unit, outcome = pending.popleft()
-        return unit, outcome if isinstance(outcome, BadUnit) else outcome.result()
+
+def _in_order(units: Iterable[Unit | BadUnit], workers: int) -> Iterator[tuple[Unit | BadUnit, _Outcome]]:
+    """Each unit with what became of it, in the given order; a few units ahead are being worked on."""
+    pending: deque[tuple[Unit | BadUnit, Future[_Outcome] | None]] = deque()
+
+    def take() -> tuple[Unit | BadUnit, _Outcome]:
+        unit, future = pending.popleft()
+        if isinstance(unit, BadUnit):
+            return unit, [unit]
+        assert future is not None
+        return unit, future.result()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     try:
         for unit in units:
-            pending.append((unit, unit if isinstance(unit, BadUnit) else pool.submit(_do, unit)))
+            pending.append((unit, None if isinstance(unit, BadUnit) else pool.submit(_do, unit)))
             # Enough ahead that a slow unit at the front does not leave the other workers idle.
             if len(pending) > 4 * workers:
                 yield take()
@@ -372,20 +377,22 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _do(unit: Unit) -> list[JsonRecord] | BadUnit:
+def _do(unit: Unit) -> _Outcome:
     try:
-        records = unit.work()
+        return [part if isinstance(part, BadUnit) else _checked(part, unit.place) for part in unit.work()]
     except OutputError:
         raise
     except UserError as error:
         what = f"{error.where}: {error.what}" if error.where and error.where != unit.place else error.what
-        return BadUnit(unit.place, what, error.hint)
-    for record in records:
-        # The same reader that training uses. Special text stays as it is here: what becomes of it is a setting there.
-        faults = read_line(json.dumps(record), file=Path(unit.place), line=2, special_text="escape").faults
-        if faults:
-            return BadUnit(unit.place, f"{faults[0].field} {faults[0].what}", faults[0].hint)
-    return records
+        return [BadUnit(unit.place, what, error.hint)]
+    except OSError as error:  # of the source: what cannot be written is an `OutputError`
+        return [BadUnit(unit.place, f"cannot be read: {error.strerror or error}", "check its permissions and the disk")]
+
+
+def _checked(record: JsonRecord, place: str) -> JsonRecord | BadUnit:
+    """The record if the reader that training uses takes it. What becomes of special text is a setting there."""
+    faults = read_line(json.dumps(record), file=Path(place), line=2, special_text="escape").faults
+    return BadUnit(place, f"{faults[0].field} {faults[0].what}", faults[0].hint) if faults else record
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

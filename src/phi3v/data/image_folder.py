@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import threading
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -31,19 +30,26 @@ class ImageFolder:
     becomes PNG. What is made anew (a PNG, a frame of a clip) carries a hash of what it was made from, so that a
     later run knows it without decoding anything.
 
+    An image may be added again under the same name, as often as records name it.
+
     Args:
         root: the folder; need not exist.
-
-    Attributes:
-        made: files written so far.
-        kept: files that were there already, complete and from the same source.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.made = 0
-        self.kept = 0
-        self._count = threading.Lock()
+        self._added: set[Path] = set()
+        self._made: set[Path] = set()
+
+    @property
+    def total(self) -> int:
+        """Files added so far."""
+        return len(self._added)
+
+    @property
+    def kept(self) -> int:
+        """Those among them that were there before, complete and from the same source."""
+        return len(self._added - self._made)
 
     def add(self, stem: str, data: bytes, *, name: str | None = None) -> str:
         """Add the image that ``data`` encodes.
@@ -70,7 +76,7 @@ class ImageFolder:
                 same = not verbatim and _origin(path) == digest
             if not same:
                 raise _other_content(path)
-            self._counted(made=False)
+            self._added.add(path)
         else:
             image = decode_image(data, name or stem)
             self._write(path, data if verbatim else _as_png(image, digest))
@@ -121,7 +127,7 @@ class ImageFolder:
             elif _origin(path) != origin:
                 raise _other_content(path)
             else:
-                self._counted(made=False)
+                self._added.add(path)
         if missing:
             frames = sample_frames(data, count, name=name or stem)
             for path, frame, origin in zip(paths, frames, origins, strict=True):
@@ -142,12 +148,8 @@ class ImageFolder:
         except OSError as error:
             what = f"cannot be written: {error.strerror or error}"
             raise OutputError(what, where=str(path), hint="is there room, and the right to write?") from None
-        self._counted(made=True)
-
-    def _counted(self, *, made: bool) -> None:
-        with self._count:
-            self.made += made
-            self.kept += not made
+        self._made.add(path)
+        self._added.add(path)
 
 
 def _digest(data: bytes) -> str:

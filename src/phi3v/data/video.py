@@ -15,6 +15,8 @@ from phi3v.errors import UserError
 # B-frames swallow some at the end. A clip that was cut off lacks far more.
 _SHORTFALL = 0.1
 
+VIDEO_SUFFIXES = (".avi", ".mp4", ".m4v", ".mkv", ".mov", ".webm")
+
 _ANOTHER_COPY = "copy or download the clip again, or leave it out"
 
 

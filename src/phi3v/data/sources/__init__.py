@@ -23,4 +23,8 @@ def _source(module: str) -> Converter:
 
 SOURCES: dict[str, Converter] = {
     "easy-vqa": _source("easy_vqa"),
+    "docvqa": _source("docvqa"),
+    "hateful-memes": _source("hateful_memes"),
+    "nlvr2": _source("nlvr2"),
+    "ucf101": _source("ucf101"),
 }
