@@ -25,7 +25,7 @@ from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
-SECONDS_TO_SPEAK = 10.0  # for a rank on a busy machine; the launcher does not wait that long once rank 0 has ended
+SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
 
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
@@ -61,11 +61,12 @@ def run_command(work: Callable[[Console], dict[str, Any] | None], *, as_json: bo
     except UserError as error:
         if is_first_rank:
             print(f"error: {error}", file=sys.stderr)
-        elif error.one_rank:
-            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         else:
-            # torchrun ends all ranks when the first one ends, and that must not be before rank 0 has spoken.
-            time.sleep(SECONDS_TO_SPEAK)
+            if not error.one_rank:
+                # Rank 0 has met it too and speaks for all. The launcher ends all ranks once one has ended, so that must
+                # not be this one; and if this one is still here then, rank 0 has not met it after all.
+                time.sleep(SECONDS_TO_SPEAK)
+            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
