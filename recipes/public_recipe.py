@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,12 +103,14 @@ def fine_tune(name: str, argv: Sequence[str] | None = None) -> int:
         argv: the flags; default those of this process.
     """
 
+    argv = sys.argv[1:] if argv is None else argv
+
     def work(console: Console) -> None:
         flags = build_parser(TASKS[name]).parse_args(argv)
         with _in_flags():
             _train(TASKS[name], flags, console)
 
-    return run_command(work)
+    return run_command(work, show_downloads="--no-tqdm" not in argv)
 
 
 def convert_ucf101(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +128,7 @@ def convert_ucf101(argv: Sequence[str] | None = None) -> int:
         flags = parser.parse_args(argv)
         SOURCES["ucf101"](ConvertOptions(flags.out_dir, flags.source, on_bad="skip")).render(console)
 
-    return run_command(work)
+    return run_command(work, show_downloads=True)
 
 
 def build_parser(task: Task) -> argparse.ArgumentParser:

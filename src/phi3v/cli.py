@@ -33,25 +33,33 @@ Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    return run_command(lambda console: arguments.handler(arguments, console), as_json=getattr(arguments, "json", False))
+    return run_command(
+        lambda console: arguments.handler(arguments, console),
+        as_json=getattr(arguments, "json", False),
+        show_downloads=arguments.handler is _data_convert,
+    )
 
 
-def run_command(work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False) -> int:
+def run_command(
+    work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False, show_downloads: bool = False
+) -> int:
     """Do the work of a command as every command is done, and return its exit code.
 
     Args:
         work: takes the console to speak to; returns what ``--json`` prints. What it raises as `UserError` is one
             message, from the first rank where all ranks met it.
         as_json: print one JSON object on standard output and everything else on standard error.
+        show_downloads: show the hub's bars, as a dataset takes long to download.
     """
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (show_downloads and is_first_rank):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -107,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--preset", choices=tuple(PRESET_FIELDS), required=True, help="which architecture")
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    init.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="tiny only: the small base model that comes with the package, in place of random weights",
+    )
     init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     init.add_argument(
         "--dtype",
@@ -128,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         _data_convert,
         "bring a dataset into the JSONL format",
-        "phi3v data convert easy-vqa --out data/easy-vqa",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
     convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
@@ -230,15 +243,18 @@ def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str
 def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from phi3v.model.presets import init_model
+    from phi3v.model.presets import copy_pretrained, init_model
 
-    parameters = init_model(
-        arguments.preset,
-        arguments.out,
-        seed=arguments.seed,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
-    )
+    if arguments.pretrained:
+        parameters = copy_pretrained(arguments.preset, arguments.out)
+    else:
+        parameters = init_model(
+            arguments.preset,
+            arguments.out,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
+        )
     console.print(f"{arguments.preset}: {parameters:,} parameters in {arguments.out}", highlight=False)
     return {"preset": arguments.preset, "parameters": parameters, "folder": str(arguments.out)}
 
