@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__
-from phi3v.config import DEFAULT_MAX_PIXELS, load_config
+from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
 from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
@@ -31,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:2] != ["data", "convert"]:  # a dataset takes long to download
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parse(argv)
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
@@ -90,6 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--preset", choices=tuple(PRESET_FIELDS), required=True, help="which architecture")
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    init.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="tiny only: the small base model that comes with the package, in place of random weights",
+    )
     init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     init.add_argument(
         "--dtype",
@@ -111,11 +118,25 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         _data_convert,
         "bring a dataset into the JSONL format",
-        "phi3v data convert easy-vqa --out data/easy-vqa",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
     convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
+    convert.add_argument(
+        "--source",
+        dest="location",
+        metavar="PATH_OR_HUB_ID",
+        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+    )
+    convert.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="bad records and clips: an error that lists them once the good ones are done, "
+        "or leave them out and list them (default: %(default)s)",
+    )
+    convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    convert.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
     check = _command(
         data,
         "check",
@@ -151,6 +172,36 @@ def build_parser() -> argparse.ArgumentParser:
         "fine-tune a model as a recipe says; options override it",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
     )
+    evaluate = _command(
+        verbs,
+        "eval",
+        _eval,
+        "score a model, an adapter or a run on a data file; also under torchrun",
+        "phi3v eval output/first --data data/test.jsonl --metrics accuracy token_f1 --out output/first-test",
+    )
+    evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and predictions.jsonl there")
+    own = "default: as the run was measured"
+    evaluate.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help=f"the scores, the task's own first, from {', '.join(METRIC_NAMES)} ({own}, else accuracy)",
+    )
+    evaluate.add_argument(
+        "--answer-words",
+        nargs="+",
+        metavar="WORD",
+        help=f"for auroc: the possible answers, the positive one first, e.g. yes no ({own})",
+    )
+    evaluate.add_argument("--max-questions", type=int, metavar="N", help=f"draw so many ({own}, else all)")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help=f"questions at a time ({own}, else 8)")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer ({own}, else 64)")
+    evaluate.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
+    evaluate.add_argument(
+        "--precision", choices=("auto", "bf16", "fp16", "fp32"), help=f"arithmetic ({own}, else auto)"
+    )
     return parser
 
 
@@ -169,24 +220,35 @@ def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str
 def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from phi3v.model.presets import init_model
+    from phi3v.model.presets import copy_pretrained, init_model
 
-    parameters = init_model(
-        arguments.preset,
-        arguments.out,
-        seed=arguments.seed,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
-    )
+    if arguments.pretrained:
+        parameters = copy_pretrained(arguments.preset, arguments.out)
+    else:
+        parameters = init_model(
+            arguments.preset,
+            arguments.out,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
+        )
     console.print(f"{arguments.preset}: {parameters:,} parameters in {arguments.out}", highlight=False)
     return {"preset": arguments.preset, "parameters": parameters, "folder": str(arguments.out)}
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    files = SOURCES[arguments.source](arguments.out, arguments.location)
-    for split, path in files.items():
-        console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
-    return {"source": arguments.source, "files": {split: str(path) for split, path in files.items()}}
+    from phi3v.data.convert import ConvertOptions
+
+    options = ConvertOptions(
+        out=arguments.out,
+        source=arguments.location,
+        on_bad=arguments.on_bad,
+        workers=arguments.workers,
+        num_frames=arguments.frames,
+    )
+    result = SOURCES[arguments.source](options)
+    result.render(console)
+    return result.to_json_dict()
 
 
 def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -215,6 +277,23 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
     from phi3v.train.run import run_training
 
     return run_training(config, console).to_json_dict()
+
+
+def _eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.train.evaluate_tuned import evaluate_tuned
+
+    keys = ("metrics", "answer_words", "max_questions", "batch_size", "max_new_tokens")
+    settings = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
+    result = evaluate_tuned(
+        arguments.model,
+        arguments.data,
+        console,
+        settings=settings,
+        num_crops=arguments.num_crops,
+        precision=arguments.precision,
+        out=arguments.out,
+    )
+    return {"model": arguments.model, "data": str(arguments.data)} | result.summary()
 
 
 if __name__ == "__main__":

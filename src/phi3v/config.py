@@ -26,6 +26,16 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+METRIC_NAMES = (
+    "accuracy",
+    "anls",
+    "exact_match",
+    "relaxed_accuracy",
+    "token_f1",
+    "per_class_accuracy",
+    "auroc",
+    "consistency",
+)
 Part = Literal["decoder", "head", "vision", "projector"]
 
 
@@ -177,23 +187,66 @@ class TrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Measuring by generating answers, before and after."""
+    """Measuring by generating answers: before, during and after training, and in phi3v eval."""
 
     before: bool = True
     """Measure before training."""
     after: bool = True
     """Measure after training."""
-    metric: Literal["accuracy"] = "accuracy"
-    """The score."""
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
+    """Scores, the task's own first (it chooses the best weights): accuracy, anls, exact_match, relaxed_accuracy,
+    token_f1, per_class_accuracy, auroc, consistency."""
+    answer_words: list[str] = field(default_factory=list)
+    """Answers whose probabilities auroc compares, the positive one first, e.g. [yes, no]."""
     max_questions: int | None = None
     """Measure on so many questions, drawn once by the seed from the whole file; default: all."""
     batch_size: int = 8
     """Questions answered at a time on a device."""
+    batch_tokens: int = 32768
+    """Prompt tokens of such a batch at most, padding included; of longer prompts fewer are answered at a time."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
+    eval_steps: int | None = None
+    """Measure every so many optimizer steps, and at the last; default: never while it trains."""
+    eval_steps_questions: int | None = None
+    """So many questions are enough for that; default: as many as before and after."""
+    keep_best: bool = False
+    """Keep the best weights that eval_steps measured, in best/, and let final/ be those, not the last ones."""
+    early_stopping_patience: int | None = None
+    """Stop after so many measurements in a row without a better score; default: never."""
 
     def __post_init__(self) -> None:
-        _require(self, "evaluation", **dict.fromkeys(("max_questions", "batch_size", "max_new_tokens"), (1, None)))
+        counts = ("max_questions", "batch_size", "batch_tokens", "max_new_tokens")
+        during = ("eval_steps", "eval_steps_questions", "early_stopping_patience")
+        _require(self, "evaluation", **dict.fromkeys((*counts, *during), (1, None)))
+        self._check_metrics()
+        for key in ("eval_steps_questions", "keep_best", "early_stopping_patience"):
+            if getattr(self, key) and self.eval_steps is None:
+                hint = "set evaluation.eval_steps, e.g. to 100"
+                raise UserError("nothing is measured while it trains", where=f"evaluation.{key}", hint=hint)
+
+    def _check_metrics(self) -> None:
+        where = "evaluation.metrics"
+        if not self.metrics:
+            raise UserError("no metric is named", where=where, hint=f"choose from {', '.join(METRIC_NAMES)}")
+        for name in self.metrics:
+            if name not in METRIC_NAMES:
+                near = difflib.get_close_matches(name, METRIC_NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(METRIC_NAMES)}"
+                raise UserError(f"there is no metric {name!r}", where=where, hint=hint)
+            if self.metrics.count(name) > 1:
+                raise UserError(f"{name} is named twice", where=where, hint="name it once")
+        where = "evaluation.answer_words"
+        if self.answer_words and (len(set(self.answer_words)) < max(2, len(self.answer_words))):
+            raise UserError("needs at least two different words", where=where, hint="e.g. [yes, no]")
+        if not all(word.strip() for word in self.answer_words):
+            raise UserError("holds an empty word", where=where, hint="e.g. [yes, no]")
+        if "auroc" in self.metrics and not self.answer_words:
+            raise UserError(
+                "auroc compares the probabilities of answers, and none is named",
+                where=where,
+                hint="name them, the positive one first, e.g. [yes, no]",
+            )
 
 
 @dataclass

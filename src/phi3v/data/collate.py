@@ -6,7 +6,7 @@ Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch, ``C`` crops of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
-from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, encode_conversation
+from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
 LossWeighting = Literal["sample", "token"]
@@ -42,20 +42,33 @@ def make_sample(
         question: make the prompt of this turn, after the turns before it with their answers; by default the whole
             record is made, with every answer.
     """
-    turns = record.turns if question is None else record.turns[: question + 1]
-    pages = [
-        processor.image_processor.crops(image)
-        for image in table.load_images(Record(record.id, record.source, turns, record.line))
-    ]
+    record = upto_question(record, question)
+    pages = [processor.image_processor.crops(image) for image in table.load_images(record)]
+    counts = [processor.image_processor.num_tokens_of_page(size) for _, size in pages]
+    stream = encode_record(record, processor, counts, question=question)
+    return Sample(
+        stream.input_ids, stream.labels, [crops for crops, _ in pages], [size for _, size in pages], len(record.turns)
+    )
+
+
+def upto_question(record: Record, question: int | None) -> Record:
+    """The record cut after the turn that is asked, if one is."""
+    return record if question is None else replace(record, turns=record.turns[: question + 1])
+
+
+def encode_record(
+    record: Record, processor: Phi3VProcessor, num_img_tokens: Sequence[int], *, question: int | None = None
+) -> TokenStream:
+    """The token stream of a record, or of the prompt that ends with turn ``question``, its last.
+
+    Args:
+        num_img_tokens: tokens of every picture of the record, in order.
+    """
     chat = [
         ChatTurn(turn.user, None if index == question else turn.assistant, len(turn.images))
-        for index, turn in enumerate(turns)
+        for index, turn in enumerate(record.turns)
     ]
-    counts = [processor.image_processor.num_tokens_of_page(size) for _, size in pages]
-    stream = encode_conversation(processor, chat, counts)
-    return Sample(
-        stream.input_ids, stream.labels, [crops for crops, _ in pages], [size for _, size in pages], len(turns)
-    )
+    return encode_conversation(processor, chat, num_img_tokens)
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -70,6 +83,16 @@ class ConversationDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return make_sample(self.table, self.table[index], self.processor)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is scored: its text, its reference answers and the pictures it is about."""
+
+    id: str
+    text: str
+    references: tuple[str, ...]
+    images: tuple[str, ...]
 
 
 class QuestionDataset(Dataset[Sample]):
@@ -96,13 +119,27 @@ class QuestionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def question(self, index: int) -> tuple[str, str, tuple[str, ...]]:
-        """Id, text and reference answers of a question."""
+    def question(self, index: int) -> Question:
+        """What is asked, without the pictures' content."""
         record_index, turn_index = self.index[index]
         record = self.table[int(record_index)]
         turn = record.turns[turn_index]
         name = record.id if len(record.turns) == 1 else f"{record.id}#{turn_index + 1}"
-        return name, turn.user, turn.answers or (turn.assistant,)
+        images = tuple(image for earlier in record.turns[: turn_index + 1] for image in earlier.images)
+        return Question(name, turn.user, turn.answers or (turn.assistant,), images)
+
+    def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:
+        """The token ids of a prompt whose pictures have so many tokens each."""
+        record_index, turn_index = self.index[index]
+        record = upto_question(self.table[int(record_index)], int(turn_index))
+        return encode_record(record, self.processor, num_img_tokens, question=int(turn_index)).input_ids
+
+    def num_img_tokens(self, index: int) -> list[int]:
+        """The tokens of each picture of a prompt, from the headers of the files alone."""
+        record_index, turn_index = self.index[index]
+        record = upto_question(self.table[int(record_index)], int(turn_index))
+        count = self.processor.image_processor.calc_num_image_tokens_from_image_size
+        return [count(width, height) for width, height in self.table.image_sizes(record)]
 
     def __getitem__(self, index: int) -> Sample:
         record_index, turn_index = self.index[index]
@@ -153,11 +190,18 @@ class Collator:
                 sum(len(row) for row in rows),
             ),
         }
-        crops = [image for sample in samples for image in sample.crops]
-        if crops:
-            pixel_values = crops[0].new_zeros(len(crops), max(len(image) for image in crops), *crops[0].shape[1:])
-            for index, image in enumerate(crops):
-                pixel_values[index, : len(image)] = image
-            batch["pixel_values"] = pixel_values
-            batch["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        return batch
+        return batch | stack_pictures(samples)
+
+
+def stack_pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """``pixel_values`` and ``image_sizes`` of all pictures in order; nothing where there is none."""
+    crops = [image for sample in samples for image in sample.crops]
+    if not crops:
+        return {}
+    pixel_values = crops[0].new_zeros(len(crops), max(len(image) for image in crops), *crops[0].shape[1:])
+    for index, image in enumerate(crops):
+        pixel_values[index, : len(image)] = image
+    return {
+        "pixel_values": pixel_values,
+        "image_sizes": torch.tensor([size for sample in samples for size in sample.image_sizes]),
+    }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import stat
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from PIL import Image
 
@@ -17,6 +19,7 @@ from phi3v.data.schema import image_path_fault
 from phi3v.errors import UserError
 
 ImageLevel = Literal["decode", "header", "off"]
+T = TypeVar("T")
 
 # Pixel formats that Pillow reads by itself. Others stay out: EPS, for one, runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
@@ -53,7 +56,7 @@ def check_image(
     if level == "off":
         return None
     try:
-        _read(path, root, max_pixels, decode=level == "decode")
+        _read(path, root, max_pixels, _decode if level == "decode" else _size)
     except _ImageFaultError as fault:
         return fault.what, fault.hint
     return None
@@ -73,14 +76,65 @@ def load_image(path: str, *, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -
     Raises:
         UserError: the image cannot be used; the same words as `check_image`.
     """
+    return _use(path, root, max_pixels, _decode)
+
+
+def image_size(path: str, *, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the picture that `load_image` would give, from its header alone; raises the same."""
+    return _use(path, root, max_pixels, _size)
+
+
+def _use(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, str], T]) -> T:
     try:
         if wrong := image_path_fault(path):
             raise _ImageFaultError(*wrong)
-        image = _read(path, root, max_pixels, decode=True)
+        return _read(path, root, max_pixels, take)
     except _ImageFaultError as fault:
         raise UserError(f"the image {fault.what}", where=str(root / path), hint=fault.hint) from None
-    assert image is not None
-    return image
+
+
+def read_image(path: str, *, root: Path) -> bytes:
+    """The bytes of an image file as they are, not decoded.
+
+    Args:
+        path: relative to ``root``; may not leave it.
+        root: the folder that the image is looked up in.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read; the same words as `check_image`.
+    """
+    try:
+        if wrong := image_path_fault(path):
+            raise _ImageFaultError(*wrong)
+        _require_regular_file(path, root / path, root)
+        return (root / path).read_bytes()
+    except _ImageFaultError as fault:
+        raise UserError(f"the image {fault.what}", where=str(root / path), hint=fault.hint) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror or error}", where=str(root / path), hint="check its permissions"
+        ) from None
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """The image that ``data`` encodes, as `load_image` gives it.
+
+    Args:
+        data: the bytes of an image file.
+        name: what to call it in a message.
+        max_pixels: largest width x height.
+
+    Raises:
+        UserError: the image cannot be used; the same words as `check_image`.
+    """
+    try:
+        if not data:
+            raise _ImageFaultError(f"is an empty file: {quote(name)}", "copy or download it again")
+        with io.BytesIO(data) as file, _open_without_bomb_check(file, name) as image:
+            _require_size(image, name, max_pixels)
+            return _decode(image, name)
+    except _ImageFaultError as fault:
+        raise UserError(f"the image {fault.what}", hint=fault.hint) from None
 
 
 def near_name(name: str, folder: Path) -> str | None:
@@ -98,14 +152,14 @@ def near_name(name: str, folder: Path) -> str | None:
     return near[0] if near else None
 
 
-def _read(path: str, root: Path, max_pixels: int, *, decode: bool) -> Image.Image | None:
-    """The decoded image, or None if only the header was wanted."""
+def _read(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, str], T]) -> T:
+    """What ``take`` makes of the opened image, of which only the header has been read."""
     full = root / path
     _require_regular_file(path, full, root)
     try:
         with full.open("rb") as file, _open_without_bomb_check(file, path) as image:
             _require_size(image, path, max_pixels)
-            return _decode(image, path) if decode else None
+            return take(image, path)
     except OSError as error:
         raise _ImageFaultError(
             f"cannot be read ({error.strerror or error}): {quote(path)}", "check its permissions and the disk"
@@ -192,6 +246,10 @@ def _require_size(image: Image.Image, path: str, max_pixels: int) -> None:
             f"has {pixels}, above the limit of {max_pixels:,}: {quote(path)}",
             "make it smaller, or raise max_pixels if you trust the file",
         )
+
+
+def _size(image: Image.Image, path: str) -> tuple[int, int]:
+    return image.size
 
 
 def _decode(image: Image.Image, path: str) -> Image.Image:

@@ -7,9 +7,9 @@ opening maps that file, so that memory grows neither with the file nor with the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -22,7 +22,7 @@ from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.images import load_image
+from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import no_record, read_lines, replacing
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, Turn, read_line
@@ -46,6 +46,8 @@ _SCHEMA = pa.schema(
         ("num_images", pa.int32()),
     ]
 )
+T = TypeVar("T")
+
 _BATCH_ROWS = 4096
 _BATCH_BYTES = 16 * 2**20  # of JSONL; whichever comes first ends a batch
 
@@ -99,15 +101,22 @@ class RecordTable:
         Raises:
             UserError: an image cannot be used; names the line and the field.
         """
-        images = []
+        return self._of_images(record, load_image)
+
+    def image_sizes(self, record: Record) -> list[tuple[int, int]]:
+        """(width, height) of the images of all turns of a record, from their headers alone; raises as `load_images`."""
+        return self._of_images(record, image_size)
+
+    def _of_images(self, record: Record, take: Callable[..., T]) -> list[T]:
+        taken = []
         for t, turn in enumerate(record.turns):
             for k, name in enumerate(turn.images):
                 try:
-                    images.append(load_image(name, root=self.images_root, max_pixels=self.max_pixels))
+                    taken.append(take(name, root=self.images_root, max_pixels=self.max_pixels))
                 except UserError as error:
                     where = f"{self.path}:{record.line}: conversations[{t}].images[{k}]"
                     raise UserError(error.what, where=where, hint=error.hint) from None
-        return images
+        return taken
 
     def _column(self, name: str) -> npt.NDArray[np.integer]:
         return np.asarray(self._dataset.data.column(name))

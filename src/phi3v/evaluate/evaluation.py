@@ -1,49 +1,116 @@
-"""Measuring a model on a data file."""
+"""Measuring a model on a data file: answers, scores, and the files that hold them."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from phi3v.config import EvaluationConfig
-from phi3v.data.collate import QuestionDataset
-from phi3v.evaluate.generate import generate_answers
-from phi3v.evaluate.metrics import accuracy, is_correct
+from phi3v.data.collate import Question, QuestionDataset
+from phi3v.data.jsonl import write_jsonl
+from phi3v.errors import UserError
+from phi3v.evaluate.generate import Generated, generate_answers
+from phi3v.evaluate.metrics import METRICS, Answers, Score, score_answers
+from phi3v.evaluate.text_scores import is_correct, normalize_answer
 from phi3v.processing.processor import Phi3VProcessor
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A score and the answers behind it."""
+    """Scores, the task's own first, and the answers behind them."""
 
-    metric: str
-    score: float  # in 0..1
+    scores: list[Score]
     seconds: float
-    ids: list[str]
-    questions: list[str]
-    answers: list[list[str]]  # reference answers of each question
-    generated_texts: list[str]
+    questions: list[Question]
+    generated: list[Generated]
+    answer_words: list[str]
 
-    def write(self, path: Path) -> None:
-        """As the public recipe's files: answers, generated texts, score; and what they belong to."""
-        content = {
-            "metric": self.metric,
-            "score": self.score,
-            "num_questions": len(self.ids),
+    @property
+    def primary(self) -> Score:
+        """The task's own score."""
+        return self.scores[0]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{score.name} {score}" for score in self.scores)
+
+    def write(self, folder: Path, suffix: str = "") -> None:
+        """Write ``eval{suffix}.json`` and ``predictions{suffix}.jsonl``."""
+        text = json.dumps(self.to_json_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / f"eval{suffix}.json").write_text(text + "\n", encoding="utf-8")
+        write_jsonl(folder / f"predictions{suffix}.jsonl", self.predictions(), overwrite=True)
+
+    def summary(self) -> dict[str, Any]:
+        """All scores, without the answers."""
+        return {
+            "metric": self.primary.name,
+            "score": self.primary.value,
+            "num_questions": len(self.questions),
             "seconds": round(self.seconds, 2),
-            "ids": self.ids,
-            "questions": self.questions,
-            "answers": self.answers,
-            "generated_texts": self.generated_texts,
-            "correct": [is_correct(p, r) for p, r in zip(self.generated_texts, self.answers, strict=True)],
+            "scores": {score.name: score.to_json_dict() for score in self.scores},
         }
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """As the public recipe's files: answers, generated texts, score; and all scores, and what they belong to."""
+        return self.summary() | {
+            "ids": [question.id for question in self.questions],
+            "questions": [question.text for question in self.questions],
+            "answers": [list(question.references) for question in self.questions],
+            "generated_texts": [answer.text for answer in self.generated],
+            "correct": [line["correct"] for line in self.predictions()],
+        }
+
+    def predictions(self) -> Iterator[dict[str, Any]]:
+        """One object a question, with its own score under the task's metric."""
+        of_answer = METRICS[self.primary.name].of_answer
+        for question, answer in zip(self.questions, self.generated, strict=True):
+            line = {
+                "id": question.id,
+                "prompt": question.text,
+                "images": list(question.images),
+                "references": list(question.references),
+                "prediction": answer.text,
+                "score": of_answer(answer.text, question.references),
+                "correct": is_correct(answer.text, question.references),
+            }
+            if answer.probabilities:
+                line["probabilities"] = dict(zip(self.answer_words, answer.probabilities, strict=True))
+            yield line
+
+
+def check_references(questions: QuestionDataset, config: EvaluationConfig) -> None:
+    """Look whether the metrics can be computed on these questions at all.
+
+    Raises:
+        UserError: a reference is none of the words whose probabilities are compared, or all are on one side.
+    """
+    if not _needed_words(config):
+        return
+    words = [normalize_answer(word) for word in config.answer_words]
+    positives = 0
+    for index in range(len(questions)):
+        question = questions.question(index)
+        references = {normalize_answer(reference) for reference in question.references}
+        if not references & set(words):
+            raise UserError(
+                f"the answer to {question.id!r} is {question.references[0]!r}, which is none of the answer words",
+                where=str(questions.table.path),
+                hint=f"evaluation.answer_words is [{', '.join(config.answer_words)}]; auroc needs all answers in it",
+            )
+        positives += words[0] in references
+    if positives in (0, len(questions)):
+        side = "none" if positives == 0 else "each"
+        raise UserError(
+            f"auroc compares two kinds of answers, and {side} of the {len(questions)} is {config.answer_words[0]!r}",
+            where=str(questions.table.path),
+            hint="measure on data that has both, or leave auroc out of evaluation.metrics",
+        )
 
 
 def evaluate(
@@ -60,26 +127,34 @@ def evaluate(
 ) -> EvaluationResult:
     """Answer every question and score the answers; all ranks return the same."""
     start = time.perf_counter()
-    texts = generate_answers(
+    words = _needed_words(config)
+    generated = generate_answers(
         model,
         processor,
         questions,
         batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         max_new_tokens=config.max_new_tokens,
+        words=words,
         autocast_dtype=autocast_dtype,
         num_workers=num_workers,
         rank=rank,
         world_size=world_size,
         on_batch=on_batch,
     )
+    seconds = time.perf_counter() - start
     asked = [questions.question(index) for index in range(len(questions))]
-    references = [list(answers) for _, _, answers in asked]
-    return EvaluationResult(
-        metric=config.metric,
-        score=accuracy(texts, references),
-        seconds=time.perf_counter() - start,
-        ids=[name for name, _, _ in asked],
-        questions=[text for _, text, _ in asked],
-        answers=references,
-        generated_texts=texts,
+    answers = Answers(
+        [question.text for question in asked],
+        [question.references for question in asked],
+        [answer.text for answer in generated],
+        words,
+        np.array([answer.probabilities for answer in generated]) if words else None,
     )
+    scores = [score_answers(name, answers) for name in config.metrics]
+    return EvaluationResult(scores, seconds, asked, generated, words)
+
+
+def _needed_words(config: EvaluationConfig) -> list[str]:
+    """The answer words, where a metric compares their probabilities."""
+    return config.answer_words if any(METRICS[name].needs_probabilities for name in config.metrics) else []

@@ -1,19 +1,35 @@
-"""Answering questions: greedy, batched, with a KV cache, each question on exactly one rank."""
+"""Answering questions: greedy, batched, with a KV cache, each question on exactly one rank.
+
+The library's ``generate`` answers each prompt from scratch and keeps finished rows to the end. Here questions about
+one page share its computation, and rows leave the batch when they are done; the answers are the same.
+
+Shapes: ``R`` rows, ``P`` pages, ``T`` tokens, ``W`` answer words, ``V`` vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
-from transformers import GenerationConfig
+from torch.utils.data import DataLoader
 
-from phi3v.data.collate import Collator, QuestionDataset
+from phi3v.data.collate import QuestionDataset
+from phi3v.evaluate.batches import PromptBatch, PromptBatches, cut_batches, deal, measure_prompts, whole_prompts
+from phi3v.model.modeling import CACHE_NAMES
 from phi3v.processing.conversation import END, END_OF_TEXT
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import Phi3VProcessor, pad_rows
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer, and the probability of each candidate word if words were given."""
+
+    text: str
+    probabilities: list[float]
 
 
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
@@ -27,57 +43,193 @@ def generate_answers(
     questions: QuestionDataset,
     *,
     batch_size: int,
+    batch_tokens: int,
     max_new_tokens: int,
+    words: Sequence[str] = (),
     autocast_dtype: torch.dtype | None = None,
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
     on_batch: Callable[[int], None] = lambda count: None,
-) -> list[str]:
+) -> list[Generated]:
     """The model's answers in the order of ``questions``, on every rank.
 
+    Neither the batches nor the number of ranks change an answer, up to the rounding of sums.
+
     Args:
+        batch_tokens: prompt tokens of a batch at most, padding included.
+        words: candidate answers whose probabilities are wanted too.
         autocast_dtype: compute in this dtype; by default in the model's own.
         on_batch: told how many questions were answered since the last call, on this rank.
     """
-    stops = stop_token_ids(processor)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    mine = list(range(rank, len(questions), world_size))
-    loader = DataLoader(
-        Subset(questions, mine),
-        batch_size=batch_size,
-        collate_fn=Collator(processor.tokenizer.pad_token_id, padding_side="left"),
-        num_workers=num_workers,
-    )
+    prompts = measure_prompts(questions, model.config.long_context_start)
+    mine = deal(prompts, world_size, batch_size)[rank]
+    batches = PromptBatches(questions, cut_batches(mine, batch_size, batch_tokens))
     device = next(model.parameters()).device
+    answerer = _Answerer(model, processor, device, max_new_tokens, words)
     was_training = model.training
     model.eval()
-    answers: list[str] = []
+    answers: dict[int, Generated] = {}
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-    with torch.inference_mode(), autocast:
-        for batch in loader:
-            inputs = {
-                name: batch[name].to(device)
-                for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-                if name in batch
-            }
-            output = model.generate(**inputs, generation_config=settings)
-            new = output[:, inputs["input_ids"].shape[1] :]
-            answers += [decode_answer(processor, row.tolist(), stops) for row in new]
-            on_batch(len(new))
-    model.train(was_training)
-    if world_size == 1:
-        return answers
-    indexed = dict(gather_object(list(zip(mine, answers, strict=True))))
-    return [indexed[index] for index in range(len(questions))]
+    try:
+        with torch.inference_mode(), autocast:
+            for batch in DataLoader(batches, batch_size=None, num_workers=num_workers):
+                answers |= answerer.answer(batch, questions)
+                on_batch(len(batch.indices))
+    finally:
+        model.train(was_training)
+    if world_size > 1:
+        answers = dict(gather_object(list(answers.items())))
+    return [answers[index] for index in range(len(questions))]
 
 
 def decode_answer(processor: Phi3VProcessor, ids: list[int], stops: list[int]) -> str:
     """The text of generated ``ids`` up to the first stop token."""
     end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
     return str(processor.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+
+
+class _Answerer:
+    """Answers batches with one model."""
+
+    def __init__(
+        self, model: Any, processor: Phi3VProcessor, device: torch.device, max_new_tokens: int, words: Sequence[str]
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.device = device
+        self.max_new_tokens = max_new_tokens
+        self.words = [processor.tokenize_text(word + END) for word in words]
+        self.stops = stop_token_ids(processor)
+        self.long_context_start: int = model.config.long_context_start
+
+    def answer(self, batch: PromptBatch, questions: QuestionDataset) -> dict[int, Generated]:
+        """The answers to a batch, by question."""
+        state = self.prefill(batch)
+        probabilities = self.word_probabilities(state) if self.words else [[] for _ in batch.indices]
+        ids: list[list[int]] = [[] for _ in batch.indices]
+        crossing = self.decode(state, ids)
+        while crossing:
+            # Their keys were rotated with the short factors. As in the official code, the whole sample, pictures
+            # included, runs again with the long ones.
+            rows = [batch.indices[row] for row in crossing]
+            samples = [questions[index] for index in rows]
+            for sample, row in zip(samples, crossing, strict=True):
+                sample.input_ids = sample.input_ids + ids[row]
+            longer = [ids[row] for row in crossing]  # the same lists: they grow in place
+            again = self.decode(self.prefill(whole_prompts(rows, samples)), longer)
+            crossing = [crossing[row] for row in again]
+        return {
+            index: Generated(decode_answer(self.processor, ids[row], self.stops), probabilities[row])
+            for row, index in enumerate(batch.indices)
+        }
+
+    def prefill(self, batch: PromptBatch) -> _State:
+        """Run the prompts: the pages first, then each row's own end of it."""
+        state = _State(self.model)
+        state.feed(self.padded(batch.heads), {name: value.to(self.device) for name, value in batch.pictures.items()})
+        if any(batch.tails):
+            state.select(batch.page_of_row)
+            state.feed(self.padded(batch.tails))
+        state.lengths = batch.lengths()
+        return state
+
+    def padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        inputs = pad_rows(rows, self.processor.tokenizer.pad_token_id, "left")
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def decode(self, state: _State, ids: list[list[int]]) -> list[int]:
+        """Add greedy tokens to each row of ``ids`` until it stops or is full.
+
+        Returns:
+            The rows that reached the length from which the long rotary factors hold, unfinished.
+        """
+        rows = list(range(len(ids)))  # the row of each line of the state
+        going = set(rows)
+        crossing: list[int] = []
+        while True:
+            chosen = state.logits[:, -1].argmax(dim=-1)  # [lines]
+            for line, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                if row not in going:
+                    continue
+                ids[row].append(token)
+                if token in self.stops or len(ids[row]) == self.max_new_tokens:
+                    going.remove(row)
+                elif state.lengths[line] == self.long_context_start:
+                    going.remove(row)
+                    crossing.append(row)
+            if not going:
+                return crossing
+            # Dropping rows copies the cache of the others, so it waits until half of them are done.
+            if len(going) <= len(rows) // 2:
+                lines = [line for line, row in enumerate(rows) if row in going]
+                state.select(lines)
+                chosen = chosen[lines]
+                rows = [rows[line] for line in lines]
+            state.feed({"input_ids": chosen[:, None]})
+
+    def word_probabilities(self, state: _State) -> list[list[float]]:
+        """The probability of each word and the end after it, normalised over the words: R lists of W.
+
+        By teacher forcing: each word's tokens are fed after the prompts, then taken back from the cache.
+        """
+        before = state.logits
+        totals = []
+        for ids in self.words:
+            forced = torch.tensor([ids[:-1]] * len(before), device=self.device)  # [R, T]
+            after = state.peek(forced)  # [R, T, V]
+            logits = torch.cat([before[:, -1:], after], dim=1).float()  # [R, T + 1, V]
+            wanted = torch.tensor(ids, device=self.device).expand(len(before), -1)[..., None]
+            totals.append(logits.log_softmax(dim=-1).gather(-1, wanted).sum(dim=(1, 2)))
+        probabilities: list[list[float]] = torch.stack(totals, dim=1).double().softmax(dim=1).tolist()
+        return probabilities
+
+
+class _State:
+    """What a batch of half-read samples has in memory: cache, mask, the last logits, and each sample's length."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.lengths: list[int] = []  # of whole prompts and what was generated after them
+        self.cache: dict[str, Any] = {}  # under the name that this version of the library gives it
+        self.mask: torch.Tensor | None = None  # [R, T]
+        self.logits = torch.empty(0)  # [R, 1, V]
+
+    def feed(self, inputs: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor] | None = None) -> None:
+        """Read more tokens of every sample."""
+        tokens = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(tokens))
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        outputs = self._run(tokens, self.mask, 1, **(pictures or {}))
+        name = next(name for name in CACHE_NAMES if outputs.get(name) is not None)  # it may answer to both
+        self.cache = {name: outputs[name]}
+        self.logits = outputs.logits
+        self.lengths = [length + tokens.shape[1] for length in self.lengths]
+
+    def peek(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits (R, T, V) after each of ``tokens`` (R, T), which are then forgotten."""
+        assert self.mask is not None
+        outputs = self._run(tokens, torch.cat([self.mask, torch.ones_like(tokens)], dim=1), tokens.shape[1])
+        for cache in self.cache.values():
+            cache.crop(-tokens.shape[1])
+        logits: torch.Tensor = outputs.logits
+        return logits
+
+    def select(self, lines: list[int]) -> None:
+        """Go on with these lines, in this order; a line may be taken more than once."""
+        assert self.mask is not None
+        chosen = torch.tensor(lines, device=self.mask.device)
+        self.mask = self.mask[chosen]
+        for cache in self.cache.values():
+            cache.batch_select_indices(chosen)
+        self.lengths = [self.lengths[line] for line in lines] if self.lengths else []
+
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, **inputs: torch.Tensor) -> Any:
+        return self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **self.cache,
+            **inputs,
+        )

@@ -1,27 +1,198 @@
-"""Scores of generated answers: pure functions of texts."""
+"""Scores of a model's answers, each with its interval: pure functions, chosen by name.
+
+The names are those of ``config.METRIC_NAMES``; how single answers are compared is in `text_scores.py`, how sure a
+score is in `bootstrap.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi3v.evaluate import text_scores
+from phi3v.evaluate.bootstrap import (
+    Floats,
+    Statistic,
+    bootstrap_interval,
+    weighted_auroc,
+    weighted_macro_mean,
+    weighted_mean,
+)
+from phi3v.evaluate.text_scores import is_correct, normalize_answer
+
+OTHER = "other"  # the column of predictions that are no class
 
 
-def normalize_answer(text: str) -> str:
-    """As the public recipe compares: without surrounding white space and full stops, in lower case."""
-    return text.strip().strip(".").lower()
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered. All lists are equally long, one entry a question.
 
-
-def is_correct(prediction: str, references: Sequence[str]) -> bool:
-    """Whether ``prediction`` equals any reference after :func:`normalize_answer`."""
-    return normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
-
-
-def accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of correct predictions, in 0..1.
-
-    Raises:
-        ValueError: nothing to score, or the lists are of different length.
+    Attributes:
+        words: candidate answers, the positive one first; only for metrics that need probabilities.
+        probabilities: (questions, words), each row sums to 1.
     """
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(f"cannot score {len(predictions)} predictions against {len(references)} references")
-    correct = sum(is_correct(p, r) for p, r in zip(predictions, references, strict=True))
-    return correct / len(predictions)
+
+    questions: Sequence[str]
+    references: Sequence[Sequence[str]]
+    predictions: Sequence[str]
+    words: Sequence[str] = ()
+    probabilities: Floats | None = None
+
+    def __post_init__(self) -> None:
+        counts = {len(self.questions), len(self.references), len(self.predictions)}
+        if len(counts) > 1 or not self.questions:
+            raise ValueError(
+                f"cannot score {len(self.predictions)} predictions of {len(self.questions)} questions against "
+                f"{len(self.references)} references"
+            )
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its bootstrap 95 % interval.
+
+    Attributes:
+        value: in 0..1, or None where the data has no such score; `note` says why.
+        low, high: the interval.
+        n: how many units were averaged: questions, or groups of questions for consistency.
+        details: more of what was measured, such as a confusion matrix, as plain values.
+    """
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    note: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"none ({self.note})"
+        return f"{100 * self.value:.2f} % [{100 * (self.low or 0):.2f}, {100 * (self.high or 0):.2f}]"
+
+    def summary(self) -> dict[str, Any]:
+        """Value, interval and n as plain values."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return self.summary() | ({"note": self.note} if self.note else {}) | self.details
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a score is computed.
+
+    Attributes:
+        measure: all answers to a score.
+        of_answer: one prediction and its references to that question's own score.
+    """
+
+    measure: Callable[[str, Answers], Score]
+    of_answer: Callable[[str, Sequence[str]], float] = text_scores.accuracy
+    needs_probabilities: bool = False
+
+
+def score_answers(name: str, answers: Answers) -> Score:
+    """The score of the metric called ``name``, a key of `METRICS`."""
+    return METRICS[name].measure(name, answers)
+
+
+def _score(
+    name: str, statistic: Statistic, units: int, *, value: float | None = None, details: dict[str, Any] | None = None
+) -> Score:
+    if value is None:
+        value = float(statistic(np.ones((1, units)))[0])
+    low, high = bootstrap_interval(statistic, units)
+    return Score(name, value, low, high, units, details=details or {})
+
+
+def _per_answer(name: str, answers: Answers) -> Floats:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    return np.array([METRICS[name].of_answer(prediction, references) for prediction, references in pairs])
+
+
+def _mean(name: str, answers: Answers) -> Score:
+    """The mean of the questions' scores."""
+    return _score(name, weighted_mean(_per_answer(name, answers)), len(answers.questions))
+
+
+def _per_class_accuracy(name: str, answers: Answers) -> Score:
+    """The mean over classes of the accuracy in each, with the confusion matrix.
+
+    A question's class is its first reference. Rows of the matrix are classes, columns classes and `OTHER`; a
+    prediction that matches another reference of its question counts as right.
+    """
+    truth = [normalize_answer(references[0]) for references in answers.references]
+    labels = sorted(set(truth))
+    number = {label: index for index, label in enumerate(labels)}
+    correct = _per_answer(name, answers)
+    rows = np.array([number[label] for label in truth], dtype=np.int64)
+    given = [number.get(normalize_answer(prediction), len(labels)) for prediction in answers.predictions]
+    columns = np.where(correct > 0, rows, np.array(given, dtype=np.int64))
+    confusion = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
+    np.add.at(confusion, (rows, columns), 1)
+    sizes = confusion.sum(axis=1)
+    details = {
+        "classes": {
+            label: {"value": float(confusion[index, index] / sizes[index]), "n": int(sizes[index])}
+            for index, label in enumerate(labels)
+        },
+        "confusion": {"rows": labels, "columns": [*labels, OTHER], "counts": confusion.tolist()},
+    }
+    return _score(name, weighted_macro_mean(correct, rows), len(rows), details=details)
+
+
+def _consistency(name: str, answers: Answers) -> Score:
+    """The share of statements whose every question is answered rightly (NLVR2, arXiv 1811.00491).
+
+    Questions with the same text ask about the same statement; whole statements are resampled.
+    """
+    correct = _per_answer(name, answers)
+    statements: dict[str, float] = {}
+    for question, right in zip(answers.questions, correct, strict=True):
+        statements[question] = min(statements.get(question, 1.0), float(right))
+    values = np.array(list(statements.values()))
+    return _score(name, weighted_mean(values), len(values), details={"questions": len(answers.questions)})
+
+
+def is_positive(references: Sequence[Sequence[str]], words: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Whether the first of ``words`` is a reference of each question: (questions,)."""
+    return np.array([is_correct(words[0], of_question) for of_question in references])
+
+
+def _auroc(name: str, answers: Answers) -> Score:
+    """The area under the ROC curve of the first answer word's probability; ties count half."""
+    import torch
+    from torchmetrics.functional.classification import binary_auroc  # takes seconds to import
+
+    if answers.probabilities is None:
+        raise ValueError("AUROC needs the probabilities of the answer words")
+    positive = is_positive(answers.references, answers.words)
+    details = {"positive": answers.words[0], "n_positive": int(positive.sum())}
+    if positive.all() or not positive.any():
+        only = "only positives" if positive.all() else "no positive"
+        note = f"{only} ({answers.words[0]!r}) among {len(positive)} questions: there is nothing to rank"
+        return Score(name, None, None, None, len(positive), note, details)
+    scores = answers.probabilities[:, 0]
+    value = binary_auroc(torch.from_numpy(scores), torch.from_numpy(positive).long())
+    # The library has no weights, so the resamples are scored by the same formula with them.
+    statistic = weighted_auroc(scores, positive)
+    return _score(name, statistic, len(scores), value=float(value), details=details)
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(_mean),
+    "anls": Metric(_mean, text_scores.anls),
+    "exact_match": Metric(_mean, text_scores.exact_match),
+    "relaxed_accuracy": Metric(_mean, text_scores.relaxed_accuracy),
+    "token_f1": Metric(_mean, text_scores.token_f1),
+    "per_class_accuracy": Metric(_per_class_accuracy),
+    "auroc": Metric(_auroc, needs_probabilities=True),
+    "consistency": Metric(_consistency),
+}

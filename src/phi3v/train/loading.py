@@ -115,7 +115,7 @@ def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) ->
         UserError: the weights do not fit the configuration.
     """
     method = config.method
-    kwargs: dict[str, Any] = {"attn_implementation": facts.attention, "output_loading_info": True}
+    kwargs: dict[str, Any] = {"attn_implementation": facts.attention}
     if compute.autocast_dtype is None or method.name == "full":
         # Full training updates what it computes with, and half precision would round small updates away.
         kwargs["dtype"] = torch.float32
@@ -126,18 +126,27 @@ def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) ->
         kwargs["quantization_config"] = quantization(method.lora, compute.dtype)
     if method.name == "qlora" or compute.device.type == "cuda":
         kwargs["device_map"] = {"": compute.device}  # straight to the device, not through the host's memory
-    try:
-        model, info = Phi3VForCausalLM.from_pretrained(config.model.path, **kwargs)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot be loaded: {error}", where=f"model.path {config.model.path}") from error
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise UserError(
-            f"{len(info['missing_keys'])} tensors are missing, first {first}", where=f"model.path {config.model.path}"
-        )
+    model = load_weights(config.model.path, **kwargs)
     if method.name == "qlora":
         keep_trainable_layout(model)
     return apply_method(model, method)
+
+
+def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:
+    """The model at ``path``; arguments as of ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be read, or tensors are missing.
+    """
+    try:
+        model, info = Phi3VForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"cannot be loaded: {error}", where=f"model.path {path}") from error
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(f"{len(info['missing_keys'])} tensors are missing, first {first}", where=f"model.path {path}")
+    loaded: Phi3VForCausalLM = model
+    return loaded
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -101,6 +101,11 @@ class ProgressCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
             )
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that went into something else than training."""
+        self.start += seconds
+        self.last += seconds
+
     def close(self) -> None:
         """Give the terminal back, however training ended."""
         if self.task is not None:

@@ -25,14 +25,16 @@ from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
 from phi3v.data.jsonl import require_file
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
-from phi3v.evaluate.evaluation import EvaluationResult, evaluate
+from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.evaluation_callback import Best, EvaluationCallback
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.measuring import measure, show_scores
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
 from phi3v.train.run_folder import check_run_folder, claim_run_folder
-from phi3v.train.saving import round_to_stored_dtype, save_final
+from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
 from phi3v.train.strategies import enable_checkpointing, summarize
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
@@ -52,15 +54,19 @@ class RunResult:
     samples_per_second: float
     tokens_per_second: float
     mean_train_loss: float
+    best: Best | None = None  # the measurement whose weights were kept
+    stopped_early: bool = False
 
     def to_json_dict(self) -> dict[str, Any]:
         summary = {
             entry.name: getattr(self, entry.name)
             for entry in dataclasses.fields(self)
-            if entry.name not in ("folder", "before", "after")
+            if entry.name not in ("folder", "before", "after", "best")
         }
+        if self.best is not None:
+            summary["best_step"] = self.best.step
         scores = {
-            f"{name}_{result.metric}": result.score
+            f"{name}_{result.primary.name}": result.primary.value
             for name, result in (("before", self.before), ("after", self.after))
             if result is not None
         }
@@ -82,7 +88,7 @@ class Setup:
     processor: Phi3VProcessor
     model: Any
     train_table: RecordTable
-    eval_table: RecordTable | None
+    questions: QuestionDataset | None  # to measure on
 
     @property
     def num_workers(self) -> int:
@@ -137,11 +143,14 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
+    questions = _questions(config, eval_table, processor)
+    if questions is not None:
+        check_references(questions, config.evaluation)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     if config.training.gradient_checkpointing:
         enable_checkpointing(model)
-    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, eval_table)
+    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions)
     _print_header(setup)
     _check_pictures(model, train_table)
     return setup
@@ -149,13 +158,8 @@ def prepare(config: RunConfig, console: Console) -> Setup:
 
 def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
-    questions = None
-    if setup.eval_table is not None:
-        limit, seed = config.evaluation.max_questions, config.training.seed
-        questions = QuestionDataset(setup.eval_table, setup.processor, limit=limit, seed=seed)
-    before = after = None
-    if questions is not None and config.evaluation.before:
-        before = _measure(setup, questions, "before")
+    before = _measure(setup, "before") if config.evaluation.before else None
+    after = None
 
     arguments = training_arguments(
         config,
@@ -171,19 +175,26 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl")
     progress.trainer = trainer
     trainer.add_callback(progress)
+    during = _during(setup, progress)
+    if during is not None:
+        trainer.add_callback(during)
     started = time.perf_counter()
     try:
         output = trainer.train()
     finally:
         progress.close()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - (during.seconds if during is not None else 0.0)
 
+    best = during.best if during is not None and config.evaluation.keep_best else None
+    if best is not None and during is not None:
+        load_trained(model, during.best_folder, rank=compute.rank, world_size=compute.world_size)
+        setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
     round_to_stored_dtype(model, setup.facts.stored_dtype)
     if compute.rank == 0:
         save_final(model, setup.processor, setup.folder / "final")
     trainer.accelerator.wait_for_everyone()
-    if questions is not None and config.evaluation.after:
-        after = _measure(setup, questions, "after")
+    if config.evaluation.after:
+        after = _measure(setup, "after")
 
     seen = trainer.seen
     return RunResult(
@@ -196,6 +207,8 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
         samples_per_second=round(seen["samples"] / seconds, 2),
         tokens_per_second=round(seen["tokens"] / seconds, 2),
         mean_train_loss=float(output.training_loss),
+        best=best,
+        stopped_early=during is not None and during.stopped_early,
     )
 
 
@@ -225,6 +238,10 @@ def data_files(config: RunConfig) -> list[Path]:
     """
     if config.data.train is None:
         raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+    if config.data.eval is None and config.evaluation.eval_steps is not None:
+        raise UserError(
+            "there is no data to measure on", where="evaluation.eval_steps", hint="set data.eval to a JSONL file"
+        )
     files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
     for file in files:
         require_file(file)
@@ -247,34 +264,62 @@ def probe_index(table: RecordTable) -> int:
     return int(with_images[0]) if len(with_images) else 0
 
 
-def _measure(setup: Setup, questions: QuestionDataset, when: str) -> EvaluationResult:
-    compute, console = setup.compute, setup.console
-    with progress_bar(console) as bar:
-        task = bar.add_task(f"evaluating {when}", total=len(questions), extra="")
-        result = evaluate(
+def _questions(
+    config: RunConfig, table: RecordTable | None, processor: Phi3VProcessor, at_most: int | None = None
+) -> QuestionDataset | None:
+    """What is measured on: as many questions as configured, and ``at_most`` so many."""
+    if table is None:
+        return None
+    limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]
+    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=config.training.seed)
+
+
+def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | None:
+    """What measures while it trains, if that is wanted."""
+    config = setup.config
+    if setup.questions is None or config.evaluation.eval_steps is None:
+        return None
+    fewer = config.evaluation.eval_steps_questions
+    questions = _questions(config, setup.questions.table, setup.processor, fewer)
+    assert questions is not None
+    return EvaluationCallback(
+        setup.model,
+        setup.processor,
+        questions,
+        config.evaluation,
+        setup.compute,
+        stored_dtype=setup.facts.stored_dtype,
+        folder=setup.folder,
+        console=setup.console,
+        progress=progress,
+        num_workers=setup.num_workers,
+    )
+
+
+def _measure(setup: Setup, when: str) -> EvaluationResult | None:
+    """The scores before or after training, written to the run folder; none without data to measure on."""
+    if setup.questions is None:
+        return None
+    with progress_bar(setup.console) as bar:
+        result = measure(
             setup.model,
             setup.processor,
-            questions,
+            setup.questions,
             setup.config.evaluation,
-            autocast_dtype=compute.autocast_dtype,
+            setup.compute,
             num_workers=setup.num_workers,
-            rank=compute.rank,
-            world_size=compute.world_size,
-            on_batch=lambda count: bar.advance(task, count * compute.world_size),
+            bar=bar,
+            description=f"evaluating {when}",
         )
-    if compute.rank == 0:
-        result.write(setup.folder / f"eval_{when}.json")
-        console.print(
-            f"{result.metric} {when}: {100 * result.score:.2f} % on {len(result.ids)} questions "
-            f"({len(result.ids) / result.seconds:.1f} questions/s)",
-            highlight=False,
-        )
+    if setup.compute.rank == 0:
+        result.write(setup.folder, f"_{when}")
+        show_scores(setup.console, result, when)
     return result
 
 
 def _print_header(setup: Setup) -> None:
     config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
-    train_table, eval_table = setup.train_table, setup.eval_table
+    train_table, questions = setup.train_table, setup.questions
     parts = summarize(setup.model)
     table = Table(box=None, pad_edge=False)
     for column in ("part", "parameters", "trained", "adapters"):
@@ -288,7 +333,7 @@ def _print_header(setup: Setup) -> None:
     console.print(table)
     for line in (
         f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
-        + (f", {int(eval_table.turn_counts().sum())} questions to measure on" if eval_table is not None else ""),
+        + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
         f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
@@ -305,8 +350,10 @@ def _print_result(console: Console, result: RunResult) -> None:
     table.add_column("", justify="right")
     for when, measured in (("before", result.before), ("after", result.after)):
         if measured is not None:
-            table.add_row(f"{measured.metric} {when}", f"{100 * measured.score:.2f} %")
-    table.add_row("steps", str(result.steps))
+            table.add_row(f"{measured.primary.name} {when}", str(measured.primary))
+    table.add_row("steps", f"{result.steps}{' (stopped early)' if result.stopped_early else ''}")
+    if result.best is not None:
+        table.add_row("best weights", f"step {result.best.step}")
     table.add_row("training time", f"{result.train_seconds:.1f} s")
     table.add_row("speed", f"{result.questions_per_second:.1f} questions/s")
     table.add_row("", f"{result.samples_per_second:.2f} samples/s")

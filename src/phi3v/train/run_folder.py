@@ -26,15 +26,17 @@ RUN_FILES = (
     "metrics.jsonl",
     "eval_before.json",
     "eval_after.json",
+    "predictions_before.jsonl",
+    "predictions_after.jsonl",
     "report.html",
     "log.txt",
 )
-RUN_FOLDERS = ("final", "runs")
+RUN_FOLDERS = ("best", "final", "runs")
 LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tokenizers", "Pillow")
 
 
 # Any of these says that a run got somewhere.
-RESULTS = ("metrics.jsonl", "eval_before.json", "eval_after.json", "final")
+RESULTS = ("metrics.jsonl", "eval_before.json", "eval_after.json", "best", "final")
 
 
 def check_run_folder(config: RunConfig) -> Path:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-# (output folder, the dataset's path or hub id, None for its usual place) -> the .jsonl file of each split
-Converter = Callable[[Path, str | None], dict[str, Path]]
+if TYPE_CHECKING:
+    from phi3v.data.convert import ConversionResult, ConvertOptions
 
-
-def _easy_vqa(out: Path, source: str | None) -> dict[str, Path]:
-    from phi3v.data.sources.easy_vqa import convert_easy_vqa
-
-    return convert_easy_vqa(out, source=None if source is None else Path(source))
+Converter = Callable[["ConvertOptions"], "ConversionResult"]
 
 
-# Each imports its module when it is called, so that looking up names stays fast.
+def _source(module: str) -> Converter:
+    """``convert`` of ``sources/MODULE.py``, imported when it is called, so that looking up names stays fast."""
+
+    def convert(options: ConvertOptions) -> ConversionResult:
+        return importlib.import_module(f"phi3v.data.sources.{module}").convert(options)
+
+    return convert
+
+
 SOURCES: dict[str, Converter] = {
-    "easy-vqa": _easy_vqa,
+    "easy-vqa": _source("easy_vqa"),
+    "docvqa": _source("docvqa"),
+    "hateful-memes": _source("hateful_memes"),
+    "nlvr2": _source("nlvr2"),
+    "ucf101": _source("ucf101"),
 }

@@ -1,0 +1,83 @@
+"""``phi3v eval``: the scores of a model, an adapter or a run on a data file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+
+from phi3v.config import Precision
+from phi3v.data.check import ensure_checked
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.jsonl import require_file
+from phi3v.data.table import open_table
+from phi3v.errors import UserError
+from phi3v.evaluate.evaluation import EvaluationResult, check_references
+from phi3v.train.device import choose_compute, default_workers
+from phi3v.train.measuring import measure, show_scores
+from phi3v.train.progress import progress_bar
+from phi3v.train.tuned import find_tuned, load_tuned
+
+
+def evaluate_tuned(
+    name: str,
+    data: Path,
+    console: Console,
+    *,
+    settings: dict[str, Any],
+    num_crops: int | None = None,
+    precision: Precision | None = None,
+    out: Path | None = None,
+) -> EvaluationResult:
+    """Measure on ``data``; under ``torchrun`` all ranks share the questions.
+
+    Args:
+        name: a model folder, a hub id, an adapter or a run folder.
+        settings: fields of ``EvaluationConfig`` in place of the run's own, or of the defaults.
+        num_crops: crops of a page at most; by default as the model was saved.
+        precision: arithmetic; by default the run's own.
+        out: folder for ``eval.json`` and ``predictions.jsonl``; nothing is written without one.
+
+    Raises:
+        UserError: the model, the data or a setting is wrong.
+    """
+    require_file(data)
+    tuned = find_tuned(name)
+    config = dataclasses.replace(tuned.run.evaluation, **settings)
+    if out is not None and (out / "eval.json").exists():
+        raise UserError("holds an evaluation already", where=str(out), hint="choose another --out")
+    compute = choose_compute(precision or tuned.run.training.precision)
+    reading = tuned.run.data
+    with PartialState().main_process_first():  # one rank reads and checks, the others find it done
+        ensure_checked(
+            data,
+            max_pixels=reading.max_image_pixels,
+            image_level=reading.image_check,
+            special_text=reading.special_text,
+        )
+        table = open_table(data, special_text=reading.special_text, max_pixels=reading.max_image_pixels)
+    model, processor = load_tuned(tuned, compute, num_crops=num_crops)
+    seed = tuned.run.training.seed
+    questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
+    check_references(questions, config)
+    adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
+    for line in (
+        f"[bold]evaluating[/bold] {tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
+        f"device: {compute.device}, {compute.precision} ({compute.reason}), {compute.world_size} ranks",
+        f"data: {len(questions)} questions of {data}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    workers = default_workers(compute) if reading.num_workers is None else reading.num_workers
+    with progress_bar(console) as bar:
+        result = measure(
+            model, processor, questions, config, compute, num_workers=workers, bar=bar, description="evaluating"
+        )
+    if compute.rank == 0:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            result.write(out)
+        show_scores(console, result)
+    return result

@@ -1,0 +1,136 @@
+"""Measuring while it trains: scores every few steps, the best weights, and when to stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+from phi3v.config import EvaluationConfig
+from phi3v.data.collate import QuestionDataset
+from phi3v.evaluate.evaluation import EvaluationResult
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute
+from phi3v.train.measuring import measure
+from phi3v.train.progress import ProgressCallback
+from phi3v.train.saving import in_stored_dtype, save_replacing
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measurement so far."""
+
+    step: int
+    score: float
+
+
+class EvaluationCallback(TrainerCallback):
+    """Measures every ``eval_steps`` optimizer steps and at the last one; training goes on as if it had not.
+
+    What is measured, and kept in ``best/``, are the weights as they would be saved: in the dtype of the checkpoint.
+    All ranks come to the same score, so all stop at the same step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Phi3VProcessor,
+        questions: QuestionDataset,
+        config: EvaluationConfig,
+        compute: Compute,
+        *,
+        stored_dtype: torch.dtype,
+        folder: Path,
+        console: Console,
+        progress: ProgressCallback,
+        num_workers: int,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.questions = questions
+        self.config = config
+        self.compute = compute
+        self.stored_dtype = stored_dtype
+        self.folder = folder
+        self.console = console
+        self.progress = progress
+        self.num_workers = num_workers
+        self.best: Best | None = None
+        self.seconds = 0.0  # spent here and not on training
+        self.without_improvement = 0
+        self.stopped_early = False
+
+    @property
+    def best_folder(self) -> Path:
+        return self.folder / "best"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.config.eval_steps is not None
+        if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
+            return
+        start = time.perf_counter()
+        devices = [self.compute.device] if self.compute.device.type == "cuda" else []
+        # Reading data draws a seed; training must find the generators as it left them.
+        with torch.random.fork_rng(devices), in_stored_dtype(self.model, self.stored_dtype):
+            result = measure(
+                self.model,
+                self.processor,
+                self.questions,
+                self.config,
+                self.compute,
+                num_workers=self.num_workers,
+                bar=self.progress.bar,
+                description=f"evaluating step {state.global_step}",
+            )
+            improved = self._judge(state.global_step, result)
+            if improved and self.config.keep_best and self.compute.rank == 0:
+                save_replacing(self.model, self.processor, self.best_folder)
+        took = time.perf_counter() - start
+        self.seconds += took
+        self.progress.leave_out(took)
+        if self.compute.rank == 0:
+            self._report(state, result, took, improved)
+        patience = self.config.early_stopping_patience
+        if patience is not None and self.without_improvement >= patience and state.global_step < state.max_steps:
+            self.stopped_early = True
+            control.should_training_stop = True
+            self.console.print(
+                f"stopping at step {state.global_step}: {patience} measurements without a better {result.primary.name}",
+                highlight=False,
+            )
+
+    def _judge(self, step: int, result: EvaluationResult) -> bool:
+        """Whether this is the best so far; of equal scores the first stays."""
+        score = result.primary.value
+        if score is not None and (self.best is None or score > self.best.score):
+            self.best = Best(step, score)
+            self.without_improvement = 0
+            return True
+        self.without_improvement += 1
+        return False
+
+    def _report(self, state: Any, result: EvaluationResult, seconds: float, improved: bool) -> None:
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "eval": {score.name: score.summary() for score in result.scores},
+            "best": improved,
+            "eval_seconds": round(seconds, 2),
+        }
+        with self.progress.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.progress.trainer is not None:  # for TensorBoard
+            values = {f"eval_{score.name}": score.value for score in result.scores if score.value is not None}
+            self.progress.trainer.log(values)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

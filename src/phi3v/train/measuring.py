@@ -1,0 +1,54 @@
+"""Measuring a model that is in memory: the bar, the call, what is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from phi3v.config import EvaluationConfig
+from phi3v.data.collate import QuestionDataset
+from phi3v.evaluate.evaluation import EvaluationResult, evaluate
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute
+
+
+def measure(
+    model: Any,
+    processor: Phi3VProcessor,
+    questions: QuestionDataset,
+    config: EvaluationConfig,
+    compute: Compute,
+    *,
+    num_workers: int,
+    bar: Progress,
+    description: str,
+) -> EvaluationResult:
+    """Answer all questions on all ranks, with a line in ``bar`` while it lasts."""
+    task = bar.add_task(description, total=len(questions), extra="")
+    try:
+        return evaluate(
+            model,
+            processor,
+            questions,
+            config,
+            autocast_dtype=compute.autocast_dtype,
+            num_workers=num_workers,
+            rank=compute.rank,
+            world_size=compute.world_size,
+            # The other ranks are about as far; the last part of an uneven share must not overshoot.
+            on_batch=lambda count: bar.advance(task, count * compute.world_size),
+        )
+    finally:
+        bar.remove_task(task)
+
+
+def show_scores(console: Console, result: EvaluationResult, when: str = "") -> None:
+    """One line a score, with its interval, and the speed."""
+    count = len(result.questions)
+    for score in result.scores:
+        units = "" if score.n == count else f" in {score.n} groups"
+        name = f"{score.name} {when}".rstrip()
+        console.print(f"{name}: {score} on {count} questions{units}", highlight=False, markup=False)
+    console.print(f"  {count / max(result.seconds, 1e-9):.1f} questions/s", highlight=False)
