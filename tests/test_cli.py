@@ -102,6 +102,20 @@ def test_convert_and_check_easy_vqa(
     assert report["images"] == 1000
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_is_never_lost_on_a_rank(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others leave rank 0 the time to speak, and speak themselves if they are still there after it."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("phi3v.cli.time.sleep", waited.append)
+    assert main(["train", "nowhere.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nowhere" if rank == "0" else "error on rank 1: nowhere")
+    assert waited == ([] if rank == "0" else [10.0])
+
+
 def test_convert_lists_bad_records_and_skips_them_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "source", str(tmp_path / "out")
     (source / "img").mkdir(parents=True)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,33 +25,55 @@ from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
+SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
+
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    return run_command(
+        lambda console: arguments.handler(arguments, console),
+        as_json=getattr(arguments, "json", False),
+        show_downloads=arguments.handler is _data_convert,
+    )
+
+
+def run_command(
+    work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False, show_downloads: bool = False
+) -> int:
+    """Do the work of a command as every command is done, and return its exit code.
+
+    Args:
+        work: takes the console to speak to; returns what ``--json`` prints. What it raises as `UserError` is one
+            message, from the first rank where all ranks met it.
+        as_json: print one JSON object on standard output and everything else on standard error.
+        show_downloads: show the hub's bars, as a dataset takes long to download.
+    """
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:2] != ["data", "convert"]:  # a dataset takes long to download
+    if not (show_downloads and is_first_rank):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parse(argv)
-    as_json = getattr(arguments, "json", False)
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with voice:
-            result = arguments.handler(arguments, console)
+            result = work(console)
     except UserError as error:
         if is_first_rank:
             print(f"error: {error}", file=sys.stderr)
-        elif error.one_rank:
+        else:
+            if not error.one_rank:
+                # Rank 0 has met it too and speaks for all. The launcher ends all ranks once one has ended, so that must
+                # not be this one; and if this one is still here then, rank 0 has not met it after all.
+                time.sleep(SECONDS_TO_SPEAK)
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
