@@ -31,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:2] != ["data", "convert"]:  # a dataset takes long to download
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parse(argv)
     as_json = getattr(arguments, "json", False)
     is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
@@ -111,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         _data_convert,
         "bring a dataset into the JSONL format",
-        "phi3v data convert easy-vqa --out data/easy-vqa",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
     convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import signal
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,3 +57,24 @@ def clip(path: Path, *, start: int = 0, length: int = 12) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return path
+
+
+def convert_until_killed(arguments: list[str], *, writes: int) -> None:
+    """Run ``phi3v data convert`` in a process that dies, as by a power cut, half way through its n-th image."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from phi3v.cli import main\n"
+        "write, count = Path.write_bytes, []\n"
+        "def write_bytes(path, data):\n"
+        "    count.append(1)\n"
+        f"    if len(count) == {writes}:\n"
+        "        write(path, data[: len(data) // 2])\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(path, data)\n"
+        "Path.write_bytes = write_bytes\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "data", "convert", *arguments, "--workers", "1"]
+    killed = subprocess.run(command, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL

@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_files import cauldron_row, write_parquet
-from sample_files import picture, records, tree
+from sample_files import convert_until_killed, picture, records, tree
 
 from phi3v.data.check import check_file
 from phi3v.data.convert import BadUnitsError, ConversionResult, ConvertOptions
@@ -116,32 +113,13 @@ def test_bad_lines_are_reported_with_their_place(tmp_path: Path) -> None:
     assert len(result.skipped) == 6
 
 
-# Dies, as by a power cut, while it writes its 6th image.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from phi3v.cli import main
-write, count = Path.write_bytes, []
-def write_bytes(path, data):
-    count.append(1)
-    if len(count) == 6:
-        write(path, data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, data)
-Path.write_bytes = write_bytes
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 @pytest.mark.parametrize("form", [write_original, write_cauldron])
 def test_a_killed_run_is_finished_by_the_next_with_the_same_bytes(tmp_path: Path, form: Any) -> None:
     source = form(tmp_path / "in", {"train": 12, "test": 3})
     run(tmp_path / "whole", source)
     out = tmp_path / "out"
-    arguments = ["data", "convert", "hateful-memes", "--source", str(source), "--out", str(out), "--workers", "1"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    convert_until_killed(["hateful-memes", "--source", str(source), "--out", str(out)], writes=6)
     assert not list(out.glob("*.jsonl"))
     finished = [path for path in (out / "images").rglob("*.png") if not path.name.startswith(".")]
     assert len(finished) == 5

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets.packaged_modules.parquet.parquet import Parquet
 from hub_files import cauldron_row, save_to_disk, write_parquet
 from sample_files import picture
 
@@ -51,22 +53,28 @@ def test_one_file_is_a_source_too(tmp_path: Path) -> None:
     assert opened["train"].num_rows == 3
 
 
-def test_a_large_row_group_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of it may not fit into memory."""
-    file = tmp_path / "train.parquet"
-    datasets.Dataset.from_list(rows(0, 100)).to_parquet(file, batch_size=100)
-    taken = []
-    real = Parquet._generate_tables
-
-    def generate(*args: Any, **options: Any) -> Iterator[Any]:
-        for key, table in real(*args, **options):
-            taken.append(table.num_rows)
-            yield key, table
-
-    monkeypatch.setattr(Parquet, "_generate_tables", generate)
-    stream = iter(open_folder(tmp_path)["train"])
-    next(stream)
-    assert sum(taken) <= 2 * tables._BATCH_ROWS
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+def test_the_bytes_of_all_rows_are_never_in_memory_at_once(tmp_path: Path, form: str) -> None:
+    """In one row group, or one batch, as some files have them."""
+    count, size = 200, 100_000
+    noise = np.random.default_rng(0)
+    cells = [{"bytes": noise.bytes(size), "path": None} for _ in range(count)]
+    table = pa.table({"image": pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
+    file = tmp_path / ("train.parquet" if form == "parquet" else "train.arrow")
+    if form == "parquet":
+        pq.write_table(table, file, row_group_size=count)
+    else:
+        writer = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+        with writer(file, table.schema) as sink:
+            sink.write_table(table)
+    opened = open_folder(tmp_path)["train"]
+    assert opened.num_rows == count
+    tracemalloc.start()
+    seen = sum(len(row["image"]["bytes"]) for row in opened)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == count * size
+    assert peak < count * size / 4
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

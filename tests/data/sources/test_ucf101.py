@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import io
 import os
-import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_files import clip, records, tree
+from sample_files import clip, convert_until_killed, records, tree
 
 from phi3v.data import image_folder
 from phi3v.data.check import check_file
@@ -178,23 +175,6 @@ def test_running_it_again_decodes_nothing(source: Path, tmp_path: Path, monkeypa
     assert tree(tmp_path / "out") == before
 
 
-# Dies while it writes the second frame of the third clip.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from phi3v.cli import main
-write, count = Path.write_bytes, []
-def write_bytes(path, data):
-    count.append(1)
-    if len(count) == 8:
-        write(path, data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, data)
-Path.write_bytes = write_bytes
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_run_is_finished_by_the_next_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,10 +182,8 @@ def test_a_killed_run_is_finished_by_the_next_with_the_same_bytes(
     archive = write_tar(source, tmp_path / "a.tar.gz", "w:gz")
     run(tmp_path / "whole", archive)
     out = tmp_path / "out"
-    options = ["--source", str(archive), "--out", str(out), "--workers", "1", "--frames", "3"]
-    command = [sys.executable, "-c", KILLED, "data", "convert", "ucf101", *options]
-    killed = subprocess.run(command, check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    # The second frame of the third clip.
+    convert_until_killed(["ucf101", "--source", str(archive), "--out", str(out), "--frames", "3"], writes=8)
     assert not list(out.glob("*.jsonl"))
     decoded = []
     real = image_folder.sample_frames

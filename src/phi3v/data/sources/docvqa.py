@@ -27,9 +27,8 @@ from typing import Any
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.data.faults import quote
 from phi3v.data.sources import cauldron
-from phi3v.data.sources.layouts import unknown_layout
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, question_or_bad, text_of
-from phi3v.data.sources.tables import Table, local_source, open_folder, open_hub
+from phi3v.data.sources.tables import Table, local_source, open_tables
 from phi3v.errors import UserError
 
 SOURCE = "docvqa"
@@ -50,16 +49,13 @@ def convert(options: ConvertOptions) -> ConversionResult:
     with Conversion(SOURCE, options) as conversion:
         if files:
             _write_original(conversion, files)
+            return conversion.result()
+        original = "train_v1.0*.json, val_v1.0*.json with documents/"
+        tables = open_tables(options.source, cauldron.hub_table("docvqa"), original=original)
+        if all(cauldron.is_cauldron(table) for table in tables.values()):
+            cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
         else:
-            tables = open_hub(options.source, cauldron.hub_table("docvqa")) if folder is None else open_folder(folder)
-            if folder is not None and not tables:
-                raise unknown_layout(
-                    folder, ["train_v1.0*.json, val_v1.0*.json with documents/", "parquet or arrow files"]
-                )
-            if all(cauldron.is_cauldron(table) for table in tables.values()):
-                cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
-            else:
-                _write_rows(conversion, tables)
+            _write_rows(conversion, tables)
         return conversion.result()
 
 

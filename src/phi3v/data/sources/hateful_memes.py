@@ -23,9 +23,9 @@ from pathlib import Path
 from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.data.jsonl import read_lines
 from phi3v.data.sources import cauldron
-from phi3v.data.sources.layouts import json_line, unknown_layout
+from phi3v.data.sources.layouts import json_line
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
-from phi3v.data.sources.tables import local_source, open_folder, open_hub
+from phi3v.data.sources.tables import local_source, open_tables
 from phi3v.errors import UserError
 
 SOURCE = "hateful-memes"
@@ -46,19 +46,17 @@ def convert(options: ConvertOptions) -> ConversionResult:
     folder = local_source(options.source)
     files = {} if folder is None else _annotation_files(folder)
     with Conversion(SOURCE, options) as conversion:
-        if folder is not None and files:
-            for split, file in files.items():
-                if not _has_labels(file):
-                    conversion.note(f"{file.name} has no labels and is not converted")
-                    continue
+        if folder is None or not files:
+            original = "train.jsonl, dev_seen.jsonl … with img/"
+            tables = open_tables(options.source, cauldron.hub_table("hateful_memes"), original=original)
+            cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
+            return conversion.result()
+        for split, file in files.items():
+            if _has_labels(file):
                 units = _units(conversion, split, file, folder)
                 conversion.write_split(split, units, total=file.stat().st_size)
-        else:
-            default = cauldron.hub_table("hateful_memes")
-            tables = open_hub(options.source, default) if folder is None else open_folder(folder)
-            if folder is not None and not tables:
-                raise unknown_layout(folder, ["train.jsonl, dev_seen.jsonl … with img/", "parquet or arrow files"])
-            cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
+            else:
+                conversion.note(f"{file.name} has no labels and is not converted")
         return conversion.result()
 
 

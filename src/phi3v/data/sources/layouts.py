@@ -12,11 +12,15 @@ from phi3v.errors import UserError
 
 
 def unknown_layout(folder: Path, known: Sequence[str]) -> UserError:
-    """The error for a source that is in none of the known forms."""
-    inside = sorted(path.name + ("/" if path.is_dir() else "") for path in islice(folder.iterdir(), 200))
-    found = ", ".join(inside[:8]) + (" …" if len(inside) > 8 else "") if inside else "nothing"
+    """The error for a folder or file that is in none of the known forms."""
+    if folder.is_dir():
+        inside = sorted(path.name + ("/" if path.is_dir() else "") for path in islice(folder.iterdir(), 200))
+        found = ", ".join(inside[:8]) + (" …" if len(inside) > 8 else "") if inside else "nothing"
+        found = f"; it holds {found}"
+    else:
+        found = ""
     return UserError(
-        f"is in no form that is known here; it holds {found}",
+        f"is in no form that is known here{found}",
         where=str(folder),
         hint=f"known are: {'; '.join(known)}",
     )

@@ -19,6 +19,7 @@ from the same form that it was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
@@ -26,7 +27,7 @@ from phi3v.data.jsonl import read_lines
 from phi3v.data.sources import cauldron
 from phi3v.data.sources.layouts import json_line, unknown_layout
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
-from phi3v.data.sources.tables import local_source, open_folder, open_hub
+from phi3v.data.sources.tables import local_source, open_tables
 from phi3v.errors import UserError
 
 SOURCE = "nlvr2"
@@ -49,17 +50,16 @@ def convert(options: ConvertOptions) -> ConversionResult:
     """
     folder = local_source(options.source)
     files = {} if folder is None else _annotation_files(folder)
+    roots = {} if folder is None else {split: _image_roots(folder, split, file) for split, file in files.items()}
     with Conversion(SOURCE, options) as conversion:
-        if folder is not None and files:
-            for split, file in files.items():
-                pairs, bad = _read_pairs(file)
-                units = _units(conversion, split, file, folder, pairs, bad)
-                conversion.write_split(split, units, total=len(pairs) + len(bad))
-        else:
-            tables = open_hub(options.source, cauldron.hub_table("nlvr2")) if folder is None else open_folder(folder)
-            if folder is not None and not tables:
-                raise unknown_layout(folder, ["train.json, dev.json, test1.json with images", "parquet or arrow files"])
+        if not files:
+            original = "train.json, dev.json, test1.json with images"
+            tables = open_tables(options.source, cauldron.hub_table("nlvr2"), original=original)
             cauldron.write_tables(conversion, SOURCE, tables, num_images=2)
+        for split, file in files.items():
+            pairs, bad = _read_pairs(file)
+            units = _units(conversion, split, file, roots[split], pairs)
+            conversion.write_split(split, chain(bad, units), total=len(bad) + len(pairs))
         return conversion.result()
 
 
@@ -101,14 +101,14 @@ def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
     return pairs, bad
 
 
-def _units(
-    conversion: Conversion, split: str, file: Path, folder: Path, pairs: _Pairs, bad: list[BadUnit]
-) -> Iterator[Unit | BadUnit]:
-    yield from bad
+def _image_roots(folder: Path, split: str, file: Path) -> list[Path]:
     roots = [root for root in (folder / "images" / split, folder / split) if root.is_dir()]
     if not roots:
-        known = [f"images/{split}/ or {split}/ beside {file.name}"]
-        raise unknown_layout(folder, known)
+        raise unknown_layout(folder, [f"images/{split}/ or {split}/ for the pictures of {file.name}"])
+    return roots
+
+
+def _units(conversion: Conversion, split: str, file: Path, roots: list[Path], pairs: _Pairs) -> Iterator[Unit]:
     for index, ((directory, name), statements) in enumerate(pairs.items()):
         yield _unit(conversion, split, index, file, roots, directory, name, statements)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phi3v.data.sources.layouts import unknown_layout
 from phi3v.errors import UserError
 
 _BATCH_ROWS = 16  # a row may hold scanned pages of a megabyte each
@@ -83,6 +85,26 @@ def local_source(source: str | None) -> Path | None:
     raise UserError("no such file or folder", where=source, hint="--source takes a path here or a hub id (owner/name)")
 
 
+def open_tables(source: str | None, default: HubTable, *, original: str) -> dict[str, Table]:
+    """The splits that ``source`` names, in a folder here or on the hub, which is asked only if it is none here.
+
+    Args:
+        source: a path, a hub id, or None for ``default``.
+        default: the dataset on the hub.
+        original: what the original distribution looks like, for the refusal of a folder of something else.
+
+    Raises:
+        UserError: the folder has no table, or the hub cannot be reached.
+    """
+    folder = local_source(source)
+    if folder is None:
+        return open_hub(source, default)
+    tables = open_folder(folder)
+    if not tables:
+        raise unknown_layout(folder, [original, "parquet or arrow files"])
+    return tables
+
+
 def open_hub(source: str | None, default: HubTable) -> dict[str, Table]:
     """The splits of a dataset on the hub, downloaded into the cache of ``datasets``.
 
@@ -144,33 +166,59 @@ def _split_of(file: Path, folder: Path) -> str:
 
 
 def _table(name: str, files: list[Path]) -> Table:
-    parquet = files[0].suffix == ".parquet"
-    num_rows = 0
+    num_rows, columns = 0, ()
     for file in files:
         try:
-            num_rows += pq.read_metadata(file).num_rows if parquet else _arrow_rows(file)
+            with _open(file) as opened:
+                if isinstance(opened, pq.ParquetFile):
+                    num_rows, columns = num_rows + opened.metadata.num_rows, tuple(opened.schema_arrow.names)
+                else:
+                    columns = tuple(opened.schema.names)
+                    num_rows += sum(batch.num_rows for batch in _arrow_batches(opened))
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"cannot be read: {_first_line(error)}", where=str(file), hint="copy or download it again"
             ) from None
-    options = {"batch_size": _BATCH_ROWS} if parquet else {}
-    rows = datasets.load_dataset(
-        "parquet" if parquet else "arrow",
-        data_files={"train": [str(file) for file in files]},
-        split="train",
-        streaming=True,
-        **options,
-    ).decode(False)
-    return Table(name, tuple(rows.column_names), num_rows, rows)
+    return Table(name, columns, num_rows, _Rows(files))
 
 
-def _arrow_rows(file: Path) -> int:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of files, as often as they are asked for."""
+
+    files: list[Path]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for file in self.files:
+            with _open(file) as opened:
+                if isinstance(opened, pq.ParquetFile):
+                    batches = opened.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+                else:
+                    batches = _arrow_batches(opened)
+                for batch in batches:
+                    for start in range(0, batch.num_rows, _BATCH_ROWS):
+                        yield from batch.slice(start, _BATCH_ROWS).to_pylist()
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[pq.ParquetFile | pa.RecordBatchReader | pa.ipc.RecordBatchFileReader]:
+    if file.suffix == ".parquet":
+        # Read through a buffer. Left to itself the reader loads a whole row group, which some files consist of.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as parquet:
+            yield parquet
+        return
     with pa.memory_map(str(file)) as source:
         try:
-            return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+            reader = pa.ipc.open_stream(source)  # what `datasets` writes
         except pa.ArrowInvalid:
             reader = pa.ipc.open_file(source)
-            return sum(reader.get_batch(k).num_rows for k in range(reader.num_record_batches))
+        yield reader
+
+
+def _arrow_batches(reader: Any) -> Iterator[pa.RecordBatch]:
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        return (reader.get_batch(k) for k in range(reader.num_record_batches))
+    return iter(reader)
 
 
 def _first_line(error: Exception) -> str:

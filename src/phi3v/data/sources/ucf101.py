@@ -83,15 +83,7 @@ def convert(options: ConvertOptions) -> ConversionResult:
             files = _in_archive(path, options.out, stack)
         clips, bad = _clips(files, conversion)
         if not clips:
-            raise (
-                unknown_layout(path, _KNOWN)
-                if path.is_dir()
-                else UserError(
-                    "holds no clips in a form that is known here",
-                    where=str(path),
-                    hint=f"known are: {'; '.join(_KNOWN)}",
-                )
-            )
+            raise unknown_layout(path, _KNOWN)
         labels = sorted({clip.label for clip in clips})
         prompt = f"Classify the video into one of the following classes: {', '.join(labels)}."
         numbered = list(enumerate(clips))
