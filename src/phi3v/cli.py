@@ -20,7 +20,7 @@ from rich.console import Console
 from phi3v import __version__
 from phi3v.config import DEFAULT_MAX_PIXELS, load_config
 from phi3v.config import build_parser as config_parser
-from phi3v.data.sources import SOURCE_OPTIONS, SOURCES, require_taken
+from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
@@ -115,7 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
         "bring a dataset into the JSONL format",
         "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
-    convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
+    convert.add_argument(
+        "source",
+        choices=tuple(SOURCES),
+        metavar="SOURCE",
+        help=f"a dataset: {', '.join(name for name in SOURCES if name not in OWN_DATA)}; "
+        f"or the form of your own data: {', '.join(OWN_DATA)}",
+    )
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     convert.add_argument(
         "--source",
@@ -196,12 +202,13 @@ def _add_source_options(convert: argparse.ArgumentParser) -> None:
         "split_column": ("column of train, val, eval or test", {}),
         "id_column": ("column of ids", {}),
     }
-    group = convert.add_argument_group("options of single sources", "columns that are not named are guessed")
+    group = convert.add_argument_group("options that some sources take", "columns that are not named are guessed")
     for field, (option, sources) in SOURCE_OPTIONS.items():
         text, settings = helps[field]
         if option.endswith("-column"):
             settings = settings | {"metavar": "NAME"}
-        group.add_argument(option, dest=field, help=f"{', '.join(sources)}: {text}", **settings)
+        taken_by = "your own data" if sources == OWN_DATA else ", ".join(sources)
+        group.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
 
 
 def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:

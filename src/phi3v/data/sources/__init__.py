@@ -36,13 +36,13 @@ SOURCES: dict[str, Converter] = {
     "csv": _source("csv_table"),
 }
 
-_OWN_DATA = ("llava", "messages", "image-folder", "video-folder", "csv")
+OWN_DATA = ("llava", "messages", "image-folder", "video-folder", "csv")
 
 # The options that not every source takes, by their field in `OwnDataOptions` -> (option, the sources that take it).
 SOURCE_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "num_frames": ("--frames", ("ucf101", "llava", "messages", "video-folder")),
-    "special_text": ("--special-text", _OWN_DATA),
-    "eval_share": ("--eval-share", _OWN_DATA),
+    "special_text": ("--special-text", OWN_DATA),
+    "eval_share": ("--eval-share", OWN_DATA),
     "image_root": ("--image-root", ("llava", "messages", "csv")),
     "question": ("--question", ("image-folder", "video-folder", "csv")),
     "image_columns": ("--image-column", ("csv",)),

@@ -94,7 +94,7 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     )
 
 
-def _open(source: Path) -> tuple[Sequence[str], dict[str, Callable[[], Iterable[tuple[str, Row | UserError]]]]]:
+def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Iterable[tuple[str, Row | UserError]]]]]:
     """The names of the columns, which all files have, and the rows of each split."""
     if tables := open_folder(source):
         names = next(iter(tables.values())).columns
@@ -114,7 +114,7 @@ def _open(source: Path) -> tuple[Sequence[str], dict[str, Callable[[], Iterable[
     return names, {split: rows(of_split) for split, of_split in files.items()}
 
 
-def _header(file: Path) -> tuple[list[str], str]:
+def _header(file: Path) -> tuple[tuple[str, ...], str]:
     """(the names of the columns, the delimiter)."""
     require_file(file)
     with file.open(encoding="utf-8-sig", newline="") as text:
@@ -123,7 +123,7 @@ def _header(file: Path) -> tuple[list[str], str]:
         except UnicodeDecodeError as error:
             raise not_utf8(file, error) from None
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
-    names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    names = tuple(name.strip() for name in next(csv.reader([first], delimiter=delimiter), []))
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not any(names):
         raise UserError("the first row is empty", where=str(file), hint="it holds the names of the columns")

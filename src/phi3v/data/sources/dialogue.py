@@ -117,9 +117,9 @@ def _place_media(messages: Sequence[Message], media: Sequence[Medium], decided: 
         messages[0].media[:0] = media
         decided[UNTAGGED] += 1
         return
-    waiting: dict[str, list[Medium]] = {
-        kind: [medium for medium in media if medium.kind == kind] for kind in ("image", "video")
-    }
+    waiting: dict[MediumKind, list[Medium]] = {"image": [], "video": []}
+    for medium in media:
+        waiting[medium.kind].append(medium)
     # LLaVA-Video marks its clips with <image>.
     as_image = not waiting["image"] and "video" not in open_kinds and bool(waiting["video"])
     if as_image:

@@ -113,14 +113,14 @@ def _classify(folder: Path, paths: Sequence[str], kind: MediumKind) -> list[_Fil
     loose = [path for path in paths if len(PurePosixPath(path).parts) == 1]
     if has_splits and (loose or not all(tops.values())):
         other = next((top for top, split in tops.items() if split is None), None) or loose[0]
-        split = next(top for top, split in tops.items() if split)
-        what = f"{quote(split)} is a split, and {quote(other)} is beside it"
+        of_split = next(top for top, name in tops.items() if name)
+        what = f"{quote(of_split)} is a split, and {quote(other)} is beside it"
         raise UserError(what, where=str(folder), hint=_SPLIT_FOLDERS)
     files = []
     for path in paths:
-        top, *inner = PurePosixPath(path).parts if has_splits else (None, *PurePosixPath(path).parts)
-        split = tops[top] if top is not None else None
-        files.append(_File(path, split, inner[0] if len(inner) > 1 else None))
+        parts = PurePosixPath(path).parts
+        inner = parts[1:] if has_splits else parts
+        files.append(_File(path, tops[parts[0]] if has_splits else None, inner[0] if len(inner) > 1 else None))
     labels = {file.label for file in files}
     if None in labels and len(labels) > 1:
         first = next(file.path for file in files if file.label is None)

@@ -54,9 +54,7 @@ def split_files(source: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
         words = (split_name(word) for word in re.split(r"[^A-Za-z]+", file.stem))
         split = next((word for word in words if word), "train" if len(files) == 1 else None)
         if split is None:
-            hint = (
-                f"there are {len(files)} files: name one of them with --source, or name their splits, e.g. train.jsonl"
-            )
+            hint = "name one file with --source, or put the split into each name, e.g. train.jsonl"
             raise UserError("its name does not say which split it is", where=str(file), hint=hint)
         by_split.setdefault(split, []).append(file)
     return by_split
