@@ -18,9 +18,9 @@ from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
 
-MOVED = "picture tags in the middle or at the end of a text: the pictures now come before the text of their turn"
-SYSTEM = "system messages: now at the front of the first question, before a blank line"
-UNTAGGED = "records with pictures and no tag: the first turn has them"
+MOVED = "a picture tag was in the middle or at the end of a text; the picture comes before the text of its turn"
+SYSTEM = "a system message was put at the front of the first question, before a blank line"
+UNTAGGED = "a record had pictures and no tag; they are in its first turn"
 
 _TAG = re.compile(r"<(image|video)>")
 _LEADING_TAGS = re.compile(r"\s*(?:<(?:image|video)>\s*)+")
@@ -50,8 +50,7 @@ class Message:
 def take_tags(text: str) -> tuple[str, list[MediumKind], int]:
     """(the text without its ``<image>`` and ``<video>`` tags, what they stand for, how many stood after text).
 
-    Tags at the start go with the white space around them, and so do tags that end the text. Otherwise the
-    text stays as it is.
+    Tags at the start or end go with the white space around them. Otherwise the text stays as it is.
     """
     kinds: list[MediumKind] = ["image" if kind == "image" else "video" for kind in _TAG.findall(text)]
     if not kinds:
@@ -60,6 +59,14 @@ def take_tags(text: str) -> tuple[str, list[MediumKind], int]:
     rest = text[leading.end() :] if leading else text
     later = len(_TAG.findall(rest))
     return _LATER_TAG.sub("", rest), kinds, later
+
+
+def tagged_message(role: Role, text: str, where: str) -> Message:
+    """The message of a text with tags; in an answer they are text as any other, for it cannot bring a picture."""
+    if role != "user":
+        return Message(role, text, where)
+    plain, kinds, moved = take_tags(text)
+    return Message(role, plain, where, [*kinds], moved)
 
 
 def build_turns(messages: Sequence[Message], media: Sequence[Medium], notes: Counter[str]) -> list[DraftTurn]:

@@ -31,7 +31,7 @@ from phi3v.processing.special_text import escape_special_text
 
 MediumKind = Literal["image", "video"]
 
-REPEATED = "ids that an earlier record has: -2, -3 … was added to the later ones"
+REPEATED = "an id was that of an earlier record; -2, -3 … was added to it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def convert_rows(
         for note in notes:
             conversion.note(note)
         for what, count in decided.items():
-            conversion.note(f"{count:,} {what}")
+            conversion.note(f"{what} ({count:,}×)")
         return conversion.result()
 
 
@@ -269,6 +269,18 @@ def medium_of(value: object, kind: MediumKind, where: str) -> Medium:
     return Medium(kind, path=value)
 
 
+def media_of(row: Row, kind: MediumKind) -> list[Medium]:
+    """Those that a row names under the key ``image`` or ``images`` (``video`` or ``videos``), as one or as a list.
+
+    Raises:
+        UserError: as `medium_of`.
+    """
+    where = kind if row.get(kind) else f"{kind}s"
+    value = row.get(where) or []
+    items = value if isinstance(value, list) else [value]
+    return [medium_of(item, kind, f"{where}[{k}]") for k, item in enumerate(items)]
+
+
 def _data_uri(value: str, where: str) -> bytes:
     head, comma, content = value.partition(",")
     if not comma or not head.endswith(";base64"):
@@ -286,7 +298,7 @@ def _local_path(path: str, root: Path) -> str:
     Raises:
         UserError: it lies elsewhere.
     """
-    plain = path.strip()
+    plain = path
     if "/" not in plain and not re.match(r"[A-Za-z]:|\\\\", plain):
         plain = plain.replace("\\", "/")  # written on Windows
     if os.path.isabs(plain):

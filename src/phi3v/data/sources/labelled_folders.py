@@ -70,16 +70,16 @@ def convert_folders(
     files = _classify(folder, ours, kind)
     labels = sorted({file.label for file in files if file.label is not None})
     question = _question(kind, labels, options.question)
+    splits = _splits(files, options)
 
     def make_draft(row: Row, _: Counter[str]) -> Draft:
         file: _File = row["file"]
         answer = _caption(folder / file.path) if file.label is None else file.label
         return Draft(file.path, (DraftTurn(question, answer, (Medium(kind, file.path),)),))
 
-    decided: Counter[str] = Counter()
     with Conversion(source, options) as conversion:
-        for split, of_split in _splits(files, options).items():
-            writer = DraftWriter(source, conversion, folder, options.special_text, split=split, notes=decided)
+        for split, of_split in splits.items():
+            writer = DraftWriter(source, conversion, folder, options.special_text, split=split, notes=Counter())
             units = (writer.unit(str(folder / file.path), {"file": file}, make_draft) for file in of_split)
             conversion.write_split(split, units, total=len(of_split))
         used = {*ours, *(str(PurePosixPath(file.path).with_suffix(".txt")) for file in files if file.label is None)}

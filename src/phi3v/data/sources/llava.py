@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, take_tags
-from phi3v.data.sources.drafts import Draft, Medium, MediumKind, Row, convert_rows, medium_of, record_id
+from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, tagged_message
+from phi3v.data.sources.drafts import Draft, Row, convert_rows, media_of, record_id
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import split_files
@@ -56,7 +55,7 @@ def _draft(row: Row, notes: Counter[str]) -> Draft:
         _message(item, f"conversations[{k}]")
         for k, item in enumerate(require_list(row.get("conversations"), "conversations"))
     ]
-    media = [*_media(row, "image"), *_media(row, "video")]
+    media = [*media_of(row, "image"), *media_of(row, "video")]
     return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
 
 
@@ -67,16 +66,4 @@ def _message(item: object, where: str) -> Message:
     if not isinstance(sender, str) or sender not in _ROLES:
         hint = f"known are {', '.join(map(str, _ROLES))}"
         raise UserError(f"is nobody known: {quote(repr(sender), 40)}", where=f"{where}.from", hint=hint)
-    text = require_text(item.get("value"), f"{where}.value")
-    if _ROLES[sender] != "user":  # an answer may speak of a tag
-        return Message(_ROLES[sender], text, where)
-    text, kinds, moved = take_tags(text)
-    return Message("user", text, where, [*kinds], moved)
-
-
-def _media(row: Mapping[str, Any], kind: MediumKind) -> list[Medium]:
-    """Those that the record names, under the key ``image`` or ``images`` (``video`` or ``videos``)."""
-    where = kind if row.get(kind) else f"{kind}s"
-    value = row.get(where) or []
-    paths = value if isinstance(value, list) else [value]
-    return [medium_of(path, kind, f"{where}[{k}]") for k, path in enumerate(paths)]
+    return tagged_message(_ROLES[sender], require_text(item.get("value"), f"{where}.value"), where)

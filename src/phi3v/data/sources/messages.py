@@ -20,8 +20,8 @@ from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, take_tags
-from phi3v.data.sources.drafts import Draft, Medium, MediumKind, Row, convert_rows, medium_of, record_id
+from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, tagged_message
+from phi3v.data.sources.drafts import Draft, Medium, MediumKind, Row, convert_rows, media_of, medium_of, record_id
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import split_files
@@ -66,16 +66,8 @@ def _draft(row: Row, notes: Counter[str]) -> Draft:
     messages = [
         _message(item, f"messages[{k}]") for k, item in enumerate(require_list(row.get("messages"), "messages"))
     ]
-    media = [*_media(row, "image"), *_media(row, "video")]
+    media = [*media_of(row, "image"), *media_of(row, "video")]
     return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
-
-
-def _media(row: Row, kind: MediumKind) -> list[Medium]:
-    """Those under the key ``images`` (``videos``), or ``image`` for a single one."""
-    where = f"{kind}s" if row.get(f"{kind}s") else kind
-    value = row.get(where) or []
-    items = value if isinstance(value, list) else [value]
-    return [medium_of(item, kind, f"{where}[{k}]") for k, item in enumerate(items)]
 
 
 def _message(item: object, where: str) -> Message:
@@ -91,11 +83,7 @@ def _message(item: object, where: str) -> Message:
     content = item.get("content")
     if isinstance(content, list):
         return _of_parts(_ROLES[role], content, where)
-    text = require_text(content, f"{where}.content")
-    if _ROLES[role] != "user":
-        return Message(_ROLES[role], text, where)
-    text, kinds, moved = take_tags(text)
-    return Message("user", text, where, [*kinds], moved)
+    return tagged_message(_ROLES[role], require_text(content, f"{where}.content"), where)
 
 
 def _of_parts(role: Role, parts: list[object], where: str) -> Message:
