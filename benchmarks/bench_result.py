@@ -1,13 +1,25 @@
-"""The form of every benchmark's result: one JSON object with device, versions and date."""
+"""What the benchmarks share: the real command line, and the form of a result, with device, versions and date."""
 
 from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from phi3v.train.run_folder import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def phi3v(*arguments: object) -> dict[str, Any]:
+    """Run a command of the package from the repository's root with ``--json``, and return its object."""
+    command = [sys.executable, "-m", "phi3v", *map(str, arguments), "--json"]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
 
 
 def cpu_name() -> str:

@@ -13,14 +13,13 @@ import argparse
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench_result import write_result
+from bench_result import phi3v, write_result
 from phi3v.evaluate.metrics import METRICS
 from tasks import METHODS, TASKS, Task
 
@@ -29,14 +28,6 @@ SEED = 3
 BATCH_SIZE = 8
 LEARNING_RATES = {"full": 1e-3, "frozen_vision": 1e-3, "lora": 3e-3, "qlora": 3e-3}
 RANK, ALPHA_RATIO = 16, 2.0
-
-
-def phi3v(*arguments: object) -> dict[str, Any]:
-    """Run a command with ``--json`` and return its object."""
-    command = [sys.executable, "-m", "phi3v", *map(str, arguments), "--json"]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    answer: dict[str, Any] = json.loads(result.stdout)
-    return answer
 
 
 def prepare(name: str, task: Task, work: Path) -> Path:
@@ -159,15 +150,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: as the task needs)")
-    parser.add_argument("--model", type=Path, help="the model to tune (default: the pretrained tiny base)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=ROOT / "build" / "tiny_base" / "base",
+        help="the model to tune (default: what tiny_base.py makes, %(default)s)",
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tasks", help="where data and runs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tasks.json")
     parser.add_argument("--markdown", action="store_true", help="print the result as a table at the end")
     arguments = parser.parse_args(argv)
     work = arguments.work.resolve()
-    model = arguments.model.resolve() if arguments.model else work / "base"
-    if not arguments.model and not model.exists():
-        phi3v("model", "init", "--preset", "tiny", "--pretrained", "--out", model)
+    model = arguments.model.resolve()
+    if not model.exists():
+        raise SystemExit(
+            f"there is no model in {model}: make it with benchmarks/tiny_base.py, or name one with --model"
+        )
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}

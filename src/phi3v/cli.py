@@ -115,11 +115,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--preset", choices=tuple(PRESET_FIELDS), required=True, help="which architecture")
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    init.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="tiny only: the small base model that comes with the package, in place of random weights",
-    )
     init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     init.add_argument(
         "--dtype",
@@ -284,18 +279,15 @@ def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str
 def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from phi3v.model.presets import copy_pretrained, init_model
+    from phi3v.model.presets import init_model
 
-    if arguments.pretrained:
-        parameters = copy_pretrained(arguments.preset, arguments.out)
-    else:
-        parameters = init_model(
-            arguments.preset,
-            arguments.out,
-            seed=arguments.seed,
-            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-            tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
-        )
+    parameters = init_model(
+        arguments.preset,
+        arguments.out,
+        seed=arguments.seed,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
+    )
     console.print(f"{arguments.preset}: {parameters:,} parameters in {arguments.out}", highlight=False)
     return {"preset": arguments.preset, "parameters": parameters, "folder": str(arguments.out)}
 
