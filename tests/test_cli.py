@@ -14,7 +14,7 @@ from phi3v.cli import main
 
 COMMANDS = {
     "model init": ("--preset", "default: 0"),
-    "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8"),
+    "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
     "train": ("--training.learning_rate", "default: 4e-05"),
 }

@@ -3,6 +3,7 @@
 Three kinds of page (a form, a receipt, a letter) with a title and four fields each, in type of about 26 to 44 pixels.
 Written as the dataset is distributed: ``{train,val}_v1.0.json`` and ``documents/ID.png``. A field's value is one of
 eight or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
+`make_tables` writes the same pages as the parquet files of the hub's ``nielsr/docvqa_1200_examples``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drawing import choose
-from PIL import Image, ImageDraw
+import PIL.Image
+from PIL import ImageDraw
 
+from drawing import choose
 from tasks.parts import Rng, Sizes, Split, any_font, background, fit_font, generators
 
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo")
@@ -105,7 +107,29 @@ def make(folder: Path, sizes: Sizes, seed: int) -> None:
         (folder / f"{name}_v1.0.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _pages(seed: int, split: Split, seen: set[tuple[str, ...]]) -> Iterator[tuple[Image.Image, list[Any]]]:
+def make_tables(original: Path, folder: Path) -> None:
+    """What `make` wrote, as ``data/{train,test}-00000-of-00001.parquet`` with one question a row."""
+    from datasets import Dataset, Features, Image, Value
+
+    features = Features(
+        {"id": Value("string"), "image": Image(), "query": {"en": Value("string")}, "answers": [Value("string")]}
+    )
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, table in (("train", "train"), ("val", "test")):
+        entries = json.loads((original / f"{name}_v1.0.json").read_text(encoding="utf-8"))["data"]
+        rows = [
+            {
+                "id": f"{name}_{entry['questionId']}",
+                "image": {"bytes": (original / entry["image"]).read_bytes(), "path": None},
+                "query": {"en": entry["question"]},
+                "answers": entry["answers"],
+            }
+            for entry in entries
+        ]
+        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{table}-00000-of-00001.parquet")
+
+
+def _pages(seed: int, split: Split, seen: set[tuple[str, ...]]) -> Iterator[tuple[PIL.Image.Image, list[Any]]]:
     """Pages with their (question, answers), none with the values of an earlier one."""
     for rng in generators(seed, split):
         kind = choose(rng, list(PAGES))
@@ -120,7 +144,7 @@ def _pages(seed: int, split: Split, seen: set[tuple[str, ...]]) -> Iterator[tupl
         yield _draw(rng, split, kind, lines), questions
 
 
-def _draw(rng: Rng, split: Split, title: str, lines: list[str]) -> Image.Image:
+def _draw(rng: Rng, split: Split, title: str, lines: list[str]) -> PIL.Image.Image:
     """A page: the title, a rule below it, the lines."""
     page = background(rng, split, (336, int(rng.integers(336, 400))), strength=rng.uniform(0.0, 0.15))
     draw, font = ImageDraw.Draw(page), any_font(rng)

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from drawing import choose
 from PIL import Image, ImageDraw
 
+from drawing import choose
 from tasks.parts import (
     COLOURS,
     SHAPES,
@@ -92,5 +92,7 @@ def _captioned(picture: Image.Image, text: str, font: Path, ink_on_light: bool) 
     strip, ink = ("white", "black") if ink_on_light else ("black", "white")
     meme = Image.new("RGB", (SIDE, SIDE), strip)
     meme.paste(picture, (0, BAND))
-    ImageDraw.Draw(meme).text((SIDE / 2, BAND / 2), text, font=fit_font(font, text, 50, SIDE - 16), fill=ink, anchor="mm")
+    ImageDraw.Draw(meme).text(
+        (SIDE / 2, BAND / 2), text, font=fit_font(font, text, 50, SIDE - 16), fill=ink, anchor="mm"
+    )
     return meme

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from drawing import choose
 from PIL import Image
 
+from drawing import choose
 from tasks.parts import COLOURS, SHAPES, SPLITS, Rng, Sizes, Split, background, digit_mask, draw_shape, generators
 
 SIDE = 224
@@ -44,14 +44,18 @@ class Thing:
     def fits(self, phrase: str) -> bool:
         if self.colour is None:
             return phrase == f"the digit {self.shape}"
-        return phrase in (f"a {self.shape}", f"a {self.colour} shape", f"a {self.colour} {self.shape}")
+        return phrase in (_a(self.shape), _a(f"{self.colour} shape"), _a(f"{self.colour} {self.shape}"))
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 THINGS = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS] + [Thing(digit) for digit in DIGIT_NAMES]
 PHRASES = [
-    *(f"a {shape}" for shape in SHAPES),
-    *(f"a {colour} shape" for colour in COLOURS),
-    *(f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS),
+    *(_a(shape) for shape in SHAPES),
+    *(_a(f"{colour} shape") for colour in COLOURS),
+    *(_a(f"{colour} {shape}") for shape in SHAPES for colour in COLOURS),
     *(f"the digit {digit}" for digit in DIGIT_NAMES),
 ]
 

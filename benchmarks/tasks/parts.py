@@ -1,7 +1,7 @@
 """What the stand-ins are drawn from, in parts that training and test do not share.
 
-Photographs are split across their width, handwritten digits by their place in their class. The pretrained base model has
-seen neither: it learnt from other photographs and from the first 300 digits of each class.
+Photographs are split across their width, handwritten digits by their place in their class. The pretrained base model
+has seen neither: it learnt from other photographs and from the first 300 digits of each class.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from drawing import TASK_PHOTOS, choose, font_files, handwritten_digits, load_font, photo
 from PIL import Image, ImageDraw, ImageFont
+
+from drawing import TASK_PHOTOS, choose, font_files, handwritten_digits, load_font, photo
 
 Split = Literal["train", "val", "test"]
 Rng = np.random.Generator

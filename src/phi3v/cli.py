@@ -21,7 +21,7 @@ from rich.console import Console
 from phi3v import __version__
 from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
 from phi3v.config import build_parser as config_parser
-from phi3v.data.sources import SOURCES
+from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
@@ -143,7 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
         "bring a dataset into the JSONL format",
         "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
-    convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
+    convert.add_argument(
+        "source",
+        choices=tuple(SOURCES),
+        metavar="SOURCE",
+        help=f"a dataset: {', '.join(name for name in SOURCES if name not in OWN_DATA)}; "
+        f"or the form of your own data: {', '.join(OWN_DATA)}",
+    )
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     convert.add_argument(
         "--source",
@@ -159,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         "or leave them out and list them (default: %(default)s)",
     )
     convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
-    convert.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
+    _add_source_options(convert)
     check = _command(
         data,
         "check",
@@ -228,6 +234,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_source_options(convert: argparse.ArgumentParser) -> None:
+    """The options of `SOURCE_OPTIONS`; one that was not given is None, so that a source can refuse it if it was."""
+    helps: dict[str, tuple[str, dict[str, Any]]] = {
+        "num_frames": ("frames of a clip (default: 8)", {"type": int, "metavar": "N"}),
+        "special_text": (
+            "literal special tokens such as <|end|> in texts make a record bad, or are escaped (default: refuse)",
+            {"choices": ("refuse", "escape")},
+        ),
+        "eval_share": (
+            "share that goes to eval.jsonl if the data has no splits (default: 0.1 of folders, else 0)",
+            {"type": float, "metavar": "SHARE"},
+        ),
+        "image_root": (
+            "folder that picture paths are relative to (default: that of the data file)",
+            {"type": Path, "metavar": "DIR"},
+        ),
+        "question": (
+            "the question of every record; of folders, {classes} in it stands for the names of the classes",
+            {"metavar": "TEXT"},
+        ),
+        "image_columns": ("column of picture paths; repeat it for several pictures", {"action": "append"}),
+        "question_column": ("column of questions", {}),
+        "answer_column": ("column of answers", {}),
+        "split_column": ("column of train, val, eval or test", {}),
+        "id_column": ("column of ids", {}),
+    }
+    group = convert.add_argument_group("options that some sources take", "columns that are not named are guessed")
+    for field, (option, sources) in SOURCE_OPTIONS.items():
+        text, settings = helps[field]
+        if option.endswith("-column"):
+            settings = settings | {"metavar": "NAME"}
+        taken_by = "your own data" if sources == OWN_DATA else ", ".join(sources)
+        group.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
+
+
 def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = verbs.add_parser(
         name,
@@ -260,14 +301,18 @@ def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from phi3v.data.convert import ConvertOptions
+    from phi3v.data.sources.own_data import OwnDataOptions
 
-    options = ConvertOptions(
+    given = {field: value for field in SOURCE_OPTIONS if (value := getattr(arguments, field)) is not None}
+    require_taken(arguments.source, given)
+    if "image_columns" in given:
+        given["image_columns"] = tuple(given["image_columns"])
+    options = OwnDataOptions(
         out=arguments.out,
         source=arguments.location,
         on_bad=arguments.on_bad,
         workers=arguments.workers,
-        num_frames=arguments.frames,
+        **given,
     )
     result = SOURCES[arguments.source](options)
     result.render(console)

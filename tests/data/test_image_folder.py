@@ -50,6 +50,32 @@ def test_other_formats_become_png_once(tmp_path: Path, encoding: str, monkeypatc
         ImageFolder(tmp_path).add("a", picture(2, encoding))
 
 
+@pytest.mark.parametrize("encoding", ["PNG", "JPEG", "WEBP"])
+def test_a_file_is_copied_under_its_own_name_whatever_its_format(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "größe").mkdir(parents=True)
+    (source / "größe" / "a b.x").write_bytes(picture(1, encoding))
+    assert ImageFolder(out).copy_file("größe/a b.x", root=source) == "größe/a b.x"
+    assert tree(out) == tree(source)
+    forbid(monkeypatch, "decode_image", "replacing")
+    again = ImageFolder(out)
+    again.copy_file("größe/a b.x", root=source)
+    assert (again.total, again.kept) == (1, 1)
+    (source / "größe" / "a b.x").write_bytes(picture(2, encoding))
+    with pytest.raises(OutputError, match="exists with other content"):
+        again.copy_file("größe/a b.x", root=source)
+
+
+def test_a_broken_file_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1)[:-40])
+    for name, what in (("a.png", "is truncated"), ("b.png", "does not exist"), ("../a.png", "leaves the data root")):
+        with pytest.raises(UserError, match=what):
+            ImageFolder(tmp_path / "out").copy_file(name, root=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_image_of_the_same_name_is_refused(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path)
     folder.add("a", picture(1))

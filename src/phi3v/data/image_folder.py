@@ -92,6 +92,30 @@ class ImageFolder:
         """
         return self.add(stem, read_image(path, root=root), name=path)
 
+    def copy_file(self, path: str, *, root: Path) -> str:
+        """Add an image file under its own name, byte by byte whatever its format is.
+
+        Args:
+            path: relative to ``root``, below which it may not be left; its name here, too.
+            root: the folder of the images.
+
+        Returns:
+            Its path below ``root``, as a record names it.
+
+        Raises:
+            UserError: the image cannot be used.
+            OutputError: there is another image of that name, or the folder cannot be written.
+        """
+        data = read_image(path, root=root)
+        to = self._path(path)
+        if not to.exists():
+            decode_image(data, path)
+            self._write(to, data)
+        elif to.stat().st_size != len(data) or to.read_bytes() != data:
+            raise _other_content(to)
+        self._added.add(to)
+        return path
+
     def add_frames(self, stem: str, clip: Path | bytes, count: int, *, name: str | None = None) -> list[str]:
         """Add evenly spaced frames of a clip as ``STEM.0.jpg``, ``STEM.1.jpg`` …
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+
+from phi3v.errors import UserError
 
 if TYPE_CHECKING:
     from phi3v.data.convert import ConversionResult, ConvertOptions
@@ -27,4 +29,34 @@ SOURCES: dict[str, Converter] = {
     "hateful-memes": _source("hateful_memes"),
     "nlvr2": _source("nlvr2"),
     "ucf101": _source("ucf101"),
+    "llava": _source("llava"),
+    "messages": _source("messages"),
+    "image-folder": _source("image_folder"),
+    "video-folder": _source("video_folder"),
+    "csv": _source("csv_table"),
 }
+
+OWN_DATA = ("llava", "messages", "image-folder", "video-folder", "csv")
+
+# The options that not every source takes, by their field in `OwnDataOptions` -> (option, the sources that take it).
+SOURCE_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "num_frames": ("--frames", ("ucf101", "llava", "messages", "video-folder")),
+    "special_text": ("--special-text", OWN_DATA),
+    "eval_share": ("--eval-share", OWN_DATA),
+    "image_root": ("--image-root", ("llava", "messages", "csv")),
+    "question": ("--question", ("image-folder", "video-folder", "csv")),
+    "image_columns": ("--image-column", ("csv",)),
+    "question_column": ("--question-column", ("csv",)),
+    "answer_column": ("--answer-column", ("csv",)),
+    "split_column": ("--split-column", ("csv",)),
+    "id_column": ("--id-column", ("csv",)),
+}
+
+
+def require_taken(source: str, fields: Iterable[str]) -> None:
+    """Raise `UserError` if ``source`` does not take one of these options of `SOURCE_OPTIONS`."""
+    for field in fields:
+        option, sources = SOURCE_OPTIONS[field]
+        if source not in sources:
+            what = f"{source} does not take this option"
+            raise UserError(what, where=option, hint=f"the sources that do: {', '.join(sources)}")
