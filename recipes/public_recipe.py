@@ -110,7 +110,9 @@ def fine_tune(name: str, argv: Sequence[str] | None = None) -> int:
         with _in_flags():
             _train(TASKS[name], flags, console)
 
-    return run_command(work, show_downloads="--no-tqdm" not in argv)
+    # The hub's bars are worth their noise only where a dataset may be downloaded.
+    names = {argument.split("=", 1)[0] for argument in argv}
+    return run_command(work, show_downloads=not names & {"--no-tqdm", "--data_dir"})
 
 
 def convert_ucf101(argv: Sequence[str] | None = None) -> int:

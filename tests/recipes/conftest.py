@@ -1,4 +1,4 @@
-"""The four tasks in the smallest form: hub-schema tables and clips, converted as a person converts them."""
+"""The four tasks in small, converted as a person converts them: hub-schema tables, and the benchmarks' stand-ins."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from hub_files import DOCVQA_1200, cauldron_row, docvqa_row, write_parquet
 from sample_files import clip, picture
 
 from phi3v.cli import main
+from tasks import docvqa, hateful_memes, nlvr2, ucf101
+from tasks.parts import Sizes
 
 ANSWERS = {"docvqa": ("invoice", "12.50"), "hateful_memes": ("Yes", "No"), "nlvr2": ("True", "False")}
+
+
+def convert(task: str, source: Path, out: Path, *options: str) -> None:
+    """Run ``phi3v data convert``."""
+    command = ["data", "convert", task.replace("_", "-"), "--source", str(source), "--out", str(out), *options]
+    assert main(command) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +54,25 @@ def workplace(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder whose ``data/`` was made by the commands that the recipes name."""
     folder = tmp_path_factory.mktemp("workplace")
     for task in ("docvqa", "hateful_memes", "nlvr2", "ucf101"):
-        source, out = str(sources / task), str(folder / "data" / task)
-        few = ["--frames", "2"] if task == "ucf101" else []  # of the usual eight, for time
-        assert main(["data", "convert", task.replace("_", "-"), "--source", source, "--out", out, *few]) == 0
+        few = ("--frames", "2") if task == "ucf101" else ()  # of the usual eight, for time
+        convert(task, sources / task, folder / "data" / task, *few)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each task, with a stand-in of its original distribution."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    one, two = Sizes(1, 1, 1), Sizes(2, 2, 2)
+    for task, sizes in ((docvqa, one), (hateful_memes, one), (nlvr2, one), (ucf101, two)):
+        task.make(folder / task.__name__.rsplit(".", 1)[-1], sizes, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in_data(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-ins converted; UCF-101 is left to its own script."""
+    folder = tmp_path_factory.mktemp("stand-in-data")
+    for task in ("docvqa", "hateful_memes", "nlvr2"):
+        convert(task, stand_ins / task, folder / task)
     return folder

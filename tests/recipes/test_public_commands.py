@@ -1,4 +1,4 @@
-"""The commands of the public recipe, as written, on two processes without a GPU.
+"""The commands of the public recipe, as written, on two processes without a GPU and the stand-ins of the datasets.
 
 Added are only the model, the data where there is no hub, and a few flags that make a run small.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,19 +61,19 @@ def check_run(folder: Path, metrics: list[str], questions: int, *, method: str, 
     return measured
 
 
-def test_docvqa_minimal(workplace: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_docvqa_minimal(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     """From another folder than the scripts', with every default."""
     command = torchrun(
         str(RECIPES / "finetune_hf_trainer_docvqa.py"),
-        *("--model_name_or_path", str(tiny_model_dir), "--data_dir", str(workplace / "data" / "docvqa")),
+        *("--model_name_or_path", str(tiny_model_dir), "--data_dir", str(stand_in_data / "docvqa")),
     )
     said = run([*command, *SMALL], tmp_path)
     assert "fp16, which needs a GPU" in said
     check_run(tmp_path / "output", ["anls"], 4, method="full", precision="fp32")
 
 
-def test_docvqa_full_train(workplace: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    data = str(workplace / "data" / "docvqa")
+def test_docvqa_full_train(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = str(stand_in_data / "docvqa")
     command = torchrun(
         "finetune_hf_trainer_docvqa.py",
         *("--full_train", "--bf16", "--use_flash_attention", "--batch_size", "64", "--output_dir", str(tmp_path)),
@@ -83,43 +84,40 @@ def test_docvqa_full_train(workplace: Path, tiny_model_dir: Path, tmp_path: Path
     check_run(tmp_path, ["anls"], 4, method="full", precision="bf16")
 
 
-def test_nlvr2(workplace: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_nlvr2(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     command = torchrun(
         "finetune_hf_trainer_nlvr2.py",
         *("--bf16", "--use_flash_attention", "--batch_size", "64", "--output_dir", str(tmp_path)),
     )
-    data = str(workplace / "data" / "nlvr2")
+    data = str(stand_in_data / "nlvr2")
     run([*command, "--model_name_or_path", str(tiny_model_dir), "--data_dir", data, *SMALL], RECIPES)
     check_run(tmp_path, ["accuracy", "consistency"], 4, method="full", precision="bf16")
 
 
-def test_hateful_memes_on_a_named_node(workplace: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_hateful_memes_on_a_named_node(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     command = torchrun(
         "finetune_hf_trainer_hateful_memes.py",
         *("--output_dir", str(tmp_path), "--batch_size", "64", "--use_flash_attention", "--bf16"),
         *("--use_lora", "--use_qlora"),
         launcher=("--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--node_rank=0"),
     )
-    data = str(workplace / "data" / "hateful_memes")
+    data = str(stand_in_data / "hateful_memes")
     run([*command, "--model_name_or_path", str(tiny_model_dir), "--data_dir", data, *SMALL], RECIPES)
     measured = check_run(tmp_path, ["accuracy", "auroc"], 4, method="qlora", precision="bf16")
     assert {answer for answers in measured["answers"] for answer in answers} == {"Yes", "No"}
 
 
-def test_ucf101_from_clips_to_scores(sources: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    data = tmp_path / "ucf101"
-    (broken := tmp_path / "clips" / "train" / "Biking" / "v_Biking_g02_c01.avi").parent.mkdir(parents=True)
-    broken.write_bytes(b"no clip")
-    for clip in (sources / "ucf101").rglob("*.avi"):
-        copy = tmp_path / "clips" / clip.relative_to(sources / "ucf101")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.symlink_to(clip)
-    convert = [sys.executable, "convert_ucf101.py", "--out_dir", str(data), "--source", str(tmp_path / "clips")]
-    said = run(convert, RECIPES)
+def test_ucf101_from_clips_to_scores(stand_ins: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    clips, data = tmp_path / "clips", tmp_path / "ucf101"
+    shutil.copytree(stand_ins / "ucf101" / "clips", clips)
+    (clips / "train" / "Still" / "broken.avi").write_bytes(b"no clip")
+    said = run([sys.executable, "convert_ucf101.py", "--out_dir", str(data), "--source", str(clips)], RECIPES)
     assert "skipped: 1" in said
-    assert "v_Biking_g02_c01.avi" in said
-    assert {path.name for path in data.glob("*.jsonl")} == {"ucf101_train.jsonl", "ucf101_val.jsonl"}
-    assert (data / "images" / "train" / "Biking" / "v_Biking_g01_c01.7.jpg").is_file()
+    assert "broken.avi" in said
+    assert {path.name for path in data.glob("*.jsonl")} == {
+        f"ucf101_{split}.jsonl" for split in ("train", "val", "test")
+    }
+    assert (data / "images" / "train" / "Still" / "v_Still_g01_c01.7.jpg").is_file()
     assert check_file(data / "ucf101_train.jsonl").ok
 
     command = torchrun("finetune_hf_trainer_ucf101.py", "--data_dir", str(data), "--output_dir", str(tmp_path / "out"))
