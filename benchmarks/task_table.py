@@ -1,6 +1,6 @@
 """The table of methods and tasks: the tiny base model tuned on a small stand-in of every task, with every method.
 
-    python benchmarks/task_table.py [--tasks docvqa nlvr2] [--methods lora] [--markdown]
+    python benchmarks/task_table.py [--tasks docvqa nlvr2] [--methods lora] [--markdown] [--docs docs/results.md]
 
 Makes the stand-ins (`tasks/`), converts them with ``phi3v data convert`` and runs ``phi3v train`` with the recipes as
 they are shipped, but for what a small model on a CPU needs (`overrides`). A row (task, method) that the result holds
@@ -28,6 +28,7 @@ SEED = 3
 BATCH_SIZE = 8
 LEARNING_RATES = {"full": 1e-3, "frozen_vision": 1e-3, "lora": 3e-3, "qlora": 3e-3}
 RANK, ALPHA_RATIO = 16, 2.0
+BEGIN, END = "<!-- stand-ins: begin (written by benchmarks/task_table.py) -->", "<!-- stand-ins: end -->"
 
 
 def prepare(name: str, task: Task, work: Path) -> Path:
@@ -145,6 +146,15 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_between_marks(file: Path, table: str) -> None:
+    """Replace what stands between the marks of the stand-ins in a document."""
+    before, found, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, also_found, after = rest.partition(END)
+    if not found or not also_found:
+        raise SystemExit(f"{file} lacks the marks {BEGIN} and {END}")
+    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
@@ -159,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tasks", help="where data and runs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tasks.json")
     parser.add_argument("--markdown", action="store_true", help="print the result as a table at the end")
+    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="write the table between its marks in a document")
     arguments = parser.parse_args(argv)
     work = arguments.work.resolve()
     model = arguments.model.resolve()
@@ -186,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
             ]
             write_result("tasks", {"base": weights, "rows": in_order}, arguments.out)
     result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    if arguments.docs:
+        write_between_marks(arguments.docs, markdown(result))
     print(markdown(result) if arguments.markdown else json.dumps(result, indent=2))
 
 

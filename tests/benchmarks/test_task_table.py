@@ -55,3 +55,15 @@ def test_a_row_is_measured_once(
     task_table.main([*command, "--markdown"])
     assert "| hateful_memes (accuracy, 8, 50.0) | lora |" in capsys.readouterr().out
     assert json.loads(out.read_text(encoding="utf-8")) == result
+
+
+def test_the_table_goes_between_its_marks(tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    document.write_text(f"above\n{task_table.BEGIN}\nold\n{task_table.END}\nbelow\n", encoding="utf-8")
+    task_table.write_between_marks(document, "new")
+    assert document.read_text(encoding="utf-8") == f"above\n{task_table.BEGIN}\nnew\n{task_table.END}\nbelow\n"
+    document.write_text("no marks\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        task_table.write_between_marks(document, "new")
+    results = (task_table.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results.index(task_table.BEGIN) < results.index(task_table.END)
