@@ -10,31 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from bench_result import phi3v, write_result
 
 ROOT = Path(__file__).parents[1]
 WORK = Path("quickstart")  # as in the recipe
-
-
-def phi3v(*arguments: str) -> dict[str, Any]:
-    """Run a command with ``--json`` and return its object."""
-    command = [sys.executable, "-m", "phi3v", *arguments, "--json"]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    answer: dict[str, Any] = json.loads(result.stdout)
-    return answer
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -48,26 +31,18 @@ def main() -> None:
     phi3v("data", "convert", "easy-vqa", "--out", str(WORK / "data"))
     run = phi3v("train", "recipes/easy_vqa_tiny.yaml")
     seconds = time.perf_counter() - start
-    environment = json.loads((ROOT / WORK / "run" / "environment.json").read_text())
     scores = {
-        when: {key: measured[key] for key in ("metric", "score", "num_questions", "seconds")}
+        when: measured["scores"] | {"seconds": measured["seconds"]}
         for when in ("before", "after")
         for measured in [json.loads((ROOT / WORK / "run" / f"eval_{when}.json").read_text())]
     }
     figures = {
-        "benchmark": "quickstart",
-        "device": f"{cpu_name()}, {environment['cpus']} cores",
-        "date": environment["date"],
-        "python": environment["python"],
-        "versions": environment["versions"],
         "parameters": model["parameters"],
         "total_seconds": round(seconds, 1),
         "evaluation": scores,
-        "training": {key: value for key, value in run.items() if key not in ("folder",)},
+        "training": {key: value for key, value in run.items() if key != "folder"},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(write_result("quickstart", figures, out), indent=2))
 
 
 if __name__ == "__main__":

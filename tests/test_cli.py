@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from phi3v.cli import main
 
 COMMANDS = {
     "model init": ("--preset", "default: 0"),
-    "data convert": ("easy-vqa", "--out"),
+    "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
     "train": ("--training.learning_rate", "default: 4e-05"),
 }
@@ -99,3 +100,37 @@ def test_convert_and_check_easy_vqa(
     report = json.loads(capsys.readouterr().out)
     assert report["questions"] == 9673
     assert report["images"] == 1000
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_is_never_lost_on_a_rank(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others leave rank 0 the time to speak, and speak themselves if they are still there after it."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("phi3v.cli.time.sleep", waited.append)
+    assert main(["train", "nowhere.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nowhere" if rank == "0" else "error on rank 1: nowhere")
+    assert waited == ([] if rank == "0" else [10.0])
+
+
+def test_convert_lists_bad_records_and_skips_them_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "source", str(tmp_path / "out")
+    (source / "img").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(source / "img" / "1.png")
+    memes = [{"id": k, "img": f"img/{k}.png", "label": k % 2, "text": "x"} for k in (1, 2)]
+    (source / "train.jsonl").write_text("".join(json.dumps(meme) + "\n" for meme in memes))
+    command = ["data", "convert", "hateful-memes", "--source", str(source), "--out", out]
+    assert main([*command, "--json"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "error: hateful-memes: 1 of 2 units cannot be converted" in shown.err
+    assert f"{source / 'train.jsonl'}:2: " in shown.err
+    assert "--on-bad skip" in shown.err
+    assert main([*command, "--on-bad", "skip", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["records"], answer["skipped"]) == ({"train": 1}, 1)
+    assert answer["skipped_units"][0]["place"] == f"{source / 'train.jsonl'}:2"
+    assert main([*command, "--workers", "0"]) == 2

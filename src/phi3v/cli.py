@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,35 +21,59 @@ from rich.console import Console
 from phi3v import __version__
 from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
 from phi3v.config import build_parser as config_parser
-from phi3v.data.sources import SOURCES
+from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
+
+SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
 
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    return run_command(
+        lambda console: arguments.handler(arguments, console),
+        as_json=getattr(arguments, "json", False),
+        show_downloads=arguments.handler is _data_convert,
+    )
+
+
+def run_command(
+    work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False, show_downloads: bool = False
+) -> int:
+    """Do the work of a command as every command is done, and return its exit code.
+
+    Args:
+        work: takes the console to speak to; returns what ``--json`` prints. What it raises as `UserError` is one
+            message, from the first rank where all ranks met it.
+        as_json: print one JSON object on standard output and everything else on standard error.
+        show_downloads: show the hub's bars, as a dataset takes long to download.
+    """
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (show_downloads and is_first_rank):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    as_json = getattr(arguments, "json", False)
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with voice:
-            result = arguments.handler(arguments, console)
+            result = work(console)
     except UserError as error:
         if is_first_rank:
             print(f"error: {error}", file=sys.stderr)
-        elif error.one_rank:
+        else:
+            if not error.one_rank:
+                # Rank 0 has met it too and speaks for all. The launcher ends all ranks once one has ended, so that must
+                # not be this one; and if this one is still here then, rank 0 has not met it after all.
+                time.sleep(SECONDS_TO_SPEAK)
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -111,11 +136,31 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         _data_convert,
         "bring a dataset into the JSONL format",
-        "phi3v data convert easy-vqa --out data/easy-vqa",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
-    convert.add_argument("source", choices=tuple(SOURCES), help="which dataset")
+    convert.add_argument(
+        "source",
+        choices=tuple(SOURCES),
+        metavar="SOURCE",
+        help=f"a dataset: {', '.join(name for name in SOURCES if name not in OWN_DATA)}; "
+        f"or the form of your own data: {', '.join(OWN_DATA)}",
+    )
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    convert.add_argument("--source", dest="location", metavar="PATH", help="where the original lies, if not installed")
+    convert.add_argument(
+        "--source",
+        dest="location",
+        metavar="PATH_OR_HUB_ID",
+        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+    )
+    convert.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="bad records and clips: an error that lists them once the good ones are done, "
+        "or leave them out and list them (default: %(default)s)",
+    )
+    convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    _add_source_options(convert)
     check = _command(
         data,
         "check",
@@ -184,6 +229,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_source_options(convert: argparse.ArgumentParser) -> None:
+    """The options of `SOURCE_OPTIONS`; one that was not given is None, so that a source can refuse it if it was."""
+    helps: dict[str, tuple[str, dict[str, Any]]] = {
+        "num_frames": ("frames of a clip (default: 8)", {"type": int, "metavar": "N"}),
+        "special_text": (
+            "literal special tokens such as <|end|> in texts make a record bad, or are escaped (default: refuse)",
+            {"choices": ("refuse", "escape")},
+        ),
+        "eval_share": (
+            "share that goes to eval.jsonl if the data has no splits (default: 0.1 of folders, else 0)",
+            {"type": float, "metavar": "SHARE"},
+        ),
+        "image_root": (
+            "folder that picture paths are relative to (default: that of the data file)",
+            {"type": Path, "metavar": "DIR"},
+        ),
+        "question": (
+            "the question of every record; of folders, {classes} in it stands for the names of the classes",
+            {"metavar": "TEXT"},
+        ),
+        "image_columns": ("column of picture paths; repeat it for several pictures", {"action": "append"}),
+        "question_column": ("column of questions", {}),
+        "answer_column": ("column of answers", {}),
+        "split_column": ("column of train, val, eval or test", {}),
+        "id_column": ("column of ids", {}),
+    }
+    group = convert.add_argument_group("options that some sources take", "columns that are not named are guessed")
+    for field, (option, sources) in SOURCE_OPTIONS.items():
+        text, settings = helps[field]
+        if option.endswith("-column"):
+            settings = settings | {"metavar": "NAME"}
+        taken_by = "your own data" if sources == OWN_DATA else ", ".join(sources)
+        group.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
+
+
 def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = verbs.add_parser(
         name,
@@ -213,10 +293,22 @@ def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def _data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    files = SOURCES[arguments.source](arguments.out, arguments.location)
-    for split, path in files.items():
-        console.print(f"{split}: {path}", highlight=False, soft_wrap=True)
-    return {"source": arguments.source, "files": {split: str(path) for split, path in files.items()}}
+    from phi3v.data.sources.own_data import OwnDataOptions
+
+    given = {field: value for field in SOURCE_OPTIONS if (value := getattr(arguments, field)) is not None}
+    require_taken(arguments.source, given)
+    if "image_columns" in given:
+        given["image_columns"] = tuple(given["image_columns"])
+    options = OwnDataOptions(
+        out=arguments.out,
+        source=arguments.location,
+        on_bad=arguments.on_bad,
+        workers=arguments.workers,
+        **given,
+    )
+    result = SOURCES[arguments.source](options)
+    result.render(console)
+    return result.to_json_dict()
 
 
 def _data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

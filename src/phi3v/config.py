@@ -204,6 +204,8 @@ class TrainingConfig:
     """Recompute activations in the backward pass: slower, far less memory."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
+    progress_bar: bool = True
+    """Show progress bars in a terminal; without them, as in a log file, there is a line a logging step."""
 
     def __post_init__(self) -> None:
         at_least_one = dict.fromkeys(("batch_size", "micro_batch_size", "logging_steps", "max_steps"), (1, None))

@@ -9,14 +9,15 @@ import pytest
 from run_helpers import Train
 
 from phi3v.cli import main
-from phi3v.data.sources.easy_vqa import convert_easy_vqa
+from phi3v.data.convert import ConvertOptions
+from phi3v.data.sources.easy_vqa import convert
 
 
 @pytest.fixture(scope="session")
 def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with all of easy-vqa and the small files ``train-48.jsonl`` and ``test-24.jsonl``."""
     folder = tmp_path_factory.mktemp("easy-vqa")
-    files = convert_easy_vqa(folder, progress=False)
+    files = convert(ConvertOptions(folder, progress=False)).files
     for split, count in (("train", 48), ("test", 24)):
         lines = files[split].read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{split}-{count}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

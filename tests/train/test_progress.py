@@ -26,17 +26,18 @@ def run(callback: ProgressCallback, loss: float = 1.25) -> None:
     callback.close()
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_it_shows_loss_rates_memory_and_time_left(tmp_path: Path, terminal: bool) -> None:
+@pytest.mark.parametrize(("terminal", "show_bar"), [(True, True), (True, False), (False, True)])
+def test_it_shows_loss_rates_memory_and_time_left(tmp_path: Path, terminal: bool, show_bar: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=160)
-    run(ProgressCallback(console, tmp_path / "metrics.jsonl"))
+    run(ProgressCallback(console, tmp_path / "metrics.jsonl", show_bar=show_bar))
     shown = out.getvalue()
     for words in ("loss 1.25", "samples/s", "tokens/s", "GB", "left", "2/2"):
         assert words in shown
-    # A terminal gets its cursor back; a log file gets no control characters.
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == int(terminal)
-    assert ("\x1b" in shown) == terminal
+    # A terminal gets its cursor back; a log file, or one who wants no bar, gets no control characters.
+    has_bar = terminal and show_bar
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == int(has_bar)
+    assert ("\x1b" in shown) == has_bar
 
 
 def test_metrics_are_json_whatever_the_loss(tmp_path: Path) -> None:

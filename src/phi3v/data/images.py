@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import stat
 from collections.abc import Callable
@@ -90,6 +91,50 @@ def _use(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, st
         return _read(path, root, max_pixels, take)
     except _ImageFaultError as fault:
         raise UserError(f"the image {fault.what}", where=str(root / path), hint=fault.hint) from None
+
+
+def read_image(path: str, *, root: Path) -> bytes:
+    """The bytes of an image file as they are, not decoded.
+
+    Args:
+        path: relative to ``root``; may not leave it.
+        root: the folder that the image is looked up in.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read; the same words as `check_image`.
+    """
+    try:
+        if wrong := image_path_fault(path):
+            raise _ImageFaultError(*wrong)
+        _require_regular_file(path, root / path, root)
+        return (root / path).read_bytes()
+    except _ImageFaultError as fault:
+        raise UserError(f"the image {fault.what}", where=str(root / path), hint=fault.hint) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror or error}", where=str(root / path), hint="check its permissions"
+        ) from None
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """The image that ``data`` encodes, as `load_image` gives it.
+
+    Args:
+        data: the bytes of an image file.
+        name: what to call it in a message.
+        max_pixels: largest width x height.
+
+    Raises:
+        UserError: the image cannot be used; the same words as `check_image`.
+    """
+    try:
+        if not data:
+            raise _ImageFaultError(f"is an empty file: {quote(name)}", "copy or download it again")
+        with io.BytesIO(data) as file, _open_without_bomb_check(file, name) as image:
+            _require_size(image, name, max_pixels)
+            return _decode(image, name)
+    except _ImageFaultError as fault:
+        raise UserError(f"the image {fault.what}", hint=fault.hint) from None
 
 
 def near_name(name: str, folder: Path) -> str | None:

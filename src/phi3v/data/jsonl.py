@@ -6,12 +6,16 @@ import contextlib
 import filecmp
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from phi3v.data.schema import MAX_LINE_BYTES
 from phi3v.errors import UserError
+
+# Of the hidden files that a killed process leaves behind, beside the file they would have become.
+TEMPORARY_SUFFIX = ".tmp"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -60,8 +64,11 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; what was written there becomes ``path`` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary name beside ``path``; what was written there becomes ``path`` if the block succeeds.
+
+    Several processes and threads may replace the same file at once; the last one wins.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -27,8 +27,8 @@ def peak_memory_gb() -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def progress_bar(console: Console) -> Progress:
-    """The bar of long work: what, how far, extras, time gone and time left."""
+def progress_bar(console: Console, *, enabled: bool = True) -> Progress:
+    """The bar of long work: what, how far, extras, time gone and time left; shown in a terminal if ``enabled``."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -38,18 +38,24 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (enabled and console.is_terminal),
     )
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar on a terminal, plain lines elsewhere, and a line of ``metrics.jsonl`` a logging step."""
+    """A progress bar on a terminal, plain lines elsewhere, and a line of ``metrics.jsonl`` a logging step.
 
-    def __init__(self, console: Console, metrics_file: Path) -> None:
+    Args:
+        console: where they are shown.
+        metrics_file: ``metrics.jsonl`` of the run.
+        show_bar: false for plain lines on a terminal too.
+    """
+
+    def __init__(self, console: Console, metrics_file: Path, *, show_bar: bool = True) -> None:
         self.console = console
         self.metrics_file = metrics_file
         self.trainer: Phi3VTrainer | None = None
-        self.bar = progress_bar(console)
+        self.bar = progress_bar(console, enabled=show_bar)
         self.task: Any = None
         self.start = self.last = 0.0
         self.counted: dict[str, int] = {}
@@ -93,7 +99,7 @@ class ProgressCallback(TrainerCallback):
             f"loss {logs['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
-        if self.console.is_terminal:
+        if not self.bar.disable:
             self.bar.update(self.task, extra=text)
         else:
             left = (now - self.start) / max(state.global_step, 1) * (state.max_steps - state.global_step)

@@ -172,7 +172,8 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=setup.collator())
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
-    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl")
+    show_bar = config.training.progress_bar
+    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl", show_bar=show_bar)
     progress.trainer = trainer
     trainer.add_callback(progress)
     during = _during(setup, progress)
@@ -225,8 +226,15 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
             max_pixels=config.data.max_image_pixels,
             image_level=config.data.image_check,
             special_text=config.data.special_text,
+            progress=config.training.progress_bar,
         )
-        tables.append(open_table(path, special_text=config.data.special_text, max_pixels=config.data.max_image_pixels))
+        table = open_table(
+            path,
+            special_text=config.data.special_text,
+            max_pixels=config.data.max_image_pixels,
+            progress=config.training.progress_bar,
+        )
+        tables.append(table)
     return tables[0], tables[1] if len(tables) > 1 else None
 
 
@@ -300,7 +308,7 @@ def _measure(setup: Setup, when: str) -> EvaluationResult | None:
     """The scores before or after training, written to the run folder; none without data to measure on."""
     if setup.questions is None:
         return None
-    with progress_bar(setup.console) as bar:
+    with progress_bar(setup.console, enabled=setup.config.training.progress_bar) as bar:
         result = measure(
             setup.model,
             setup.processor,

@@ -9,61 +9,58 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phi3v.data.jsonl import replacing, write_jsonl
-from phi3v.data.progress import LateProgress
+from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.errors import UserError
 
 Questions = dict[int, list[tuple[str, str]]]  # image id -> (question, answer), in the order of the file
 
 
-def convert_easy_vqa(out: Path, *, source: Path | None = None, progress: bool = True) -> dict[str, Path]:
-    """Write ``images/{train,test}/N.png``, ``train.jsonl`` and ``test.jsonl`` into ``out``.
+def convert(options: ConvertOptions) -> ConversionResult:
+    """Write ``images/{train,test}/N.png``, ``train.jsonl`` and ``test.jsonl``.
 
     Train has one conversation an image with all its questions as turns; test one record a question, those
-    of an image one after the other. Texts are verbatim. Interrupted and run again, it goes on where it
-    stopped.
+    of an image one after the other. Texts are verbatim.
 
     Args:
-        out: the data folder, made if need be.
-        source: a folder laid out as the package's ``data/``; default the installed package.
-        progress: show a bar if it takes long and standard error is a terminal.
-
-    Returns:
-        The .jsonl file of each split.
+        options: ``source`` is a folder laid out as the package's ``data/``; default the installed package.
 
     Raises:
         UserError: the package is not installed, the source is incomplete, or ``out`` holds other data.
     """
-    source = _package_data() if source is None else source
+    source = _package_data() if options.source is None else Path(options.source)
     questions = {split: _read_questions(source / split / "questions.json") for split in ("train", "test")}
-    with LateProgress("copying images", sum(map(len, questions.values())), enabled=progress) as bar:
+    with Conversion("easy-vqa", options) as conversion:
         for split, of_split in questions.items():
-            for image in of_split:
-                _copy(source / split / "images" / f"{image}.png", out / "images" / split / f"{image}.png")
-                bar.advance(1)
-    files = {split: out / f"{split}.jsonl" for split in questions}
-    write_jsonl(files["train"], _train_records(questions["train"]))
-    write_jsonl(files["test"], _test_records(questions["test"]))
-    return files
+            conversion.write_split(split, _units(conversion, split, of_split, source), total=len(of_split))
+        return conversion.result()
 
 
-def _train_records(questions: Questions) -> Iterator[dict[str, Any]]:
-    for image, of_image in questions.items():
-        turns: list[dict[str, Any]] = [{"user": text, "assistant": answer} for text, answer in of_image]
-        turns[0] = {"images": [f"train/{image}.png"], **turns[0]}
-        yield {"id": f"train-{image:06d}", "source": "easy-vqa", "conversations": turns}
+def _units(conversion: Conversion, split: str, questions: Questions, source: Path) -> Iterator[Unit]:
+    folder = source / split / "images"
 
+    def unit(image: int, of_image: list[tuple[str, str]]) -> Unit:
+        def work() -> list[dict[str, Any]]:
+            path = conversion.images.add_file(f"{split}/{image}", f"{image}.png", root=folder)
+            turns: list[dict[str, Any]] = [{"user": text, "assistant": answer} for text, answer in of_image]
+            if split == "train":
+                turns[0] = {"images": [path], **turns[0]}
+                return [{"id": f"train-{image:06d}", "source": "easy-vqa", "conversations": turns}]
+            return [
+                {
+                    "id": f"test-{image:06d}-{k:02d}",
+                    "source": "easy-vqa",
+                    "conversations": [{"images": [path], **turn}],
+                }
+                for k, turn in enumerate(turns)
+            ]
 
-def _test_records(questions: Questions) -> Iterator[dict[str, Any]]:
-    for image, of_image in questions.items():
-        for k, (text, answer) in enumerate(of_image):
-            turn = {"images": [f"test/{image}.png"], "user": text, "assistant": answer}
-            yield {"id": f"test-{image:06d}-{k:02d}", "source": "easy-vqa", "conversations": [turn]}
+        return Unit(str(folder / f"{image}.png"), work)
+
+    return (unit(image, of_image) for image, of_image in questions.items())
 
 
 def _package_data() -> Path:
@@ -89,16 +86,3 @@ def _read_questions(file: Path) -> Questions:
     if not questions:
         raise UserError("holds no question", where=str(file), hint="take the package's own file")
     return dict(sorted(questions.items()))
-
-
-def _copy(image: Path, to: Path) -> None:
-    """Copy unless it is there already; the copy appears complete or not at all."""
-    if not image.is_file():
-        raise UserError("no such image", where=str(image), hint="the questions name it; is the source complete?")
-    if to.exists():
-        if to.read_bytes() != image.read_bytes():
-            raise UserError("exists with other content", where=str(to), hint="convert into another folder")
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(to) as temporary:
-        shutil.copyfile(image, temporary)

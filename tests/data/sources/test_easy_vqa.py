@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_files import tree
 
+from phi3v.data import image_folder
 from phi3v.data.check import check_file
+from phi3v.data.convert import BadUnitsError, ConversionResult, ConvertOptions
 from phi3v.data.sources import SOURCES
-from phi3v.data.sources import easy_vqa as module
-from phi3v.data.sources.easy_vqa import convert_easy_vqa
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
+
+
+def convert_easy_vqa(out: Path, source: Path | None = None) -> ConversionResult:
+    return SOURCES["easy-vqa"](ConvertOptions(out, None if source is None else str(source), workers=1))
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("easy-vqa")
-    assert SOURCES["easy-vqa"](out, None) == {"train": out / "train.jsonl", "test": out / "test.jsonl"}
+    result = convert_easy_vqa(out)
+    assert result.files == {"train": out / "train.jsonl", "test": out / "test.jsonl"}
+    assert (result.records, result.images) == ({"train": 4_000, "test": 9_673}, 5_000)
     return out
 
 
@@ -36,10 +43,6 @@ def small_source(tmp_path: Path, easy_vqa_data: Path) -> Path:
         for image in range(count):
             shutil.copy(easy_vqa_data / split / "images" / f"{image}.png", folder / split / "images")
     return folder
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_splits_are_the_packages_own(converted: Path) -> None:
@@ -85,14 +88,14 @@ def test_running_it_again_changes_nothing_and_copies_nothing(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_easy_vqa(tmp_path / "out", source=small_source)
-    before = everything(tmp_path / "out")
+    before = tree(tmp_path / "out")
 
     def fail(*_: object) -> None:
         raise AssertionError("copied again")
 
-    monkeypatch.setattr(module.shutil, "copyfile", fail)
-    convert_easy_vqa(tmp_path / "out", source=small_source)
-    assert everything(tmp_path / "out") == before
+    monkeypatch.setattr(image_folder, "replacing", fail)
+    assert convert_easy_vqa(tmp_path / "out", source=small_source).images_kept == 15
+    assert tree(tmp_path / "out") == before
 
 
 def test_an_interrupted_run_is_finished_by_the_next(
@@ -100,24 +103,23 @@ def test_an_interrupted_run_is_finished_by_the_next(
 ) -> None:
     convert_easy_vqa(tmp_path / "whole", source=small_source)
     out = tmp_path / "out"
-    copied: list[Any] = []
-    real = shutil.copyfile
+    made: list[Any] = []
+    real = image_folder.decode_image
 
-    def copy(source: Path, to: Path) -> None:
-        copied.append(source)
-        if len(copied) == 6:
-            to.write_bytes(b"half a file")
+    def decode(data: bytes, *args: Any, **options: Any) -> Any:
+        made.append(data)
+        if len(made) == 6:
             raise KeyboardInterrupt
-        real(source, to)
+        return real(data, *args, **options)
 
-    monkeypatch.setattr(module.shutil, "copyfile", copy)
+    monkeypatch.setattr(image_folder, "decode_image", decode)
     with pytest.raises(KeyboardInterrupt):
         convert_easy_vqa(out, source=small_source)
     assert not list(out.glob("*.jsonl"))
-    assert len(everything(out)) == 5
-    convert_easy_vqa(out, source=small_source)
-    assert len(copied) == 6 + 10
-    assert everything(out) == everything(tmp_path / "whole")
+    before = len(tree(out))
+    assert 5 <= before < 15
+    assert convert_easy_vqa(out, source=small_source).images_kept == before
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_other_data_is_not_overwritten(small_source: Path, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_source_that_is_incomplete(small_source: Path, tmp_path: Path) -> None
         convert_easy_vqa(tmp_path / "out", source=tmp_path)
     assert "train/questions.json" in str(caught.value)
     (small_source / "train" / "images" / "4.png").unlink()
-    with pytest.raises(UserError, match=r"4.png: no such image"):
+    with pytest.raises(BadUnitsError, match=r"4.png: the image does not exist"):
         convert_easy_vqa(tmp_path / "out", source=small_source)
     (small_source / "test" / "questions.json").write_text("[[1, 2]]")
     with pytest.raises(UserError, match="cannot be read"):

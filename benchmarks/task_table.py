@@ -1,0 +1,206 @@
+"""The table of methods and tasks: the tiny base model tuned on a small stand-in of every task, with every method.
+
+    python benchmarks/task_table.py [--tasks docvqa nlvr2] [--methods lora] [--markdown] [--docs docs/results.md]
+
+Makes the stand-ins (`tasks/`), converts them with ``phi3v data convert`` and runs ``phi3v train`` with the recipes as
+they are shipped, but for what a small model on a CPU needs (`overrides`). A row (task, method) that the result holds
+already, measured with the same model and settings, is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench_result import phi3v, write_result
+from phi3v.evaluate.metrics import METRICS
+from tasks import METHODS, TASKS, Task
+
+ROOT = Path(__file__).parents[1]
+SEED = 3
+BATCH_SIZE = 8
+LEARNING_RATES = {"full": 1e-3, "frozen_vision": 1e-3, "lora": 3e-3, "qlora": 3e-3}
+RANK, ALPHA_RATIO = 16, 2.0
+BEGIN, END = "<!-- stand-ins: begin (written by benchmarks/task_table.py) -->", "<!-- stand-ins: end -->"
+
+
+def prepare(name: str, task: Task, work: Path) -> Path:
+    """Make and convert a stand-in, unless that was done before; the folder of its data."""
+    original, data = work / "original" / name, work / "data" / name
+    made = {"seed": SEED, "sizes": [task.sizes.train, task.sizes.val, task.sizes.test], "with": _hash_of_drawing()}
+    marker = data / "made.json"
+    if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != made:
+        for folder in (original, data):
+            shutil.rmtree(folder, ignore_errors=True)
+        original.mkdir(parents=True)
+        task.make(original, task.sizes, SEED)
+        source = original / task.original
+        phi3v("data", "convert", task.source, "--source", source, "--out", data, *task.convert_options)
+        marker.write_text(json.dumps(made), encoding="utf-8")
+    return data
+
+
+def _hash_of_drawing() -> str:
+    """Changes with the code that draws."""
+    folder = Path(__file__).parent
+    files = [folder / "drawing.py", *sorted((folder / "tasks").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def overrides(name: str, method: str, task: Task, steps: int | None) -> dict[str, Any]:
+    """What differs from the recipe, but for paths: settings of a small model, few steps and a CPU."""
+    settings: dict[str, Any] = {
+        "model.num_crops": 1,
+        "training.max_steps": steps or task.steps,
+        "training.batch_size": BATCH_SIZE,
+        "training.micro_batch_size": BATCH_SIZE,
+        "training.learning_rate": LEARNING_RATES[method],
+        "training.warmup_steps": min(10, steps or task.steps),
+        "training.gradient_checkpointing": False,
+        "training.seed": SEED,
+        "evaluation.batch_size": 32,
+        "evaluation.max_new_tokens": 12,
+    }
+    if method in ("lora", "qlora"):
+        settings |= {"method.lora.rank": RANK, "method.lora.alpha_ratio": ALPHA_RATIO}
+    return settings
+
+
+def measure(name: str, method: str, settings: dict[str, Any], model: Path, data: Path, work: Path) -> dict[str, Any]:
+    """Tune and measure; the row of the table."""
+    task, folder = TASKS[name], work / "runs" / f"{name}_{method}"
+    paths = {
+        "model.path": model,
+        "data.train": data / task.train,
+        "data.eval": data / task.test,
+        "training.output_dir": folder,
+        "training.overwrite": True,
+    }
+    options = [part for key, value in (paths | settings).items() for part in (f"--{key}", str(value).lower())]
+    options = [str(value) if isinstance(value, Path) else value for value in options]
+    start = time.perf_counter()
+    run = phi3v("train", ROOT / "recipes" / f"{name}_{method}.yaml", *options)
+    before, after = (
+        json.loads((folder / f"eval_{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
+    )
+    return {
+        "task": name,
+        "method": method,
+        "metric": after["metric"],
+        "n": after["num_questions"],
+        "chance": round(chance(data / task.test, after["metric"]), 4),
+        "before": _scores(before),
+        "after": _scores(after),
+        "train_seconds": run["train_seconds"],
+        "total_seconds": round(time.perf_counter() - start, 1),
+        "samples_per_second": run["samples_per_second"],
+        "peak_memory_gb": round(run["peak_memory_gb"], 2),
+        "settings": settings,
+    }
+
+
+def _scores(evaluation: dict[str, Any]) -> dict[str, list[float]]:
+    """Of every metric [score, lower, upper end of its 95 % interval]."""
+    return {
+        name: [round(score[key], 4) for key in ("value", "low", "high")] for name, score in evaluation["scores"].items()
+    }
+
+
+def chance(file: Path, metric: str) -> float:
+    """The best score without looking at the pictures: to every question text the one answer that does best on it."""
+    of_answer = METRICS[metric].of_answer
+    questions: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for line in file.read_text(encoding="utf-8").splitlines():
+        for turn in json.loads(line)["conversations"]:
+            questions[turn["user"]].append(turn.get("answers", [turn["assistant"]]))
+    best = 0.0
+    for references in questions.values():
+        candidates = {answer for answers in references for answer in answers}
+        best += max(sum(of_answer(candidate, answers) for answers in references) for candidate in candidates)
+    return best / sum(map(len, questions.values()))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table: a row a task and method, scores in percent."""
+    lines = [
+        "| task (metric, n, chance) | method | before | after | 95 % interval | training | samples/s | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        score, low, high = (100 * value for value in row["after"][row["metric"]])
+        lines.append(
+            f"| {row['task']} ({row['metric']}, {row['n']}, {100 * row['chance']:.1f}) | {row['method']} "
+            f"| {100 * row['before'][row['metric']][0]:.1f} | **{score:.1f}** | {low:.1f} – {high:.1f} "
+            f"| {row['settings']['training.max_steps']} steps, {row['train_seconds']:.0f} s "
+            f"| {row['samples_per_second']:.1f} | {row['peak_memory_gb']:.2f} GB |"
+        )
+        for name, (value, *_) in list(row["after"].items())[1:]:
+            lines.append(f"| | {name} | {100 * row['before'][name][0]:.1f} | {100 * value:.1f} | | | | |")
+    return "\n".join(lines)
+
+
+def write_between_marks(file: Path, table: str) -> None:
+    """Replace what stands between the marks of the stand-ins in a document."""
+    before, found, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, also_found, after = rest.partition(END)
+    if not found or not also_found:
+        raise SystemExit(f"{file} lacks the marks {BEGIN} and {END}")
+    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: as the task needs)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=ROOT / "build" / "tiny_base" / "base",
+        help="the model to tune (default: what tiny_base.py makes, %(default)s)",
+    )
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "tasks", help="where data and runs are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tasks.json")
+    parser.add_argument("--markdown", action="store_true", help="print the result as a table at the end")
+    parser.add_argument("--docs", type=Path, metavar="FILE.md", help="write the table between its marks in a document")
+    arguments = parser.parse_args(argv)
+    work = arguments.work.resolve()
+    model = arguments.model.resolve()
+    if not model.exists():
+        raise SystemExit(
+            f"there is no model in {model}: make it with benchmarks/tiny_base.py, or name one with --model"
+        )
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if arguments.out.exists():
+        held = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if held["base"] == weights:
+            rows = {(row["task"], row["method"]): row for row in held["rows"]}
+    for name in arguments.tasks:
+        for method in arguments.methods:
+            settings = overrides(name, method, TASKS[name], arguments.steps)
+            if (name, method) in rows and rows[name, method]["settings"] == settings:
+                continue
+            print(f"{name}, {method}", file=sys.stderr, flush=True)
+            data = prepare(name, TASKS[name], work)
+            rows[name, method] = measure(name, method, settings, model, data, work)
+            in_order = [
+                rows[key] for key in sorted(rows, key=lambda key: (list(TASKS).index(key[0]), METHODS.index(key[1])))
+            ]
+            write_result("tasks", {"base": weights, "rows": in_order}, arguments.out)
+    result = json.loads(arguments.out.read_text(encoding="utf-8"))
+    if arguments.docs:
+        write_between_marks(arguments.docs, markdown(result))
+    print(markdown(result) if arguments.markdown else json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A stand-in of DocVQA: pages of labelled fields in many fonts, four questions a page.
+
+Three kinds of page (a form, a receipt, a letter) with a title and four fields each, in type of about 26 to 44 pixels.
+Written as the dataset is distributed: ``{train,val}_v1.0.json`` and ``documents/ID.png``. A field's value is one of
+eight or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
+`make_tables` writes the same pages as the parquet files of the hub's ``nielsr/docvqa_1200_examples``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from PIL import ImageDraw
+
+from drawing import choose
+from tasks.parts import Rng, Sizes, Split, any_font, background, fit_font, generators
+
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug")
+QUESTIONS_A_PAGE = 4
+
+
+def _one_of(*values: str) -> Callable[[Rng], list[str]]:
+    return lambda rng: [choose(rng, values)]
+
+
+def _date(rng: Rng) -> list[str]:
+    day, month = rng.integers(1, 29), choose(rng, MONTHS)
+    return [f"{day} {month}", f"{month} {day}"]
+
+
+def _amount(rng: Rng) -> list[str]:
+    amount = rng.integers(10, 100)
+    return [f"${amount}", str(amount)]
+
+
+def _number(rng: Rng) -> list[str]:
+    return [str(rng.integers(10, 100))]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A labelled value and how it is asked for."""
+
+    label: str
+    questions: tuple[str, ...]
+    values: Callable[[Rng], list[str]]  # the value as printed, then other answers that are as right
+
+
+PAGES: dict[str, tuple[Field, ...]] = {
+    "Form": (
+        Field("Name", ("What is the name given in the form?", "Who filled in the form?"), _one_of(*PEOPLE)),
+        Field("City", ("Which city is given in the form?",), _one_of(
+            "Bonn", "Rome", "Oslo", "Paris", "Lima", "Cairo", "Delhi", "Tokyo")),
+        Field("Room", ("What is the room number?",), _number),
+        Field("Team", ("Which team is mentioned in the form?",), _one_of(
+            "sales", "legal", "press", "design", "export", "stock", "travel", "audit")),
+    ),
+    "Receipt": (
+        Field("Shop", ("What is the name of the shop?",), _one_of(
+            "Miller", "Baker", "Corner", "Harbor", "Garden", "Star", "Union", "Lake")),
+        Field("Item", ("Which item was bought?", "What is the item on the receipt?"), _one_of(
+            "tea", "bread", "milk", "rice", "soap", "lamp", "shoes", "paper")),
+        Field("Total", ("What is the total amount on the receipt?",), _amount),
+        Field("Date", ("What is the date of the receipt?",), _date),
+    ),
+    "Letter": (
+        Field("To", ("To whom is the letter addressed?",), _one_of(*PEOPLE)),
+        Field("From", ("Who is the sender of the letter?", "From whom is the letter?"), _one_of(*PEOPLE)),
+        Field("Date", ("What is the date mentioned in the letter?",), _date),
+        Field("About", ("What is the letter about?", "What is the subject of the letter?"), _one_of(
+            "rent", "visit", "order", "repair", "prize", "school", "garden", "holiday")),
+    ),
+}  # fmt: skip
+
+
+def make(folder: Path, sizes: Sizes, seed: int) -> None:
+    """Write the stand-in into ``folder``; ``test`` of ``sizes`` is the size of ``val``, the split to measure on."""
+    (folder / "documents").mkdir(parents=True, exist_ok=True)
+    seen: set[tuple[str, ...]] = set()
+    for split, name, count in (("train", "train", sizes.train), ("test", "val", sizes.test)):
+        entries: list[dict[str, Any]] = []
+        pages = _pages(seed, split, seen)
+        for number in range(count):
+            document = f"{name[0]}{number:05d}"
+            page, questions = next(pages)
+            page.save(folder / "documents" / f"{document}_1.png")
+            for question, answers in questions:
+                entries.append(
+                    {
+                        "questionId": len(entries) + (1_000_000 if name == "val" else 0),
+                        "question": question,
+                        "image": f"documents/{document}_1.png",
+                        "docId": number,
+                        "ucsf_document_id": document,
+                        "ucsf_document_page_no": "1",
+                        "answers": answers,
+                        "data_split": name,
+                    }
+                )
+        content = {"dataset_name": "docvqa", "dataset_version": "1.0", "dataset_split": name, "data": entries}
+        (folder / f"{name}_v1.0.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def make_tables(original: Path, folder: Path) -> None:
+    """What `make` wrote, as ``data/{train,test}-00000-of-00001.parquet`` with one question a row."""
+    from datasets import Dataset, Features, Image, Value
+
+    features = Features(
+        {"id": Value("string"), "image": Image(), "query": {"en": Value("string")}, "answers": [Value("string")]}
+    )
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, table in (("train", "train"), ("val", "test")):
+        entries = json.loads((original / f"{name}_v1.0.json").read_text(encoding="utf-8"))["data"]
+        rows = [
+            {
+                "id": f"{name}_{entry['questionId']}",
+                "image": {"bytes": (original / entry["image"]).read_bytes(), "path": None},
+                "query": {"en": entry["question"]},
+                "answers": entry["answers"],
+            }
+            for entry in entries
+        ]
+        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{table}-00000-of-00001.parquet")
+
+
+def _pages(seed: int, split: Split, seen: set[tuple[str, ...]]) -> Iterator[tuple[PIL.Image.Image, list[Any]]]:
+    """Pages with their (question, answers), none with the values of an earlier one."""
+    for rng in generators(seed, split):
+        kind = choose(rng, list(PAGES))
+        filled = [(field, field.values(rng)) for field in PAGES[kind]]
+        values = (kind, *(answers[0] for _, answers in filled))
+        if values in seen:
+            continue
+        seen.add(values)
+        filled = [filled[index] for index in rng.permutation(len(filled))]
+        lines = [f"{field.label}: {answers[0]}" for field, answers in filled]
+        questions = [(choose(rng, field.questions), answers) for field, answers in filled]
+        yield _draw(rng, split, kind, lines), questions
+
+
+def _draw(rng: Rng, split: Split, title: str, lines: list[str]) -> PIL.Image.Image:
+    """A page: the title, a rule below it, the lines."""
+    page = background(rng, split, (336, int(rng.integers(336, 400))), strength=rng.uniform(0.0, 0.15))
+    draw, font = ImageDraw.Draw(page), any_font(rng)
+    ink = tuple(int(value) for value in rng.integers(0, 80, size=3))
+    margin, step = int(rng.integers(10, 28)), page.height / (len(lines) + 1.2)
+    draw.text((page.width / 2, 0.5 * step), title, font=fit_font(font, title, 34, 200), fill=ink, anchor="mm")
+    draw.line((margin, step, page.width - margin, step), fill=ink, width=2)
+    size = int(rng.integers(28, 45))
+    for index, line in enumerate(lines):
+        own = fit_font(font, line, size, page.width - 2 * margin)
+        draw.text((margin, (index + 1.6) * step), line, font=own, fill=ink, anchor="lm")
+    return page

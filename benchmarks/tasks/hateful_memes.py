@@ -1,0 +1,98 @@
+"""A stand-in of Hateful Memes in form only: nothing in it is hateful, and nothing is meant to be.
+
+The real set asks whether a captioned picture is a hateful meme, and is built so that neither picture nor caption
+decides it: the same caption is benign over one picture and not over another. Here a caption names a shape, a colour or
+a digit, and the label is 1 if it does not fit what is shown. Memes come in fours (two pictures, each under the two
+captions), so every caption and every picture has as many of either label. Written as the dataset is distributed:
+``{train,dev_seen,test_seen}.jsonl`` and ``img/ID.png``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from drawing import choose
+from tasks.parts import (
+    COLOURS,
+    SHAPES,
+    SPLITS,
+    Rng,
+    Sizes,
+    Split,
+    any_font,
+    background,
+    digit_mask,
+    draw_shape,
+    fit_font,
+    generators,
+)
+
+SIDE = 336
+BAND = 84  # the caption's strip above the picture
+CAPTIONS = ("love my {}", "{} mood", "so {} today", "my best {}", "just {}", "team {}")
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NAMES = {"train": "train", "val": "dev_seen", "test": "test_seen"}
+KINDS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "digit": DIGIT_NAMES}
+MEMES_A_GROUP = 4
+
+
+def make(folder: Path, sizes: Sizes, seed: int) -> None:
+    """Write the stand-in into ``folder``; ``sizes`` counts groups of four memes."""
+    (folder / "img").mkdir(parents=True, exist_ok=True)
+    first = 1000
+    for split in SPLITS:
+        memes = []
+        for group, rng in zip(range(sizes.of(split)), generators(seed, split), strict=False):
+            memes += _group(folder, split, first + MEMES_A_GROUP * group, rng)
+        first += len(memes)
+        order = np.random.default_rng([seed, first]).permutation(len(memes))
+        with (folder / f"{NAMES[split]}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(memes[index]) + "\n" for index in order)
+
+
+def _group(folder: Path, split: Split, first: int, rng: Rng) -> list[dict[str, object]]:
+    """Two pictures, each under the caption that names it and under the other one's."""
+    words = KINDS[choose(rng, list(KINDS))]
+    form = choose(rng, CAPTIONS)
+    shown = [words[index] for index in rng.permutation(len(words))[:2]]
+    font, ink_on_light = any_font(rng), bool(rng.random() < 0.7)
+    memes = []
+    for picture, word in enumerate(shown):
+        image = _picture(rng, split, word)
+        for said in shown:
+            number = first + 2 * picture + shown.index(said)
+            text = form.format(said)
+            _captioned(image, text, font, ink_on_light).save(folder / "img" / f"{number:05d}.png")
+            memes.append({"id": number, "img": f"img/{number:05d}.png", "label": int(said != word), "text": text})
+    return memes
+
+
+def _picture(rng: Rng, split: Split, word: str) -> Image.Image:
+    size = (SIDE, SIDE - BAND)
+    page = background(rng, split, size, strength=rng.uniform(0.0, 0.4))
+    x, y = (length / 2 + rng.uniform(-0.05, 0.05) * length for length in size)
+    if word in DIGIT_NAMES:
+        side = int(rng.uniform(0.7, 0.9) * size[1])
+        ink = tuple(int(value) for value in rng.integers(0, 70, size=3))
+        mask = digit_mask(rng, split, DIGIT_NAMES.index(word), side)
+        page.paste(ink, (int(x - side / 2), int(y - side / 2)), mask)
+    else:
+        shape = word if word in SHAPES else choose(rng, SHAPES)
+        colour = word if word in COLOURS else choose(rng, list(COLOURS))
+        draw_shape(page, shape, colour, (x, y), size[1] * rng.uniform(0.32, 0.44))
+    return page
+
+
+def _captioned(picture: Image.Image, text: str, font: Path, ink_on_light: bool) -> Image.Image:
+    """The caption on a strip above the picture."""
+    strip, ink = ("white", "black") if ink_on_light else ("black", "white")
+    meme = Image.new("RGB", (SIDE, SIDE), strip)
+    meme.paste(picture, (0, BAND))
+    ImageDraw.Draw(meme).text(
+        (SIDE / 2, BAND / 2), text, font=fit_font(font, text, 50, SIDE - 16), fill=ink, anchor="mm"
+    )
+    return meme

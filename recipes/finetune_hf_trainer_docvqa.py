@@ -1,0 +1,12 @@
+"""Fine-tune on DocVQA with the command line of the public recipe.
+
+torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py
+torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention --batch_size 64
+"""
+
+import sys
+
+from public_recipe import fine_tune
+
+if __name__ == "__main__":
+    sys.exit(fine_tune("docvqa"))

@@ -1,0 +1,132 @@
+"""NLVR2: is this statement true of these two photographs?
+
+Two forms give the same records for the same content:
+
+* The hub's ``HuggingFaceM4/the_cauldron``, config ``nlvr2`` (`cauldron.py`), or a folder of its parquet or arrow
+  files. Its texts are taken verbatim.
+* The original distribution: ``train.json``, ``dev.json``, ``test1.json``, ``test2.json`` (in the folder or in its
+  ``data/``), one object a line with ``identifier`` ``SPLIT-SET-PAIR-SENTENCE``, ``sentence``, ``label``
+  ``"True"`` or ``"False"``, and ``directory`` in train; the pictures of ``dev-850-0-1`` are
+  ``dev/dev-850-0-img0.png`` and ``…-img1.png``, those of train ``images/train/DIRECTORY/…``; each of the two places
+  is tried for every split.
+
+Both pictures are in one turn, the left one first. The statements about a pair are records one after the other that
+name the same two files. For the original distribution the question is `QUESTION` and the answer the label. That
+wording is ours: the collection's own could not be looked up when this was written, so evaluate a model with data
+from the same form that it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
+from phi3v.data.jsonl import read_lines
+from phi3v.data.sources import cauldron
+from phi3v.data.sources.layouts import json_line, unknown_layout
+from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
+from phi3v.data.sources.tables import local_source, open_tables
+from phi3v.errors import UserError
+
+SOURCE = "nlvr2"
+QUESTION = "Is the following statement about the two images true or false? {sentence}"
+SPLITS = ("train", "dev", "test1", "test2")
+
+# (line, sentence, label) of every statement about a pair of pictures; the pair is its directory and its identifier
+_Pairs = dict[tuple[str, str], list[tuple[int, str, str]]]
+
+
+def convert(options: ConvertOptions) -> ConversionResult:
+    """Write ``images/SPLIT/N.{0,1}.png`` and ``SPLIT.jsonl`` of every split.
+
+    Args:
+        options: ``source`` is one of the forms above; default the hub's.
+
+    Raises:
+        UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
+            and are not to be skipped.
+    """
+    folder = local_source(options.source)
+    files = {} if folder is None else _annotation_files(folder)
+    roots = {} if folder is None else {split: _image_roots(folder, split, file) for split, file in files.items()}
+    with Conversion(SOURCE, options) as conversion:
+        if not files:
+            original = "train.json, dev.json, test1.json with images"
+            tables = open_tables(options.source, cauldron.hub_table("nlvr2"), original=original)
+            cauldron.write_tables(conversion, SOURCE, tables, num_images=2)
+        for split, file in files.items():
+            pairs, bad = _read_pairs(file)
+            units = _units(conversion, split, file, roots[split], pairs)
+            conversion.write_split(split, chain(bad, units), total=len(bad) + len(pairs))
+        return conversion.result()
+
+
+def _annotation_files(folder: Path) -> dict[str, Path]:
+    return {
+        split: file
+        for split in SPLITS
+        for parent in (folder, folder / "data")
+        if (file := parent / f"{split}.json").is_file()
+    }
+
+
+def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
+    """The statements by pair, in the order of the pairs' first lines; and the lines that cannot be used.
+
+    All of them at once, some 30 MB for train: the statements about a pair may lie anywhere in the file.
+    """
+    pairs: _Pairs = {}
+    bad = []
+    for line, raw in read_lines(file):
+        try:
+            row = json_line(raw)
+            name = text_of(row.get("identifier"), "identifier").split("-")
+            if len(name) != 4:
+                raise UserError(
+                    f"identifier is not SPLIT-SET-PAIR-SENTENCE: {row['identifier']!r:.60}", hint="correct it"
+                )
+            sentence = text_of(row.get("sentence"), "sentence")
+            label = str(row.get("label"))
+            if label not in ("True", "False"):
+                raise UserError(
+                    f"label is neither True nor False: {label!r:.60}", hint="there is nothing to learn from it"
+                )
+        except UserError as error:
+            bad.append(BadUnit(f"{file}:{line}", error.what, error.hint))
+            continue
+        pair = (str(row.get("directory", "")), "-".join(name[:3]))
+        pairs.setdefault(pair, []).append((line, sentence, label))
+    return pairs, bad
+
+
+def _image_roots(folder: Path, split: str, file: Path) -> list[Path]:
+    roots = [root for root in (folder / "images" / split, folder / split) if root.is_dir()]
+    if not roots:
+        raise unknown_layout(folder, [f"images/{split}/ or {split}/ for the pictures of {file.name}"])
+    return roots
+
+
+def _units(conversion: Conversion, split: str, file: Path, roots: list[Path], pairs: _Pairs) -> Iterator[Unit]:
+    for index, ((directory, name), statements) in enumerate(pairs.items()):
+        yield _unit(conversion, split, index, file, roots, directory, name, statements)
+
+
+def _unit(
+    conversion: Conversion,
+    split: str,
+    index: int,
+    file: Path,
+    roots: list[Path],
+    directory: str,
+    name: str,
+    statements: list[tuple[int, str, str]],
+) -> Unit:
+    def read() -> Group:
+        paths = [f"{directory}/{name}-img{k}.png" if directory else f"{name}-img{k}.png" for k in range(2)]
+        root = next((root for root in roots if (root / paths[0]).is_file()), roots[0])
+        questions = [Question(QUESTION.format(sentence=sentence), label) for _, sentence, label in statements]
+        return [Picture(path, root) for path in paths], questions
+
+    return group_unit(conversion, SOURCE, split, index, f"{file}:{statements[0][0]}", read)

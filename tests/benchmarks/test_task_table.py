@@ -1,0 +1,69 @@
+"""The script behind the table of methods and tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+import task_table
+from phi3v.config import load_config
+from tasks import METHODS, TASKS
+from tasks.parts import Sizes
+
+RECIPES = task_table.ROOT / "recipes"
+
+
+@pytest.mark.parametrize(("name", "method"), list(itertools.product(TASKS, METHODS)))
+def test_overrides_fit_the_recipes(name: str, method: str) -> None:
+    settings = task_table.overrides(name, method, TASKS[name], None)
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value).lower())]
+    config = load_config(RECIPES / f"{name}_{method}.yaml", options)
+    assert config.method.name == method.replace("_", "-")
+    assert config.training.max_steps == TASKS[name].steps
+    assert config.training.learning_rate == task_table.LEARNING_RATES[method]
+
+
+def test_a_row_is_measured_once(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dataclasses.replace(TASKS["hateful_memes"], sizes=Sizes(4, 1, 2))
+    monkeypatch.setitem(TASKS, "hateful_memes", small)
+    work, out = tmp_path / "work", tmp_path / "tasks.json"
+    command = ["--tasks", "hateful_memes", "--methods", "lora", "--steps", "2", "--model", str(tiny_model_dir)]
+    command += ["--work", str(work), "--out", str(out)]
+    task_table.main(command)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    (row,) = result["rows"]
+    assert (row["task"], row["method"], row["metric"], row["n"], row["chance"]) == (
+        "hateful_memes", "lora", "accuracy", 8, 0.5
+    )  # fmt: skip
+    assert row["settings"]["training.max_steps"] == 2
+    for name in ("accuracy", "auroc"):
+        value, low, high = row["after"][name]
+        assert 0 <= low <= value <= high <= 1
+    assert row["train_seconds"] > 0
+    assert row["peak_memory_gb"] > 0
+    assert result["device"]
+    assert result["versions"]["torch"]
+
+    capsys.readouterr()
+    monkeypatch.setattr(task_table, "phi3v", lambda *arguments: pytest.fail(f"ran {arguments}"))
+    task_table.main([*command, "--markdown"])
+    assert "| hateful_memes (accuracy, 8, 50.0) | lora |" in capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+
+
+def test_the_table_goes_between_its_marks(tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    document.write_text(f"above\n{task_table.BEGIN}\nold\n{task_table.END}\nbelow\n", encoding="utf-8")
+    task_table.write_between_marks(document, "new")
+    assert document.read_text(encoding="utf-8") == f"above\n{task_table.BEGIN}\nnew\n{task_table.END}\nbelow\n"
+    document.write_text("no marks\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        task_table.write_between_marks(document, "new")
+    results = (task_table.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results.index(task_table.BEGIN) < results.index(task_table.END)

@@ -1,0 +1,227 @@
+"""The stand-ins of the four tasks: the datasets' schemas, the same bytes every time, answers that need the pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phi3v.data.convert import ConvertOptions
+from phi3v.data.sources import SOURCES
+from phi3v.data.video import sample_frames
+from task_table import chance
+from tasks import TASKS, docvqa, hateful_memes, nlvr2, parts, ucf101
+from tasks.parts import Sizes
+
+SMALL = {
+    "docvqa": Sizes(6, 0, 4),
+    "hateful_memes": Sizes(4, 2, 3),
+    "nlvr2": Sizes(4, 2, 3),
+    "ucf101": Sizes(12, 6, 6),
+}
+Made = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Every stand-in, as its dataset is distributed."""
+    root = tmp_path_factory.mktemp("originals")
+    return {name: make(name, root / name) for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def converted(originals: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Every stand-in in the JSONL format."""
+    root = tmp_path_factory.mktemp("converted")
+    for name, task in TASKS.items():
+        convert(task.source, originals[name] / task.original, root / name)
+    return {name: root / name for name in TASKS}
+
+
+def make(name: str, folder: Path) -> Path:
+    folder.mkdir()
+    TASKS[name].make(folder, SMALL[name], 0)
+    return folder
+
+
+def convert(source: str, original: Path, out: Path) -> None:
+    SOURCES[source](ConvertOptions(out, source=str(original), num_frames=4, workers=2, progress=False))
+
+
+def records(data: Path, name: str) -> list[dict[str, Any]]:
+    """The only turn of every record."""
+    lines = (data / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["conversations"][0] for line in lines]
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_same_bytes_every_time(name: str, originals: Made, tmp_path: Path) -> None:
+    again = make(name, tmp_path / name)
+    files = [path.relative_to(again) for path in sorted(again.rglob("*")) if path.is_file()]
+    assert files
+    for file in files:
+        assert (again / file).read_bytes() == (originals[name] / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_no_picture_is_in_train_and_test(name: str, converted: Made) -> None:
+    task, data = TASKS[name], converted[name]
+    seen = [
+        {Image.open(data / "images" / path).tobytes() for turn in records(data, file) for path in turn["images"]}
+        for file in (task.train, task.test)
+    ]
+    assert len(seen[0]) > 1
+    assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("hateful_memes", 1 / 2), ("nlvr2", 1 / 2), ("ucf101", 1 / len(ucf101.CLASSES))]
+)
+def test_pictures_are_needed(name: str, expected: float, converted: Made) -> None:
+    for file in (TASKS[name].train, TASKS[name].test):
+        assert chance(converted[name] / file, "accuracy") == pytest.approx(expected)
+
+
+def test_a_constant_answer_gets_little_of_docvqa(tmp_path: Path) -> None:
+    pages = itertools.islice(docvqa._pages(0, "test", set()), 300)
+    lines = [
+        {"conversations": [{"user": question, "assistant": answers[0], "answers": answers}]}
+        for _, questions in pages
+        for question, answers in questions
+    ]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert chance(tmp_path / "val.jsonl", "anls") < 0.4
+
+
+def test_chance_counts_the_best_answer_to_every_question(tmp_path: Path) -> None:
+    lines = [("a?", ["x"]), ("a?", ["x", "y"]), ("a?", ["y"]), ("b?", ["z"])]
+    file = tmp_path / "test.jsonl"
+    turns = ({"user": text, "assistant": answers[0], "answers": answers} for text, answers in lines)
+    file.write_text("\n".join(json.dumps({"conversations": [turn]}) for turn in turns), encoding="utf-8")
+    assert chance(file, "accuracy") == pytest.approx(3 / 4)
+
+
+class TestDocVQA:
+    def test_schema(self, originals: Made) -> None:
+        content = json.loads((originals["docvqa"] / "val_v1.0.json").read_text(encoding="utf-8"))
+        assert (content["dataset_name"], content["dataset_split"]) == ("docvqa", "val")
+        assert len(content["data"]) == 4 * docvqa.QUESTIONS_A_PAGE
+        for entry in content["data"]:
+            assert entry["answers"]
+            assert (originals["docvqa"] / entry["image"]).is_file()
+        assert len({entry["questionId"] for entry in content["data"]}) == len(content["data"])
+
+    def test_parquet_gives_the_same_records(self, originals: Made, converted: Made, tmp_path: Path) -> None:
+        docvqa.make_tables(originals["docvqa"], tmp_path / "tables")
+        convert("docvqa", tmp_path / "tables", tmp_path / "out")
+        for original, table in (("train.jsonl", "train.jsonl"), ("val.jsonl", "test.jsonl")):
+            expected, given = records(converted["docvqa"], original), records(tmp_path / "out", table)
+            assert [{**turn, "images": 1} for turn in given] == [{**turn, "images": 1} for turn in expected]
+
+    def test_no_page_twice(self) -> None:
+        seen: set[tuple[str, ...]] = set()
+        for split in ("train", "test"):
+            list(itertools.islice(docvqa._pages(0, split, seen), 200))  # type: ignore[arg-type]
+        assert len(seen) == 400
+
+
+class TestNLVR2:
+    def test_schema(self, originals: Made) -> None:
+        examples = json_lines(originals["nlvr2"] / "data" / "train.json")
+        assert len(examples) == 4 * nlvr2.PAIRS_A_STATEMENT
+        for example in examples:
+            split, group, pair, sentence = example["identifier"].split("-")
+            folder = originals["nlvr2"] / "images" / split / str(example["directory"])
+            assert (folder / f"{split}-{group}-{pair}-img1.png").is_file()
+            assert sentence == "0"
+
+    def test_every_statement_is_as_often_true_as_false(self, originals: Made) -> None:
+        for file in ("train", "dev", "test1"):
+            examples = json_lines(originals["nlvr2"] / "data" / f"{file}.json")
+            counts = Counter((example["sentence"], example["label"]) for example in examples)
+            assert set(counts.values()) == {nlvr2.PAIRS_A_STATEMENT // 2}
+
+    def test_no_statement_is_in_train_and_test(self, originals: Made) -> None:
+        sentences = [
+            {example["sentence"] for example in json_lines(originals["nlvr2"] / "data" / f"{file}.json")}
+            for file in ("train", "dev", "test1")
+        ]
+        assert sum(map(len, sentences)) == len(set().union(*sentences)) == 9
+
+    def test_statements_hold_of_what_is_drawn(self) -> None:
+        rng = np.random.default_rng(0)
+        for form, phrase in itertools.product(nlvr2.FORMS, nlvr2.PHRASES):
+            for label in (True, False):
+                left, right = nlvr2._pair(rng, form, phrase, label)
+                assert nlvr2.FORMS[form](left.fits(phrase), right.fits(phrase)) == label
+
+
+class TestHatefulMemes:
+    def test_schema(self, originals: Made) -> None:
+        for name, count in (("train", 16), ("dev_seen", 8), ("test_seen", 12)):
+            memes = json_lines(originals["hateful_memes"] / f"{name}.jsonl")
+            assert len(memes) == count
+            for meme in memes:
+                assert meme.keys() == {"id", "img", "label", "text"}
+                assert (originals["hateful_memes"] / meme["img"]).is_file()
+
+    def test_neither_caption_nor_picture_decides(self, originals: Made) -> None:
+        memes = json_lines(originals["hateful_memes"] / "train.jsonl")
+        picture = (0, hateful_memes.BAND, hateful_memes.SIDE, hateful_memes.SIDE)
+        for what in ("text", "picture"):
+            labels: dict[object, list[int]] = {}
+            for meme in memes:
+                image = Image.open(originals["hateful_memes"] / meme["img"])
+                key = meme["text"] if what == "text" else image.crop(picture).tobytes()
+                labels.setdefault(key, []).append(meme["label"])
+            assert all(2 * sum(group) == len(group) for group in labels.values())
+
+
+class TestUCF101:
+    def test_classes_and_lengths(self, originals: Made) -> None:
+        for split, count in (("train", 2), ("val", 1), ("test", 1)):
+            folder = originals["ucf101"] / "clips" / split
+            clips = {path.name: sorted(path.glob("*.avi")) for path in folder.iterdir()}
+            assert {name: len(files) for name, files in clips.items()} == dict.fromkeys(ucf101.CLASSES, count)
+            for files in clips.values():
+                assert len(sample_frames(files[0], ucf101.LENGTH)) == ucf101.LENGTH
+
+    def test_classes_look_like_their_names(self, originals: Made) -> None:
+        def frames(label: str) -> list[np.ndarray]:
+            clip = sorted((originals["ucf101"] / "clips" / "train" / label).glob("*.avi"))[0]
+            return [np.asarray(frame, dtype=float) for frame in sample_frames(clip, ucf101.LENGTH)]
+
+        def steps(label: str) -> list[float]:
+            return [float(np.abs(a - b).mean()) for a, b in itertools.pairwise(frames(label))]
+
+        assert max(steps("Still")) < 3  # what the codec adds
+        assert np.argmax(steps("SceneCut")) in range(5, 11)
+        assert frames("FadeOut")[-1].mean() < 12 < frames("FadeOut")[0].mean()
+        # A pan shows in its last picture, at one side, what its first had at the other.
+        for label, side in (("PanRight", 1), ("PanLeft", -1)):
+            rng = np.random.default_rng(4)
+            still = np.asarray(ucf101.clip(rng, "train", label)[0], dtype=float)
+            rng = np.random.default_rng(4)
+            moved = np.asarray(ucf101.clip(rng, "train", label)[4], dtype=float)
+            shifts = {
+                d: np.abs(still[:, max(d, 0) : 160 + min(d, 0)] - moved[:, max(-d, 0) : 160 + min(-d, 0)]).mean()
+                for d in range(-60, 61)
+            }
+            assert np.sign(min(shifts, key=lambda d: shifts[d])) == side
+
+
+def test_splits_share_no_digit_and_no_part_of_a_photograph() -> None:
+    for spans in (parts._DIGITS, parts._PHOTO, ucf101._SPANS):
+        for (_, end), (start, _) in itertools.pairwise(spans[split] for split in parts.SPLITS):
+            assert end <= start
+    assert parts._DIGITS["train"][0] == 300  # the pretrained base has seen those before

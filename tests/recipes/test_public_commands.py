@@ -1,0 +1,132 @@
+"""The commands of the public recipe, as written, on two processes without a GPU and the stand-ins of the datasets.
+
+Added are only the model, the data where there is no hub, and a few flags that make a run small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from phi3v.data.check import check_file
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# The smallest that still is the command: one picture is 2 crops in place of 17.
+SMALL = ("--num_crops", "1")
+
+
+def run(command: list[str], cwd: Path, *, code: int = 0) -> str:
+    """Run a command and return what it said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def torchrun(script: str, *flags: str, launcher: tuple[str, ...] = ("--standalone",)) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *launcher, script, *flags]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def check_run(folder: Path, metrics: list[str], questions: int, *, method: str, precision: str) -> dict[str, Any]:
+    """What every script leaves behind; returns ``eval_after.json``."""
+    measured: dict[str, Any] = {}
+    for when in ("before", "after"):
+        measured = json.loads((folder / f"eval_{when}.json").read_text(encoding="utf-8"))
+        assert measured["metric"] == metrics[0]
+        assert list(measured["scores"]) == metrics
+        assert measured["score"] == measured["scores"][metrics[0]]["value"]
+        # Two processes share the questions, and each is asked once.
+        assert len(set(measured["ids"])) == len(measured["generated_texts"]) == len(measured["answers"]) == questions
+    written = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    assert written["world_size"] == 2
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert f"  name: {method}\n" in config
+    assert f"  precision: {precision}\n" in config
+    is_adapter = method.endswith("lora")
+    assert (folder / "final" / ("adapter_model.safetensors" if is_adapter else "model.safetensors")).is_file()
+    assert (folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 1  # one step
+    return measured
+
+
+def test_docvqa_minimal(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """From another folder than the scripts', with every default."""
+    command = torchrun(
+        str(RECIPES / "finetune_hf_trainer_docvqa.py"),
+        *("--model_name_or_path", str(tiny_model_dir), "--data_dir", str(stand_in_data / "docvqa")),
+    )
+    said = run([*command, *SMALL], tmp_path)
+    assert "fp16, which needs a GPU" in said
+    check_run(tmp_path / "output", ["anls"], 4, method="full", precision="fp32")
+
+
+def test_docvqa_full_train(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = str(stand_in_data / "docvqa")
+    command = torchrun(
+        "finetune_hf_trainer_docvqa.py",
+        *("--full_train", "--bf16", "--use_flash_attention", "--batch_size", "64", "--output_dir", str(tmp_path)),
+        *("--learning_rate", "5e-6", "--num_train_epochs", "1"),
+    )
+    said = run([*command, "--model_name_or_path", str(tiny_model_dir), "--data_dir", data, *SMALL], RECIPES)
+    assert "sdpa (flash attention needs a GPU" in said
+    check_run(tmp_path, ["anls"], 4, method="full", precision="bf16")
+
+
+def test_nlvr2(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = torchrun(
+        "finetune_hf_trainer_nlvr2.py",
+        *("--bf16", "--use_flash_attention", "--batch_size", "64", "--output_dir", str(tmp_path)),
+    )
+    data = str(stand_in_data / "nlvr2")
+    run([*command, "--model_name_or_path", str(tiny_model_dir), "--data_dir", data, *SMALL], RECIPES)
+    check_run(tmp_path, ["accuracy", "consistency"], 4, method="full", precision="bf16")
+
+
+def test_hateful_memes_on_a_named_node(stand_in_data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = torchrun(
+        "finetune_hf_trainer_hateful_memes.py",
+        *("--output_dir", str(tmp_path), "--batch_size", "64", "--use_flash_attention", "--bf16"),
+        *("--use_lora", "--use_qlora"),
+        launcher=("--nnodes=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--node_rank=0"),
+    )
+    data = str(stand_in_data / "hateful_memes")
+    run([*command, "--model_name_or_path", str(tiny_model_dir), "--data_dir", data, *SMALL], RECIPES)
+    measured = check_run(tmp_path, ["accuracy", "auroc"], 4, method="qlora", precision="bf16")
+    assert {answer for answers in measured["answers"] for answer in answers} == {"Yes", "No"}
+
+
+def test_ucf101_from_clips_to_scores(stand_ins: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    clips, data = tmp_path / "clips", tmp_path / "ucf101"
+    shutil.copytree(stand_ins / "ucf101" / "clips", clips)
+    (clips / "train" / "Still" / "broken.avi").write_bytes(b"no clip")
+    said = run([sys.executable, "convert_ucf101.py", "--out_dir", str(data), "--source", str(clips)], RECIPES)
+    assert "skipped: 1" in said
+    assert "broken.avi" in said
+    assert {path.name for path in data.glob("*.jsonl")} == {
+        f"ucf101_{split}.jsonl" for split in ("train", "val", "test")
+    }
+    assert (data / "images" / "train" / "Still" / "v_Still_g01_c01.7.jpg").is_file()
+    assert check_file(data / "ucf101_train.jsonl").ok
+
+    command = torchrun("finetune_hf_trainer_ucf101.py", "--data_dir", str(data), "--output_dir", str(tmp_path / "out"))
+    run([*command, "--model_name_or_path", str(tiny_model_dir), *SMALL], RECIPES)
+    check_run(tmp_path / "out", ["accuracy", "per_class_accuracy"], 2, method="full", precision="fp32")
+
+
+def test_what_is_wrong_ends_every_process_with_one_message(tmp_path: Path) -> None:
+    said = run(torchrun(str(RECIPES / "finetune_hf_trainer_nlvr2.py"), "--batch_size", "3"), tmp_path, code=1)
+    assert said.count("error: ") == 1
+    assert "--batch_size: 3 samples a step cannot be split over 2 devices" in said
+    assert "exitcode  : 2" in said
