@@ -31,6 +31,7 @@ SIDE_PATCHES = SIDE // PATCH
 CHARACTERS = string.ascii_letters + string.digits
 WHAT = ["nothing", *CHARACTERS, *SHAPES]  # handwritten digits count as the characters
 IGNORE = -100
+WIDER = 4.0  # 0.08, about one over the root of 128, in place of 0.02
 
 
 class LabelledPages(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
@@ -160,6 +161,10 @@ def teach_tower(start: Path, out: Path, *, pages: int, batch_size: int, learning
     embeddings = tower.vision_model.embeddings
     width = embeddings.embed_dim
     with torch.no_grad():
+        # New weights are drawn for the width of the real model; with a layer 128 wide they see nothing for long.
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+                module.weight.mul_(WIDER)
         # Where a patch is should weigh as much as what it shows.
         embeddings.position_embedding.weight[1:] = 0.7 * sine_positions(width)
         embeddings.patch_embedding.weight.mul_(0.3)

@@ -104,7 +104,8 @@ def test_a_failed_start_leaves_the_old_run_alone(train: Train, tmp_path: Path) -
 
 def test_frozen_weights_come_back_bit_by_bit(train: Train, tiny_model_dir: Path) -> None:
     """In half precision too: what is frozen is saved as it was, not as it was computed with."""
-    code, folder = train("method.name", "frozen-vision", "training.precision", "bf16", "training.max_steps", 2)
+    small = ("training.max_steps", 2, "training.batch_size", 1, "training.micro_batch_size", 1, "data.eval", "null")
+    code, folder = train("method.name", "frozen-vision", "training.precision", "bf16", *small)
     assert code == 0
     before = load_file(tiny_model_dir / "model.safetensors")
     after = load_file(folder / "final" / "model.safetensors")

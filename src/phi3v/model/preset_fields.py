@@ -81,8 +81,6 @@ def full_size(rope_scaling: dict[str, Any], sliding_window: int) -> dict[str, An
 # The same architecture small enough for two cores.
 TINY: dict[str, Any] = {
     "hidden_size": 128,
-    # One over the root of the width; with the 0.02 of the real size so small a model is blind for long.
-    "initializer_range": 0.08,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
