@@ -16,6 +16,7 @@ COMMANDS = {
     "model init": ("--preset", "default: 0"),
     "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
+    "eval": ("--metrics", "per_class_accuracy", "default: as the run was measured"),
     "train": ("--training.learning_rate", "default: 4e-05"),
 }
 

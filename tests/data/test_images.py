@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.images import ImageLevel, check_image, load_image
+from phi3v.data.images import ImageLevel, check_image, image_size, load_image
 from phi3v.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_a_photograph_is_read_without_its_exif_rotation(root: Path) -> None:
     exif[0x0112] = 6  # to be shown turned by a quarter
     photo.save(root / "a.jpg", exif=exif)
     image = load_image("a.jpg", root=root)
-    assert image.size == (512, 300)
+    assert image.size == image_size("a.jpg", root=root) == (512, 300)
     assert np.array_equal(image, Image.open(root / "a.jpg").convert("RGB"))
 
 
@@ -128,6 +128,7 @@ def test_the_header_level_does_not_decode(root: Path, drawing: Path, suffix: str
     Image.open(drawing).convert("RGB").resize((336, 336)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     assert check_image(f"a{suffix}", root=root, level="header") is None
+    assert image_size(f"a{suffix}", root=root) == (336, 336)
 
 
 def test_damaged_bytes_inside_a_file(root: Path, drawing: Path) -> None:

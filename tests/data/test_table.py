@@ -253,6 +253,7 @@ def test_the_cache_is_beside_that_of_datasets_by_default(tmp_path: Path, monkeyp
 def test_images_are_loaded_in_order_and_a_bad_one_names_its_line(write: Any, record: MakeRecord) -> None:
     path = write(record("a", images=["train/0.png"] * 2), record("b", images=["train/0.png", "train/1.png"]))
     opened = open_table(path)
+    assert opened.image_sizes(opened[0]) == [(64, 64)] * 2
     assert [image.size for image in opened.load_images(opened[0])] == [(64, 64)] * 2
     with pytest.raises(UserError, match=r"does not exist: 'train/1\.png'") as caught:
         opened.load_images(opened[1])

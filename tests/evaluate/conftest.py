@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from phi3v.data.collate import QuestionDataset
-from phi3v.data.sources.easy_vqa import convert_easy_vqa
+from phi3v.data.convert import ConvertOptions
+from phi3v.data.sources.easy_vqa import convert
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -15,7 +16,7 @@ from phi3v.processing.processor import Phi3VProcessor
 @pytest.fixture(scope="session")
 def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("easy-vqa")
-    convert_easy_vqa(folder, progress=False)
+    convert(ConvertOptions(folder, progress=False))
     return folder
 
 

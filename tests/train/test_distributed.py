@@ -12,10 +12,19 @@ import pytest
 from run_helpers import read_metrics
 
 
-def launch(ranks: int, method: str, model: Path, data: Path, out: Path) -> None:
+def start(ranks: int, arguments: list[str]) -> str:
+    """Run a phi3v command on so many processes and return what it printed."""
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, "phi3v", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def launch(ranks: int, method: str, model: Path, data: Path, out: Path, **others: object) -> str:
     settings = {
         "model.path": model,
         "data.train": data / "train-48.jsonl",
@@ -33,12 +42,8 @@ def launch(ranks: int, method: str, model: Path, data: Path, out: Path) -> None:
         "evaluation.max_questions": 7,  # does not divide by two
         "evaluation.max_new_tokens": 4,
         "evaluation.batch_size": 2,
-    }
-    command = [*launcher, "phi3v", "train"]
-    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    } | {name.replace("__", "."): value for name, value in others.items()}
+    return start(ranks, ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
 
 
 @pytest.mark.parametrize("method", ["full", "frozen-vision", "lora"])
@@ -60,6 +65,46 @@ def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa
     assert scored[0]["ids"] == scored[1]["ids"]
     assert len(set(scored[0]["ids"])) == 7
     assert scored[0]["generated_texts"] == scored[1]["generated_texts"]
+
+
+def test_ranks_keep_and_stop_together(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path) -> None:
+    """Nothing an untrained model says in two steps is right, so the second and third measurement stop every rank."""
+    shown = launch(
+        *(2, "full", tiny_model_dir, easy_vqa, tmp_path / "run"),
+        training__max_steps=30,
+        training__learning_rate=1e-6,
+        evaluation__eval_steps=1,
+        evaluation__keep_best="true",
+        evaluation__early_stopping_patience=2,
+        evaluation__metrics="[accuracy, anls]",
+    )
+    lines = [line for line in read_metrics(tmp_path / "run") if "eval" in line]
+    assert [(line["step"], line["best"]) for line in lines] == [(1, True), (2, False), (3, False)]
+    assert lines[0]["eval"]["accuracy"]["n"] == 7
+    assert shown.count("stopping at step 3") == 1
+    assert "final/ holds the weights of step 1" in shown
+    after = json.loads((tmp_path / "run" / "eval_after.json").read_text())
+    assert after["scores"]["anls"]["value"] == lines[0]["eval"]["anls"]["value"]
+    assert (tmp_path / "run" / "best" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_ranks_share_an_evaluation(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path, count: int) -> None:
+    """Shares that are uneven, and fewer questions than ranks."""
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks-{ranks}"
+        arguments = [str(tiny_model_dir), "--data", str(easy_vqa / "test-24.jsonl"), "--max-questions", str(count)]
+        metrics = ["--metrics", "anls", "consistency", "--max-new-tokens", "4", "--batch-size", "2"]
+        printed = json.loads(start(ranks, ["eval", *arguments, *metrics, "--out", str(out), "--json"]))
+        written = json.loads((out / "eval.json").read_text())
+        assert printed["scores"] == written["scores"]
+        results.append(
+            {key: written[key] for key in ("ids", "generated_texts", "scores")}
+            | {"lines": (out / "predictions.jsonl").read_text()}
+        )
+    assert results[0] == results[1]
+    assert len(set(results[0]["ids"])) == count
 
 
 def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, tiny_model_dir: Path) -> None:
