@@ -40,6 +40,20 @@ def test_the_command_line_overrides_the_recipe(tmp_path: Path) -> None:
     assert config.training.batch_size == 8
 
 
+def test_words_that_older_yaml_takes_for_booleans(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("evaluation: {answer_words: [yes, no], before: false}\ntraining: {overwrite: true}\n")
+    config = load_config(recipe)
+    assert config.evaluation.answer_words == ["yes", "no"]
+    assert not config.evaluation.before
+    assert config.training.overwrite
+    config = load_config(None, ["--evaluation.answer_words", "[on, off]", "--evaluation.after", "false"])
+    assert config.evaluation.answer_words == ["on", "off"]
+    assert not config.evaluation.after
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -54,6 +68,10 @@ def test_the_command_line_overrides_the_recipe(tmp_path: Path) -> None:
         ("training: {epochs: -1}", "must be above 0"),
         ("method: {name: lroa}", "method.name"),
         ("method: {lora: {rank: 0}}", "must be at least 1"),
+        ("evaluation: {metric: anls}", "did you mean evaluation.metrics?"),
+        ("evaluation: {metrics: [anlz]}", "did you mean anls?"),
+        ("evaluation: {metrics: anls}", "evaluation.metrics"),
+        ("training: {overwrite: maybe}", "training.overwrite"),
         ("method: {lora: {dropout: 1.0}}", "must be at most 0.99"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from phi3v.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans, as in YAML 1.2: ``[yes, no]`` are two words.
+
+    And 1e-3 is a number, which PyYAML itself reads as text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own form
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document, see `YamlLoader`."""
+    return yaml.load(text, YamlLoader)  # a SafeLoader
+
+
+set_loader("yaml_words", read_yaml, exceptions=(yaml.YAMLError,))
 
 # Where Pillow itself starts to warn: a quarter of a GiB at 3 bytes a pixel.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -289,7 +316,7 @@ class RunConfig:
 
 def build_parser() -> ArgumentParser:
     """A parser with an option for every key of the tree."""
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser = ArgumentParser(exit_on_error=False, add_help=False, parser_mode="yaml_words")
     parser.add_class_arguments(RunConfig, as_group=False)
     for action in parser._actions:
         # The library lets every group be read from a file of its own; a recipe is the one way to do that here.
@@ -344,7 +371,7 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=str(path), hint="recipes that come with phi3v are in recipes/") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

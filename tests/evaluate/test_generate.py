@@ -8,52 +8,158 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from phi3v.data.collate import QuestionDataset
-from phi3v.data.sources.easy_vqa import convert_easy_vqa
+from phi3v.data.collate import Collator, QuestionDataset
 from phi3v.data.table import open_table
-from phi3v.evaluate.generate import decode_answer, generate_answers, stop_token_ids
+from phi3v.evaluate.generate import Generated, decode_answer, generate_answers, stop_token_ids
+from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
 
+END_IN_TINY = 677  # <|end|> in the tiny tokenizer
+
 
 @pytest.fixture
-def questions(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> QuestionDataset:
+def questions(easy_vqa: Path, tiny_model_dir: Path) -> QuestionDataset:
     """Questions of different length, with one picture, two and none."""
-    monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
-    convert_easy_vqa(tmp_path, progress=False)
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()[:3]]
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:3]]
     lines[1]["conversations"][0]["images"] *= 2
     lines[2]["conversations"] = [
         {"user": "what is one and one?", "assistant": "two"},
         lines[2]["conversations"][0] | {"answers": ["blue", "teal"]},
     ]
-    file = tmp_path / "mixed.jsonl"
+    file = easy_vqa / "mixed.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return QuestionDataset(open_table(file), Phi3VProcessor.from_pretrained(tiny_model_dir))
 
 
-def answer(model: Any, questions: QuestionDataset, batch_size: int) -> list[str]:
-    return generate_answers(model, questions.processor, questions, batch_size=batch_size, max_new_tokens=6)
+def answer(model: Any, questions: QuestionDataset, batch_size: int, **settings: Any) -> list[Generated]:
+    settings = {"batch_tokens": 10**6, "max_new_tokens": 6} | settings
+    return generate_answers(model, questions.processor, questions, batch_size=batch_size, **settings)
+
+
+def texts(answers: list[Generated]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def loud_model(folder: Path, original_length: int | None = None) -> Phi3VForCausalLM:
+    """A model whose random answers differ from question to question.
+
+    Args:
+        original_length: up to which the short rotary factors hold.
+    """
+    config = Phi3VConfig.from_pretrained(folder)
+    if original_length is not None:
+        config.original_max_position_embeddings = original_length
+    torch.manual_seed(3)
+    model = Phi3VForCausalLM.from_pretrained(folder, config=config)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8.0)  # as initialised, the last token drowns what was read before it
+        model.lm_head.weight.normal_()
+        # Some tokens end an answer early, so that rows leave their batch at different steps.
+        model.lm_head.weight[END_IN_TINY] *= 3.0
+    return model
+
+
+def library_answers(model: Any, questions: QuestionDataset, max_new_tokens: int) -> list[str]:
+    """One question at a time through the library's ``generate``."""
+    processor = questions.processor
+    stops = stop_token_ids(processor)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[-1]
+    )
+    collate = Collator(processor.tokenizer.pad_token_id)
+    answers = []
+    for index in range(len(questions)):
+        batch = collate([questions[index]])
+        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        with torch.inference_mode():
+            ids = model.eval().generate(**{n: batch[n] for n in names if n in batch}, generation_config=settings)
+        answers.append(decode_answer(processor, ids[0, batch["input_ids"].shape[1] :].tolist(), stops))
+    return answers
 
 
 def test_answers_do_not_depend_on_the_batch(questions: QuestionDataset, tiny_model_dir: Path) -> None:
-    torch.manual_seed(3)
-    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():  # a louder head, so that different questions get different answers
-        model.lm_head.weight.normal_()
+    model = loud_model(tiny_model_dir)
+    expected = library_answers(model, questions, 6)
+    assert len(set(expected)) > 1
     model.train()
-    alone = answer(model, questions, 1)
-    assert len(set(alone)) > 1
-    assert answer(model, questions, 2) == alone
-    assert answer(model, questions, 4) == alone
+    for batch_size in (1, 2, 4):
+        assert texts(answer(model, questions, batch_size)) == expected
+    assert texts(answer(model, questions, 4, batch_tokens=700)) == expected
     assert model.training  # as it was
+
+
+def test_real_questions_are_answered_as_one_by_one(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+    model = loud_model(tiny_model_dir)
+    pages.index = pages.index[:24]
+    expected = library_answers(model, pages, 8)
+    alone = answer(model, pages, 1, max_new_tokens=8, words=["yes", "no", "red"])
+    assert texts(alone) == expected
+    assert len(set(expected)) > 3
+    assert len({len(text) for text in expected}) > 1
+    for batch_size in (3, 8):
+        together = answer(model, pages, batch_size, max_new_tokens=8, words=["yes", "no", "red"])
+        assert texts(together) == expected
+        for one, other in zip(alone, together, strict=True):
+            # Float32 sums in another order.
+            assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+
+
+def test_every_picture_is_computed_once_a_batch(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+    model = loud_model(tiny_model_dir)
+    pages.index = pages.index[:16]
+    distinct = len({pages.question(index).images for index in range(16)})
+    seen: list[int] = []
+    model.model.vision_embed_tokens.register_forward_hook(lambda module, args, output: seen.append(len(args[1])))
+    answer(model, pages, 16, max_new_tokens=2)
+    assert seen == [distinct]
+    assert distinct < 4
+
+
+def test_answers_cross_the_rotary_switch_as_in_the_library(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+    """The short factors hold up to a length that some prompts reach and some answers cross."""
+    pages.index = pages.index[:12]
+    lengths = sorted(len(pages[index].input_ids) for index in range(12))
+    for start in (lengths[0], lengths[-1] + 3):
+        model = loud_model(tiny_model_dir, start)
+        assert model.config.long_context_start == start
+        expected = library_answers(model, pages, 6)
+        for batch_size in (1, 12):
+            assert texts(answer(model, pages, batch_size)) == expected
+
+
+def test_word_probabilities_are_those_of_whole_sequences(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+    model = loud_model(tiny_model_dir).eval()
+    pages.index = pages.index[:5]
+    words = ["yes", "no", "a long answer"]
+    given = answer(model, pages, 4, words=words)
+    tokenize = pages.processor.tokenize_text
+    collate = Collator(pages.processor.tokenizer.pad_token_id)
+    for index, got in enumerate(given):
+        totals = []
+        for word in words:
+            sample, ids = pages[index], tokenize(word + "<|end|>")
+            sample.input_ids, sample.labels = sample.input_ids + ids, sample.labels + ids
+            batch = collate([sample])
+            with torch.no_grad():
+                logits = model(**{n: batch[n] for n in ("input_ids", "pixel_values", "image_sizes")}).logits[0].double()
+            log_probabilities = logits[-len(ids) - 1 : -1].log_softmax(-1)
+            totals.append(log_probabilities[range(len(ids)), ids].sum())
+        expected = torch.stack(totals).softmax(0).tolist()
+        assert got.probabilities == pytest.approx(expected, abs=1e-5)
+        assert sum(got.probabilities) == pytest.approx(1.0)
 
 
 def test_the_last_turn_sees_the_turns_before_it(questions: QuestionDataset) -> None:
     assert len(questions) == 4
-    assert questions.question(2)[0].endswith("#1")
-    assert questions.question(3)[2] == ("blue", "teal")
+    assert questions.question(2).id.endswith("#1")
+    assert questions.question(3).references == ("blue", "teal")
+    assert questions.question(2).images == ()
+    assert len(questions.question(1).images) == 2
     text = questions.processor.tokenizer.decode([i for i in questions[3].input_ids if i >= 0])
     assert "one and one" in text
     assert "two<|end|>" in text
@@ -67,17 +173,10 @@ def test_generation_stops_at_end_whatever_the_checkpoint_says(questions: Questio
     model.generation_config.eos_token_id = 2  # as the published generation_config.json has it
     end = questions.processor.tokenizer.convert_tokens_to_ids("<|end|>")
     model.lm_head.register_forward_hook(lambda module, args, output: force(output, end))
-    lengths: list[int] = []
-    generate = model.generate
-
-    def spy(**kwargs: Any) -> torch.Tensor:
-        output: torch.Tensor = generate(**kwargs)
-        lengths.append(output.shape[1] - kwargs["input_ids"].shape[1])
-        return output
-
-    model.generate = spy
-    assert answer(model, questions, 4) == ["", "", "", ""]
-    assert lengths == [1]
+    calls: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    assert texts(answer(model, questions, 4)) == ["", "", "", ""]
+    assert calls == [4]  # one step, and nothing after it
 
 
 def force(logits: torch.Tensor, token: int) -> torch.Tensor:

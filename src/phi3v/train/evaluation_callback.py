@@ -95,7 +95,7 @@ class EvaluationCallback(TrainerCallback):
         self.seconds += took
         self.progress.leave_out(took)
         if self.compute.rank == 0:
-            self._report(state, result, took, improved)
+            self._report(state, control, result, took, improved)
         patience = self.config.early_stopping_patience
         if patience is not None and self.without_improvement >= patience and state.global_step < state.max_steps:
             self.stopped_early = True
@@ -115,7 +115,7 @@ class EvaluationCallback(TrainerCallback):
         self.without_improvement += 1
         return False
 
-    def _report(self, state: Any, result: EvaluationResult, seconds: float, improved: bool) -> None:
+    def _report(self, state: Any, control: Any, result: EvaluationResult, seconds: float, improved: bool) -> None:
         line = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
@@ -127,7 +127,9 @@ class EvaluationCallback(TrainerCallback):
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.progress.trainer is not None:  # for TensorBoard
             values = {f"eval_{score.name}": score.value for score in result.scores if score.value is not None}
+            should_log = control.should_log
             self.progress.trainer.log(values)
+            control.should_log = should_log  # which that call withdrew, and the loss of this step with it
         self.console.print(
             f"step {state.global_step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
             highlight=False,
