@@ -4,12 +4,13 @@
 
 Makes the stand-ins (`tasks/`), converts them with ``phi3v data convert`` and runs ``phi3v train`` with the recipes as
 they are shipped, but for what a small model on a CPU needs (`overrides`). A row (task, method) that the result holds
-already, measured with the same model and settings, is not measured again.
+already, measured with the same model, data and settings, is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -34,7 +35,7 @@ BEGIN, END = "<!-- stand-ins: begin (written by benchmarks/task_table.py) -->", 
 def prepare(name: str, task: Task, work: Path) -> Path:
     """Make and convert a stand-in, unless that was done before; the folder of its data."""
     original, data = work / "original" / name, work / "data" / name
-    made = {"seed": SEED, "sizes": [task.sizes.train, task.sizes.val, task.sizes.test], "with": _hash_of_drawing()}
+    made = made_from(task)
     marker = data / "made.json"
     if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != made:
         for folder in (original, data):
@@ -47,11 +48,15 @@ def prepare(name: str, task: Task, work: Path) -> Path:
     return data
 
 
-def _hash_of_drawing() -> str:
-    """Changes with the code that draws."""
+def made_from(task: Task) -> dict[str, Any]:
+    """What a stand-in depends on: where it changes, data is made and rows are measured anew."""
     folder = Path(__file__).parent
     files = [folder / "drawing.py", *sorted((folder / "tasks").glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return {
+        "seed": SEED,
+        "sizes": dataclasses.asdict(task.sizes),
+        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+    }
 
 
 def overrides(name: str, method: str, task: Task, steps: int | None) -> dict[str, Any]:
@@ -103,6 +108,7 @@ def measure(name: str, method: str, settings: dict[str, Any], model: Path, data:
         "samples_per_second": run["samples_per_second"],
         "peak_memory_gb": round(run["peak_memory_gb"], 2),
         "settings": settings,
+        "data": made_from(task),
     }
 
 
@@ -181,13 +187,14 @@ def main(argv: list[str] | None = None) -> None:
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     if arguments.out.exists():
-        held = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if held["base"] == weights:
-            rows = {(row["task"], row["method"]): row for row in held["rows"]}
+        earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if earlier["base"] == weights:
+            rows = {(row["task"], row["method"]): row for row in earlier["rows"]}
     for name in arguments.tasks:
         for method in arguments.methods:
             settings = overrides(name, method, TASKS[name], arguments.steps)
-            if (name, method) in rows and rows[name, method]["settings"] == settings:
+            held = rows.get((name, method), {})
+            if held.get("settings") == settings and held.get("data") == made_from(TASKS[name]):
                 continue
             print(f"{name}, {method}", file=sys.stderr, flush=True)
             data = prepare(name, TASKS[name], work)

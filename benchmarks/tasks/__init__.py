@@ -1,7 +1,7 @@
 """Small stand-ins of the four datasets, each in its dataset's own schema, and what a small model needs to learn them.
 
-The real datasets cannot come with the project. These are made from what installed packages ship (fonts, photographs,
-handwritten digits, films) and go through the product's own converters and recipes.
+The real datasets cannot come with the project. These are made from what installed packages ship (fonts, photographs, films)
+and go through the product's own converters and recipes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TASKS: dict[str, Task] = {
     "hateful_memes": Task(
         "hateful-memes", hateful_memes.make, Sizes(250, 20, 75), "train.jsonl", "test_seen.jsonl", steps=120
     ),
-    "nlvr2": Task("nlvr2", nlvr2.make, Sizes(180, 10, 75), "train.jsonl", "test1.jsonl", steps=80),
+    "nlvr2": Task("nlvr2", nlvr2.make, Sizes(110, 10, 75), "train.jsonl", "test1.jsonl", steps=80),
     "ucf101": Task(
         "ucf101",
         ucf101.make,

@@ -1,8 +1,8 @@
 """A stand-in of DocVQA: pages of labelled fields in many fonts, four questions a page.
 
-Three kinds of page (a form, a receipt, a letter) with a title and four fields each, in type of about 26 to 44 pixels.
+Three kinds of page (a form, a receipt, a letter) with a title and four fields each, in type of about 28 to 46 pixels.
 Written as the dataset is distributed: ``{train,val}_v1.0.json`` and ``documents/ID.png``. A field's value is one of
-eight or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
+six or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
 `make_tables` writes the same pages as the parquet files of the hub's ``nielsr/docvqa_1200_examples``.
 """
 
@@ -20,8 +20,8 @@ from PIL import ImageDraw
 from drawing import choose
 from tasks.parts import Rng, Sizes, Split, any_font, background, fit_font, generators
 
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo")
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug")
+PEOPLE = ("Anna", "Ben", "Clara", "Felix", "Grace", "Hugo")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "Jun", "Aug")
 QUESTIONS_A_PAGE = 4
 
 
@@ -56,16 +56,16 @@ PAGES: dict[str, tuple[Field, ...]] = {
     "Form": (
         Field("Name", ("What is the name given in the form?", "Who filled in the form?"), _one_of(*PEOPLE)),
         Field("City", ("Which city is given in the form?",), _one_of(
-            "Bonn", "Rome", "Oslo", "Paris", "Lima", "Cairo", "Delhi", "Tokyo")),
+            "Bonn", "Rome", "Oslo", "Paris", "Cairo", "Tokyo")),
         Field("Room", ("What is the room number?",), _number),
         Field("Team", ("Which team is mentioned in the form?",), _one_of(
-            "sales", "legal", "press", "design", "export", "stock", "travel", "audit")),
+            "sales", "legal", "press", "design", "export", "audit")),
     ),
     "Receipt": (
         Field("Shop", ("What is the name of the shop?",), _one_of(
-            "Miller", "Baker", "Corner", "Harbor", "Garden", "Star", "Union", "Lake")),
+            "Miller", "Corner", "Garden", "Star", "Union", "Lake")),
         Field("Item", ("Which item was bought?", "What is the item on the receipt?"), _one_of(
-            "tea", "bread", "milk", "rice", "soap", "lamp", "shoes", "paper")),
+            "tea", "bread", "milk", "soap", "shoes", "paper")),
         Field("Total", ("What is the total amount on the receipt?",), _amount),
         Field("Date", ("What is the date of the receipt?",), _date),
     ),
@@ -74,7 +74,7 @@ PAGES: dict[str, tuple[Field, ...]] = {
         Field("From", ("Who is the sender of the letter?", "From whom is the letter?"), _one_of(*PEOPLE)),
         Field("Date", ("What is the date mentioned in the letter?",), _date),
         Field("About", ("What is the letter about?", "What is the subject of the letter?"), _one_of(
-            "rent", "visit", "order", "repair", "prize", "school", "garden", "holiday")),
+            "rent", "visit", "order", "repair", "school", "holiday")),
     ),
 }  # fmt: skip
 
@@ -152,7 +152,7 @@ def _draw(rng: Rng, split: Split, title: str, lines: list[str]) -> PIL.Image.Ima
     margin, step = int(rng.integers(10, 28)), page.height / (len(lines) + 1.2)
     draw.text((page.width / 2, 0.5 * step), title, font=fit_font(font, title, 34, 200), fill=ink, anchor="mm")
     draw.line((margin, step, page.width - margin, step), fill=ink, width=2)
-    size = int(rng.integers(28, 45))
+    size = int(rng.integers(34, 47))
     for index, line in enumerate(lines):
         own = fit_font(font, line, size, page.width - 2 * margin)
         draw.text((margin, (index + 1.6) * step), line, font=own, fill=ink, anchor="lm")

@@ -1,8 +1,8 @@
 """A stand-in of Hateful Memes in form only: nothing in it is hateful, and nothing is meant to be.
 
 The real set asks whether a captioned picture is a hateful meme, and is built so that neither picture nor caption
-decides it: the same caption is benign over one picture and not over another. Here a caption names a shape, a colour or
-a digit, and the label is 1 if it does not fit what is shown. Memes come in fours (two pictures, each under the two
+decides it: the same caption is benign over one picture and not over another. Here a caption names a shape or a colour,
+and the label is 1 if it does not fit what is shown. Memes come in fours (two pictures, each under the two
 captions), so every caption and every picture has as many of either label. Written as the dataset is distributed:
 ``{train,dev_seen,test_seen}.jsonl`` and ``img/ID.png``.
 """
@@ -25,7 +25,6 @@ from tasks.parts import (
     Split,
     any_font,
     background,
-    digit_mask,
     draw_shape,
     fit_font,
     generators,
@@ -33,10 +32,9 @@ from tasks.parts import (
 
 SIDE = 336
 BAND = 84  # the caption's strip above the picture
-CAPTIONS = ("love my {}", "{} mood", "so {} today", "my best {}", "just {}", "team {}")
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = ("my {}", "{} mood", "so {}", "see the {}")
+WORDS = {"shape": ("circle", "square", "triangle", "star"), "colour": ("red", "green", "blue", "yellow")}
 NAMES = {"train": "train", "val": "dev_seen", "test": "test_seen"}
-KINDS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "digit": DIGIT_NAMES}
 MEMES_A_GROUP = 4
 
 
@@ -56,7 +54,7 @@ def make(folder: Path, sizes: Sizes, seed: int) -> None:
 
 def _group(folder: Path, split: Split, first: int, rng: Rng) -> list[dict[str, object]]:
     """Two pictures, each under the caption that names it and under the other one's."""
-    words = KINDS[choose(rng, list(KINDS))]
+    words = WORDS[choose(rng, list(WORDS))]
     form = choose(rng, CAPTIONS)
     shown = [words[index] for index in rng.permutation(len(words))[:2]]
     font, ink_on_light = any_font(rng), bool(rng.random() < 0.7)
@@ -75,15 +73,9 @@ def _picture(rng: Rng, split: Split, word: str) -> Image.Image:
     size = (SIDE, SIDE - BAND)
     page = background(rng, split, size, strength=rng.uniform(0.0, 0.4))
     x, y = (length / 2 + rng.uniform(-0.05, 0.05) * length for length in size)
-    if word in DIGIT_NAMES:
-        side = int(rng.uniform(0.7, 0.9) * size[1])
-        ink = tuple(int(value) for value in rng.integers(0, 70, size=3))
-        mask = digit_mask(rng, split, DIGIT_NAMES.index(word), side)
-        page.paste(ink, (int(x - side / 2), int(y - side / 2)), mask)
-    else:
-        shape = word if word in SHAPES else choose(rng, SHAPES)
-        colour = word if word in COLOURS else choose(rng, list(COLOURS))
-        draw_shape(page, shape, colour, (x, y), size[1] * rng.uniform(0.32, 0.44))
+    shape = word if word in SHAPES else choose(rng, SHAPES)
+    colour = word if word in COLOURS else choose(rng, list(COLOURS))
+    draw_shape(page, shape, colour, (x, y), size[1] * rng.uniform(0.34, 0.46))
     return page
 
 
@@ -93,6 +85,6 @@ def _captioned(picture: Image.Image, text: str, font: Path, ink_on_light: bool) 
     meme = Image.new("RGB", (SIDE, SIDE), strip)
     meme.paste(picture, (0, BAND))
     ImageDraw.Draw(meme).text(
-        (SIDE / 2, BAND / 2), text, font=fit_font(font, text, 50, SIDE - 16), fill=ink, anchor="mm"
+        (SIDE / 2, BAND / 2), text, font=fit_font(font, text, 60, SIDE - 16), fill=ink, anchor="mm"
     )
     return meme

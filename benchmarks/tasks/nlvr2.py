@@ -1,9 +1,10 @@
 """A stand-in of NLVR2: pairs of pictures, and statements about both that are true or false.
 
-A picture shows one coloured shape or one handwritten digit on a part of a photograph. Every statement is asked about
-four pairs, true of two and false of two, so that the statement alone says nothing; no statement of ``dev`` or ``test1``
-is one of ``train``. Written as the dataset is distributed: ``data/{train,dev,test1}.json`` with one example a line
-(``identifier`` is split-set-pair-sentence) and the pictures in ``images/train/DIRECTORY``, ``dev`` and ``test1``.
+A picture shows one coloured shape on a part of a photograph. Every statement is asked about four pairs (in training
+eight), true of half of them and false of the others, so that the statement alone says nothing; no statement of ``dev``
+or ``test1`` is one of ``train``. Written as the dataset is distributed: ``data/{train,dev,test1}.json`` with one
+example a line (``identifier`` is split-set-pair-sentence) and the pictures in ``images/train/DIRECTORY``,
+``images/dev`` and ``images/test1``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from drawing import choose
-from tasks.parts import COLOURS, SHAPES, SPLITS, Rng, Sizes, Split, background, digit_mask, draw_shape, generators
+from tasks.parts import COLOURS, SHAPES, SPLITS, Rng, Sizes, Split, background, draw_shape, generators
 
 SIDE = 224
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = {"train": "train", "val": "dev", "test": "test1"}  # the dataset's names of the splits
-PAIRS_A_STATEMENT = 4
+PAIRS_A_STATEMENT = {"train": 8, "val": 4, "test": 4}
+NEAR = 0.25  # how often a thing that does not fit has the shape or the colour of one that does
 
 # What a statement claims, and whether it is true given that the thing is in the (left, right) picture.
 FORMS: dict[str, Callable[[bool, bool], bool]] = {
@@ -36,14 +37,12 @@ FORMS: dict[str, Callable[[bool, bool], bool]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape, or a digit (``colour`` is None)."""
+    """A coloured shape."""
 
     shape: str
-    colour: str | None = None
+    colour: str
 
     def fits(self, phrase: str) -> bool:
-        if self.colour is None:
-            return phrase == f"the digit {self.shape}"
         return phrase in (_a(self.shape), _a(f"{self.colour} shape"), _a(f"{self.colour} {self.shape}"))
 
 
@@ -51,12 +50,11 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-THINGS = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS] + [Thing(digit) for digit in DIGIT_NAMES]
+THINGS = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
 PHRASES = [
     *(_a(shape) for shape in SHAPES),
     *(_a(f"{colour} shape") for colour in COLOURS),
     *(_a(f"{colour} {shape}") for shape in SHAPES for colour in COLOURS),
-    *(f"the digit {digit}" for digit in DIGIT_NAMES),
 ]
 
 
@@ -84,7 +82,7 @@ def _examples(folder: Path, split: Split, group: int, form: str, phrase: str, rn
     images = folder / "images" / (f"train/{directory}" if split == "train" else name)
     images.mkdir(parents=True, exist_ok=True)
     examples = []
-    for pair, label in enumerate(rng.permutation([True, False] * (PAIRS_A_STATEMENT // 2))):
+    for pair, label in enumerate(rng.permutation([True, False] * (PAIRS_A_STATEMENT[split] // 2))):
         for side, thing in enumerate(_pair(rng, form, phrase, bool(label))):
             _draw(rng, split, thing).save(images / f"{name}-{group}-{pair}-img{side}.png")
         example: dict[str, object] = {
@@ -103,7 +101,7 @@ def _examples(folder: Path, split: Split, group: int, form: str, phrase: str, rn
 def _pair(rng: Rng, form: str, phrase: str, label: bool) -> tuple[Thing, Thing]:
     """Two things of which the statement is true or false, every way of that as likely as the others.
 
-    A thing that does not fit is as near as can be had half of the time: of the same shape or of the same colour.
+    A thing that does not fit has at times (`NEAR`) the shape or the colour of one that does.
     """
     ways = [way for way in itertools.product((True, False), repeat=2) if FORMS[form](*way) == label]
     left, right = choose(rng, ways)
@@ -116,22 +114,12 @@ def _thing(rng: Rng, phrase: str, fits: bool) -> Thing:
         return choose(rng, fitting)
     model = choose(rng, fitting)
     others = [thing for thing in THINGS if not thing.fits(phrase)]
-    if model.colour is None:  # a digit: the others that could be taken for it are digits
-        near = [thing for thing in others if thing.colour is None]
-    else:
-        near = [thing for thing in others if thing.shape == model.shape or thing.colour == model.colour]
-    return choose(rng, near if rng.random() < 0.5 else others)
+    near = [thing for thing in others if thing.shape == model.shape or thing.colour == model.colour]
+    return choose(rng, near if rng.random() < NEAR else others)
 
 
 def _draw(rng: Rng, split: Split, thing: Thing) -> Image.Image:
     page = background(rng, split, (SIDE, SIDE), strength=rng.uniform(0.0, 0.5))
-    shift = rng.uniform(-0.08, 0.08, size=2) * SIDE
-    if thing.colour is None:
-        side = int(SIDE * rng.uniform(0.65, 0.8))
-        left, top = (int((SIDE - side) / 2 + value) for value in shift)
-        ink = tuple(int(value) for value in rng.integers(0, 70, size=3))
-        page.paste(ink, (left, top), digit_mask(rng, split, DIGIT_NAMES.index(thing.shape), side))
-    else:
-        centre = (SIDE / 2 + shift[0], SIDE / 2 + shift[1])
-        draw_shape(page, thing.shape, thing.colour, centre, SIDE * rng.uniform(0.26, 0.38))
+    x, y = SIDE / 2 + rng.uniform(-0.08, 0.08, size=2) * SIDE
+    draw_shape(page, thing.shape, thing.colour, (x, y), SIDE * rng.uniform(0.28, 0.4))
     return page

@@ -1,7 +1,6 @@
 """What the stand-ins are drawn from, in parts that training and test do not share.
 
-Photographs are split across their width, handwritten digits by their place in their class. The pretrained base model
-has seen neither: it learnt from other photographs and from the first 300 digits of each class.
+Photographs are split across their width. The pretrained base model has seen none of them: it learnt from others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from drawing import TASK_PHOTOS, choose, font_files, handwritten_digits, load_font, photo
+from drawing import TASK_PHOTOS, choose, font_files, load_font, photo
 
 Split = Literal["train", "val", "test"]
 Rng = np.random.Generator
@@ -34,8 +33,6 @@ COLOURS: dict[str, Colour] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
-# Of the 500 digits of each class the base model has seen the first 300.
-_DIGITS = {"train": (300, 400), "val": (400, 430), "test": (430, 500)}
 # Of the width of a photograph.
 _PHOTO = {"train": (0.0, 0.55), "val": (0.55, 0.7), "test": (0.7, 1.0)}
 _SEEDS = {"train": 0, "val": 1, "test": 2}
@@ -69,14 +66,6 @@ def background(rng: Rng, split: Split, size: tuple[int, int], *, strength: float
     part = image.resize(size, box=(left, top, left + width, top + height))
     shade = tuple(int(value) for value in rng.integers(190, 240, size=3))
     return Image.blend(Image.new("RGB", size, shade), part, strength)
-
-
-def digit_mask(rng: Rng, split: Split, value: int, side: int) -> Image.Image:
-    """A handwritten digit, ``side`` pixels wide, ink is 255."""
-    pixels, classes = handwritten_digits()
-    low, high = _DIGITS[split]
-    own = np.flatnonzero(classes == value)[low:high]
-    return Image.fromarray(pixels[int(choose(rng, own))]).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def draw_shape(page: Image.Image, shape: str, colour: str, centre: tuple[float, float], radius: float) -> None:
