@@ -1,7 +1,7 @@
 """Small stand-ins of the four datasets, each in its dataset's own schema, and what a small model needs to learn them.
 
-The real datasets cannot come with the project. These are made from what installed packages ship (fonts, photographs, films)
-and go through the product's own converters and recipes.
+The real datasets cannot come with the project. These are made from what installed packages ship (fonts, photographs,
+films) and go through the product's own converters and recipes.
 """
 
 from __future__ import annotations
