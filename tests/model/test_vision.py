@@ -41,6 +41,29 @@ def test_values_of_padded_crops_do_not_matter(load_golden: Any, sample: Any) -> 
         assert torch.equal(model(**given).logits, clean)
 
 
+def test_a_page_that_is_its_own_global_view_runs_once(load_golden: Any) -> None:
+    """The other page of 336 x 336 differs from its global view, as no processor makes it, and runs twice."""
+    vision = load_golden().model.vision_embed_tokens
+    entered: list[int] = []
+    vision.img_processor.vision_model.embeddings.register_forward_pre_hook(
+        lambda _, args: entered.append(args[0].shape[0])
+    )
+    same, other = torch.randn(2, 3, CROP_SIZE, CROP_SIZE, generator=torch.manual_seed(1))
+    pixel_values = torch.stack([torch.stack([same, same]), torch.stack([other, same])])
+    sizes = [(CROP_SIZE, CROP_SIZE)] * 2
+    with torch.no_grad():
+        together = vision(pixel_values, sizes)
+        assert entered == [3]
+        crops = vision.img_processor(same[None])
+    page, glb = together[:156], together[157 : 157 + 156]
+    assert torch.equal(page, glb)
+    with torch.no_grad():
+        rows = vision._rows_with_ends(merge_patches(crops, 1, 1))
+        # Sums are taken in another order for another number of rows.
+        torch.testing.assert_close(page, vision.img_projection(rows), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[313 : 313 + 156], together[313 + 157 :])
+
+
 def test_last_layer_and_final_norm_never_run(load_golden: Any, sample: Any) -> None:
     model = load_golden()
     vision = model.model.vision_embed_tokens.img_processor.vision_model

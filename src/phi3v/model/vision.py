@@ -68,6 +68,15 @@ def merge_patches(features: torch.Tensor, rows: int, columns: int) -> torch.Tens
     return merged.reshape(rows * TOKENS, columns * TOKENS, 4 * width)
 
 
+def _shown_twice(pixel_values: torch.Tensor, counts: list[int]) -> list[int]:
+    """Images of one crop that is the global view too, as the processor makes them: computed once, used twice."""
+    single = [index for index, count in enumerate(counts) if count == 2]
+    if not single:
+        return []
+    same = (pixel_values[single, 0] == pixel_values[single, 1]).flatten(1).all(dim=1)
+    return [index for index, twice in zip(single, same.tolist(), strict=True) if twice]
+
+
 class Phi3VImageEmbedding(nn.Module):
     """``vision_embed_tokens``: everything between pixels and the decoder's embeddings."""
 
@@ -100,12 +109,14 @@ class Phi3VImageEmbedding(nn.Module):
         """
         grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
         counts = [1 + rows * columns for rows, columns in grids]
+        for index in _shown_twice(pixel_values, counts):
+            counts[index] = 1
         crops = torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)])
         features = self.img_processor(crops)  # [real crops, 576, V]
         tokens = []
         for (rows, columns), image in zip(grids, features.split(counts), strict=True):
             tokens += [
-                self._rows_with_ends(merge_patches(image[1:], rows, columns)),
+                self._rows_with_ends(merge_patches(image[-rows * columns :], rows, columns)),
                 self.glb_GN[0].to(image.dtype),
                 self._rows_with_ends(merge_patches(image[:1], 1, 1)),
             ]
