@@ -121,9 +121,8 @@ def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
     assert train(*settings, "data.special_text", "escape")[0] == 0
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_runs(recipe: Path, tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> None:
-    """Through the real command line, a few steps, on a little data."""
+def test_the_quickstart_recipe_runs(tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> None:
+    """Through the real command line, a few steps, on a little of its data; tests/recipes runs the tasks' recipes."""
     from phi3v.cli import main
 
     folder = tmp_path / "run"
@@ -137,5 +136,5 @@ def test_every_recipe_runs(recipe: Path, tmp_path: Path, easy_vqa: Path, tiny_mo
         "evaluation.max_questions": 3,
     }
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    assert main(["train", str(recipe), *arguments]) == 0
+    assert main(["train", str(ROOT / "recipes" / "easy_vqa_tiny.yaml"), *arguments]) == 0
     assert len(read_metrics(folder)) == 2
