@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -72,6 +73,27 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     init_model("tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the first pictures of easy-vqa: ``train.jsonl`` with 24 records, ``test.jsonl`` with 76."""
+    from phi3v.data.convert import ConvertOptions
+    from phi3v.data.sources.easy_vqa import convert
+
+    package = importlib.util.find_spec("easy_vqa")
+    assert package is not None
+    assert package.origin is not None
+    whole = Path(package.origin).parent / "data"
+    source, folder = (tmp_path_factory.mktemp(name) for name in ("easy-vqa-source", "easy-vqa"))
+    for split, pictures in (("train", 24), ("test", 8)):
+        (source / split).mkdir()
+        (source / split / "images").symlink_to(whole / split / "images")
+        questions = json.loads((whole / split / "questions.json").read_text(encoding="utf-8"))
+        kept = [question for question in questions if question[2] < pictures]
+        (source / split / "questions.json").write_text(json.dumps(kept), encoding="utf-8")
+    convert(ConvertOptions(folder, str(source), progress=False))
     return folder
 
 

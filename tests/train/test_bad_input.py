@@ -111,7 +111,7 @@ def test_bad_evaluation_data_is_found_before_training(
     file = data / "eval.jsonl"
     file.write_text(json.dumps(with_turn(assistant="")) + "\n")
     arguments = ["--model.path", str(tiny_model_dir), "--training.output_dir", str(tmp_path / "run")]
-    arguments += ["--data.train", str(easy_vqa / "train-48.jsonl"), "--data.eval", str(file)]
+    arguments += ["--data.train", str(easy_vqa / "train.jsonl"), "--data.eval", str(file)]
     assert main(["train", *arguments]) == 2
     assert "eval.jsonl:1" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, tiny_model_dir: Path, capsys:
 
 def test_a_folder_without_a_model_is_named(easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing").mkdir()
-    arguments = ["--model.path", str(tmp_path / "nothing"), "--data.train", str(easy_vqa / "train-48.jsonl")]
+    arguments = ["--model.path", str(tmp_path / "nothing"), "--data.train", str(easy_vqa / "train.jsonl")]
     assert main(["train", *arguments, "--training.output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "model.path" in error

@@ -20,7 +20,7 @@ from phi3v.train.strategies import enable_checkpointing
 @pytest.fixture
 def batch(easy_vqa: Path, tiny_model_dir: Path) -> dict[str, torch.Tensor]:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    dataset = ConversationDataset(open_table(easy_vqa / "train-48.jsonl"), processor)
+    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
     return Collator(processor.tokenizer.pad_token_id)([dataset[0]])
 
 

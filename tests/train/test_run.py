@@ -26,7 +26,7 @@ from phi3v.train import saving
 
 def batch_of(easy_vqa: Path, folder: Path, count: int = 2) -> dict[str, torch.Tensor]:
     processor = Phi3VProcessor.from_pretrained(folder)
-    dataset = ConversationDataset(open_table(easy_vqa / "train-48.jsonl"), processor)
+    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(count)])
     del batch["counts"], batch["loss_weights"]
     return batch
@@ -71,9 +71,9 @@ def test_the_run_folder_holds_what_the_design_says(train: Train, easy_vqa: Path,
         assert line["tokens_per_second"] > 0
         assert line["peak_memory_gb"] > 0
     last = read_metrics(folder)[-1]
-    assert last["samples"] == 16
-    turns = open_table(easy_vqa / "train-48.jsonl").turn_counts()
-    assert turns.min() * 16 <= last["questions"] <= turns.max() * 16
+    assert last["samples"] == 4
+    turns = open_table(easy_vqa / "train.jsonl").turn_counts()
+    assert turns.min() * 4 <= last["questions"] <= turns.max() * 4
     for name in ("eval_before.json", "eval_after.json"):
         measured = json.loads((folder / name).read_text())
         assert measured["num_questions"] == 4
@@ -175,7 +175,7 @@ def test_a_model_stored_in_bf16_is_saved_in_bf16(train: Train, tmp_path: Path) -
 
 
 def test_text_only_data_cannot_train_vision(train: Train, easy_vqa: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.loads(line) for line in (easy_vqa / "train-48.jsonl").read_text().splitlines()[:16]]
+    lines = [json.loads(line) for line in (easy_vqa / "train.jsonl").read_text().splitlines()[:16]]
     for record in lines:
         record["conversations"][0]["images"] = []
     file = easy_vqa / "text.jsonl"
@@ -193,7 +193,7 @@ def test_bf16_trains_on_the_cpu(train: Train, easy_vqa: Path, tmp_path: Path, me
     One record, over and over: a CPU without bfloat16 instructions takes ten seconds for each.
     """
     (tmp_path / "images").symlink_to(easy_vqa / "images")
-    for name, line in (("one.jsonl", "train-48.jsonl"), ("ask.jsonl", "test-24.jsonl")):
+    for name, line in (("one.jsonl", "train.jsonl"), ("ask.jsonl", "test.jsonl")):
         (tmp_path / name).write_text((easy_vqa / line).read_text(encoding="utf-8").splitlines()[0] + "\n")
     settings: dict[str, Any] = {
         "training.precision": "bf16",
