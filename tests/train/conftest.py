@@ -17,13 +17,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def train(tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> Train:
+def train(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> Train:
     """Run ``phi3v train`` on the small files in this process; returns its exit code and the run folder."""
 
     def run(*overrides: Any, out: str = "run") -> tuple[int, Path]:
         folder = tmp_path / out
         settings: dict[str, Any] = {
-            "model.path": tiny_model_dir,
+            "model.path": small_model_dir,
             "data.train": easy_vqa / "train.jsonl",
             "data.eval": easy_vqa / "test.jsonl",
             "data.num_workers": 0,

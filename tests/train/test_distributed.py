@@ -39,11 +39,11 @@ def launch(ranks: int, method: str, model: Path, data: Path, out: Path, **others
 
 
 @pytest.mark.parametrize("method", ["full", "frozen-vision", "lora"])
-def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path, method: str) -> None:
+def test_two_ranks_agree_with_one(tmp_path: Path, small_model_dir: Path, easy_vqa: Path, method: str) -> None:
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path / f"ranks-{ranks}"
-        launch(ranks, method, tiny_model_dir, easy_vqa, folders[ranks])
+        launch(ranks, method, small_model_dir, easy_vqa, folders[ranks])
     assert json.loads((folders[2] / "environment.json").read_text())["world_size"] == 2
     one, two = (read_metrics(folders[ranks]) for ranks in (1, 2))
     assert len(one) == len(two) == 3
@@ -59,10 +59,10 @@ def test_two_ranks_agree_with_one(tmp_path: Path, tiny_model_dir: Path, easy_vqa
     assert scored[0]["generated_texts"] == scored[1]["generated_texts"]
 
 
-def test_ranks_keep_and_stop_together(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path) -> None:
+def test_ranks_keep_and_stop_together(tmp_path: Path, small_model_dir: Path, easy_vqa: Path) -> None:
     """Nothing an untrained model says in two steps is right, so the second and third measurement stop every rank."""
     shown = launch(
-        *(2, "full", tiny_model_dir, easy_vqa, tmp_path / "run"),
+        *(2, "full", small_model_dir, easy_vqa, tmp_path / "run"),
         training__max_steps=30,
         training__learning_rate=1e-6,
         evaluation__eval_steps=1,
@@ -81,12 +81,12 @@ def test_ranks_keep_and_stop_together(tmp_path: Path, tiny_model_dir: Path, easy
 
 
 @pytest.mark.parametrize("count", [5, 1])
-def test_ranks_share_an_evaluation(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path, count: int) -> None:
+def test_ranks_share_an_evaluation(tmp_path: Path, small_model_dir: Path, easy_vqa: Path, count: int) -> None:
     """Shares that are uneven, and fewer questions than ranks."""
     results = []
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
-        arguments = [str(tiny_model_dir), "--data", str(easy_vqa / "test.jsonl"), "--max-questions", str(count)]
+        arguments = [str(small_model_dir), "--data", str(easy_vqa / "test.jsonl"), "--max-questions", str(count)]
         metrics = ["--metrics", "anls", "consistency", "--max-new-tokens", "3", "--batch-size", "2"]
         command = ["eval", *arguments, *metrics, "--out", str(out), "--json"]
         printed = json.loads(run_ranks(ranks, main, command, folder=tmp_path / f"printed-{ranks}"))
@@ -100,7 +100,7 @@ def test_ranks_share_an_evaluation(tmp_path: Path, tiny_model_dir: Path, easy_vq
     assert len(set(results[0]["ids"])) == count
 
 
-def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, small_model_dir: Path) -> None:
     """Under ``torchrun``, which ends the others: one message, and no rank left waiting."""
     command = [
         sys.executable,
@@ -112,7 +112,7 @@ def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, tiny_model_dir: P
         "phi3v",
         "train",
     ]
-    command += ["--model.path", str(tiny_model_dir), "--data.train", str(tmp_path / "nowhere.jsonl")]
+    command += ["--model.path", str(small_model_dir), "--data.train", str(tmp_path / "nowhere.jsonl")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode != 0

@@ -134,11 +134,11 @@ def test_weights_are_measured_as_they_are_saved_and_trained_as_they_were(tmp_pat
         assert torch.equal(parameter.data, before[name][1])
 
 
-def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_model_dir: Path) -> None:
     from phi3v.processing.processor import Phi3VProcessor
 
-    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
-    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    model = Phi3VForCausalLM.from_pretrained(small_model_dir)
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
     for value in (1.0, 2.0):
         with torch.no_grad():
             model.lm_head.weight.fill_(value)

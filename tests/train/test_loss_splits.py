@@ -38,14 +38,14 @@ def uneven(easy_vqa: Path) -> Path:
 
 @pytest.mark.parametrize("weighting", ["sample", "token"])
 def test_every_split_gives_the_same_gradients(
-    tmp_path: Path, tiny_model_dir: Path, uneven: Path, weighting: str
+    tmp_path: Path, small_model_dir: Path, uneven: Path, weighting: str
 ) -> None:
     """1x4, 2x2 and 4x1 (micro-batch x accumulation) on one rank, and 1x2 on each of two."""
-    reference = gradients(tmp_path / "4x1", tiny_model_dir, uneven, micro=4, weighting=weighting)
+    reference = gradients(tmp_path / "4x1", small_model_dir, uneven, micro=4, weighting=weighting)
     assert float(reference["total"]) > 0.1
     for micro, ranks in ((1, 1), (2, 1), (1, 2)):
         out = tmp_path / f"{micro}-{ranks}"
-        other = gradients(out, tiny_model_dir, uneven, micro=micro, weighting=weighting, ranks=ranks)
+        other = gradients(out, small_model_dir, uneven, micro=micro, weighting=weighting, ranks=ranks)
         assert other.keys() == reference.keys()
         worst = max(
             ((other[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
@@ -54,16 +54,16 @@ def test_every_split_gives_the_same_gradients(
         assert worst < TOLERANCE, f"micro-batch {micro} on {ranks} ranks: {worst}"
 
 
-def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, tiny_model_dir: Path, uneven: Path) -> None:
+def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_model_dir: Path, uneven: Path) -> None:
     """``sample`` is the mean of each record's own mean loss, ``token`` the mean over all answer tokens."""
     from phi3v.data.collate import Collator, ConversationDataset
     from phi3v.data.table import open_table
     from phi3v.model.modeling import Phi3VForCausalLM
     from phi3v.processing.processor import Phi3VProcessor
 
-    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
     dataset = ConversationDataset(open_table(uneven), processor)
-    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir).eval()
+    model = Phi3VForCausalLM.from_pretrained(small_model_dir).eval()
     collate = Collator(processor.tokenizer.pad_token_id)
     means, tokens = [], []
     for index in range(4):
@@ -76,5 +76,5 @@ def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, tiny_model
     by_token = sum(mean * count for mean, count in zip(means, tokens, strict=True)) / sum(tokens)
     assert abs(by_sample - by_token) > 1e-3
     for weighting, expected in (("sample", by_sample), ("token", by_token)):
-        got = gradients(tmp_path / weighting, tiny_model_dir, uneven, micro=2, weighting=weighting)
+        got = gradients(tmp_path / weighting, small_model_dir, uneven, micro=2, weighting=weighting)
         assert float(got["loss"]) == pytest.approx(expected, abs=1e-5)  # float32 means of values near 6

@@ -23,7 +23,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, A
 
 
 def test_a_model_folder(
-    tiny_model_dir: Path, easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = easy_vqa / "yes-no.jsonl"
     lines = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:60]]
@@ -32,7 +32,7 @@ def test_a_model_folder(
     names = ["auroc", "accuracy", "per_class_accuracy", "consistency"]
     given = evaluate(
         capsys,
-        *(tiny_model_dir, "--data", data, "--metrics", *names, "--answer-words", "yes", "no"),
+        *(small_model_dir, "--data", data, "--metrics", *names, "--answer-words", "yes", "no"),
         *("--max-new-tokens", 3, "--batch-size", 4, "--num-crops", 2, "--out", tmp_path / "out"),
     )
     assert given["metric"] == "auroc"
@@ -51,7 +51,7 @@ def test_a_model_folder(
         )
         assert sum(line["probabilities"].values()) == pytest.approx(1)
         assert line["score"] == line["correct"] == (line["prediction"].lower() == turn["assistant"])
-    assert main(["eval", str(tiny_model_dir), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", str(small_model_dir), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "holds an evaluation already" in capsys.readouterr().err
 
 
@@ -120,8 +120,8 @@ def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said(
-    arguments: list[str], words: str, tiny_model_dir: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, small_model_dir: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"MODEL": str(tiny_model_dir), "DATA": str(easy_vqa / "test.jsonl")}
+    places = {"MODEL": str(small_model_dir), "DATA": str(easy_vqa / "test.jsonl")}
     assert main(["eval", *(places.get(argument, argument) for argument in arguments)]) == 2
     assert words in capsys.readouterr().err

@@ -122,13 +122,13 @@ def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
     assert train(*settings, "data.special_text", "escape")[0] == 0
 
 
-def test_the_quickstart_recipe_runs(tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> None:
+def test_the_quickstart_recipe_runs(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> None:
     """Through the real command line, a few steps, on a little of its data; tests/recipes runs the tasks' recipes."""
     from phi3v.cli import main
 
     folder = tmp_path / "run"
     settings = {
-        "model.path": tiny_model_dir,
+        "model.path": small_model_dir,
         "data.train": easy_vqa / "train.jsonl",
         "data.eval": easy_vqa / "test.jsonl",
         "training.output_dir": folder,
