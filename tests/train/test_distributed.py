@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,6 @@ def test_a_wrong_configuration_ends_every_rank(tmp_path: Path, small_model_dir: 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode != 0
-    assert result.stderr.count("error: ") >= 1
-    assert result.stderr.count("nowhere.jsonl: ") == 1
+    # On a busy machine another rank may be asked to end so late that it has spoken too, as "error on rank 1".
+    assert len(re.findall(r"^error: .*nowhere\.jsonl: ", result.stderr, re.MULTILINE)) == 1
     assert "exitcode  : 2" in result.stderr

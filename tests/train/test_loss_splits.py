@@ -74,7 +74,7 @@ def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_mode
         tokens.append(int((inputs["labels"] != -100).sum()))
     by_sample = sum(means) / 4
     by_token = sum(mean * count for mean, count in zip(means, tokens, strict=True)) / sum(tokens)
-    assert abs(by_sample - by_token) > 1e-3
+    assert abs(by_sample - by_token) > 1e-4  # far above the tolerance below
     for weighting, expected in (("sample", by_sample), ("token", by_token)):
         got = gradients(tmp_path / weighting, small_model_dir, uneven, micro=2, weighting=weighting)
         assert float(got["loss"]) == pytest.approx(expected, abs=1e-5)  # float32 means of values near 6
