@@ -1,11 +1,7 @@
-"""One optimizer step of the real trainer; writes the gradients that the optimizer saw.
-
-python one_step.py MODEL DATA OUT MICRO_BATCH WEIGHTING   (or under torchrun)
-"""
+"""One optimizer step of the real trainer, on any number of ranks; writes the gradients that the optimizer saw."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
@@ -34,12 +30,12 @@ class KeepGradients(TrainerCallback):
                 self.gradients[name.removeprefix("module.")] = parameter.grad.clone()
 
 
-def main() -> None:
-    model_path, data, out, micro, weighting = sys.argv[1:]
+def one_step(model_path: Path, data: Path, out: Path, micro_batch: int, weighting: LossWeighting) -> None:
+    """Learn from four samples at once, in micro-batches."""
     config = RunConfig()
-    config.model.path = model_path
+    config.model.path = str(model_path)
     config.training.batch_size = 4
-    config.training.micro_batch_size = int(micro)
+    config.training.micro_batch_size = micro_batch
     config.training.max_steps = 1
     config.training.max_grad_norm = 0.0
     compute = choose_compute("fp32")
@@ -47,7 +43,7 @@ def main() -> None:
     model = load_for_training(config, inspect_model(config, compute), compute)
     arguments = training_arguments(
         config,
-        Path(out).parent / "run",
+        out.parent / "run",
         precision="fp32",
         use_cpu=True,
         accumulation=config.accumulation_steps(compute.world_size),
@@ -56,8 +52,8 @@ def main() -> None:
     trainer = Phi3VTrainer(
         model=model,
         args=arguments,
-        train_dataset=ConversationDataset(open_table(Path(data)), processor),
-        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),  # type: ignore[arg-type]
+        train_dataset=ConversationDataset(open_table(data), processor),
+        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
     keep = KeepGradients()
@@ -67,7 +63,3 @@ def main() -> None:
     total = torch.stack([gradient.norm() for gradient in keep.gradients.values()]).norm()
     if compute.rank == 0:
         save_file({**keep.gradients, "loss": loss, "total": total}, out)
-
-
-if __name__ == "__main__":
-    main()
