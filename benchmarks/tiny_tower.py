@@ -37,6 +37,7 @@ IGNORE = -100
 WIDER = 4.0  # 0.08, about one over the root of 128, in place of 0.02
 POSITION_WIDTH = 32  # features that say where a patch is; the others say what it shows
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # (rows, columns), one for each of the four heads
+MEAN_PAGES = 200  # to take the mean look of a character from
 SHARPNESS = 6.0  # how much more a head looks at its neighbour than at others
 
 
@@ -255,5 +256,37 @@ def teach_tower(start: Path, out: Path, *, pages: int, batch_size: int, learning
                 flush=True,
             )
             right, shown = 0.0, 0
+    give_words_their_letters(model, processor, LabelledPages(processor, MEAN_PAGES, seed + 1))
     model.save_pretrained(out)
     processor.save_pretrained(out)
+
+
+@torch.no_grad()
+def give_words_their_letters(model: Phi3VForCausalLM, processor: Phi3VProcessor, pages: LabelledPages) -> None:
+    """Let what is seen and what is said begin alike: every token of text gets the mean look of its characters.
+
+    The image tokens are brought to the length of the token embeddings; longer, the decoder's layers would change
+    little of them. Blank ones come out near zero.
+    """
+    vision = model.model.vision_embed_tokens
+    sums, counts = torch.zeros(len(WHAT), model.config.hidden_size), torch.zeros(len(WHAT))
+    length = 0.0
+    for pixels, what, _ in DataLoader(pages, batch_size=4):
+        merged = torch.stack([merge_patches(page[None], 1, 1) for page in vision.img_processor(pixels)])
+        tokens, labels = vision.img_projection(merged).flatten(0, 2), what.flatten()
+        sums.index_add_(0, labels, tokens)
+        counts.index_add_(0, labels, torch.ones(len(labels)))
+        length += tokens[labels > 0].norm(dim=1).mean().item() * len(pixels) / len(pages)
+    means = sums / counts.clamp(min=1)[:, None]
+    embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
+    scale = embeddings.norm(dim=1).mean() / length
+    last = vision.img_projection[2]
+    last.bias.sub_(means[0]).mul_(scale)
+    last.weight.mul_(scale)
+    looks = (means - means[0]) * scale
+    for piece, row in processor.tokenizer.get_vocab().items():
+        letters = [WHAT.index(letter) for letter in piece.lstrip("▁") if letter in CHARACTERS]
+        if letters and len(letters) == len(piece.lstrip("▁")):
+            look = looks[letters].sum(0)
+            embeddings[row] = 0.5 * embeddings[row] + look / look.norm() * embeddings[row].norm()
+            head[row] = 0.3 * head[row] + look / look.norm() * head[row].norm()
