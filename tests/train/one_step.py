@@ -1,6 +1,6 @@
 """One optimizer step of the real trainer; writes the gradients that the optimizer saw.
 
-python one_step.py MODEL DATA OUT MICRO_BATCH WEIGHTING   (or under torchrun)
+python one_step.py MODEL DATA OUT MICRO_BATCH WEIGHTING [PACKING]   (or under torchrun)
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
 from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
+from phi3v.train.run import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 
@@ -35,13 +37,15 @@ class KeepGradients(TrainerCallback):
 
 
 def main() -> None:
-    model_path, data, out, micro, weighting = sys.argv[1:]
+    model_path, data, out, micro, weighting, *packing = sys.argv[1:]
     config = RunConfig()
     config.model.path = model_path
     config.training.batch_size = 4
     config.training.micro_batch_size = int(micro)
     config.training.max_steps = 1
     config.training.max_grad_norm = 0.0
+    config.data.packing = packing[0] if packing else "none"  # type: ignore[assignment]
+    config.data.pack_tokens = 500  # two records at most, so that ranks have several rows
     compute = choose_compute("fp32")
     processor = Phi3VProcessor.from_pretrained(model_path)
     model = load_for_training(config, inspect_model(config, compute), compute)
@@ -53,11 +57,16 @@ def main() -> None:
         accumulation=config.accumulation_steps(compute.world_size),
         num_workers=0,
     )
+    table = open_table(Path(data))
+    plan = make_plan(config, compute, model, table, processor)
     trainer = Phi3VTrainer(
         model=model,
         args=arguments,
-        train_dataset=ConversationDataset(open_table(Path(data)), processor),
+        train_dataset=(
+            ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)  # type: ignore[arg-type]
+        ),
         data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),  # type: ignore[arg-type]
+        plan=plan,
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
     keep = KeepGradients()

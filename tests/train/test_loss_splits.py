@@ -19,9 +19,11 @@ STEP = Path(__file__).with_name("one_step.py")
 TOLERANCE = 1e-6
 
 
-def one_step(out: Path, model: Path, data: Path, *, micro: int, weighting: str, ranks: int = 1) -> dict[str, Any]:
+def one_step(
+    out: Path, model: Path, data: Path, *, micro: int, weighting: str, ranks: int = 1, packing: str = "none"
+) -> dict[str, Any]:
     """Run ``one_step.py`` for real (torchrun for several ranks) and return its gradients."""
-    arguments = [str(STEP), str(model), str(data), str(out), str(micro), weighting]
+    arguments = [str(STEP), str(model), str(data), str(out), str(micro), weighting, packing]
     launcher = [sys.executable]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
@@ -56,12 +58,33 @@ def test_every_split_gives_the_same_gradients(
     for micro, ranks in ((1, 1), (2, 1), (1, 2)):
         out = tmp_path / f"{micro}-{ranks}"
         other = one_step(out, tiny_model_dir, uneven, micro=micro, weighting=weighting, ranks=ranks)
-        assert other.keys() == reference.keys()
-        worst = max(
-            ((other[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
-            for name, gradient in reference.items()
-        )
-        assert worst < TOLERANCE, f"micro-batch {micro} on {ranks} ranks: {worst}"
+        assert_same(other, reference, f"micro-batch {micro} on {ranks} ranks")
+
+
+def test_packed_rows_on_two_ranks_give_the_same_gradients(tmp_path: Path, tiny_model_dir: Path, easy_vqa: Path) -> None:
+    """Four records, three of them about one page, on ranks that have different numbers of rows."""
+    lines = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:60]]
+    pages = list(dict.fromkeys(line["conversations"][0]["images"][0] for line in lines))
+    chosen = [line for line in lines if line["conversations"][0]["images"][0] == pages[0]][:3]
+    chosen.append(next(line for line in lines if line["conversations"][0]["images"][0] == pages[1]))
+    chosen[1]["conversations"][0]["assistant"] = "a blue rectangle on a white ground, and nothing else at all"
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    (tmp_path / "images").symlink_to(easy_vqa / "images")
+    reference = one_step(tmp_path / "apart", tiny_model_dir, data, micro=4, weighting="sample")
+    packed = one_step(
+        tmp_path / "packed", tiny_model_dir, data, micro=1, weighting="sample", ranks=2, packing="shared-image"
+    )
+    assert_same(packed, reference, "shared pages on two ranks")
+
+
+def assert_same(got: dict[str, Any], reference: dict[str, Any], what: str) -> None:
+    assert got.keys() == reference.keys()
+    worst = max(
+        ((got[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
+        for name, gradient in reference.items()
+    )
+    assert worst < TOLERANCE, f"{what}: {worst}"
 
 
 def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, tiny_model_dir: Path, uneven: Path) -> None:

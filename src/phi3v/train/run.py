@@ -165,7 +165,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     model = load_for_training(config, facts, compute)
     if config.training.gradient_checkpointing:
         enable_checkpointing(model)
-    plan = _plan(config, compute, model, train_table, processor)
+    plan = make_plan(config, compute, model, train_table, processor)
     setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions, plan)
     _print_header(setup)
     _check_pictures(model, train_table)
@@ -284,7 +284,7 @@ def _check_pictures(model: Any, table: RecordTable) -> None:
         )
 
 
-def _plan(
+def make_plan(
     config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
 ) -> PackingPlan | None:
     """How records are packed, if they are."""
