@@ -99,13 +99,17 @@ class Phi3VImageEmbedding(nn.Module):
             page, ``glb_GN``, its global view (order ``sub_glb``).
         """
         grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
-        counts = [1 + rows * columns for rows, columns in grids]
+        counts = [
+            # The global view of a page of one crop is that crop again, to the bit: it is looked at once.
+            1 if grid == (1, 1) and torch.equal(*pixel_values[index, :2]) else 1 + grid[0] * grid[1]
+            for index, grid in enumerate(grids)
+        ]
         crops = torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)])
         features = self.img_processor(crops)  # [real crops, 576, V]
         tokens = []
         for (rows, columns), image in zip(grids, features.split(counts), strict=True):
             tokens += [
-                self._rows_with_ends(merge_patches(image[1:], rows, columns)),
+                self._rows_with_ends(merge_patches(image[-rows * columns :], rows, columns)),
                 self.glb_GN[0].to(image.dtype),
                 self._rows_with_ends(merge_patches(image[:1], 1, 1)),
             ]
