@@ -152,3 +152,27 @@ def test_mixed_batch_trains_both(load_golden: Any, sample: Any) -> None:
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
         assert parameter.grad is None or (parameter.grad.isfinite().all() and parameter.grad.any()), name
+
+
+def test_a_page_of_one_crop_is_looked_at_once(load_golden: Any) -> None:
+    """Its global view is that crop again; where they differ, as they may in a caller's tensors, both are computed.
+
+    1e-6: the same products for one crop as for two.
+    """
+    from PIL import Image
+
+    from phi3v import Phi3VImageProcessor
+
+    model = load_golden().model.vision_embed_tokens
+    entered: list[int] = []
+    embeddings = model.img_processor.vision_model.embeddings
+    embeddings.register_forward_pre_hook(lambda _, args: entered.append(args[0].shape[0]))
+    picture = Image.linear_gradient("L").convert("RGB")
+    pixel_values = Phi3VImageProcessor(num_crops=1)([picture])["pixel_values"]
+    other = pixel_values.clone()
+    other[0, 0, 0, 0, 0] += 1e-3
+    with torch.no_grad():
+        once = model(pixel_values, [(CROP_SIZE, CROP_SIZE)])
+        twice = model(other, [(CROP_SIZE, CROP_SIZE)])
+    assert entered == [1, 2]
+    torch.testing.assert_close(once[:156], twice[:156], atol=1e-6, rtol=1e-6)  # the page, not its global view

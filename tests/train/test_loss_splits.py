@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 TOLERANCE = 1e-6
 
 
-def gradients(out: Path, model: Path, data: Path, *, micro: int, weighting: str, ranks: int = 1) -> dict[str, Any]:
+def gradients(
+    out: Path, model: Path, data: Path, *, micro: int, weighting: str, ranks: int = 1, packing: str = "none"
+) -> dict[str, Any]:
     """Take one step in processes of its own and return its gradients."""
-    run_ranks(ranks, one_step, model, data, out, micro, weighting, folder=out.with_name(f"{out.name}-printed"))
+    folder = out.with_name(f"{out.name}-printed")
+    run_ranks(ranks, one_step, model, data, out, micro, weighting, packing, folder=folder)
     return load_file(out)
 
 
@@ -46,12 +49,35 @@ def test_every_split_gives_the_same_gradients(
     for micro, ranks in ((1, 1), (2, 1), (1, 2)):
         out = tmp_path / f"{micro}-{ranks}"
         other = gradients(out, small_model_dir, uneven, micro=micro, weighting=weighting, ranks=ranks)
-        assert other.keys() == reference.keys()
-        worst = max(
-            ((other[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
-            for name, gradient in reference.items()
-        )
-        assert worst < TOLERANCE, f"micro-batch {micro} on {ranks} ranks: {worst}"
+        assert_same(other, reference, f"micro-batch {micro} on {ranks} ranks")
+
+
+def test_packed_rows_on_two_ranks_give_the_same_gradients(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path
+) -> None:
+    """Four records, three of them about one page, on ranks that have different numbers of rows."""
+    lines = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:60]]
+    pages = list(dict.fromkeys(line["conversations"][0]["images"][0] for line in lines))
+    chosen = [line for line in lines if line["conversations"][0]["images"][0] == pages[0]][:3]
+    chosen.append(next(line for line in lines if line["conversations"][0]["images"][0] == pages[1]))
+    chosen[1]["conversations"][0]["assistant"] = "a blue rectangle on a white ground, and nothing else at all"
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    (tmp_path / "images").symlink_to(easy_vqa / "images")
+    reference = gradients(tmp_path / "apart", small_model_dir, data, micro=4, weighting="sample")
+    packed = gradients(
+        tmp_path / "packed", small_model_dir, data, micro=1, weighting="sample", ranks=2, packing="shared-image"
+    )
+    assert_same(packed, reference, "shared pages on two ranks")
+
+
+def assert_same(got: dict[str, Any], reference: dict[str, Any], what: str) -> None:
+    assert got.keys() == reference.keys()
+    worst = max(
+        ((got[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
+        for name, gradient in reference.items()
+    )
+    assert worst < TOLERANCE, f"{what}: {worst}"
 
 
 def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_model_dir: Path, uneven: Path) -> None:

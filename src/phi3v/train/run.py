@@ -23,6 +23,7 @@ from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
 from phi3v.data.jsonl import require_file
+from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
@@ -89,6 +90,7 @@ class Setup:
     model: Any
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
+    plan: PackingPlan | None  # of packed rows
 
     @property
     def num_workers(self) -> int:
@@ -99,6 +101,21 @@ class Setup:
         """Makes batches to learn from."""
         pad = self.processor.tokenizer.pad_token_id
         return Collator(pad, loss_weighting=self.config.training.loss_weighting)
+
+    def dataset(self) -> ConversationDataset | PackedDataset:
+        """What is learnt from: records, or rows of them as the plan says."""
+        if self.plan is None:
+            return ConversationDataset(self.train_table, self.processor)
+        return PackedDataset(self.train_table, self.processor, self.config.training.loss_weighting)
+
+    def probe(self) -> dict[str, Any]:
+        """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
+        with_images = self.train_table.image_counts().nonzero()[0]
+        index = int(with_images[0]) if len(with_images) else 0
+        dataset = self.dataset()
+        if isinstance(dataset, PackedDataset):
+            return dataset[RowPlan(((index,),), ends_step=True)]
+        return self.collator()([dataset[index]])
 
 
 def run_training(config: RunConfig, console: Console) -> RunResult:
@@ -111,16 +128,14 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
         UserError: the configuration, the model or the data are wrong.
     """
     setup = prepare(config, console)
-    dataset = ConversationDataset(setup.train_table, setup.processor)
-    probe = setup.collator()([dataset[probe_index(setup.train_table)]])
-    checked = check_gradients(setup.model, probe, autocast_dtype=setup.compute.autocast_dtype)
+    checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
     console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
     try:
         if setup.compute.rank == 0:
             claim_run_folder(config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        result = _train_and_measure(setup, dataset)
+        result = _train_and_measure(setup)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
@@ -150,13 +165,14 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     model = load_for_training(config, facts, compute)
     if config.training.gradient_checkpointing:
         enable_checkpointing(model)
-    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions)
+    plan = make_plan(config, compute, model, train_table, processor)
+    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions, plan)
     _print_header(setup)
     _check_pictures(model, train_table)
     return setup
 
 
-def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
+def _train_and_measure(setup: Setup) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     before = _measure(setup, "before") if config.evaluation.before else None
     after = None
@@ -169,7 +185,9 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
         accumulation=setup.accumulation,
         num_workers=setup.num_workers,
     )
-    trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=setup.collator())
+    trainer = Phi3VTrainer(
+        model=model, args=arguments, train_dataset=setup.dataset(), data_collator=setup.collator(), plan=setup.plan
+    )
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
     show_bar = config.training.progress_bar
@@ -266,10 +284,28 @@ def _check_pictures(model: Any, table: RecordTable) -> None:
         )
 
 
-def probe_index(table: RecordTable) -> int:
-    """A record for the gradient check: the first one with a picture, or the first."""
-    with_images = table.image_counts().nonzero()[0]
-    return int(with_images[0]) if len(with_images) else 0
+def make_plan(
+    config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
+) -> PackingPlan | None:
+    """How records are packed, if they are."""
+    if config.data.packing == "none":
+        return None
+    lengths = measure_records(
+        table,
+        processor,
+        model.config.long_context_start,
+        progress=config.training.progress_bar and compute.rank == 0,
+    )
+    return PackingPlan(
+        lengths,
+        config.data.packing,
+        batch_size=config.training.batch_size,
+        batch_tokens=config.training.batch_tokens,
+        pack_tokens=config.data.pack_tokens,
+        shared_image_max=config.data.shared_image_max,
+        world_size=compute.world_size,
+        seed=config.training.seed,
+    )
 
 
 def _questions(
@@ -344,12 +380,27 @@ def _print_header(setup: Setup) -> None:
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
-        f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
-        f"{config.training.micro_batch_size} at a time × {setup.accumulation} accumulated; "
-        f"every {config.training.loss_weighting} weighs the same",
+        f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
         f"output: {config.training.output_dir}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _step_line(setup: Setup) -> str:
+    config, ranks = setup.config, setup.compute.world_size
+    if setup.plan is None:
+        return (
+            f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
+            f"{setup.accumulation} accumulated"
+        )
+    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.tokens.sum())
+    wanted = config.training.batch_tokens
+    size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
+    shared = f" ({separate / tokens:.2f} times fewer tokens than apart)" if setup.plan.shares else ""
+    return (
+        f"{size} on {ranks} ranks in rows of at most {config.data.pack_tokens} tokens, {config.data.packing} packing"
+        f"{shared}, {setup.plan.num_steps} steps an epoch"
+    )
 
 
 def _print_result(console: Console, result: RunResult) -> None:
