@@ -63,6 +63,7 @@ ONE_PICTURE = {"one": 0.1, "shapes": 0.3, "digits": 0.15, "text": 0.15, "fields"
 STAGES = (
     Stage("single", 6000, ONE_PICTURE, (0.5, 0.4, 0.1)),
     Stage("several", 1600, ONE_PICTURE | {"pair": 0.6, "frames": 0.4}, (0.5, 0.4, 0.1), schedule="linear"),
+    Stage("all", 4500, ONE_PICTURE | {"pair": 0.12, "frames": 0.12}, (0.6, 0.3, 0.1), schedule="linear"),
 )
 TOWER: dict[str, Any] = {"pages": 24000, "batch_size": 4, "learning_rate": 2e-3}
 
