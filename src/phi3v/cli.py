@@ -364,8 +364,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
         options.print_help()
         return None
     config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.doctor import check_before_training
     from phi3v.train.run import run_training
 
+    check_before_training(config)
     return run_training(config, console).to_json_dict()
 
 

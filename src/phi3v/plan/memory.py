@@ -83,6 +83,8 @@ def decoder_layer(shape: ModelShape, setup: TrainSetup, counts: Parameters, batc
     mlp = a * 4 * I  # gate and up, activation, product
     adapters = a * setup.method.lora.rank * counts.adapters[0]
     kept = batch.tokens * (2 * norm + qkv + out + mlp + adapters)
+    if needs_mask(setup, batch):
+        kept += a * batch.rows * batch.longest**2  # each layer makes numbers of the mask's booleans
     if setup.attention == "eager":
         kept += batch.rows * shape.heads * batch.longest**2 * (a + 4)  # softmax in float32 and its cast
     return kept
@@ -106,6 +108,11 @@ def tower_layer(shape: ModelShape, setup: TrainSetup, counts: Parameters, batch:
     mlp = 4 * V + a * V + a * 3 * M  # product, sigmoid, activation
     adapters = a * setup.method.lora.rank * counts.adapters[1]
     return batch.crops * shape.patches * (attention + mlp + adapters)
+
+
+def needs_mask(setup: TrainSetup, batch: MicroBatch) -> bool:
+    """Attention gets a (rows, T, T) mask: rows are padded, and the kernel takes no lengths."""
+    return batch.is_padded and setup.packing == "none" and setup.attention != "flash_attention_2"
 
 
 def residual_bytes(setup: TrainSetup) -> int:
@@ -199,8 +206,8 @@ def _around_decoder(shape: ModelShape, setup: TrainSetup, counts: Parameters, ba
     H = shape.hidden  # noqa: N806
     kept = batch.tokens * (4 * H + (r * H if counts.norms_trained else 0) + 2 * r * H // shape.heads)
     kept += batch.answer_tokens * a * H
-    if batch.is_padded and setup.packing == "none" and setup.attention != "flash_attention_2":
-        kept += batch.rows * batch.longest**2 * (1 + a)  # as booleans and as numbers
+    if needs_mask(setup, batch):
+        kept += batch.rows * batch.longest**2
     return kept
 
 

@@ -16,7 +16,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import GIB, Machine, known_gpus
 from phi3v.plan.inputs import MethodName, TrainSetup
 from phi3v.plan.memory import MicroBatch, predict_memory
-from phi3v.plan.parameters import count_parameters
+from phi3v.plan.parameters import Parameters, count_parameters
 from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.plan.throughput import SampleWork, training_flops
 
@@ -120,11 +120,14 @@ def compare_published() -> list[dict[str, Any]]:
     config, shape = _released()
     tokens = round(TOKENS)
     batch = MicroBatch(1, tokens, IMAGE_TOKENS, CROPS, tokens)
+    counts: dict[tuple[str, str], Parameters] = {}
     rows = []
     for row in ROWS:
         setup = published_setup(row)
-        counts = count_parameters(config, setup.method, setup.precision)
-        memory = predict_memory(shape, counts, setup, batch, cpu=False)
+        key = (row.method, setup.precision)
+        if key not in counts:
+            counts[key] = count_parameters(config, setup.method, setup.precision)
+        memory = predict_memory(shape, counts[key], setup, batch, cpu=False)
         utilisation = hardware_utilisation(row)
         rows.append(
             {

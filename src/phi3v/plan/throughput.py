@@ -13,8 +13,8 @@ from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.shape import ModelShape
 
 # The CPU's share of its nominal rate: 14.74 samples/s of the tiny model, full training without recomputing, on 2 cores
-# (benchmarks/results/quickstart.json). The real size, with larger products, will do somewhat better.
-CPU_UTILISATION = 0.2
+# (benchmarks/results/quickstart.json) are 0.5 of what `training_flops` counts.
+CPU_UTILISATION = 0.5
 
 
 @dataclass(frozen=True)
