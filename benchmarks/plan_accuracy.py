@@ -28,9 +28,11 @@ from bench_result import ROOT, write_result
 from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Sample
 from phi3v.model.presets import init_model
+from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import METHODS, TrainSetup
 from phi3v.plan.memory import MicroBatch, predict_memory
 from phi3v.plan.parameters import count_parameters
+from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
 from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.processing.conversation import ChatTurn, encode_conversation
@@ -39,6 +41,7 @@ from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.strategies import enable_checkpointing
 
+MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
 # Rows, width and height of the picture, questions of the first row, and how many fewer each next one has.
 BATCHES = {
     "a page": (1, 1275, 1650, 1, 0),
@@ -201,9 +204,75 @@ def exact_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def machine_rows() -> list[dict[str, Any]]:
+    """The public recipe on the machines that its advice is about, planned without data."""
+    config = RunConfig()
+    config.model.num_crops, config.training.batch_size = 16, 64
+    planner = Planner(config, progress=False)
+    rows = []
+    for name in MACHINES:
+        plan = planner.plan(find_machine(name, None))
+        for method in METHODS:
+            option = plan.best(method)
+            rows.append({"machine": plan.machine.label} | option.to_json_dict())
+    return rows
+
+
+def write_docs(result: dict[str, Any], path: Path) -> None:
+    """Put the tables between their marks in the documentation."""
+    text = path.read_text(encoding="utf-8")
+    accuracy = [
+        [
+            r["method"],
+            r["checkpointing"],
+            r["batch"],
+            r["predicted_mb"],
+            r["measured_mb"],
+            f"{r['difference_percent']} %",
+        ]
+        for r in result["tiny_cpu"]
+    ]
+    machines = [
+        [
+            r["machine"],
+            r["method"],
+            r["engine"] + ("" if r["offered"] or not r["fits"] else r"\*"),
+            r["verdict"],
+            "–" if r["samples_per_second"] is None else f"{r['samples_per_second']:.2f}",
+            r["reason"],
+        ]
+        for r in result["machines"]
+    ]
+    published = [
+        [
+            r["gpus"],
+            r["method"],
+            "yes" if r["flash_attention"] else "no",
+            "–" if r["published_gb"] is None else f"~{r['published_gb']}",
+            r["planner_gb"],
+            r["published_images_per_second"],
+            f"{r['implied_utilisation']:.0%}",
+            r["remark"],
+        ]
+        for r in result["published"]
+    ]
+    for name, head, rows in (
+        ("accuracy", "method, checkpointing, batch, predicted MB, measured MB, difference", accuracy),
+        ("machines", "machine, method, engine, verdict, samples/s, why", machines),
+        ("published", "GPUs, method, flash, Microsoft GB, planner GiB, Microsoft images/s, share, remark", published),
+    ):
+        lines = [head.split(", "), ["---"] * len(head.split(", ")), *rows]
+        table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_accuracy.json")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "planning.md", help="whose tables are written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tiny"
@@ -215,11 +284,16 @@ def main() -> None:
         table.add_row(*(str(row[key]) for key in shown))
     console = Console(width=140)
     console.print(table)
-    exact = exact_rows()
-    published = compare_published()
     worst = max(abs(row["difference_percent"]) for row in rows)
-    figures = {"worst_difference_percent": worst, "tiny_cpu": rows, "real_size": exact, "published": published}
-    write_result("plan_accuracy", figures, arguments.out)
+    figures = {
+        "worst_difference_percent": worst,
+        "tiny_cpu": rows,
+        "real_size": exact_rows(),
+        "published": compare_published(),
+        "machines": machine_rows(),
+    }
+    result = write_result("plan_accuracy", figures, arguments.out)
+    write_docs(result, arguments.docs)
     console.print(f"worst difference {worst} %; written to {arguments.out}", highlight=False)
 
 

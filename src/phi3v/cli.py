@@ -88,8 +88,9 @@ def run_command(
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; the keys of the configuration are options too, of ``train`` the only ones."""
     if argv[:1] and argv[0] in ("plan", "doctor"):
-        arguments, arguments.overrides = build_parser().parse_known_args(argv)
-        return arguments
+        known, rest = build_parser().parse_known_args(argv)
+        known.overrides = rest
+        return known
     if argv[:1] != ["train"]:
         return build_parser().parse_args(argv)
     arguments = build_parser().parse_args(["train"])

@@ -14,6 +14,7 @@ from phi3v.data.collate import ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.plan.workload import CANDIDATE_CROPS, Workload, assumed_workload, read_workload
+from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.processor import Phi3VProcessor
 
 SIZES = {"page.png": (1275, 1650), "small.png": (64, 64), "wide.png": (2000, 250), "photo.png": (640, 480)}
@@ -97,8 +98,9 @@ def test_blank_and_padding_crops_are_counted(folder: Path) -> None:
     wide = read(write(folder, [[(["wide.png"], "a", "b")]], "wide.jsonl"), None)
     choice = wide.at(16)
     assert choice.crops.tolist() == [1 + 16 - int(choice.padding_crops)]
-    photo = read(write(folder, [[(["photo.png"], "a", "b")]], "photo.jsonl"), None)
-    assert 0 < photo.at(16).blank < 0.5
+    page = read(write(folder, [[(["page.png"], "a", "b")]], "page.jsonl"), None)
+    width, height = page_geometry(1275, 1650, 16).resized
+    assert page.at(16).blank == pytest.approx(1 - width * height / (16 * 336 * 336))
     assert choice.summary()["share_over_4096"] == 0
 
 

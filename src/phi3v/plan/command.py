@@ -39,7 +39,8 @@ def plan_command(
     if len(gpus) > 1 and (write is not None or count is not None):
         where = "--write" if write is not None else "--gpus"
         raise UserError("several machines are compared", where=where, hint="name one --gpu, e.g. 8xa100-80gb")
-    machines = [find_machine(gpu, count, sku, nodes) for gpu in (gpus or [None])]
+    named: Sequence[str | None] = gpus or [None]
+    machines = [find_machine(gpu, count, sku, nodes) for gpu in named]
     planner = Planner(config, progress=config.training.progress_bar)
     plans = [planner.plan(machine) for machine in machines]
     if len(plans) > 1:

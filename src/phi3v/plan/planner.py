@@ -206,7 +206,8 @@ class Planner:
             return Option(setup, False, (), obstacle, None, None, setup.is_offered)
         limit = int(machine.gpu.memory_bytes * MARGIN)
         first = self.memory(setup, machine)
-        best, best_memory, changes = setup, first, ()
+        best, best_memory = setup, first
+        changes: tuple[str, ...] = ()
         for changed, words in _relaxations(setup):
             memory = self.memory(changed, machine)
             if memory.peak < best_memory.peak or not words:
@@ -335,7 +336,8 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
     Changes that this version offers come before those that it does not.
     """
     yield setup, ()
-    current, words = setup, ()
+    current = setup
+    words: tuple[str, ...] = ()
     if setup.micro_batch > 1:
         current, words = replace(current, micro_batch=1, accumulates=True), (*words, "micro_batch_size 1")
         yield current, words
@@ -347,7 +349,7 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
         yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
     for optimizer in ("adamw_8bit", "adamw_bf16"):
         if optimizer not in OFFERED.optimizers or optimizer != setup.optimizer:
-            yield replace(current, optimizer=optimizer), (*words, optimizer)  # type: ignore[arg-type]
+            yield replace(current, optimizer=optimizer), (*words, optimizer)
     for crops in fewer:
         yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
 
