@@ -24,7 +24,7 @@ from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.plan.hardware import GIB, this_machine
+from phi3v.plan.hardware import GIB, Machine, this_machine
 from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
@@ -298,9 +298,8 @@ class Examination:
 
     def plan(self) -> None:
         """Whether the recipe as it is fits this machine."""
-        machine = this_machine()
-        planner = Planner(self.config, progress=False)
-        plan = planner.plan(machine)
+        assert self.compute is not None
+        plan = Planner(self.config, progress=False).plan(Machine(this_machine().gpu, self.compute.world_size))
         own = next(option for option in plan.options if option.setup.method.name == self.config.method.name)
         if not own.fits or own.changes:
             what = f"{self.config.method.name} does not fit this machine: {own.reason}"
@@ -330,7 +329,7 @@ def examine(config: RunConfig, console: Console) -> Report:
     good = False
     if can_encode:
         good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
-    if Path(config.model.path).is_dir() or patient.facts is not None:
+    if patient.compute is not None and patient.facts is not None:
         patient.run("plan", patient.plan)
     if good and patient.facts is not None and patient.report.ok:
         patient.run("gradients", patient.gradients)

@@ -137,3 +137,5 @@ def test_published_runs_are_plausible() -> None:
     frozen = next(row for row in rows if row["method"] == "frozen-vision" and row["flash_attention"])
     assert frozen["implied_utilisation"] > 0.9
     assert "no gradients" in frozen["remark"]
+    plain = next(row for row in rows if row["method"] == "lora" and not row["flash_attention"])
+    assert "kept and not recomputed" in plain["remark"]

@@ -145,25 +145,40 @@ def compare_published() -> list[dict[str, Any]]:
 
 
 def explain(row: PublishedRow, planned: float, utilisation: float) -> str:
-    """Why a published run differs from what the planner says of it."""
+    """Why a published run differs from what the planner says of it, as far as we can tell.
+
+    Args:
+        planned: the planner's peak in GiB.
+        utilisation: share of the hardware's rate that the published speed implies.
+    """
     remarks = []
     if row.method == "frozen-vision":
-        remarks.append(
-            f"the speed would be {utilisation:.0%} of the hardware's rate if the decoder learnt: most likely it got no "
-            "gradients, so this row is no basis for a prediction"
-        )
+        remarks.append(f"{utilisation:.0%} of the rate if the decoder learnt: most likely it got no gradients")
     if row.gigabytes is None:
-        return "; ".join(remarks) or "no memory was published"
-    if not row.flash_attention and row.gigabytes > 1.25 * planned:
+        return "; ".join([*remarks, "no memory was published"])
+    card = known_gpus()[row.gpu].memory_bytes / GIB
+    with_flash = next(
+        (r for r in ROWS if (r.gpu, r.gpus, r.method, r.flash_attention) == (row.gpu, row.gpus, row.method, True)), None
+    )
+    if row.gigabytes > 0.85 * card:
+        remarks.append("nearly the whole card: what the allocator had taken, not what was needed")
+    elif not row.flash_attention and with_flash is not None and with_flash.gigabytes is not None:
+        more, matrices = row.gigabytes - with_flash.gigabytes, _attention_matrices() / GIB
+        cause = (
+            "kept and not recomputed, it seems" if abs(more / matrices - 1) < 0.25 else "why this much, we cannot tell"
+        )
         remarks.append(
-            "the published figure is what attention matrices of all layers would take, as if they were kept and not "
-            "recomputed; the planner recomputes, and SDPA never makes them"
+            f"{more:.0f} GB more than with flash attention; the attention matrices of all layers take {matrices:.0f} GiB: "
+            f"{cause}; SDPA, which we take, makes none"
         )
     elif row.gigabytes > 1.1 * planned:
-        remarks.append(
-            "the published figure is presumably what the process had reserved: DeepSpeed's flat buffers while it steps "
-            "and the allocator's cache, which the planner leaves out"
-            if row.method in ("full", "frozen-vision")
-            else "the published figure is presumably what the process had reserved, the allocator's cache included"
-        )
+        sharded = row.method in ("full", "frozen-vision")
+        held = "DeepSpeed's flat buffers and the allocator's cache" if sharded else "the allocator's cache"
+        remarks.append(f"presumably what the process had reserved; the planner leaves out {held}")
     return "; ".join(remarks) or "agrees within a tenth"
+
+
+def _attention_matrices() -> int:
+    """Bytes of the attention matrices of all layers: the softmax in float32 and its half-precision copy."""
+    _, shape = _released()
+    return shape.layers * shape.heads * round(TOKENS) ** 2 * (4 + 2)
