@@ -44,10 +44,10 @@ SHOWN_TOKENS = 160  # of the sample's text, around what is learnt
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 # Pictures of a page that a core reads, resizes and cuts in a second (the official processor takes 103 ms for one).
 PAGES_PER_CORE = 10
-# (module, extra, whether a recipe needs it): parts that are installed on demand.
+# (module, extra, whether a recipe needs it): parts that are installed on demand. flash-attn is no extra: the model's
+# check says whether it can run.
 OPTIONAL: tuple[tuple[str, str, Callable[[RunConfig], bool]], ...] = (
     ("bitsandbytes", "qlora", lambda config: config.method.name == "qlora"),
-    ("flash_attn", "gpu", lambda config: config.model.attention == "flash_attention_2"),
 )
 
 
@@ -130,8 +130,8 @@ class Examination:
         for module, extra, needed in OPTIONAL:
             if importlib.util.find_spec(module) is None and needed(self.config):
                 missing = True
-                hint = f'pip install "phi3v[{extra}]"' if module != "flash_attn" else "pip install flash-attn, or sdpa"
-                self.say("optional parts", "fail", f"this recipe needs {module}, and it is not installed", hint)
+                what = f"this recipe needs {module}, and it is not installed"
+                self.say("optional parts", "fail", what, f'pip install "phi3v[{extra}]"')
         if not missing:
             there = [module for module, _, _ in OPTIONAL if importlib.util.find_spec(module) is not None]
             self.say("optional parts", "pass", f"all that the recipe needs ({', '.join(there) or 'none is installed'})")

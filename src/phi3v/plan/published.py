@@ -168,7 +168,7 @@ def explain(row: PublishedRow, planned: float, utilisation: float) -> str:
             "kept and not recomputed, it seems" if abs(more / matrices - 1) < 0.25 else "why this much, we cannot tell"
         )
         remarks.append(
-            f"{more:.0f} GB more than with flash attention; the attention matrices of all layers take {matrices:.0f} GiB: "
+            f"{more:.0f} GB more than with flash attention; attention matrices of all layers take {matrices:.0f} GiB: "
             f"{cause}; SDPA, which we take, makes none"
         )
     elif row.gigabytes > 1.1 * planned:
