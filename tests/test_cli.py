@@ -17,6 +17,8 @@ COMMANDS = {
     "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
     "eval": ("--metrics", "per_class_accuracy", "default: as the run was measured"),
+    "plan": ("--gpu", "--sku", "default: this machine", "default: 1"),
+    "doctor": ("RECIPE.yaml", "overrides"),
     "train": ("--training.learning_rate", "default: 4e-05"),
 }
 

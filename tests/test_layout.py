@@ -9,7 +9,21 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "phi3v"
 # From the top down; a file may import from its own room and from those after it.
-ROOMS = ["__main__", "cli", "train", "evaluate", "data", "auto", "model", "processing", "config", "machine", "errors"]
+ROOMS = [
+    "__main__",
+    "cli",
+    "doctor",
+    "plan",
+    "train",
+    "evaluate",
+    "data",
+    "auto",
+    "model",
+    "processing",
+    "config",
+    "machine",
+    "errors",
+]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 

@@ -86,7 +86,11 @@ def run_command(
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parse a command line; what follows ``train`` is left to the configuration, whose keys are its options."""
+    """Parse a command line; the keys of the configuration are options too, of ``train`` the only ones."""
+    if argv[:1] and argv[0] in ("plan", "doctor"):
+        known, rest = build_parser().parse_known_args(argv)
+        known.overrides = rest
+        return known
     if argv[:1] != ["train"]:
         return build_parser().parse_args(argv)
     arguments = build_parser().parse_args(["train"])
@@ -226,6 +230,33 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), help=f"arithmetic ({own}, else auto)"
     )
+    plan = _command(
+        verbs,
+        "plan",
+        _plan,
+        "say what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
+        "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
+    )
+    plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe, with its dataset if that is there")
+    plan.add_argument(
+        "--gpu",
+        nargs="+",
+        metavar="NAME",
+        help="e.g. a100-80gb, or 8xa100-80gb; several for one table over all (default: this machine)",
+    )
+    plan.add_argument("--gpus", type=int, metavar="N", help="how many of it (default: 1)")
+    plan.add_argument("--sku", metavar="SIZE", help="an Azure size in place of --gpu, e.g. Standard_ND96asr_v4")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of that size (default: %(default)s)")
+    plan.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the recipe as recommended")
+
+    doctor = _command(
+        verbs,
+        "doctor",
+        _doctor,
+        "check environment, recipe, data, model and gradients before a run; exits with 2 if something fails",
+        "phi3v doctor recipes/easy_vqa_tiny.yaml",
+    )
+    doctor.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; --key.subkey value overrides it")
     return parser
 
 
@@ -334,9 +365,34 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
         options.print_help()
         return None
     config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.doctor import check_before_training
     from phi3v.train.run import run_training
 
+    check_before_training(config)
     return run_training(config, console).to_json_dict()
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.plan.command import plan_command
+
+    return plan_command(
+        config,
+        console,
+        gpus=arguments.gpu or [],
+        count=arguments.gpus,
+        sku=arguments.sku,
+        nodes=arguments.nodes,
+        write=arguments.write,
+    )
+
+
+def _doctor(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.doctor import examine
+
+    report = examine(config, console)
+    return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
 
 
 def _eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

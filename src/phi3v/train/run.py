@@ -110,9 +110,7 @@ class Setup:
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
-        with_images = self.train_table.image_counts().nonzero()[0]
-        index = int(with_images[0]) if len(with_images) else 0
-        dataset = self.dataset()
+        index, dataset = probe_index(self.train_table), self.dataset()
         if isinstance(dataset, PackedDataset):
             return dataset[RowPlan(((index,),), ends_step=True)]
         return self.collator()([dataset[index]])
@@ -282,6 +280,12 @@ def _check_pictures(model: Any, table: RecordTable) -> None:
             where=str(table.path),
             hint="use method.name frozen-vision, or method.lora.parts [decoder, head]",
         )
+
+
+def probe_index(table: RecordTable) -> int:
+    """A record for the gradient check: the first one with a picture, or the first."""
+    with_images = table.image_counts().nonzero()[0]
+    return int(with_images[0]) if len(with_images) else 0
 
 
 def make_plan(

@@ -1,0 +1,390 @@
+"""`phi3v doctor`: everything that can be known to be wrong with a run, in seconds and without training.
+
+The checks run from the cheapest to the dearest; one that needs what failed before it is left out. Each is one line:
+pass, warn or fail, and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from phi3v.config import RunConfig
+from phi3v.data.check import check_file
+from phi3v.data.collate import Collator, ConversationDataset, encode_record
+from phi3v.data.table import RecordTable, open_table
+from phi3v.errors import UserError
+from phi3v.machine import available_cores
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.plan.hardware import GIB, Machine, this_machine
+from phi3v.plan.planner import Planner
+from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.gradient_check import check_gradients
+from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.run import probe_index
+from phi3v.train.run_folder import check_run_folder, environment
+from phi3v.train.strategies import summarize
+
+Verdict = Literal["pass", "warn", "fail"]
+_STYLE = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+SAMPLED_FAULTS = 5  # of a data file that are shown
+SAMPLED_RECORDS = 64  # whose labels are looked at
+SHOWN_TOKENS = 160  # of the sample's text, around what is learnt
+END_TOKENS = ("<|end|>", "<|endoftext|>")
+# Pictures of a page that a core reads, resizes and cuts in a second (the official processor takes 103 ms for one).
+PAGES_PER_CORE = 10
+# (module, extra, whether a recipe needs it): parts that are installed on demand. flash-attn is no extra: the model's
+# check says whether it can run.
+OPTIONAL: tuple[tuple[str, str, Callable[[RunConfig], bool]], ...] = (
+    ("bitsandbytes", "qlora", lambda config: config.method.name == "qlora"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    verdict: Verdict
+    what: str
+    hint: str | None = None
+
+    def render(self, console: Console) -> None:
+        line = Text(f"{self.verdict:4} ", style=_STYLE[self.verdict])
+        line.append(f"{self.check}: {self.what}", style="default")
+        console.print(line, soft_wrap=True)
+        if self.hint:
+            console.print(Text(f"     → {self.hint}"), soft_wrap=True)
+
+
+@dataclass
+class Report:
+    """All findings, in order."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing failed."""
+        return not any(finding.verdict == "fail" for finding in self.findings)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
+
+
+class Examination:
+    """The checks of one recipe, with what they find out for each other."""
+
+    def __init__(self, config: RunConfig, console: Console | None) -> None:
+        self.config = config
+        self.console = console
+        self.report = Report()
+        self.compute: Compute | None = None
+        self.facts: ModelFacts | None = None
+        self.processor: Phi3VProcessor | None = None
+        self.table: RecordTable | None = None
+
+    def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
+        finding = Finding(check, verdict, what, hint)
+        self.report.findings.append(finding)
+        if self.console is not None:
+            finding.render(self.console)
+
+    def run(self, check: str, work: Callable[[], None]) -> bool:
+        """Do a check; what it raises as `UserError` is its failure. Returns whether it passed."""
+        before = sum(finding.verdict == "fail" for finding in self.report.findings)
+        try:
+            work()
+        except UserError as error:
+            self.say(check, "fail", f"{error.where}: {error.what}" if error.where else error.what, error.hint)
+        return before == sum(finding.verdict == "fail" for finding in self.report.findings)
+
+    # Environment
+
+    def environment(self) -> None:
+        facts = environment()
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+        self.say("versions", "pass", f"Python {platform.python_version()}, {versions}")
+        gpus = facts["gpus"]
+        self.say("device", "pass", ", ".join(gpus) + f", CUDA {facts['cuda']}" if gpus else "no GPU: this CPU computes")
+        machine = this_machine()
+        self.say("memory", "pass", f"{machine.gpu.memory_bytes / GIB:.1f} GiB a device")
+
+    def precision(self) -> None:
+        self.compute = choose_compute(self.config.training.precision)
+        self.say("precision", "pass", f"{self.compute.precision} ({self.compute.reason})")
+
+    def optional_parts(self) -> None:
+        missing = False
+        for module, extra, needed in OPTIONAL:
+            if importlib.util.find_spec(module) is None and needed(self.config):
+                missing = True
+                what = f"this recipe needs {module}, and it is not installed"
+                self.say("optional parts", "fail", what, f'pip install "phi3v[{extra}]"')
+        if not missing:
+            there = [module for module, _, _ in OPTIONAL if importlib.util.find_spec(module) is not None]
+            self.say("optional parts", "pass", f"all that the recipe needs ({', '.join(there) or 'none is installed'})")
+
+    def disk(self) -> None:
+        folder = Path(self.config.training.output_dir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        # The tuned model with its best copy, in the stored dtype; adapters are far smaller.
+        full = self.config.method.name in ("full", "frozen-vision")
+        model = _folder_bytes(Path(self.config.model.path)) or int(8.3e9)
+        needed = 2 * model if full else max(int(1e9), model // 4)
+        verdict: Verdict = "pass" if free > needed else "fail"
+        hint = None if verdict == "pass" else "free some space, or choose another training.output_dir"
+        self.say("disk", verdict, f"{free / GIB:.0f} GiB free, about {needed / GIB:.1f} needed for what is saved", hint)
+
+    def workers(self) -> None:
+        assert self.compute is not None
+        cores, wanted = available_cores(), self.config.data.num_workers
+        workers = default_workers(self.compute) if wanted is None else wanted
+        if workers * self.compute.world_size > max(1, cores):
+            self.say(
+                "workers",
+                "warn",
+                f"{workers} reading processes a rank on {cores} cores get in each other's way",
+                f"set data.num_workers to at most {max(0, cores // self.compute.world_size - 1)}",
+            )
+        else:
+            fed = max(1, workers) * PAGES_PER_CORE
+            self.say("workers", "pass", f"{workers} on {cores} cores, enough for some {fed} full pages a second a rank")
+
+    # Configuration and model
+
+    def configuration(self) -> None:
+        assert self.compute is not None
+        accumulation = self.config.accumulation_steps(self.compute.world_size)
+        self.say(
+            "configuration",
+            "pass",
+            f"{self.config.method.name}, {self.config.training.batch_size} samples a step: "
+            f"{self.config.training.micro_batch_size} at a time, {accumulation} accumulated",
+        )
+        folder = check_run_folder(self.config)
+        self.say("run folder", "pass", f"{folder} is free for a run")
+
+    def model(self) -> None:
+        assert self.compute is not None
+        self.facts = inspect_model(self.config, self.compute)
+        self.processor = load_processor(self.config)
+        self.say("model", "pass", f"{self.config.model.path}: all weights there, attention {self.facts.attention}")
+
+    def tokens(self) -> None:
+        """The special tokens of the tokenizer are single tokens, and those that end an answer are known."""
+        assert self.processor is not None
+        broken = [name for name in END_TOKENS if len(self.processor.tokenize_text(name)) != 1]
+        if broken:
+            self.say(
+                "tokens",
+                "fail",
+                f"the tokenizer splits {' and '.join(broken)}, so an answer's end would never be learnt",
+                "copy tokenizer.json of the published model again",
+            )
+            return
+        ids = {name: self.processor.tokenize_text(name)[0] for name in END_TOKENS}
+        size = Phi3VConfig.from_pretrained(self.config.model.path).vocab_size
+        outside = [name for name, number in ids.items() if number >= size]
+        if outside:
+            self.say("tokens", "fail", f"{outside[0]} is token {ids[outside[0]]}, the model has {size}")
+            return
+        named = ", ".join(f"{name} is {number}" for name, number in ids.items())
+        self.say("tokens", "pass", f"{named}; generation stops at both")
+
+    # Data
+
+    def data(self) -> None:
+        if self.config.data.train is None:
+            raise UserError("no data to learn from", where="data.train", hint="give a JSONL file")
+        for key, name in (("data.train", self.config.data.train), ("data.eval", self.config.data.eval)):
+            if name is None:
+                self.say(key, "warn", "none: nothing will be measured", "set it to a JSONL file")
+                continue
+            report = check_file(
+                Path(name),
+                max_errors=SAMPLED_FAULTS,
+                max_pixels=self.config.data.max_image_pixels,
+                image_level="header" if self.config.data.image_check == "decode" else self.config.data.image_check,
+                special_text=self.config.data.special_text,
+            )
+            if report.ok:
+                counts = f"{report.records:,} records, {report.turns:,} turns, {report.images:,} pictures"
+                self.say(key, "pass", f"{name}: {counts}, headers read")
+            else:
+                for fault in report.faults:
+                    what, _, hint = str(fault).partition("\n")
+                    self.say(key, "fail", what, hint.strip().removeprefix("→ ") or None)
+        self.table = open_table(
+            Path(self.config.data.train),
+            special_text=self.config.data.special_text,
+            max_pixels=self.config.data.max_image_pixels,
+            progress=False,
+        )
+
+    def labels(self) -> None:
+        """What is learnt: of one sample shown, of several counted, with the end of every answer."""
+        assert self.processor is not None
+        assert self.table is not None
+        table, processor = self.table, self.processor
+        shown = self._stream(probe_index(table))
+        if self.console is not None:
+            self.console.print(mask_text(processor, shown.input_ids, shown.labels), soft_wrap=True)
+        chosen = range(0, len(table), max(1, len(table) // SAMPLED_RECORDS))
+        streams = [(table[index], self._stream(index).labels) for index in chosen]
+        masked = [record for record, labels in streams if all(label == IGNORE_INDEX for label in labels)]
+        if masked:
+            self.say(
+                "labels",
+                "fail",
+                f"{len(masked)} of {len(streams)} sampled records are masked whole, first line {masked[0].line}: "
+                "nothing of them would be learnt",
+                "look at the answers of the data file",
+            )
+            return
+        learnt = sum(label != IGNORE_INDEX for label in shown.labels)
+        self.say("labels", "pass", f"{learnt} of {len(shown.labels)} tokens of the sample are learnt (green above)")
+        end, end_of_text = (processor.tokenize_text(name)[0] for name in END_TOKENS)
+        unended = [r for r, labels in streams if labels.count(end) < len(r.turns) or labels[-1] != end_of_text]
+        if unended:
+            self.say(
+                "end of answers",
+                "fail",
+                f"in {len(unended)} of {len(streams)} sampled records {' or '.join(END_TOKENS)} is not learnt, "
+                f"first line {unended[0].line}: the model would not learn to stop",
+                "the mask must reach to the last token of an answer",
+            )
+        else:
+            self.say("end of answers", "pass", f"{' and '.join(END_TOKENS)} are learnt in {len(streams)} records")
+
+    def _stream(self, index: int) -> TokenStream:
+        """The tokens and labels of a record, its pictures not decoded."""
+        assert self.processor is not None
+        assert self.table is not None
+        record = self.table[index]
+        count = self.processor.image_processor.calc_num_image_tokens_from_image_size
+        return encode_record(record, self.processor, [count(*size) for size in self.table.image_sizes(record)])
+
+    # Gradients and plan
+
+    def gradients(self) -> None:
+        """One real forward and backward pass on the smallest batch."""
+        assert self.compute is not None
+        assert self.facts is not None
+        assert self.processor is not None
+        assert self.table is not None
+        model = load_for_training(self.config, self.facts, self.compute)
+        for part in summarize(model):
+            adapters = ", ".join(f"{name} ×{count}" for name, count in part.adapters.items())
+            trained = f"{part.trainable:,} of {part.total:,} parameters" if part.trainable else "frozen"
+            self.say(f"trained, {part.part}", "pass", trained + (f": adapters on {adapters}" if adapters else ""))
+        collator = Collator(self.processor.tokenizer.pad_token_id)
+        sample = ConversationDataset(self.table, self.processor)[smallest_index(self.table)]
+        checked = check_gradients(model, collator([sample]), autocast_dtype=self.compute.autocast_dtype)
+        self.say("gradients", "pass", f"all {checked} trainable tensors get one, no frozen one does")
+
+    def plan(self) -> None:
+        """Whether the recipe as it is fits this machine."""
+        assert self.compute is not None
+        plan = Planner(self.config, progress=False).plan(Machine(this_machine().gpu, self.compute.world_size))
+        own = next(option for option in plan.options if option.setup.method.name == self.config.method.name)
+        if not own.fits or own.changes:
+            what = f"{self.config.method.name} does not fit this machine: {own.reason}"
+            if own.fits:
+                what = f"this recipe does not fit this machine as it is: {own.reason}"
+            hint = f"take it with {', '.join(own.changes)}" if own.fits else f"recommended: {plan.reason}"
+            self.say("plan", "fail", what, hint)
+            return
+        speed = own.speed
+        rate = f", about {speed.samples_per_second:.2f} samples/s" if speed and speed.samples_per_second else ""
+        self.say("plan", "pass", f"fits: {own.reason}{rate}")
+
+
+def examine(config: RunConfig, console: Console) -> Report:
+    """Run every check of a recipe and return what they found."""
+    patient = Examination(config, console)
+    patient.run("environment", patient.environment)
+    patient.run("optional parts", patient.optional_parts)
+    if patient.run("precision", patient.precision):
+        patient.run("configuration", patient.configuration)
+        patient.run("model", patient.model)
+    patient.run("disk", patient.disk)
+    if patient.compute is not None:
+        patient.run("workers", patient.workers)
+    patient.run("data", patient.data)
+    can_encode = patient.processor is not None and patient.table is not None
+    good = False
+    if can_encode:
+        good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
+    if patient.compute is not None and patient.facts is not None:
+        patient.run("plan", patient.plan)
+    if good and patient.facts is not None and patient.report.ok:
+        patient.run("gradients", patient.gradients)
+    elif not patient.report.ok:
+        patient.say("gradients", "warn", "not tried: something before them failed")
+    failed = sum(finding.verdict == "fail" for finding in patient.report.findings)
+    warned = sum(finding.verdict == "warn" for finding in patient.report.findings)
+    summary = f"{failed} failed, {warned} warnings" if failed or warned else "ready to train"
+    console.print(Text(summary, style="bold red" if failed else "bold"))
+    return patient.report
+
+
+def check_before_training(config: RunConfig) -> None:
+    """The cheap part, for every run: what would stop it late and costs nothing to see.
+
+    Raises:
+        UserError: an optional part is missing, or the disk is full.
+    """
+    patient = Examination(config, None)
+    patient.optional_parts()
+    patient.disk()
+    for finding in patient.report.findings:
+        if finding.verdict == "fail":
+            raise UserError(finding.what, where=finding.check, hint=finding.hint)
+
+
+def smallest_index(table: RecordTable) -> int:
+    """The record with a picture and the fewest of them, or the first."""
+    counts = table.image_counts()
+    with_pictures = counts.nonzero()[0]
+    return int(with_pictures[counts[with_pictures].argmin()]) if len(with_pictures) else 0
+
+
+def mask_text(processor: Phi3VProcessor, input_ids: list[int], labels: list[int]) -> Text:
+    """A sample as text: what is learnt in green, what is not dimmed, a picture as its number of tokens."""
+    text = Text()
+    start = 0
+    while start < len(input_ids):
+        learnt = labels[start] != IGNORE_INDEX
+        end = start
+        if input_ids[start] < 0:
+            while end < len(input_ids) and input_ids[end] == input_ids[start]:
+                end += 1
+            text.append(f"[picture {-input_ids[start]}: {end - start} tokens]", style="blue")
+        else:
+            while end < len(input_ids) and input_ids[end] >= 0 and (labels[end] != IGNORE_INDEX) == learnt:
+                end += 1
+            piece = processor.tokenizer.decode(input_ids[start:end])
+            if len(piece) > 4 * SHOWN_TOKENS:
+                piece = f"{piece[: 2 * SHOWN_TOKENS]} … {piece[-2 * SHOWN_TOKENS :]}"
+            text.append(piece.replace("\n", "⏎"), style="green" if learnt else "dim")
+        start = end
+    return text
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Size of a model folder's weights; 0 if it is not there."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0

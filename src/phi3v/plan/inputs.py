@@ -1,0 +1,146 @@
+"""What the planner plans: one set-up of method, engine and the settings that memory and time depend on.
+
+Fields name what the project will have; ``OFFERED`` is what `phi3v train` can do today. Both sides of the mapping, from
+a configuration and back to its keys, are in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from phi3v.config import MethodConfig, RunConfig
+from phi3v.errors import UserError
+from phi3v.plan.hardware import Machine
+
+MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
+Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Checkpointing = Literal["none", "vision", "selective", "full"]
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_bf16"]
+Packing = Literal["none", "samples", "shared-image"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What the trainer of this version can do; the rest is planned for and marked so."""
+
+    engines: tuple[Engine, ...]
+    checkpointing: tuple[Checkpointing, ...]
+    optimizers: tuple[Optimizer, ...]
+    packing: tuple[Packing, ...]
+
+
+OFFERED = Offered(engines=("ddp",), checkpointing=("none", "full"), optimizers=("adamw",), packing=("none",))
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """One way to train.
+
+    Attributes:
+        gpus: data-parallel ranks.
+        micro_batch: samples that a rank computes at a time.
+        accumulates: gradients are kept over several micro-batches.
+        num_crops: crops of a page at most.
+        fused_optimizer: no temporary copy of the second moments in a step (the library's plain AdamW makes one on a
+            GPU).
+    """
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    engine: Engine = "ddp"
+    gpus: int = 1
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    attention: Attention = "sdpa"
+    checkpointing: Checkpointing = "full"
+    optimizer: Optimizer = "adamw"
+    packing: Packing = "none"
+    micro_batch: int = 1
+    accumulates: bool = True
+    num_crops: int = 16
+    fused_optimizer: bool = False
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number that products are computed in."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.method.name in ("lora", "qlora")
+
+    @property
+    def is_offered(self) -> bool:
+        """`phi3v train` of this version can run it."""
+        return (
+            self.engine in OFFERED.engines
+            and self.checkpointing in OFFERED.checkpointing
+            and self.optimizer in OFFERED.optimizers
+            and self.packing in OFFERED.packing
+        )
+
+    def with_method(self, name: MethodName) -> TrainSetup:
+        """The same with another method; the adapters' settings stay."""
+        return replace(self, method=replace(self.method, name=name))
+
+
+def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> TrainSetup:
+    """What `phi3v train` would do with a configuration on a machine.
+
+    Raises:
+        UserError: the machine cannot compute in the precision, or lacks the attention, that is asked for; or the batch
+            cannot be split over its devices.
+    """
+    training = config.training
+    return TrainSetup(
+        method=config.method,
+        engine="ddp",
+        gpus=machine.gpus,
+        precision=_precision(config, machine),
+        attention=_attention(config, machine),
+        checkpointing="full" if training.gradient_checkpointing else "none",
+        micro_batch=training.micro_batch_size,
+        accumulates=config.accumulation_steps(machine.gpus) > 1,
+        num_crops=num_crops,
+        fused_optimizer=machine.gpu.is_cpu,  # there the plain one works tensor by tensor
+    )
+
+
+def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "fp32"]:
+    wanted, gpu = config.training.precision, machine.gpu
+    if wanted == "auto":
+        return gpu.precision  # type: ignore[return-value]
+    if wanted == "bf16" and not gpu.bf16 and not gpu.is_cpu:
+        raise UserError(f"{gpu.name} has no bf16", where="training.precision", hint="use fp16, or leave it at auto")
+    if wanted == "fp16" and gpu.is_cpu:
+        raise UserError("fp16 training needs a GPU", where="training.precision", hint="use fp32, or leave it at auto")
+    return wanted
+
+
+def _attention(config: RunConfig, machine: Machine) -> Attention:
+    wanted = config.model.attention
+    if wanted == "flash_attention_2" and not machine.gpu.flash_attention:
+        raise UserError(
+            f"flash attention has no kernels for {machine.gpu.name}",
+            where="model.attention",
+            hint="leave it at auto, or use sdpa",
+        )
+    if wanted == "auto":
+        return "flash_attention_2" if machine.gpu.flash_attention else "sdpa"
+    if wanted == "eager" or wanted == "sdpa":
+        return wanted
+    return "flash_attention_2"  # nor do flex and varlen, which are for packed rows, keep a matrix of all pairs
+
+
+def recipe_changes(setup: TrainSetup) -> dict[str, Any]:
+    """The configuration's keys that make `phi3v train` do what an offered set-up says."""
+    return {
+        "model.num_crops": setup.num_crops,
+        "method.name": setup.method.name,
+        "training.precision": setup.precision,
+        "training.micro_batch_size": setup.micro_batch,
+        "training.gradient_checkpointing": setup.checkpointing == "full",
+    }

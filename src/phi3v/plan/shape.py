@@ -1,0 +1,85 @@
+"""The sizes of a model that memory and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi3v.errors import UserError
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.presets import preset_config
+from phi3v.processing.hd_transform import CROP_SIZE
+
+# Hub ids of the two released models: their sizes are known without asking the hub.
+RELEASED = {"phi-3.5-vision": "phi-3.5-vision", "phi-3-vision": "phi-3-vision"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Layers and widths. ``tower_layers`` are those that run: CLIP's last one never does."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_width: int
+    vocabulary: int
+    tower_layers: int
+    tower_width: int
+    tower_mlp: int
+    tower_heads: int
+    patches: int  # of a crop, the class token included
+
+    @classmethod
+    def of(cls, config: Phi3VConfig) -> ModelShape:
+        vision = config.vision_config()
+        head_width = config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_width=config.num_key_value_heads * head_width,
+            vocabulary=config.vocab_size,
+            tower_layers=vision.num_hidden_layers - 1,
+            tower_width=vision.hidden_size,
+            tower_mlp=vision.intermediate_size,
+            tower_heads=vision.num_attention_heads,
+            patches=(CROP_SIZE // vision.patch_size) ** 2 + 1,
+        )
+
+    @property
+    def qkv_width(self) -> int:
+        return self.hidden + 2 * self.kv_width
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of a decoder layer's products."""
+        attention = self.hidden * (self.qkv_width + self.hidden)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def tower_layer_parameters(self) -> int:
+        """Weights of a tower layer's products."""
+        return 4 * self.tower_width**2 + 2 * self.tower_width * self.tower_mlp
+
+
+def planned_config(path: str) -> tuple[Phi3VConfig, str]:
+    """The configuration of the model at ``path`` and where it is from; nothing is downloaded for a released model.
+
+    Raises:
+        UserError: there is no model, and it is not a released one.
+    """
+    if Path(path).is_dir():
+        try:
+            return Phi3VConfig.from_pretrained(path), str(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no model there: {str(error).splitlines()[0]}", where=f"model.path {path}") from None
+    for name, preset in RELEASED.items():
+        if name in path.lower():
+            return preset_config(preset), f"the released {preset}"
+    raise UserError(
+        "no model there, and it is not one of the released models",
+        where=f"model.path {path}",
+        hint="give a folder in the official layout, microsoft/Phi-3.5-vision-instruct or …/Phi-3-vision-128k-instruct",
+    )

@@ -1,0 +1,161 @@
+"""A plan for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phi3v.plan.hardware import GIB
+from phi3v.plan.inputs import METHODS
+from phi3v.plan.planner import Option, Plan
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """One machine: data, memory by part, methods and engines, the recommendation."""
+    _line(console, f"machine: {plan.machine.label}, {plan.machine.gpu.memory_bytes / GIB:.1f} GiB each")
+    if plan.machine.quota:
+        _line(console, f"Azure: {plan.machine.quota}")
+    _line(console, f"model: {plan.model_basis}")
+    _show_data(console, plan)
+    _show_options(console, plan)
+    if plan.recommended is not None:
+        _show_memory(console, plan.recommended)
+    _line(console, f"recommended: {plan.reason}", style="bold")
+    if plan.recommended is not None:
+        _show_time(console, plan, plan.recommended)
+
+
+def show_comparison(console: Console, plans: Sequence[Plan]) -> None:
+    """Several machines: the best option of every method on each, and why."""
+    table = Table(title="methods on machines", title_justify="left", box=None, pad_edge=False)
+    for column in ("machine", "method", "engine", "verdict", "samples/s", "why"):
+        table.add_column(column, overflow="fold")
+    for plan in plans:
+        for method in METHODS:
+            option = plan.best(method)
+            table.add_row(
+                plan.machine.label if method == METHODS[0] else "",
+                method,
+                _engine(option),
+                _verdict(option),
+                _speed(option),
+                option.reason,
+            )
+        table.add_section()
+    console.print(table)
+    for plan in plans:
+        _line(console, f"{plan.machine.label}: {plan.reason}")
+    _line(console, _PLANNED)
+
+
+_PLANNED = "* planned for a later version: `phi3v train` cannot run it yet"
+
+
+def _line(console: Console, text: str, *, style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _engine(option: Option) -> str:
+    return option.setup.engine + ("" if option.offered or not option.fits else "*")
+
+
+def _verdict(option: Option) -> Text:
+    style = "red" if not option.fits else "yellow" if option.changes else "green"
+    return Text(option.verdict, style=style)
+
+
+def _speed(option: Option) -> str:
+    return f"{option.speed.samples_per_second:.2f}" if option.speed and option.speed.samples_per_second else ""
+
+
+def _show_data(console: Console, plan: Plan) -> None:
+    _line(console, f"data: {plan.workload.basis}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("num_crops", "tokens", "95 %", "longest", "> 4096", "crops", "blank", "padding", "shrunk"):
+        table.add_column(column, justify="right")
+    for crops in sorted({1, 4, 9, 16, plan.num_crops}):
+        figures = plan.workload.at(crops).summary()
+        table.add_row(
+            f"{crops}{' ←' if crops == plan.num_crops else ''}",
+            f"{figures['mean_tokens']:.0f}",
+            str(figures["p95_tokens"]),
+            str(figures["max_tokens"]),
+            f"{figures['share_over_4096']:.1%}",
+            f"{figures['mean_crops']:.1f}",
+            f"{figures['blank_share']:.0%}",
+            f"{figures['padding_crops']:.1f}",
+            f"{figures['shrunk_share']:.0%}",
+        )
+    console.print(table)
+    _line(
+        console,
+        "  crops: with the global view; blank: white share of the pages; padding: blank crops a picture that the "
+        "official processor adds and computes; shrunk: pictures that lose resolution",
+    )
+    histogram = plan.workload.at(plan.num_crops).histogram()
+    most = max(histogram.values())
+    for span, count in histogram.items():
+        if count:
+            _line(console, f"  {span:>12} tokens {'█' * max(1, round(30 * count / most))} {count:,}")
+    _line(console, f"num_crops {plan.num_crops}: {plan.crops_reason}")
+    packs = f"packing length {plan.packing_length}"
+    if plan.workload.shared_image_factor > 1.05:
+        packs += (
+            f"; {plan.workload.shared_image_factor:.1f} records share a picture, so shared-image packing gains most"
+        )
+    _line(console, packs)
+
+
+def _show_options(console: Console, plan: Plan) -> None:
+    table = Table(box=None, pad_edge=False)
+    columns = ["method", "engine", "verdict", "samples/s", "why"]
+    if plan.published:
+        columns.insert(4, "published")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for option in plan.options:
+        row: list[str | Text] = [option.setup.method.name, _engine(option), _verdict(option), _speed(option)]
+        if plan.published:
+            published = plan.published.get(option.setup.method.name)
+            own = published if published and option.setup.engine == _published_engine(option) else None
+            memory = f", ~{own.gigabytes:.0f} GB" if own and own.gigabytes else ""
+            row.append(f"{own.images_per_second:.1f}/s{memory}" if own else "")
+        table.add_row(*row, option.reason)
+    console.print(table)
+    if any(option.fits and not option.offered for option in plan.options):
+        _line(console, _PLANNED)
+    if plan.published:
+        _line(
+            console, "published: Microsoft's figures for DocVQA on Phi-3-vision; see docs/planning.md for what differs"
+        )
+
+
+def _published_engine(option: Option) -> str:
+    return "ddp" if option.setup.is_adapter else "zero2"
+
+
+def _show_memory(console: Console, option: Option) -> None:
+    if option.memory is None:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in option.memory.parts.items())
+    _line(console, f"memory at the peak ({option.memory.moment}), GiB: {parts}")
+
+
+def _show_time(console: Console, plan: Plan, option: Option) -> None:
+    setup = option.setup
+    _line(
+        console,
+        f"  {setup.precision}, {setup.attention}, micro-batch {setup.micro_batch}, "
+        f"checkpointing {setup.checkpointing}, {setup.optimizer}: "
+        f"{plan.steps:,} steps of {plan.config.training.batch_size} samples"
+        + (f", about {_duration(plan.hours)}" if plan.hours is not None else ""),
+    )
+    if option.speed is not None:
+        _line(console, f"  speed: {option.speed.samples_per_second:.2f} samples/s, {option.speed.basis}")
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"

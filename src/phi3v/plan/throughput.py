@@ -1,0 +1,94 @@
+"""Floating-point operations of a sample, and the speed they allow.
+
+A product of (m, k) by (k, n) is 2·m·k·n operations. The backward pass of a trained layer is two more forward passes, of
+a frozen one that gradients pass through one more; attention has no weights, so its backward pass is always two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phi3v.plan.hardware import Machine
+from phi3v.plan.inputs import TrainSetup
+from phi3v.plan.shape import ModelShape
+
+# The CPU's share of its nominal rate: 14.74 samples/s of the tiny model, full training without recomputing, on 2 cores
+# (benchmarks/results/quickstart.json) are 0.5 of what `training_flops` counts.
+CPU_UTILISATION = 0.5
+
+
+@dataclass(frozen=True)
+class SampleWork:
+    """The mean sample.
+
+    Attributes:
+        tokens: mean length.
+        tokens_squared: mean of the squared lengths, for attention.
+        image_tokens, crops, answer_tokens: means.
+    """
+
+    tokens: float
+    tokens_squared: float
+    image_tokens: float
+    crops: float
+    answer_tokens: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a sample's training step.
+
+    Attributes:
+        model: what the method needs.
+        hardware: with what is computed again for checkpointing.
+    """
+
+    model: float
+    hardware: float
+
+
+def training_flops(shape: ModelShape, setup: TrainSetup, work: SampleWork, *, tower_trained: bool) -> Flops:
+    """Operations to train on one sample."""
+    linear = 2 * shape.layers * shape.layer_parameters * work.tokens
+    attention = 2 * shape.layers * work.tokens_squared * shape.hidden  # causal: half of 4·T²·H
+    head = 2 * work.answer_tokens * shape.hidden * shape.vocabulary
+    V = shape.tower_width  # noqa: N806
+    tower_linear = work.crops * shape.patches * 2 * shape.tower_layers * shape.tower_layer_parameters
+    tower_attention = work.crops * shape.tower_layers * 4 * shape.patches**2 * V
+    projector = 2 * work.image_tokens * (4 * V * shape.hidden + shape.hidden**2)
+    decoder_forward, tower_forward = linear + attention + head, tower_linear + tower_attention + projector
+
+    weights = 0 if setup.is_adapter else 1  # one more forward's worth for gradients of weights
+    model = decoder_forward + (1 + weights) * (linear + head) + 2 * attention + tower_forward
+    if tower_trained:
+        model += (1 + weights) * (tower_linear + projector) + 2 * tower_attention
+    recomputed = 0.0
+    if setup.checkpointing == "full":
+        recomputed += linear + attention
+    if setup.checkpointing != "none" and tower_trained:
+        recomputed += tower_linear + tower_attention
+    return Flops(model, model + recomputed)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted speed and what it rests on.
+
+    Attributes:
+        samples_per_second: of all devices; 0 where the device's rate is unknown.
+        utilisation: model operations a second as a share of the rate.
+        basis: the assumption, in a sentence.
+    """
+
+    samples_per_second: float
+    utilisation: float
+    basis: str
+
+
+def predict_speed(flops: Flops, machine: Machine, hardware_utilisation: float, basis: str) -> Speed:
+    """Samples a second, where the hardware does ``hardware_utilisation`` of its rate, recomputing included."""
+    rate = machine.gpu.tflops * 1e12 * machine.gpus
+    if not rate:
+        return Speed(0.0, 0.0, "the rate of this device is not in the table")
+    samples = rate * hardware_utilisation / flops.hardware
+    return Speed(samples, samples * flops.model / rate, basis)
