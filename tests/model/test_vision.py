@@ -86,7 +86,7 @@ def test_number_of_features(size: tuple[int, int], load_golden: Any) -> None:
     rows, columns = size[0] // 336, size[1] // 336
     vision = load_golden().model.vision_embed_tokens
     with torch.no_grad():
-        features = vision(torch.zeros(1, 1 + rows * columns, 3, 336, 336), [size])
+        features = vision(torch.zeros(1 + rows * columns, 3, 336, 336), [size])
     assert features.shape == ((rows * columns + 1) * 144 + 1 + (rows + 1) * 12, 64)
 
 

@@ -21,8 +21,9 @@ from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loss import causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
-from phi3v.model.vision import Phi3VImageEmbedding
+from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
+from phi3v.processing.pages import cut_flat_pages
 
 # transformers 5.24 renamed the cache from `past_key_values`; both names are met.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -110,19 +111,26 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | None,
+        pages: torch.Tensor | None = None,
+        page_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
         inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
         is_image = input_ids < 0
-        if pixel_values is None:
+        if pixel_values is None and pages is None:
             if is_image.any():
                 check_image_alignment(input_ids, [])
             return self._touch_vision(inputs_embeds)
         if image_sizes is None:
-            raise ValueError("pixel_values came without image_sizes")
+            raise ValueError(f"{'pages' if pixel_values is None else 'pixel_values'} came without image_sizes")
         sizes = [(height, width) for height, width in image_sizes.tolist()]
-        check_image_alignment(input_ids, sizes)
-        features = self.vision_embed_tokens(pixel_values, sizes)
+        shown = list(range(len(sizes))) if page_index is None else page_index.tolist()  # the page of each image
+        check_image_alignment(input_ids, [sizes[page] for page in shown])
+        crops = cut_flat_pages(pages, sizes) if pages is not None else real_crops(pixel_values, sizes)
+        features = self.vision_embed_tokens(crops, sizes)  # [tokens of all pages, H]
+        if page_index is not None:
+            of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
+            features = torch.cat([of_page[page] for page in shown])
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
     def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -134,7 +142,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return inputs_embeds
         if not any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters()):
             return inputs_embeds
-        blank = inputs_embeds.new_zeros(1, 2, 3, CROP_SIZE, CROP_SIZE)
+        blank = inputs_embeds.new_zeros(2, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
 
     def forward(
@@ -145,13 +153,15 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        pages: torch.Tensor | None = None,
+        page_index: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The decoder's output for official inputs (see :class:`Phi3VForCausalLM`)."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count a sample's own tokens, so padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -221,10 +231,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attention_mask: (B, T), 1 for tokens and 0 for padding on either side.
             position_ids: (B, T) int64; by default a sample's own tokens are counted.
             pixel_values: (N, C + 1, 3, 336, 336) float, normalised, global crop first, padded with any crops.
-            image_sizes: (N, 2) int64, padded height and width in pixels.
+            image_sizes: (N, 2) int64, padded height and width in pixels; of each page where ``pages`` are given.
             labels: (B, T) int64, -100 where nothing is learnt.
             loss_weights: (B, T) float, weight of each label (see ``loss.causal_lm_loss``).
             loss_normalizer: what the weighted sum is divided by; by default the sum of this batch's weights.
+            pages: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by row
+                (see ``processing.pages``); among ``kwargs``, as is
+            page_index: (N,) int64, the page that each image shows; by default image k shows page k. A page that
+                several images show is encoded once.
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
 
         Raises:

@@ -53,6 +53,12 @@ class ClipTower(nn.Module):
         return features
 
 
+def real_crops(pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """The crops (n, 3, 336, 336) of ``pixel_values`` (N, C + 1, 3, 336, 336) without those that only pad."""
+    counts = [1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in image_sizes]
+    return torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)])
+
+
 def merge_patches(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Merge 2x2 neighbours and lay the crops of one page side by side.
 
@@ -87,21 +93,23 @@ class Phi3VImageEmbedding(nn.Module):
         ends = self.sub_GN[0].expand(page.shape[0], 1, -1)
         return torch.cat([page, ends.to(page.dtype)], dim=1).flatten(0, 1)
 
-    def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, crops: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Features of all images, one image after the other.
 
         Args:
-            pixel_values: (N, C + 1, 3, 336, 336), global crop first, padding crops last; those are not computed.
+            crops: (n, 3, 336, 336) float, normalised; of each image its global crop, then the crops of its page.
             image_sizes: padded (height, width) of each image in pixels, multiples of 336.
 
         Returns:
             (total tokens, H). An image of h x w crops gives ``(h * w + 1) * 144 + 1 + (h + 1) * 12`` tokens: its
             page, ``glb_GN``, its global view (order ``sub_glb``).
         """
+        return self.project(self.img_processor(crops), image_sizes)
+
+    def project(self, features: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """The tower's features (n, 576, V) laid out as pages and projected; else as `forward`."""
         grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
         counts = [1 + rows * columns for rows, columns in grids]
-        crops = torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)])
-        features = self.img_processor(crops)  # [real crops, 576, V]
         tokens = []
         for (rows, columns), image in zip(grids, features.split(counts), strict=True):
             tokens += [
