@@ -126,7 +126,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         sizes = [(height, width) for height, width in image_sizes.tolist()]
         shown = list(range(len(sizes))) if page_index is None else page_index.tolist()  # the page of each image
         check_image_alignment(input_ids, [sizes[page] for page in shown])
-        crops = cut_flat_pages(pages, sizes) if pages is not None else real_crops(pixel_values, sizes)
+        if pixel_values is not None:
+            crops = real_crops(pixel_values, sizes)
+        else:
+            assert pages is not None
+            crops = cut_flat_pages(pages, sizes)
         features = self.vision_embed_tokens(crops, sizes)  # [tokens of all pages, H]
         if page_index is not None:
             of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])

@@ -26,19 +26,25 @@ from phi3v.data.jsonl import require_file
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
+from phi3v.processing.hd_transform import num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.evaluation_callback import Best, EvaluationCallback
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.measuring import measure, show_scores
+from phi3v.train.optimizers import check_optimizer, optimizer_factory, state_bytes
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
 from phi3v.train.run_folder import check_run_folder, claim_run_folder
 from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
-from phi3v.train.strategies import enable_checkpointing, summarize
+from phi3v.train.strategies import summarize
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
+
+# Where memory is estimated before a text is tokenised.
+ASSUMED_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Setup:
     model: Any
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
+    checkpointing: str  # the policy and its reason
 
     @property
     def num_workers(self) -> int:
@@ -137,6 +144,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     """
     compute = choose_compute(config.training.precision)
     accumulation = config.accumulation_steps(compute.world_size)
+    check_optimizer(config, compute, accumulation)
     folder = check_run_folder(config)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
@@ -148,12 +156,44 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         check_references(questions, config.evaluation)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
-    if config.training.gradient_checkpointing:
-        enable_checkpointing(model)
-    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, compute)
+    apply_checkpointing(model, checkpointing)
+    setup = Setup(
+        config,
+        console,
+        compute,
+        facts,
+        folder,
+        accumulation,
+        processor,
+        model,
+        train_table,
+        questions,
+        f"{checkpointing} ({reason})",
+    )
     _print_header(setup)
     _check_pictures(model, train_table)
     return setup
+
+
+def _choose_checkpointing(
+    config: RunConfig, model: Any, processor: Phi3VProcessor, table: RecordTable, compute: Compute
+) -> tuple[Policy, str]:
+    """The policy for a micro-batch of the largest records that the data may hold, and the reason for it."""
+    if config.training.lean:
+        return "full", "lean mode"
+    samples = config.training.micro_batch_size
+    images = int(table.image_counts().max()) * samples
+    num_crops = processor.image_processor.num_crops
+    return choose_checkpointing(
+        config.training.activation_checkpointing,
+        model.config,
+        # A page of one column has the most row ends.
+        tokens=images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS,
+        crops=images * (num_crops + 1),
+        bytes_per_value=compute.dtype.itemsize,
+        free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
+    )
 
 
 def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
@@ -169,7 +209,14 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
         accumulation=setup.accumulation,
         num_workers=setup.num_workers,
     )
-    trainer = Phi3VTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=setup.collator())
+    trainer = Phi3VTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=setup.collator(),
+        optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        lean=config.training.lean,
+    )
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
     show_bar = config.training.progress_bar
@@ -344,6 +391,8 @@ def _print_header(setup: Setup) -> None:
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
+        f"activation checkpointing: {setup.checkpointing}",
+        f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
         f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
         f"{config.training.micro_batch_size} at a time × {setup.accumulation} accumulated; "
         f"every {config.training.loss_weighting} weighs the same",

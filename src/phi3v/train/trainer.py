@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from phi3v.config import RunConfig
+from phi3v.train.optimizers import StochasticAdamW
 
 
 class Phi3VTrainer(Trainer):
@@ -16,10 +17,14 @@ class Phi3VTrainer(Trainer):
 
     A step's weight is summed over its micro-batches and over all ranks before the first of them runs, so every split
     of the same samples gives the same gradients (see ``model/loss.py``).
+
+    Args:
+        lean: step in the backward pass.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lean: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.lean = lean
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -28,6 +33,13 @@ class Phi3VTrainer(Trainer):
     def seen(self) -> dict[str, int]:
         """Samples, questions and tokens that all ranks have taken since the start; waits for the device."""
         return dict(zip(("samples", "questions", "tokens"), map(int, self._counts[1:].tolist()), strict=True))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The library's, with its groups; in lean mode it steps in the backward pass."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
+            optimizer.step_in_backward()
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks.
@@ -83,7 +95,7 @@ def training_arguments(
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_steps,
         max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_bnb_8bit" if training.optimizer == "adamw_8bit" else "adamw_torch",
         logging_steps=training.logging_steps,
         logging_first_step=True,
         # A loss that is not finite must be seen, not smoothed over.
