@@ -54,6 +54,7 @@ DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Checkpointing = Literal["auto", "none", "vision", "selective", "full"]
+FeatureCache = Literal["off", "memory", "disk"]
 METRIC_NAMES = (
     "accuracy",
     "anls",
@@ -199,6 +200,13 @@ class TrainingConfig:
     """Steps over which the learning rate rises."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: Liger's fused norm, rotary embedding, MLP and loss (extra gpu); the same up to rounding."""
+    compile: bool = False
+    """Compile the layers with torch.compile; the first steps take minutes."""
+    feature_cache: FeatureCache = "off"
+    """With a frozen vision tower: compute each picture's features once and keep them, in memory or on the disk (in
+    PHI3V_CACHE; safe to delete). Worth it over several epochs; says its size first."""
     loss_weighting: Literal["sample", "token"] = "sample"
     """sample: every record counts the same (as the public recipe); token: every answer token does."""
     activation_checkpointing: Checkpointing = "auto"

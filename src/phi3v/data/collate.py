@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from phi3v.data.features import FeatureStore
 from phi3v.data.pages import Page, PageReader
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
@@ -71,12 +72,16 @@ def encode_record(
 
 
 class ConversationDataset(Dataset[Sample]):
-    """Whole records, to learn from."""
+    """Whole records, to learn from.
 
-    def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
+    Args:
+        features: of their pictures, where a frozen vision part has made them already.
+    """
+
+    def __init__(self, table: RecordTable, processor: Phi3VProcessor, *, features: FeatureStore | None = None) -> None:
         self.table = table
         self.processor = processor
-        self.reader = PageReader(table, processor.image_processor)
+        self.reader = PageReader(table, processor.image_processor, features)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -198,16 +203,19 @@ def stack_pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """The pages of all pictures, each page once; nothing where there is none.
 
     Returns:
-        ``pages`` uint8 (P, 3), all pixels page after page; ``image_sizes`` int64 (pages, 2), height and width of each;
-        ``page_index`` int64 (N,), the page of each picture in order.
+        ``pages`` uint8 (P, 3), all pixels page after page, or ``image_features`` where these were kept;
+        ``image_sizes`` int64 (pages, 2), height and width of each; ``page_index`` int64 (N,), the page of each picture
+        in order.
     """
     pictures = [page for sample in samples for page in sample.pages]
     if not pictures:
         return {}
     distinct = {page.name: page for page in pictures}
     place = {name: index for index, name in enumerate(distinct)}
+    contents = [page.content for page in distinct.values()]
+    is_pixels = contents[0].dtype == torch.uint8
     return {
-        "pages": flatten_pages([page.pixels for page in distinct.values()]),
+        **({"pages": flatten_pages(contents)} if is_pixels else {"image_features": torch.cat(contents)}),
         "image_sizes": torch.tensor([page.size for page in distinct.values()]),
         "page_index": torch.tensor([place[page.name] for page in pictures]),
     }

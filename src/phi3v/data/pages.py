@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from phi3v.data.images import load_image
+from phi3v.data.features import FeatureStore
+from phi3v.data.images import image_size, load_image
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
+from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -25,26 +27,28 @@ class Page:
 
     Attributes:
         name: of its file, relative to the data's ``images/``; pages of one data file with the same name are the same.
-        pixels: uint8 (height, width, 3), both multiples of 336.
+        size: height and width in pixels, both multiples of 336.
+        content: uint8 (height, width, 3), or what a frozen vision part made of that (see `FeatureStore`).
     """
 
     name: str
-    pixels: torch.Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.pixels.shape[0], self.pixels.shape[1]
+    size: tuple[int, int]
+    content: torch.Tensor
 
 
 class PageReader:
     """The pages of a table's records; the last few are kept, so that records which share one read it once.
 
+    Args:
+        features: take the pictures' features from here in place of their pixels.
+
     Raises:
         UserError: the processor normalises otherwise than the model, which will do it, with CLIP's statistics.
     """
 
-    def __init__(self, table: RecordTable, image_processor: Phi3VImageProcessor) -> None:
+    def __init__(
+        self, table: RecordTable, image_processor: Phi3VImageProcessor, features: FeatureStore | None = None
+    ) -> None:
         if (image_processor.image_mean, image_processor.image_std) != (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)):
             raise UserError(
                 "pictures are normalised with CLIP's mean and standard deviation, and this processor has others",
@@ -53,6 +57,7 @@ class PageReader:
             )
         self.table = table
         self.image_processor = image_processor
+        self.features = features
         self._kept: OrderedDict[str, Page] = OrderedDict()
 
     def pages(self, record: Record) -> list[Page]:
@@ -66,8 +71,15 @@ class PageReader:
     def _page(self, name: str, *, root: Path, max_pixels: int) -> Page:
         page = self._kept.pop(name, None)
         if page is None:
-            page = Page(name, self.image_processor.page(load_image(name, root=root, max_pixels=max_pixels)))
+            page = self._read(name, root, max_pixels)
             if len(self._kept) == KEPT_PAGES:
                 self._kept.popitem(last=False)
         self._kept[name] = page
         return page
+
+    def _read(self, name: str, root: Path, max_pixels: int) -> Page:
+        if self.features is not None:
+            size = image_size(name, root=root, max_pixels=max_pixels)
+            return Page(name, page_geometry(*size, self.image_processor.num_crops).size, self.features.get(name))
+        pixels = self.image_processor.page(load_image(name, root=root, max_pixels=max_pixels))
+        return Page(name, (pixels.shape[0], pixels.shape[1]), pixels)

@@ -11,12 +11,16 @@ the forward pass save that, but see it before fp16's loss scale, where most of i
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from phi3v.processing.conversation import IGNORE_INDEX
+
+LossKernel = Literal["chunked", "liger"]
 
 # 64 MiB in float32; 523 tokens of the published models. A chunk has one token at least.
 LOGITS_PER_CHUNK = 2**24
@@ -28,6 +32,8 @@ def causal_lm_loss(
     labels: torch.Tensor,
     loss_weights: torch.Tensor | None = None,
     normalizer: torch.Tensor | float | None = None,
+    *,
+    kernel: LossKernel = "chunked",
 ) -> torch.Tensor:
     """Next-token cross-entropy; the head runs only where there is something to predict.
 
@@ -38,6 +44,8 @@ def causal_lm_loss(
         loss_weights: (B, T) float, the weight of each label; ``None`` weighs every label 1.
         normalizer: the sum of weights of the whole step; ``None`` takes it from this batch, which with unit
             weights is the mean over tokens, as the official model returns.
+        kernel: ``liger`` takes Liger's fused kernel where the head is a plain linear layer; an adapted or quantised
+            one is ``chunked`` all the same.
 
     Returns:
         A float32 scalar.
@@ -51,6 +59,11 @@ def causal_lm_loss(
         weights = loss_weights[:, 1:][learnt].to(weights)
     if normalizer is None:
         normalizer = weights.sum()
+    if kernel == "liger" and type(lm_head) is nn.Linear:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        each = LigerFusedLinearCrossEntropyLoss(reduction="none")(lm_head.weight, states, wanted)  # [n]
+        return (each.float() * weights).sum() / normalizer
     size = max(1, LOGITS_PER_CHUNK // vocabulary_size(lm_head))
     # Without anything to learn there is still one chunk, of no tokens: every rank must reduce the same tensors.
     chunks = zip(states.split(size), wanted.split(size), weights.split(size), strict=True)

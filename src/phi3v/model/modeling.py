@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.loss import causal_lm_loss
+from phi3v.model.loss import LossKernel, causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
@@ -113,25 +113,34 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         image_sizes: torch.Tensor | None,
         pages: torch.Tensor | None = None,
         page_index: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
         inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
         is_image = input_ids < 0
-        if pixel_values is None and pages is None:
+        given = {"pixel_values": pixel_values, "pages": pages, "image_features": image_features}
+        name = next((name for name, value in given.items() if value is not None), None)
+        if name is None:
             if is_image.any():
                 check_image_alignment(input_ids, [])
             return self._touch_vision(inputs_embeds)
         if image_sizes is None:
-            raise ValueError(f"{'pages' if pixel_values is None else 'pixel_values'} came without image_sizes")
+            raise ValueError(f"{name} came without image_sizes")
         sizes = [(height, width) for height, width in image_sizes.tolist()]
         shown = list(range(len(sizes))) if page_index is None else page_index.tolist()  # the page of each image
         check_image_alignment(input_ids, [sizes[page] for page in shown])
-        if pixel_values is not None:
-            crops = real_crops(pixel_values, sizes)
+        if image_features is not None:
+            # (tokens, H), or as the tower leaves them, (n, 576, V)
+            features = image_features
+            if features.dim() == 3:
+                features = self.vision_embed_tokens.project(features, sizes)
         else:
-            assert pages is not None
-            crops = cut_flat_pages(pages, sizes)
-        features = self.vision_embed_tokens(crops, sizes)  # [tokens of all pages, H]
+            if pages is not None:
+                crops = cut_flat_pages(pages, sizes)
+            else:
+                assert pixel_values is not None
+                crops = real_crops(pixel_values, sizes)
+            features = self.vision_embed_tokens(crops, sizes)  # [tokens of all pages, H]
         if page_index is not None:
             of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
             features = torch.cat([of_page[page] for page in shown])
@@ -159,13 +168,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds: torch.Tensor | None = None,
         pages: torch.Tensor | None = None,
         page_index: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The decoder's output for official inputs (see :class:`Phi3VForCausalLM`)."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index, image_features)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count a sample's own tokens, so padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -186,6 +196,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Phi3VModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_kernel: LossKernel = "chunked"
         self.post_init()
         self._set_stop_tokens()
 
@@ -242,7 +253,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             pages: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by row
                 (see ``processing.pages``); among ``kwargs``, as is
             page_index: (N,) int64, the page that each image shows; by default image k shows page k. A page that
-                several images show is encoded once.
+                several images show is encoded once; and
+            image_features: what the vision part made of the pages earlier, in place of pixels: finished tokens
+                (tokens of all pages, H), or the tower's (crops of all pages, 576, V).
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
 
         Raises:
@@ -260,7 +273,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, loss_normalizer)
+            loss = causal_lm_loss(
+                hidden_states, self.lm_head, labels, loss_weights, loss_normalizer, kernel=self.loss_kernel
+            )
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}

@@ -31,7 +31,9 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.evaluation_callback import Best, EvaluationCallback
+from phi3v.train.feature_cache import cached_stage, fill_features, vision_part
 from phi3v.train.gradient_check import check_gradients
+from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.measuring import measure, show_scores
 from phi3v.train.optimizers import check_optimizer, optimizer_factory, state_bytes
@@ -145,6 +147,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     compute = choose_compute(config.training.precision)
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
+    check_kernels(config.training, compute.device, compute.precision)
     folder = check_run_folder(config)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
@@ -158,6 +161,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     model = load_for_training(config, facts, compute)
     checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, compute)
     apply_checkpointing(model, checkpointing)
+    apply_kernels(model, config.training)
     setup = Setup(
         config,
         console,
@@ -173,6 +177,8 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     )
     _print_header(setup)
     _check_pictures(model, train_table)
+    if config.training.feature_cache != "off":
+        cached_stage(vision_part(model))  # refuses a tower that trains
     return setup
 
 
@@ -198,6 +204,17 @@ def _choose_checkpointing(
 
 def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
+    features = fill_features(
+        config.training.feature_cache,
+        model,
+        setup.train_table,
+        setup.processor.image_processor,
+        compute,
+        setup.console,
+        show_bar=config.training.progress_bar,
+    )
+    if features is not None:
+        dataset = ConversationDataset(setup.train_table, setup.processor, features=features)
     before = _measure(setup, "before") if config.evaluation.before else None
     after = None
 
