@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: tiny model, eas
 	$(BIN)/phi3v train recipes/easy_vqa_tiny.yaml
 
 test: check  ## linter, type checker and the test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed  ## linter and type checker
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw
 
-from drawing import BASE_PHOTOS, choose, font_files, handwritten_digits, load_font, photo
+from drawing import BASE_PHOTOS, CELLS, choose, font_files, handwritten_digits, nudge, photo, write
 from phi3v.processing.tiny_tokenizer import WORDS
 
 SIDE = 336
@@ -104,14 +104,21 @@ def pick_even(rng: Rng, turns: list[Turn], count: int) -> list[Turn]:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def word(rng: Rng, level: int) -> str:
-    """A word of English, a pronounceable one, a number or a mix of letters and digits."""
+def word(rng: Rng, level: int, longest: int = CELLS) -> str:
+    """A word of English, a pronounceable one, a number or a mix of letters and digits; at most ``longest`` letters."""
+    while True:
+        text = _any_word(rng, level)
+        if len(text) <= longest:
+            return text
+
+
+def _any_word(rng: Rng, level: int) -> str:
     kind = rng.random()
     if level == 0:
-        return str(choose(rng, WORDS[:80])) if kind < 0.6 else str(rng.integers(100))
-    if kind < 0.5:
+        return str(choose(rng, WORDS)) if kind < 0.6 else str(rng.integers(100))
+    if kind < 0.4:
         text = str(choose(rng, WORDS))
-    elif kind < 0.5 + 0.2 * (level == 2):
+    elif kind < 0.7:
         text = "".join(choose(rng, "bcdfghjklmnprstvwz") + choose(rng, "aeiou") for _ in range(int(rng.integers(1, 4))))
         text += choose(rng, ["", "n", "r", "s", "t", "l"])
     elif kind < 0.95:
@@ -157,29 +164,26 @@ def photo_crop(rng: Rng, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, box=(left, top, left + width, top + height))
 
 
-def fit_font(rng: Rng, text: str, width: int, height: int, level: int) -> object:
-    """A random font in which ``text`` fits; the smallest has 18 pixels."""
-    path = choose(rng, font_files())
-    size = min(height, int(rng.integers(*((32, 64), (28, 56), (24, 46))[level])))
-    while size > 18 and load_font(path, size).getlength(text) > width:
-        size -= 2
-    return load_font(path, size)
-
-
-def draw_lines(rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, int, int], level: int) -> None:
-    """Lines of text, one below the other, anywhere across."""
-    draw = ImageDraw.Draw(page)
-    step = (page.height - 16) / max(len(lines), 3)
-    one_font = rng.random() < 0.5
-    font = fit_font(rng, max(lines, key=len), page.width - 24, int(step * 0.8), level)
-    left_aligned = rng.random() < 0.4
-    start = int(rng.integers(int(page.height - step * len(lines)) + 1))
-    for index, line in enumerate(lines):
-        if not one_font:
-            font = fit_font(rng, line, page.width - 24, int(step * 0.8), level)
-        room = max(1, page.width - 20 - int(font.getlength(line)))  # type: ignore[attr-defined]
-        x = 10 if left_aligned else 10 + int(rng.integers(room))
-        draw.text((x, start + (index + 0.5) * step), line, font=font, fill=ink, anchor="lm")
+def write_lines(rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, int, int]) -> None:
+    """Lines of text, one below the other with gaps between, in one font or several, some twice as large."""
+    draw, path = ImageDraw.Draw(page), choose(rng, font_files())
+    several, shift = rng.random() < 0.4, nudge(rng)
+    room = CELLS - len(lines)
+    sizes = []
+    for line in lines:
+        sizes.append(2 if room and 2 * len(line) <= CELLS and rng.random() < 0.25 else 1)
+        room -= sizes[-1] - 1
+    left_aligned, row = rng.random() < 0.4, 0
+    for line, size in zip(lines, sizes, strict=True):
+        gap = int(rng.integers(min(room, 3) + 1))
+        row, room = row + gap, room - gap
+        if several:
+            path = choose(rng, font_files())
+        column = int(rng.integers(CELLS - size * len(line) + 1))
+        if left_aligned:
+            column = min(column, 1)
+        write(draw, line, column, row, path, ink, size=size, nudge=shift)
+        row += size
 
 
 def text_scene(rng: Rng, level: int) -> Scene:
@@ -187,47 +191,39 @@ def text_scene(rng: Rng, level: int) -> Scene:
     count = int(rng.integers(1, (2, 4, 6)[level] + 1))
     words = [word(rng, level) for _ in range(count)]
     page, ink = paper(rng, level)
-    draw_lines(rng, page, words, ink, level)
-    turns: list[Turn] = []
-    for index in range(count):
-        turns.append((f"What is the {ORDINALS[index]} word?", words[index]))
-    turns.append(("What is the last word?", words[-1]))
-    for above, below in pairwise(words):
-        if words.count(above) == words.count(below) == 1:
-            turns.append((f"What is below {above}?", below))
-            turns.append((f"What is above {below}?", above))
-    turns = pick(rng, turns, 3)
+    write_lines(rng, page, words, ink)
+    # An answer given before would spare the reading, so every page is read in one way only.
+    kind, turns = rng.random(), list[Turn]()
+    if kind < 0.3:
+        turns.append(("Read the text.", " ".join(words)))
+    elif kind < 0.7 or len(set(words)) < count:
+        turns += [(f"What is the {ORDINALS[index]} word?", words[index]) for index in range(count)]
+        turns[-1] = turns[-1] if rng.random() < 0.5 else ("What is the last word?", words[-1])
+    else:
+        for above, below in pairwise(words):
+            turns.append((f"What is below {above}?", below) if kind < 0.85 else (f"What is above {below}?", above))
+        turns.append(("What is the first word?", words[0]) if kind < 0.85 else ("What is the last word?", words[-1]))
     turns.append(("How many words are there?", NUMBERS[count]))
-    shown = rng.random() < 0.5
-    asked = choose(rng, words) if shown else word(rng, level)
-    turns.append((f"Is the word {asked} there?", yes_no(asked in words)))
-    read = ("Read the text.", " ".join(words))
-    turns = pick(rng, turns, 4)
-    turns.insert(0 if rng.random() < 0.5 else len(turns), read)
-    return Scene([page], turns)
+    for _ in range(2):
+        asked = choose(rng, words) if rng.random() < 0.5 else word(rng, level)
+        turns.append((f"Is the word {asked} there?", yes_no(asked in words)))
+    return Scene([page], pick(rng, turns, len(turns)))
 
 
 def fields_scene(rng: Rng, level: int) -> Scene:
     """A form of labelled fields."""
     count = int(rng.integers(1, (2, 4, 6)[level] + 1))
     labels = [LABELS[index] for index in rng.permutation(len(LABELS))[:count]]
-    values = [word(rng, level) for _ in labels]
-    size = (SIDE, SIDE) if rng.random() < 0.7 else (int(rng.integers(300, 420)), int(rng.integers(300, 420)))
-    page, ink = paper(rng, level, size)
-    style = [str, str.capitalize, str.upper][int(rng.integers(3))]
-    mark = choose(rng, [":", ":", "", " =", " -"])
-    if rng.random() < 0.55 or level == 2:
-        draw_lines(
-            rng,
-            page,
-            [f"{style(label)}{mark} {value}" for label, value in zip(labels, values, strict=True)],
-            ink,
-            level,
-        )
-    else:  # the value below its label
-        draw_lines(
-            rng, page, [text for pair in zip(map(style, labels), values, strict=True) for text in pair], ink, level
-        )
+    page, ink = paper(rng, level)
+    style = [str, str.capitalize, str.upper][int(rng.choice(3, p=[0.3, 0.6, 0.1]))]
+    mark = choose(rng, [":", ":", ":", "", " -"])
+    beside = rng.random() < 0.75  # or the value below its label
+    values = [word(rng, level, CELLS - (len(f"{label}{mark} ") if beside else 0)) for label in labels]
+    if beside:
+        lines = [f"{style(label)}{mark} {value}" for label, value in zip(labels, values, strict=True)]
+    else:
+        lines = [text for pair in zip(map(style, labels), values, strict=True) for text in pair]
+    write_lines(rng, page, lines, ink)
     turns = []
     for label, value in zip(labels, values, strict=True):
         form = rng.random()
@@ -237,12 +233,11 @@ def fields_scene(rng: Rng, level: int) -> Scene:
             turns.append((f"Read the {label}.", value))
         else:
             turns.append((f"Which field says {value}?", label))
-    turns = pick(rng, turns, 6)
     other = choose(rng, LABELS)
     turns.append((f"Is there a {other}?", yes_no(other in labels)))
     if rng.random() < 0.3:
         turns.append(("How many fields are there?", NUMBERS[count]))
-    return Scene([page], turns)
+    return Scene([page], pick(rng, turns, len(turns)))
 
 
 # --- digits -------------------------------------------------------------------------------------------------------
@@ -270,12 +265,12 @@ def digits_scene(rng: Rng, level: int) -> Scene:
     turns = [(f"What is the {ORDINALS[index]} digit?", str(value)) for index, value in enumerate(values)]
     if not in_row:
         turns = [(f"Which digit is at the {place_name(cell)}?", str(v)) for cell, v in zip(cells, values, strict=True)]
-    turns = pick(rng, turns, 3)
+    if rng.random() < 0.3:
+        turns = [("Which digits are shown?", " ".join(map(str, values)))]
     turns.append(("How many digits are there?", NUMBERS[count]))
     asked = int(rng.integers(10)) if rng.random() < 0.5 else choose(rng, values)
     turns.append((f"Is there a {asked}?", yes_no(asked in values)))
-    turns.append(("Which digits are shown?", " ".join(map(str, values))))
-    return Scene([page], pick(rng, turns, 6))
+    return Scene([page], pick(rng, turns, len(turns)))
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
@@ -355,7 +350,7 @@ def shape_turns(rng: Rng, things: list[Thing]) -> list[Turn]:
             turns.append((f"What shape is {thing.colour}?", thing.shape))
             turns.append((f"Where is the {thing.colour} shape?", thing.place))
         turns.append((f"What is at the {thing.place}?", thing.name))
-    turns = pick(rng, turns, 6)
+    turns = pick(rng, turns, 10)
     cell = int(rng.integers(9))
     at = [thing.name for thing in things if thing.cell == cell]
     turns.append((f"What is at the {place_name(cell)}?", at[0] if at else "nothing"))
@@ -396,28 +391,30 @@ def one_scene(rng: Rng, level: int) -> Scene:
 def shapes_scene(rng: Rng, level: int) -> Scene:
     """Coloured shapes: what, which colour, how many, where."""
     things = some_things(rng, (2, 4, 6)[level])
-    return Scene([draw_things(rng, things)], pick(rng, shape_turns(rng, things), 12))
+    return Scene([draw_things(rng, things)], pick(rng, shape_turns(rng, things), 16))
 
 
 def caption_scene(rng: Rng, level: int) -> Scene:
     """A thing with a line of text that names it, or something else."""
     page, ink = paper(rng, level)
+    above = rng.random() < 0.7  # the text
     if rng.random() < 0.5:
         shape, colour = choose(rng, SHAPES), choose(rng, list(COLOURS)[:5])
-        draw_shape(ImageDraw.Draw(page), shape, COLOURS[colour], SIDE / 2, 200, rng.uniform(60, 100))
+        draw_shape(ImageDraw.Draw(page), shape, COLOURS[colour], SIDE / 2, 198 if above else 138, rng.uniform(60, 110))
         shown, others = shape, SHAPES
     else:
         value = int(rng.integers(10))
-        page.paste(ink, (70, 110), digit_image(rng, value, 200))
+        page.paste(ink, (68, 100 if above else 40), digit_image(rng, value, 200))
         shown, others = NUMBERS[value], NUMBERS[:10]
     said = shown if rng.random() < 0.5 else choose(rng, others)
-    form = choose(rng, ["{}", "a {}", "this is {}", "see the {}"])
-    text = form.format(said)
+    text = choose(rng, ["", "", "a ", "this is ", "see the ", "my "]) + said
     if rng.random() < 0.3:
         text = text.upper()
-    font = fit_font(rng, text, SIDE - 20, 70, min(level, 1))
-    y = 45 if rng.random() < 0.7 else SIDE - 30
-    ImageDraw.Draw(page).text((SIDE / 2, y), text, font=font, fill=ink, anchor="mm")
+    lines = [text] if len(text) <= CELLS else [text[: -len(said)], text[-len(said) :]]
+    top, font, shift = 0 if above else CELLS - len(lines), choose(rng, font_files()), nudge(rng)
+    for row, line in enumerate(lines, start=top):
+        line = line.strip()
+        write(ImageDraw.Draw(page), line, (CELLS - len(line)) // 2, row, font, ink, nudge=shift)
     turns = [
         ("What does the text say?", text),
         ("What is shown?", shown),

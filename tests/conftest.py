@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,48 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     init_model("tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``tiny`` model at a quarter of its width, for runs, where width is nothing but time. Read only."""
+    import torch
+
+    from phi3v.model.configuration import Phi3VConfig
+    from phi3v.model.modeling import Phi3VForCausalLM
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
+    config |= narrow | {"num_key_value_heads": 1, "clip_vision_config": config["clip_vision_config"] | narrow}
+    del config["img_processor"]  # says how wide the tower was
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.manual_seed(0)
+    model = Phi3VForCausalLM._from_config(Phi3VConfig.from_pretrained(folder), dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the first pictures of easy-vqa: ``train.jsonl`` with 24 records, ``test.jsonl`` with 76."""
+    from phi3v.data.convert import ConvertOptions
+    from phi3v.data.sources.easy_vqa import convert
+
+    package = importlib.util.find_spec("easy_vqa")
+    assert package is not None
+    assert package.origin is not None
+    whole = Path(package.origin).parent / "data"
+    source, folder = (tmp_path_factory.mktemp(name) for name in ("easy-vqa-source", "easy-vqa"))
+    for split, pictures in (("train", 24), ("test", 8)):
+        (source / split).mkdir()
+        (source / split / "images").symlink_to(whole / split / "images")
+        questions = json.loads((whole / split / "questions.json").read_text(encoding="utf-8"))
+        kept = [question for question in questions if question[2] < pictures]
+        (source / split / "questions.json").write_text(json.dumps(kept), encoding="utf-8")
+    convert(ConvertOptions(folder, str(source), progress=False))
     return folder
 
 

@@ -1,6 +1,7 @@
 """A stand-in of DocVQA: pages of labelled fields in many fonts, four questions a page.
 
-Three kinds of page (a form, a receipt, a letter) with a title and four fields each, in type of about 28 to 46 pixels.
+Three kinds of page (a form, a receipt, a letter) with a title and four fields each, set a character a cell
+(`drawing.write`).
 Written as the dataset is distributed: ``{train,val}_v1.0.json`` and ``documents/ID.png``. A field's value is one of
 six or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
 `make_tables` writes the same pages as the parquet files of the hub's ``nielsr/docvqa_1200_examples``.
@@ -17,12 +18,13 @@ from typing import Any
 import PIL.Image
 from PIL import ImageDraw
 
-from drawing import choose
-from tasks.parts import Rng, Sizes, Split, any_font, background, fit_font, generators
+from drawing import CELL, CELLS, choose, nudge, write
+from tasks.parts import Rng, Sizes, Split, any_font, background, generators
 
 PEOPLE = ("Anna", "Ben", "Clara", "Felix", "Grace", "Hugo")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "Jun", "Aug")
 QUESTIONS_A_PAGE = 4
+SIDE = CELL * CELLS
 
 
 def _one_of(*values: str) -> Callable[[Rng], list[str]]:
@@ -73,7 +75,7 @@ PAGES: dict[str, tuple[Field, ...]] = {
         Field("To", ("To whom is the letter addressed?",), _one_of(*PEOPLE)),
         Field("From", ("Who is the sender of the letter?", "From whom is the letter?"), _one_of(*PEOPLE)),
         Field("Date", ("What is the date mentioned in the letter?",), _date),
-        Field("About", ("What is the letter about?", "What is the subject of the letter?"), _one_of(
+        Field("Re", ("What is the letter about?", "What is the subject of the letter?"), _one_of(
             "rent", "visit", "order", "repair", "school", "holiday")),
     ),
 }  # fmt: skip
@@ -146,14 +148,13 @@ def _pages(seed: int, split: Split, seen: set[tuple[str, ...]]) -> Iterator[tupl
 
 def _draw(rng: Rng, split: Split, title: str, lines: list[str]) -> PIL.Image.Image:
     """A page: the title, a rule below it, the lines."""
-    page = background(rng, split, (336, int(rng.integers(336, 400))), strength=rng.uniform(0.0, 0.15))
-    draw, font = ImageDraw.Draw(page), any_font(rng)
+    page = background(rng, split, (SIDE, SIDE), strength=rng.uniform(0.0, 0.15))
+    draw, font, shift = ImageDraw.Draw(page), any_font(rng), nudge(rng)
     ink = tuple(int(value) for value in rng.integers(0, 80, size=3))
-    margin, step = int(rng.integers(10, 28)), page.height / (len(lines) + 1.2)
-    draw.text((page.width / 2, 0.5 * step), title, font=fit_font(font, title, 34, 200), fill=ink, anchor="mm")
-    draw.line((margin, step, page.width - margin, step), fill=ink, width=2)
-    size = int(rng.integers(34, 47))
-    for index, line in enumerate(lines):
-        own = fit_font(font, line, size, page.width - 2 * margin)
-        draw.text((margin, (index + 1.6) * step), line, font=own, fill=ink, anchor="lm")
+    write(draw, title, (CELLS - len(title)) // 2, 0, font, ink, nudge=shift)
+    draw.line((CELL, 1.5 * CELL, SIDE - CELL, 1.5 * CELL), fill=ink, width=2)
+    rows = sorted(int(row) for row in rng.permutation(range(2, CELLS))[: len(lines)])
+    for row, line in zip(rows, lines, strict=True):
+        column = int(rng.integers(min(1, CELLS - len(line)) + 1))
+        write(draw, line, column, row, font, ink, nudge=shift)
     return page

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from drawing import choose
+from drawing import CELL, CELLS, choose, write
 from tasks.parts import (
     COLOURS,
     SHAPES,
@@ -26,13 +26,12 @@ from tasks.parts import (
     any_font,
     background,
     draw_shape,
-    fit_font,
     generators,
 )
 
-SIDE = 336
-BAND = 84  # the caption's strip above the picture
-CAPTIONS = ("my {}", "{} mood", "so {}", "see the {}")
+SIDE = CELL * CELLS
+BAND = 3 * CELL  # the caption's strip above the picture
+CAPTIONS = ("my {}", "{} day", "so {}", "see {}")
 WORDS = {"shape": ("circle", "square", "triangle", "star"), "colour": ("red", "green", "blue", "yellow")}
 NAMES = {"train": "train", "val": "dev_seen", "test": "test_seen"}
 MEMES_A_GROUP = 4
@@ -84,7 +83,5 @@ def _captioned(picture: Image.Image, text: str, font: Path, ink_on_light: bool) 
     strip, ink = ("white", "black") if ink_on_light else ("black", "white")
     meme = Image.new("RGB", (SIDE, SIDE), strip)
     meme.paste(picture, (0, BAND))
-    ImageDraw.Draw(meme).text(
-        (SIDE / 2, BAND / 2), text, font=fit_font(font, text, 60, SIDE - 16), fill=ink, anchor="mm"
-    )
+    write(ImageDraw.Draw(meme), text, (CELLS - len(text)) // 2, 1, font, ink)
     return meme

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from drawing import TASK_PHOTOS, choose, font_files, load_font, photo
+from drawing import TASK_PHOTOS, choose, font_files, photo
 
 Split = Literal["train", "val", "test"]
 Rng = np.random.Generator
@@ -93,13 +93,6 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         reach = inner if index % 2 else 1.0
         points.append((reach * math.cos(angle), reach * math.sin(angle)))
     return points
-
-
-def fit_font(font: Path, text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
-    """The font at ``size`` pixels, or as much smaller as ``text`` needs to be no wider than ``width``."""
-    while load_font(font, size).getlength(text) > width and size > 8:
-        size -= 1
-    return load_font(font, size)
 
 
 def any_font(rng: Rng) -> Path:

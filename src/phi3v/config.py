@@ -65,6 +65,8 @@ METRIC_NAMES = (
     "auroc",
     "consistency",
 )
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
+Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
 
 
@@ -94,8 +96,9 @@ class ModelConfig:
     """A folder in the official layout, or a hub id."""
     num_crops: int | None = None
     """Crops of a page at most (16 for one picture, 4 for several is the model's advice); default: as the model says."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention of the decoder; auto takes flash_attention_2 where flash-attn and its GPU are there, else sdpa."""
+    attention: Attention = "auto"
+    """Attention of the decoder; auto takes what is fastest here and says why. flex: torch's FlexAttention, on a GPU.
+    varlen: torch's variable-length flash attention, on a GPU, for packed rows only."""
 
     def __post_init__(self) -> None:
         _require(self, "model", num_crops=(1, None))
@@ -117,9 +120,17 @@ class DataConfig:
     """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
     num_workers: int | None = None
     """Processes that read and cut pictures; default: with a GPU the cores less one, at most 8, else none."""
+    packing: Packing = "none"
+    """none: padded batches; samples: whole records side by side in rows without padding; shared-image: also, records
+    about the same pictures share them, computed once. Neither changes a record's loss or gradient."""
+    pack_tokens: int = 8192
+    """Tokens of a packed row, which a device computes at a time, at most; a longer record gets a row of its own."""
+    shared_image_max: int = 8
+    """shared-image: records about the same pictures that share one step at most; more go into other steps."""
 
     def __post_init__(self) -> None:
-        _require(self, "data", max_image_pixels=(1, None), num_workers=(0, None))
+        counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
+        _require(self, "data", **dict.fromkeys(counts, (1, None)), num_workers=(0, None))
 
 
 @dataclass
@@ -182,6 +193,8 @@ class TrainingConfig:
     """Optimizer steps; overrides epochs."""
     batch_size: int = 16
     """Samples of an optimizer step, over all devices."""
+    batch_tokens: int | None = None
+    """With data.packing: about so many tokens a step, over all devices, in place of batch_size samples."""
     micro_batch_size: int = 1
     """Samples that a device computes at a time; the rest of batch_size is accumulated."""
     learning_rate: float = 4e-5
@@ -224,7 +237,9 @@ class TrainingConfig:
     """Show progress bars in a terminal; without them, as in a log file, there is a line a logging step."""
 
     def __post_init__(self) -> None:
-        at_least_one = dict.fromkeys(("batch_size", "micro_batch_size", "logging_steps", "max_steps"), (1, None))
+        at_least_one = dict.fromkeys(
+            ("batch_size", "batch_tokens", "micro_batch_size", "logging_steps", "max_steps"), (1, None)
+        )
         at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
         _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
         _require_positive(self, "training", "epochs", "learning_rate", "adam_epsilon")
@@ -309,12 +324,29 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How it is measured."""
 
+    def __post_init__(self) -> None:
+        packed = self.data.packing != "none"
+        if packed and self.training.micro_batch_size != 1:
+            raise UserError(
+                f"packed rows are filled by tokens, not {self.training.micro_batch_size} samples at a time",
+                where="training.micro_batch_size",
+                hint="set it to 1, and data.pack_tokens to what the device's memory holds",
+            )
+        if self.training.batch_tokens is not None and not packed:
+            raise UserError(
+                "only packed rows are counted by tokens",
+                where="training.batch_tokens",
+                hint="set data.packing to samples or shared-image, or use training.batch_size",
+            )
+
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches that a device adds up before it steps.
+        """Micro-batches that a device adds up before it steps; 1 where rows are packed, a step at a time.
 
         Raises:
             UserError: ``batch_size`` does not divide.
         """
+        if self.data.packing != "none":
+            return 1
         share = world_size * self.training.micro_batch_size
         if self.training.batch_size % share:
             raise UserError(

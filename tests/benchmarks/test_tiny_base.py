@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import scenes
 import tiny_base
@@ -42,16 +44,42 @@ def test_answers_say_what_was_drawn() -> None:
         assert scenes.holds(what, things) == holds
 
 
-def test_patches_are_labelled_where_things_are() -> None:
-    patches = tiny_tower.patches_in(28, 14, 56, 42)
-    labels = np.zeros((tiny_tower.SIDE_PATCHES, tiny_tower.SIDE_PATCHES))
-    labels[patches] = 1
+def test_cells_are_labelled_where_things_are() -> None:
+    labels = np.zeros((tiny_tower.CELLS, tiny_tower.CELLS))
+    labels[tiny_tower.cells_in(56, 28, 112, 84)] = 1
     assert np.argwhere(labels).tolist() == [[1, 2], [1, 3], [2, 2], [2, 3]]
     page, what, colour = tiny_tower.labelled_page(np.random.default_rng(3))
     assert page.size == (scenes.SIDE, scenes.SIDE)
     assert what.max() < len(tiny_tower.WHAT)
     assert colour.max() < len(scenes.COLOURS)
     assert (what > 0).any()
+    # Where there is ink there is a label, and where there is none there is none.
+    page, what = Image.new("RGB", (scenes.SIDE, scenes.SIDE), "white"), np.zeros_like(what)
+    size = tiny_tower.draw_text_band(np.random.default_rng(1), page, 4, (0, 0, 0), what)
+    dark = 255 - np.asarray(page.convert("L")).reshape(12, 28, 12, 28).min(axis=(1, 3))
+    assert np.array_equal(what[4 : 4 + size].any(axis=0), dark[4 : 4 + size].max(axis=0) > 100)
+
+
+def test_heads_of_the_tower_begin_with_one_neighbour(tiny_model_dir: Path) -> None:
+    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
+    tiny_tower.start_local(model)
+    vision = model.model.vision_embed_tokens.img_processor.vision_model
+    page, _, _ = tiny_tower.labelled_page(np.random.default_rng(3))
+    crops, _ = Phi3VProcessor.from_pretrained(tiny_model_dir).image_processor.crops(page)
+    with torch.no_grad():
+        hidden = vision.encoder.layers[0].layer_norm1(vision.pre_layrnorm(vision.embeddings(crops[1:2])))
+        attention = vision.encoder.layers[0].self_attn
+        queries, keys = (
+            layer(hidden).view(577, 4, 32).transpose(0, 1) for layer in (attention.q_proj, attention.k_proj)
+        )
+        weights = (queries @ keys.transpose(1, 2) / 32**0.5).softmax(-1)[:, 1:, 1:].view(4, 24, 24, 24, 24)
+    for head, (rows, columns) in enumerate(tiny_tower.NEIGHBOURS):
+        shares = [
+            weights[head, row, column, row + rows, column + columns].item()
+            for row in range(2, 22)
+            for column in range(2, 22)
+        ]
+        assert np.median(shares) > 0.3  # of 576 patches
 
 
 def test_the_script_makes_a_model_and_goes_on_where_it_was(

@@ -1,4 +1,4 @@
-"""All of easy-vqa, converted once."""
+"""Real questions to answer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 
 from phi3v.data.collate import QuestionDataset
-from phi3v.data.convert import ConvertOptions
-from phi3v.data.sources.easy_vqa import convert
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
-
-
-@pytest.fixture(scope="session")
-def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("easy-vqa")
-    convert(ConvertOptions(folder, progress=False))
-    return folder
 
 
 @pytest.fixture(autouse=True)

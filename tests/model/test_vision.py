@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_inputs import pad_batch
 
-from phi3v.model.vision import merge_patches
-from phi3v.processing.hd_transform import CROP_SIZE
+from phi3v.model.vision import merge_patches, real_crops
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
+from phi3v.processing.pages import cut_flat_pages, flatten_pages
 
 TOWER = "model.vision_embed_tokens.img_processor.vision_model"
 
@@ -39,6 +40,30 @@ def test_values_of_padded_crops_do_not_matter(load_golden: Any, sample: Any) -> 
         given["pixel_values"] = given["pixel_values"].clone()
         given["pixel_values"][0, 4:] = float("nan")
         assert torch.equal(model(**given).logits, clean)
+
+
+def test_a_page_that_is_its_own_global_view_runs_once(load_golden: Any) -> None:
+    """The other page of 336 x 336 differs from its global view, as no processor makes it, and runs twice."""
+    vision = load_golden().model.vision_embed_tokens
+    entered: list[int] = []
+    vision.img_processor.vision_model.embeddings.register_forward_pre_hook(
+        lambda _, args: entered.append(args[0].shape[0])
+    )
+    same, other = torch.randn(2, 3, CROP_SIZE, CROP_SIZE, generator=torch.manual_seed(1))
+    pixel_values = torch.stack([torch.stack([same, same]), torch.stack([other, same])])
+    sizes = [(CROP_SIZE, CROP_SIZE)] * 2
+    with torch.no_grad():
+        given, counts = real_crops(pixel_values, sizes)
+        together = vision(given, sizes, counts)
+        assert entered == [3]
+        crops = vision.img_processor(same[None])
+    page, glb = together[:156], together[157 : 157 + 156]
+    assert torch.equal(page, glb)
+    with torch.no_grad():
+        rows = vision._rows_with_ends(merge_patches(crops, 1, 1))
+        # Sums are taken in another order for another number of rows.
+        torch.testing.assert_close(page, vision.img_projection(rows), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[313 : 313 + 156], together[313 + 157 :])
 
 
 def test_last_layer_and_final_norm_never_run(load_golden: Any, sample: Any) -> None:
@@ -86,7 +111,7 @@ def test_number_of_features(size: tuple[int, int], load_golden: Any) -> None:
     rows, columns = size[0] // 336, size[1] // 336
     vision = load_golden().model.vision_embed_tokens
     with torch.no_grad():
-        features = vision(torch.zeros(1 + rows * columns, 3, 336, 336), [size])
+        features = vision(torch.zeros(num_distinct_crops(rows, columns), 3, 336, 336), [size])
     assert features.shape == ((rows * columns + 1) * 144 + 1 + (rows + 1) * 12, 64)
 
 
@@ -129,3 +154,34 @@ def test_mixed_batch_trains_both(load_golden: Any, sample: Any) -> None:
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
         assert parameter.grad is None or (parameter.grad.isfinite().all() and parameter.grad.any()), name
+
+
+def test_a_page_of_one_crop_is_looked_at_once(load_golden: Any) -> None:
+    """Its global view is that crop again: known of a uint8 page by its size, and seen in ``pixel_values``.
+
+    Where they differ, as they may in a caller's tensors, both are computed. 1e-6: the same products for one crop as
+    for two.
+    """
+    from PIL import Image
+
+    from phi3v import Phi3VImageProcessor
+
+    model = load_golden().model.vision_embed_tokens
+    entered: list[int] = []
+    embeddings = model.img_processor.vision_model.embeddings
+    embeddings.register_forward_pre_hook(lambda _, args: entered.append(args[0].shape[0]))
+    picture = Image.linear_gradient("L").convert("RGB")
+    processor = Phi3VImageProcessor(num_crops=1)
+    pixel_values = processor([picture])["pixel_values"]
+    other = pixel_values.clone()
+    other[0, 0, 0, 0, 0] += 1e-3
+    size = [(CROP_SIZE, CROP_SIZE)]
+    with torch.no_grad():
+        of_page = model(cut_flat_pages(flatten_pages([processor.page(picture)]), size), size)
+        crops, counts = real_crops(pixel_values, size)
+        once = model(crops, size, counts)
+        crops, counts = real_crops(other, size)
+        twice = model(crops, size, counts)
+    assert entered == [1, 1, 2]
+    assert torch.equal(of_page, once)
+    torch.testing.assert_close(once[:156], twice[:156], atol=1e-6, rtol=1e-6)  # the page, not its global view

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from phi3v import Phi3VImageProcessor
+from phi3v.processing.hd_transform import num_distinct_crops
 from phi3v.processing.pages import cut_flat_pages, cut_pages, flatten_pages
 
 
@@ -22,10 +23,18 @@ def test_pages_of_all_sizes_are_cut_as_the_processor_cuts_each(golden_images: Ca
     expected = processor(pictures)
     assert expected["image_sizes"].tolist() == [list(size) for size in sizes]
     crops = cut_flat_pages(flatten_pages(pages), sizes)
-    counts = [1 + height * width // 336**2 for height, width in sizes]
+    counts = [num_distinct_crops(height // 336, width // 336) for height, width in sizes]
     assert crops.shape[0] == sum(counts)
     for pixel_values, own, count in zip(expected["pixel_values"], crops.split(counts), counts, strict=True):
         assert torch.equal(own, pixel_values[:count])
+
+
+def test_a_page_of_one_crop_is_cut_once(golden_images: Callable[[str], Image.Image]) -> None:
+    """Because its global view is that crop to the bit."""
+    page = Phi3VImageProcessor(num_crops=1).page(golden_images("640x480"))
+    view, crop = cut_pages(page[None])[0]
+    assert torch.equal(view, crop)
+    assert torch.equal(cut_flat_pages(flatten_pages([page]), [(336, 336)]), crop[None])
 
 
 def test_own_mean_and_std() -> None:

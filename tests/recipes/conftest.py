@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     [picture(10 * number + side) for side in range(2 if task == "nlvr2" else 1)],
                     [("What is it?", one if number % 2 else other)],
                 )
-                for number in range(4)
+                for number in range(2)
             ]
             write_parquet(folder / task / f"{split}.parquet", rows)
     for split in ("train", "test"):
@@ -71,8 +72,14 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stand_in_data(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-ins converted; UCF-101 is left to its own script."""
+    """The stand-ins converted, and two records kept of each split; UCF-101 is left to its own script."""
     folder = tmp_path_factory.mktemp("stand-in-data")
     for task in ("docvqa", "hateful_memes", "nlvr2"):
         convert(task, stand_ins / task, folder / task)
+        for file in (folder / task).glob("*.jsonl"):
+            # Of two answers, where a task has no more.
+            by_answer: dict[str, str] = {}
+            for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+                by_answer.setdefault(json.loads(line)["conversations"][0]["assistant"], line)
+            file.write_text("".join(list(by_answer.values())[:2]), encoding="utf-8")
     return folder

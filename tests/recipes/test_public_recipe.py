@@ -192,10 +192,10 @@ def small_source(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_source")
 def test_without_a_data_folder_the_data_is_converted_once_and_a_run_is_not_overwritten_unasked(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("docvqa", tiny_model_dir) == 0
+    assert run("docvqa", small_model_dir) == 0
     first = capsys.readouterr().out
     assert "converting docvqa into data/docvqa_small" in first
     assert "fp16, which needs a GPU" in first
@@ -203,9 +203,9 @@ def test_without_a_data_folder_the_data_is_converted_once_and_a_run_is_not_overw
     assert measured["metric"] == "anls"
     assert measured["answers"] == [["12.50", "12.50 EUR"]] * 2
     # The hint is in flags, and what it says works.
-    assert run("docvqa", tiny_model_dir) == 2
+    assert run("docvqa", small_model_dir) == 2
     assert "another --output_dir, or add --overwrite to replace it" in capsys.readouterr().err
-    assert run("docvqa", tiny_model_dir, "--overwrite") == 0
+    assert run("docvqa", small_model_dir, "--overwrite") == 0
     assert "converting" not in capsys.readouterr().out
 
 
@@ -224,12 +224,12 @@ def test_a_wrong_model_is_found_before_anything_is_converted(
 def test_without_a_hub_it_says_what_to_do(
     flags: list[str],
     tmp_path: Path,
-    tiny_model_dir: Path,
+    small_model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("docvqa", tiny_model_dir, *flags) == 2
+    assert run("docvqa", small_model_dir, *flags) == 2
     error = capsys.readouterr().err
     assert ("HuggingFaceM4/the_cauldron" if flags else "nielsr/docvqa_1200_examples") in error
     assert "Traceback" not in error

@@ -1,11 +1,7 @@
-"""One optimizer step of the real trainer; writes the gradients that the optimizer saw.
-
-python one_step.py MODEL DATA OUT MICRO_BATCH WEIGHTING   (or under torchrun)
-"""
+"""One optimizer step of the real trainer, on any number of ranks; writes the gradients that the optimizer saw."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from phi3v.config import RunConfig
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.config import Packing, RunConfig
+from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
+from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
+from phi3v.train.run import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 
@@ -34,30 +32,39 @@ class KeepGradients(TrainerCallback):
                 self.gradients[name.removeprefix("module.")] = parameter.grad.clone()
 
 
-def main() -> None:
-    model_path, data, out, micro, weighting = sys.argv[1:]
+def one_step(
+    model_path: Path, data: Path, out: Path, micro_batch: int, weighting: LossWeighting, packing: Packing = "none"
+) -> None:
+    """Learn from four samples at once, in micro-batches or packed rows."""
     config = RunConfig()
-    config.model.path = model_path
+    config.model.path = str(model_path)
     config.training.batch_size = 4
-    config.training.micro_batch_size = int(micro)
+    config.training.micro_batch_size = micro_batch
     config.training.max_steps = 1
     config.training.max_grad_norm = 0.0
+    config.data.packing = packing
+    config.data.pack_tokens = 500  # two records at most, so that ranks have several rows
     compute = choose_compute("fp32")
     processor = Phi3VProcessor.from_pretrained(model_path)
     model = load_for_training(config, inspect_model(config, compute), compute)
     arguments = training_arguments(
         config,
-        Path(out).parent / "run",
+        out.parent / "run",
         precision="fp32",
         use_cpu=True,
         accumulation=config.accumulation_steps(compute.world_size),
         num_workers=0,
     )
+    table = open_table(Path(data))
+    plan = make_plan(config, compute, model, table, processor)
     trainer = Phi3VTrainer(
         model=model,
         args=arguments,
-        train_dataset=ConversationDataset(open_table(Path(data)), processor),
-        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),  # type: ignore[arg-type]
+        train_dataset=(
+            ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)
+        ),
+        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
+        plan=plan,
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
     keep = KeepGradients()
@@ -67,7 +74,3 @@ def main() -> None:
     total = torch.stack([gradient.norm() for gradient in keep.gradients.values()]).norm()
     if compute.rank == 0:
         save_file({**keep.gradients, "loss": loss, "total": total}, out)
-
-
-if __name__ == "__main__":
-    main()

@@ -78,7 +78,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.usefixtures("no_model")
 def test_every_kind_is_refused_by_check_and_train(
-    kind: str, data: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, data: Path, tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line, field, words = FAULTS[kind]
     record = line if isinstance(line, str) else json.dumps(line if kind == "duplicate id" else line | {"id": "b"})
@@ -95,7 +95,7 @@ def test_every_kind_is_refused_by_check_and_train(
     assert words in report["faults"][0]["what"] + report["faults"][0]["hint"]
 
     run = tmp_path / "run"
-    arguments = ["--model.path", str(tiny_model_dir), "--data.train", str(file), "--training.output_dir", str(run)]
+    arguments = ["--model.path", str(small_model_dir), "--data.train", str(file), "--training.output_dir", str(run)]
     assert main(["train", *arguments]) == 2
     captured = capsys.readouterr()
     assert "data.jsonl:2" in captured.err
@@ -106,12 +106,12 @@ def test_every_kind_is_refused_by_check_and_train(
 
 @pytest.mark.usefixtures("no_model")
 def test_bad_evaluation_data_is_found_before_training(
-    data: Path, easy_vqa: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, easy_vqa: Path, tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = data / "eval.jsonl"
     file.write_text(json.dumps(with_turn(assistant="")) + "\n")
-    arguments = ["--model.path", str(tiny_model_dir), "--training.output_dir", str(tmp_path / "run")]
-    arguments += ["--data.train", str(easy_vqa / "train-48.jsonl"), "--data.eval", str(file)]
+    arguments = ["--model.path", str(small_model_dir), "--training.output_dir", str(tmp_path / "run")]
+    arguments += ["--data.train", str(easy_vqa / "train.jsonl"), "--data.eval", str(file)]
     assert main(["train", *arguments]) == 2
     assert "eval.jsonl:1" in capsys.readouterr().err
 
@@ -145,15 +145,15 @@ def test_a_wrong_configuration_is_refused(
     assert "Traceback" not in captured.err
 
 
-def test_an_empty_file_is_an_error(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_file_is_an_error(tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert main(["train", "--model.path", str(tiny_model_dir), "--data.train", str(tmp_path / "empty.jsonl")]) == 2
+    assert main(["train", "--model.path", str(small_model_dir), "--data.train", str(tmp_path / "empty.jsonl")]) == 2
     assert "empty.jsonl" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_named(easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing").mkdir()
-    arguments = ["--model.path", str(tmp_path / "nothing"), "--data.train", str(easy_vqa / "train-48.jsonl")]
+    arguments = ["--model.path", str(tmp_path / "nothing"), "--data.train", str(easy_vqa / "train.jsonl")]
     assert main(["train", *arguments, "--training.output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "model.path" in error

@@ -23,9 +23,9 @@ POLICIES = ("none", "vision", "selective", "full")
 
 
 @pytest.fixture
-def batch(easy_vqa: Path, tiny_model_dir: Path) -> dict[str, Any]:
-    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    dataset = ConversationDataset(open_table(easy_vqa / "train-48.jsonl"), processor)
+def batch(easy_vqa: Path, small_model_dir: Path) -> dict[str, Any]:
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
+    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
     del batch["counts"]
     return batch
@@ -54,9 +54,11 @@ def gradients(model: Any, batch: dict[str, Any], policy: Any) -> tuple[float, di
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "qlora"])
-def test_every_policy_gives_the_same_loss_and_gradients(tiny_model_dir: Path, batch: dict[str, Any], name: Any) -> None:
+def test_every_policy_gives_the_same_loss_and_gradients(
+    small_model_dir: Path, batch: dict[str, Any], name: Any
+) -> None:
     """1e-6 of the largest entry: the same float32 operations run again on the same numbers."""
-    model = load(tiny_model_dir, MethodConfig(name, lora=LoraConfig(rank=4, dropout=0.1))).train()
+    model = load(small_model_dir, MethodConfig(name, lora=LoraConfig(rank=4, dropout=0.1))).train()
     if name != "full":  # LoRA's B starts at zero, which would hide A's gradients
         for parameter in (p for n, p in model.named_parameters() if ".lora_B." in n):
             torch.nn.init.normal_(parameter, std=0.02)

@@ -18,6 +18,8 @@ from phi3v.model.presets import init_model
 from phi3v.train import evaluation_callback
 from phi3v.train.saving import in_stored_dtype, load_trained, save_replacing
 
+SIX_STEPS = ("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1)
+
 
 def measured(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder) if "eval" in line]
@@ -44,7 +46,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     ],
 )
 def test_training_does_not_notice(train: Train, extra: tuple[Any, ...]) -> None:
-    settings = (*extra, "evaluation.after", "false", "training.batch_size", 2, "training.micro_batch_size", 2)
+    settings = (*extra, *SIX_STEPS, "evaluation.after", "false")
     code, plain = train(*settings, out="plain")
     assert code == 0
     code, folder = train(
@@ -80,7 +82,7 @@ def test_final_holds_the_best_weights(
     scripted += [0.25, 0.75, 0.75]
     settings = (
         *("method.name", method, "method.lora.rank", 4, "evaluation.before", "false"),
-        *("training.batch_size", 2, "training.micro_batch_size", 2),
+        *SIX_STEPS,
     )
     code, folder = train(*settings, "evaluation.eval_steps", 2, "evaluation.keep_best", "true")
     assert code == 0
@@ -132,11 +134,11 @@ def test_weights_are_measured_as_they_are_saved_and_trained_as_they_were(tmp_pat
         assert torch.equal(parameter.data, before[name][1])
 
 
-def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_model_dir: Path) -> None:
     from phi3v.processing.processor import Phi3VProcessor
 
-    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
-    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    model = Phi3VForCausalLM.from_pretrained(small_model_dir)
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
     for value in (1.0, 2.0):
         with torch.no_grad():
             model.lm_head.weight.fill_(value)

@@ -23,14 +23,14 @@ def gradients(model: Any, device: str = "cpu") -> tuple[float, dict[str, torch.T
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_layers_agree(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_compiled_layers_agree(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Under selective checkpointing; 1e-5 of the largest entry. The default suite traces and differentiates the layers;
     building the compiler's own kernels, the default outside of tests, takes a minute.
 
     Fused kernels take the sums of norms and softmax in another order: float32 rounding, through four layers.
     """
-    expected, plain = gradients(load(tiny_model_dir, MethodConfig("frozen-vision")).train())
-    model = load(tiny_model_dir, MethodConfig("frozen-vision")).train()
+    expected, plain = gradients(load(small_model_dir, MethodConfig("frozen-vision")).train())
+    model = load(small_model_dir, MethodConfig("frozen-vision")).train()
     apply_checkpointing(model, "selective")
     compile_layer = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_layer(self, backend=backend, **how))
@@ -48,12 +48,12 @@ def test_compiled_layers_agree(tiny_model_dir: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-def test_liger_agrees(tiny_model_dir: Path) -> None:
+def test_liger_agrees(small_model_dir: Path) -> None:
     """float32 on the GPU; 1e-4 of the largest entry, for its kernels use fast exponentials."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     pytest.importorskip("liger_kernel")
-    model = load(tiny_model_dir, MethodConfig("full")).cuda().train()
+    model = load(small_model_dir, MethodConfig("full")).cuda().train()
     expected, plain = gradients(model, "cuda")
     model.zero_grad()
     apply_kernels(model, TrainingConfig(kernels="liger"))

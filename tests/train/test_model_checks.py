@@ -18,9 +18,9 @@ from phi3v.train.loading import choose_attention
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_model_dir: Path) -> Path:
+def model(tmp_path: Path, small_model_dir: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
-    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    return Path(shutil.copytree(small_model_dir, tmp_path / "model"))
 
 
 def refusal(train: Train, model: Path, capsys: pytest.CaptureFixture[str], *overrides: object) -> str:
@@ -102,12 +102,12 @@ def test_a_failed_start_leaves_the_old_run_alone(train: Train, tmp_path: Path) -
     assert read_metrics(folder)
 
 
-def test_frozen_weights_come_back_bit_by_bit(train: Train, tiny_model_dir: Path) -> None:
+def test_frozen_weights_come_back_bit_by_bit(train: Train, small_model_dir: Path) -> None:
     """In half precision too: what is frozen is saved as it was, not as it was computed with."""
     small = ("training.max_steps", 2, "training.batch_size", 1, "training.micro_batch_size", 1, "data.eval", "null")
     code, folder = train("method.name", "frozen-vision", "training.precision", "bf16", *small)
     assert code == 0
-    before = load_file(tiny_model_dir / "model.safetensors")
+    before = load_file(small_model_dir / "model.safetensors")
     after = load_file(folder / "final" / "model.safetensors")
     frozen = [name for name in before if "embed_tokens" in name]
     assert frozen
@@ -116,18 +116,18 @@ def test_frozen_weights_come_back_bit_by_bit(train: Train, tiny_model_dir: Path)
 
 
 @pytest.mark.parametrize("part", ["projector", "vision"])
-def test_a_part_trained_in_full_beside_qlora(train: Train, tiny_model_dir: Path, part: str) -> None:
+def test_a_part_trained_in_full_beside_qlora(train: Train, small_model_dir: Path, part: str) -> None:
     settings = ("method.name", "qlora", "method.lora.rank", 4, "method.lora.also_train", f"[{part}]")
     code, folder = train(*settings, "training.max_steps", 3)
     assert code == 0
     saved = load_file(folder / "final" / "adapter_model.safetensors")
     module = {"projector": "img_projection", "vision": "img_processor"}[part]
-    start = load_file(tiny_model_dir / "model.safetensors")
+    start = load_file(small_model_dir / "model.safetensors")
     trained = [name for name in saved if module in name and "layers.2." not in name and "post_layernorm" not in name]
     assert trained
     for name in trained:
         assert not torch.equal(saved[name], start[name.removeprefix("base_model.model.")].float())
-    loaded = PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained(tiny_model_dir), folder / "final")
+    loaded = PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained(small_model_dir), folder / "final")
     held = dict(loaded.named_parameters())
     weight = next(name for name in held if f"{module}.modules_to_save" in name)
     assert torch.equal(held[weight], saved[weight.replace(".modules_to_save.default", "")])

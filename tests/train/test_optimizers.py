@@ -10,7 +10,7 @@ import pytest
 import torch
 from run_helpers import Train, load, read_metrics
 
-from phi3v.config import MethodConfig, RunConfig, TrainingConfig
+from phi3v.config import DataConfig, MethodConfig, RunConfig, TrainingConfig
 from phi3v.errors import UserError
 from phi3v.train.device import Compute
 from phi3v.train.optimizers import StochasticAdamW, check_optimizer, round_stochastically, state_bytes
@@ -136,12 +136,12 @@ def test_a_large_tensor_is_updated_in_slices(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(run(), whole)
 
 
-def test_stepping_in_the_backward_pass_is_stepping_after_it(tiny_model_dir: Path) -> None:
+def test_stepping_in_the_backward_pass_is_stepping_after_it(small_model_dir: Path) -> None:
     """To the bit, on the real model in float32; and no gradient is left over."""
     ids = torch.arange(3, 40)[None]
 
     def train(in_backward: bool) -> dict[str, torch.Tensor]:
-        model = load(tiny_model_dir, MethodConfig("full"))
+        model = load(small_model_dir, MethodConfig("full"))
         optimizer = StochasticAdamW([p for p in model.parameters() if p.requires_grad], **SETTINGS, moments="8bit")
         if in_backward:
             optimizer.step_in_backward()
@@ -154,7 +154,7 @@ def test_stepping_in_the_backward_pass_is_stepping_after_it(tiny_model_dir: Path
 
     after, before = train(False), train(True)
     assert all(torch.equal(before[name], weight) for name, weight in after.items())
-    assert not torch.equal(after["lm_head.weight"], load(tiny_model_dir, MethodConfig("full")).lm_head.weight)
+    assert not torch.equal(after["lm_head.weight"], load(small_model_dir, MethodConfig("full")).lm_head.weight)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,12 @@ def test_what_does_not_go_together_is_refused(
     config = RunConfig(training=TrainingConfig(**settings))
     with pytest.raises(UserError, match=message):
         check_optimizer(config, dataclasses.replace(COMPUTE, **compute), accumulation)
+
+
+def test_lean_mode_takes_no_packed_rows() -> None:
+    config = RunConfig(data=DataConfig(packing="samples"), training=TrainingConfig(**LEAN))
+    with pytest.raises(UserError, match="a step of packed rows may have several"):
+        check_optimizer(config, COMPUTE, 1)
 
 
 def test_bytes_of_a_parameter() -> None:

@@ -23,7 +23,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, A
 
 
 def test_a_model_folder(
-    tiny_model_dir: Path, easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = easy_vqa / "yes-no.jsonl"
     lines = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:60]]
@@ -32,7 +32,7 @@ def test_a_model_folder(
     names = ["auroc", "accuracy", "per_class_accuracy", "consistency"]
     given = evaluate(
         capsys,
-        *(tiny_model_dir, "--data", data, "--metrics", *names, "--answer-words", "yes", "no"),
+        *(small_model_dir, "--data", data, "--metrics", *names, "--answer-words", "yes", "no"),
         *("--max-new-tokens", 3, "--batch-size", 4, "--num-crops", 2, "--out", tmp_path / "out"),
     )
     assert given["metric"] == "auroc"
@@ -51,7 +51,7 @@ def test_a_model_folder(
         )
         assert sum(line["probabilities"].values()) == pytest.approx(1)
         assert line["score"] == line["correct"] == (line["prediction"].lower() == turn["assistant"])
-    assert main(["eval", str(tiny_model_dir), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", str(small_model_dir), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "holds an evaluation already" in capsys.readouterr().err
 
 
@@ -61,8 +61,8 @@ def test_a_run_its_final_and_its_best_come_to_what_the_run_measured(
 ) -> None:
     code, folder = train(
         *("method.name", method, "method.lora.rank", 8, "training.learning_rate", 5e-3),
-        *("training.max_steps", 6, "training.batch_size", 2, "training.micro_batch_size", 2),
-        *("evaluation.metrics", "[token_f1, anls]", "evaluation.eval_steps", 3, "evaluation.keep_best", "true"),
+        *("training.max_steps", 4, "training.batch_size", 1, "training.micro_batch_size", 1),
+        *("evaluation.metrics", "[token_f1, anls]", "evaluation.eval_steps", 2, "evaluation.keep_best", "true"),
     )
     assert code == 0
     after = json.loads((folder / "eval_after.json").read_text())
@@ -70,7 +70,7 @@ def test_a_run_its_final_and_its_best_come_to_what_the_run_measured(
     places = [folder, folder / "final", folder / "best"]
     for number, place in enumerate(places):
         out = tmp_path / f"eval-{number}"
-        given = evaluate(capsys, place, "--data", easy_vqa / "test-24.jsonl", "--out", out)
+        given = evaluate(capsys, place, "--data", easy_vqa / "test.jsonl", "--out", out)
         again = json.loads((out / "eval.json").read_text())
         assert again["generated_texts"] == after["generated_texts"]
         # Metrics, questions and lengths are the run's own.
@@ -91,7 +91,7 @@ def test_an_adapter_that_left_its_run(
     after = json.loads((folder / "eval_after.json").read_text())
     shutil.copytree(folder / "final", tmp_path / "my.adapter")
     arguments = ("--max-questions", 4, "--max-new-tokens", 4, "--out", tmp_path / "out")
-    evaluate(capsys, tmp_path / "my.adapter", "--data", easy_vqa / "test-24.jsonl", *arguments)
+    evaluate(capsys, tmp_path / "my.adapter", "--data", easy_vqa / "test.jsonl", *arguments)
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["generated_texts"] == after["generated_texts"]
     config = tmp_path / "my.adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
@@ -120,8 +120,8 @@ def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said(
-    arguments: list[str], words: str, tiny_model_dir: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, small_model_dir: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"MODEL": str(tiny_model_dir), "DATA": str(easy_vqa / "test-24.jsonl")}
+    places = {"MODEL": str(small_model_dir), "DATA": str(easy_vqa / "test.jsonl")}
     assert main(["eval", *(places.get(argument, argument) for argument in arguments)]) == 2
     assert words in capsys.readouterr().err

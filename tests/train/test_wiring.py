@@ -35,7 +35,8 @@ def test_settings_reach_optimizer_schedule_and_loss(train: Train, trainers: list
     code, folder = train(
         *("training.adam_beta1", 0.8, "training.adam_beta2", 0.97, "training.adam_epsilon", 1e-6),
         *("training.weight_decay", 0.3, "training.learning_rate", 0.004, "training.warmup_steps", 2),
-        *("training.max_steps", 6, "training.max_grad_norm", 0.25, "training.loss_weighting", "token"),
+        *("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1),
+        *("training.max_grad_norm", 0.25, "training.loss_weighting", "token"),
         *("training.activation_checkpointing", "full", "evaluation.before", "false", "evaluation.after", "false"),
     )
     assert code == 0
@@ -64,8 +65,12 @@ def test_checkpointing_is_chosen_by_memory_and_the_reason_is_said(
     assert not any(layer.gradient_checkpointing for layer in trainers[0].model.model.layers)
     shown = capsys.readouterr().out
     assert re.search(
-        r"activation checkpointing: none \(\d[\d,]* tokens and 16 crops at a time need about .* GB are free\)", shown
+        r"activation checkpointing: none \(\d[\d,]* tokens and 2 crops at a time need about .* GB are free\)", shown
     )
+    # Of packed rows, a full one: 2000 tokens have room for 6.4 pages of one crop.
+    settings = ("data.packing", "samples", "data.pack_tokens", 2000, "training.micro_batch_size", 1)
+    assert train("training.max_steps", 1, "data.eval", "null", *settings, out="packed")[0] == 0
+    assert "none (2,000 tokens and 7 crops at a time need about" in capsys.readouterr().out
 
 
 def test_every_run_checks_its_gradients(
@@ -98,7 +103,7 @@ def test_an_image_that_vanishes_is_named_by_a_worker_too(
 ) -> None:
     images = tmp_path / "data" / "images" / "train"
     images.mkdir(parents=True)
-    lines = (easy_vqa / "train-48.jsonl").read_text().splitlines()[:8]
+    lines = (easy_vqa / "train.jsonl").read_text().splitlines()[:4]
     for line in lines:
         name = json.loads(line)["conversations"][0]["images"][0]
         (images / Path(name).name).write_bytes((easy_vqa / "images" / name).read_bytes())
@@ -110,12 +115,12 @@ def test_an_image_that_vanishes_is_named_by_a_worker_too(
     code, _ = train(*settings)
     assert code == 2
     error = capsys.readouterr().err
-    assert "data.jsonl:8: conversations[0].images[0]" in error
+    assert "data.jsonl:4: conversations[0].images[0]" in error
     assert "Traceback" not in error
 
 
 def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
-    lines = [json.loads(line) for line in (easy_vqa / "train-48.jsonl").read_text().splitlines()[:8]]
+    lines = [json.loads(line) for line in (easy_vqa / "train.jsonl").read_text().splitlines()[:8]]
     lines[3]["conversations"][1]["user"] = "what does <|end|> mean?"
     file = easy_vqa / "special.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -124,21 +129,22 @@ def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
     assert train(*settings, "data.special_text", "escape")[0] == 0
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_runs(recipe: Path, tmp_path: Path, easy_vqa: Path, tiny_model_dir: Path) -> None:
-    """Through the real command line, a few steps, on a little data."""
+def test_the_quickstart_recipe_runs(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> None:
+    """Through the real command line, a few steps, on a little of its data; tests/recipes runs the tasks' recipes."""
     from phi3v.cli import main
 
     folder = tmp_path / "run"
     settings = {
-        "model.path": tiny_model_dir,
-        "data.train": easy_vqa / "train-48.jsonl",
-        "data.eval": easy_vqa / "test-24.jsonl",
+        "model.path": small_model_dir,
+        "data.train": easy_vqa / "train.jsonl",
+        "data.eval": easy_vqa / "test.jsonl",
         "training.output_dir": folder,
         "training.max_steps": 2,
+        "training.batch_size": 2,
+        "training.micro_batch_size": 2,
         "training.logging_steps": 1,
         "evaluation.max_questions": 3,
     }
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    assert main(["train", str(recipe), *arguments]) == 0
+    assert main(["train", str(ROOT / "recipes" / "easy_vqa_tiny.yaml"), *arguments]) == 0
     assert len(read_metrics(folder)) == 2

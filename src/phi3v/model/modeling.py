@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, Phi3Model, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
+from phi3v.model.attention import Layout, prepare_row
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loss import LossKernel, causal_lm_loss
@@ -136,11 +137,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 features = self.vision_embed_tokens.project(features, sizes)
         else:
             if pages is not None:
-                crops = cut_flat_pages(pages, sizes)
+                features = self.vision_embed_tokens(cut_flat_pages(pages, sizes), sizes)  # [tokens of all pages, H]
             else:
                 assert pixel_values is not None
-                crops = real_crops(pixel_values, sizes)
-            features = self.vision_embed_tokens(crops, sizes)  # [tokens of all pages, H]
+                crops, counts = real_crops(pixel_values, sizes)
+                features = self.vision_embed_tokens(crops, sizes, counts)
         if page_index is not None:
             of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
             features = torch.cat([of_page[page] for page in shown])
@@ -155,7 +156,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return inputs_embeds
         if not any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters()):
             return inputs_embeds
-        blank = inputs_embeds.new_zeros(2, 3, CROP_SIZE, CROP_SIZE)
+        blank = inputs_embeds.new_zeros(1, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
 
     def forward(
@@ -169,13 +170,16 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pages: torch.Tensor | None = None,
         page_index: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's output for official inputs (see :class:`Phi3VForCausalLM`)."""
+        """The decoder's output for official inputs or a packed row (see :class:`Phi3VForCausalLM`)."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index, image_features)
+        if layout is not None:
+            return self._forward_packed(inputs_embeds, layout)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count a sample's own tokens, so padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -183,6 +187,22 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         return super().forward(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _forward_packed(self, hidden_states: torch.Tensor, layout: Layout) -> BaseModelOutputWithPast:
+        """The library's loop over the layers for one packed row (1, T, H), without a mask or a cache."""
+        if hidden_states.shape[:2] != (1, sum(map(sum, layout))):
+            raise ValueError(f"the layout of one row of {sum(map(sum, layout))} tokens came with {hidden_states.shape}")
+        longest = max(prefix + max(branches) for prefix, *branches in layout)
+        if self.config.sliding_window is not None and longest > self.config.sliding_window:
+            raise ValueError(f"a sample of {longest} tokens is longer than the window of {self.config.sliding_window}")
+        implementation = self.config._attn_implementation
+        row = prepare_row(layout, implementation, hidden_states.device, self.config.long_context_start)
+        position_embeddings = self.rotary_emb(hidden_states, row.position_ids, row.is_long)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, position_ids=row.position_ids, position_embeddings=position_embeddings, packed_row=row
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
@@ -255,8 +275,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             page_index: (N,) int64, the page that each image shows; by default image k shows page k. A page that
                 several images show is encoded once; and
             image_features: what the vision part made of the pages earlier, in place of pixels: finished tokens
-                (tokens of all pages, H), or the tower's (crops of all pages, 576, V).
+                (tokens of all pages, H), or the tower's (distinct crops of all pages, 576, V).
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
+            kwargs: ``layout``, where ``input_ids`` (1, T) are a packed row: the prefix and the branches of each group
+                (see ``attention.Layout``). Masks and positions follow from it; the model must have been loaded with
+                an ``attn_implementation`` of ``attention.BACKENDS``.
 
         Raises:
             ImageAlignmentError: placeholders and images do not fit together.

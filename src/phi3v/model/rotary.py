@@ -48,16 +48,23 @@ class Phi3VRotaryEmbedding(nn.Module):
             self._inv_freq = self._inv_freq.to(device)
         return self._inv_freq
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables for ``position_ids`` (B, T), whose largest entry in a row tells that sample's length.
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, is_long: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables for ``position_ids`` (B, T).
+
+        Args:
+            is_long: (B, T) bool, whether a token's sample uses the long factors; by default a row is one sample and
+                its largest position tells.
 
         Returns:
             cos and sin, each (B, T, D), in the dtype of ``x``.
         """
         short, long = self.frequencies(position_ids.device)
-        is_long = position_ids.amax(dim=-1) >= self.long_context_start  # [B]
-        inv_freq = torch.where(is_long[:, None], long, short)  # [B, D / 2]
-        angles = position_ids[..., None].float() * inv_freq[:, None, :]  # [B, T, D / 2]
+        if is_long is None:
+            is_long = position_ids.amax(dim=-1, keepdim=True) >= self.long_context_start  # [B, 1]
+        inv_freq = torch.where(is_long[..., None], long, short)  # [B, 1 or T, D / 2]
+        angles = position_ids[..., None].float() * inv_freq  # [B, T, D / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [B, T, D]
         return (
             (angles.cos() * self.attention_scaling).to(x.dtype),

@@ -40,6 +40,11 @@ def num_img_tokens(rows: int, columns: int) -> int:
     return (rows * columns + 1) * TOKENS_PER_CROP + 1 + (rows + 1) * 12
 
 
+def num_distinct_crops(rows: int, columns: int) -> int:
+    """Crops of an image that differ: its global view and its page's; a page of one crop is its own global view."""
+    return 1 if rows * columns == 1 else 1 + rows * columns
+
+
 def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
     """The page of a ``width`` x ``height`` picture on at most ``num_crops`` crops.
 

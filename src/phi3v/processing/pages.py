@@ -28,6 +28,12 @@ def _channel_values(values: tuple[float, ...], device: torch.device) -> torch.Te
     return torch.tensor(values, device=device)[:, None, None]
 
 
+def _normalised(pages: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """float32 (n, 3, height, width) of pages (n, height, width, 3)."""
+    pixels = pages.permute(0, 3, 1, 2).float().div_(255)
+    return pixels.sub_(_channel_values(tuple(mean), pages.device)).div_(_channel_values(tuple(std), pages.device))
+
+
 def cut_pages(
     pages: torch.Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
 ) -> torch.Tensor:
@@ -44,8 +50,7 @@ def cut_pages(
         float32 (n, 1 + r * c, 3, 336, 336), global view first, then the page's crops row by row.
     """
     n, height, width, _ = pages.shape
-    pixels = pages.permute(0, 3, 1, 2).float().div_(255)  # [n, 3, height, width]
-    pixels.sub_(_channel_values(tuple(mean), pages.device)).div_(_channel_values(tuple(std), pages.device))
+    pixels = _normalised(pages, mean, std)
     # Without antialias, as the reference shrinks the page.
     view = functional.interpolate(pixels, size=(CROP_SIZE, CROP_SIZE), mode="bicubic")  # [n, 3, 336, 336]
     rows, columns = height // CROP_SIZE, width // CROP_SIZE
@@ -62,14 +67,17 @@ def flatten_pages(pages: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The crops of pages of any sizes, normalised with CLIP's statistics.
+    """The distinct crops of pages of any sizes, normalised with CLIP's statistics.
+
+    A page of one crop is its own global view, to the bit, and comes once.
 
     Args:
         pages: (P, 3) uint8, as `flatten_pages` lays them.
         sizes: (height, width) of each page in pixels, multiples of 336.
 
     Returns:
-        float32 (crops of all pages, 3, 336, 336): of each page its global view, then its crops row by row.
+        float32 (crops of all pages, 3, 336, 336): of each page its global view, then its crops row by row, in all
+        ``num_distinct_crops``.
 
     Raises:
         ValueError: ``pages`` has not as many pixels as ``sizes`` say.
@@ -84,6 +92,11 @@ def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tor
         places.setdefault(size, []).append(index)
     crops: list[torch.Tensor] = [pages] * len(sizes)
     for size, indices in places.items():
-        for index, cut in zip(indices, cut_pages(torch.stack([flat[i].view(*size, 3) for i in indices])), strict=True):
+        alike = torch.stack([flat[i].view(*size, 3) for i in indices])
+        if size == (CROP_SIZE, CROP_SIZE):
+            cuts = _normalised(alike, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)[:, None]
+        else:
+            cuts = cut_pages(alike)
+        for index, cut in zip(indices, cuts, strict=True):
             crops[index] = cut
     return torch.cat(crops)

@@ -22,9 +22,9 @@ from phi3v.data.images import image_size, load_image
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
-from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.pages import cut_pages
+from phi3v.processing.pages import cut_flat_pages
 from phi3v.train.device import Compute
 from phi3v.train.progress import progress_bar
 
@@ -88,8 +88,9 @@ def fill_features(
     def features(name: str) -> torch.Tensor:
         image = load_image(name, root=table.images_root, max_pixels=table.max_pixels)
         page = processor.page(image).to(compute.device)
-        tower = vision.img_processor(cut_pages(page[None])[0])
-        return tower if stage == "tower" else vision.project(tower, [(page.shape[0], page.shape[1])])
+        size = (page.shape[0], page.shape[1])
+        tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
+        return tower if stage == "tower" else vision.project(tower, [size])
 
     with _computing(model, compute):
         # The first one tells how large a value is.
@@ -124,7 +125,7 @@ def _values(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProc
     page = page_geometry(*size, processor.num_crops)
     if stage == "projected":
         return page.num_img_tokens * _width(vision.img_projection)
-    return (1 + page.rows * page.columns) * PATCHES**2 * (vision.sub_GN.shape[-1] // 4)
+    return num_distinct_crops(page.rows, page.columns) * PATCHES**2 * (vision.sub_GN.shape[-1] // 4)
 
 
 def _width(projection: nn.Module) -> int:
@@ -147,7 +148,7 @@ def _computing(model: nn.Module, compute: Compute) -> Iterator[None]:
 def _settings_key(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProcessor, compute: Compute) -> str:
     """A name for all that features depend on beside the picture, the weights' content among it."""
     digest = hashlib.blake2b(digest_size=16)
-    facts = ["features-1", stage, processor.num_crops, CROP_SIZE, compute.precision, compute.device.type]
+    facts = ["features-2", stage, processor.num_crops, CROP_SIZE, compute.precision, compute.device.type]
     digest.update(json.dumps(facts).encode())
     for name, value in vision.state_dict().items():
         if stage == "tower" and not name.startswith("img_processor."):

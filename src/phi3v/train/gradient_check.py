@@ -45,7 +45,11 @@ def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: tor
     was_training = model.training
     model.train()
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name != "counts"
+    }
     problems: list[str] = []
     with torch.random.fork_rng(devices):
         try:

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from phi3v.config import LoraConfig, RunConfig
+from phi3v.config import Attention, LoraConfig, RunConfig
 from phi3v.errors import UserError
+from phi3v.model.attention import choose_packed_attention, flash_obstacle
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -20,8 +21,6 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
 from phi3v.train.optimizers import keeps_bf16_weights
 from phi3v.train.strategies import PART_MODULES, VISION, apply_method, target_modules
-
-FLASH_CAPABILITY = (8, 0)  # Ampere; flash-attn has no kernels for older GPUs
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,13 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
         target_modules(skeleton, config.method.lora)
     if config.method.name == "qlora":
         require_bitsandbytes()
-    attention, reason = choose_attention(config.model.attention, compute.device, compute.dtype)
+    if config.data.packing == "none":
+        attention, reason = choose_attention(config.model.attention, compute.device, compute.dtype)
+    else:
+        shares = config.data.packing == "shared-image"
+        attention, reason = choose_packed_attention(
+            config.model.attention, compute.device, compute.dtype, shares_prefixes=shares
+        )
     dtype = model_config.dtype
     return ModelFacts(dtype if isinstance(dtype, torch.dtype) else torch.float32, attention, reason)
 
@@ -153,15 +158,24 @@ def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:
     return loaded
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The decoder's attention and the reason for it.
+def choose_attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The decoder's attention over ordinary rows and the reason for it.
 
     Raises:
-        UserError: flash attention is asked for and cannot run here.
+        UserError: what is asked for cannot run here.
     """
+    if wanted == "varlen":
+        hint = "set data.packing to samples or shared-image, or leave attention at auto"
+        raise UserError("varlen is for packed rows only", where="model.attention", hint=hint)
+    if wanted == "flex":
+        if device.type != "cuda":
+            raise UserError(
+                f"flex cannot run: it needs a GPU, this is {device.type}", where="model.attention", hint="use sdpa"
+            )
+        return "flex_attention", "as configured"
     if wanted not in ("auto", "flash_attention_2"):
         return wanted, "as configured"
-    obstacle = _flash_obstacle(device, dtype)
+    obstacle = flash_obstacle(device, dtype, "flash_attn")
     if obstacle is None:
         return "flash_attention_2", "as configured" if wanted != "auto" else f"flash-attn is installed, {dtype}"
     if wanted == "auto":
@@ -169,18 +183,6 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> t
     raise UserError(
         f"flash_attention_2 cannot run: {obstacle}", where="model.attention", hint="leave it at auto, or use sdpa"
     )
-
-
-def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if device.type != "cuda":
-        return f"flash attention needs a GPU, this is {device.type}"
-    if torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
-        return f"flash attention has no kernels for {torch.cuda.get_device_name(device)}"
-    if not is_flash_attn_2_available():
-        return "flash-attn is not installed"
-    return "flash attention does not compute in fp32" if dtype == torch.float32 else None
 
 
 def require_bitsandbytes() -> None:

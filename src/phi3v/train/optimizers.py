@@ -243,6 +243,12 @@ def check_optimizer(config: RunConfig, compute: Compute, accumulation: int) -> N
             where="training.max_grad_norm",
             hint="set it to 0, or training.lean to false",
         )
+    if config.data.packing != "none":
+        raise UserError(
+            "each backward pass is an optimizer step, and a step of packed rows may have several",
+            where=where,
+            hint="set data.packing to none, or training.lean to false",
+        )
     if accumulation > 1:
         raise UserError(
             f"each backward pass is an optimizer step, so {accumulation} micro-batches cannot be accumulated",

@@ -22,11 +22,13 @@ from transformers.trainer_callback import ProgressCallback as LibraryProgressCal
 from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
+from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
-from phi3v.processing.hd_transform import num_img_tokens
+from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
@@ -97,6 +99,7 @@ class Setup:
     model: Any
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
+    plan: PackingPlan | None  # of packed rows
     checkpointing: str  # the policy and its reason
 
     @property
@@ -109,6 +112,22 @@ class Setup:
         pad = self.processor.tokenizer.pad_token_id
         return Collator(pad, loss_weighting=self.config.training.loss_weighting)
 
+    def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
+        """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
+        if self.plan is None:
+            return ConversationDataset(self.train_table, self.processor, features=features)
+        weighting = self.config.training.loss_weighting
+        return PackedDataset(self.train_table, self.processor, weighting, features=features)
+
+    def probe(self) -> dict[str, Any]:
+        """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
+        with_images = self.train_table.image_counts().nonzero()[0]
+        index = int(with_images[0]) if len(with_images) else 0
+        dataset = self.dataset()
+        if isinstance(dataset, PackedDataset):
+            return dataset[RowPlan(((index,),), ends_step=True)]
+        return self.collator()([dataset[index]])
+
 
 def run_training(config: RunConfig, console: Console) -> RunResult:
     """Train as configured.
@@ -120,16 +139,14 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
         UserError: the configuration, the model or the data are wrong.
     """
     setup = prepare(config, console)
-    dataset = ConversationDataset(setup.train_table, setup.processor)
-    probe = setup.collator()([dataset[probe_index(setup.train_table)]])
-    checked = check_gradients(setup.model, probe, autocast_dtype=setup.compute.autocast_dtype)
+    checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
     console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
     try:
         if setup.compute.rank == 0:
             claim_run_folder(config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        result = _train_and_measure(setup, dataset)
+        result = _train_and_measure(setup)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
@@ -159,7 +176,8 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         check_references(questions, config.evaluation)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
-    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, compute)
+    plan = make_plan(config, compute, model, train_table, processor)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
     apply_checkpointing(model, checkpointing)
     apply_kernels(model, config.training)
     setup = Setup(
@@ -173,6 +191,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         model,
         train_table,
         questions,
+        plan,
         f"{checkpointing} ({reason})",
     )
     _print_header(setup)
@@ -183,26 +202,40 @@ def prepare(config: RunConfig, console: Console) -> Setup:
 
 
 def _choose_checkpointing(
-    config: RunConfig, model: Any, processor: Phi3VProcessor, table: RecordTable, compute: Compute
+    config: RunConfig,
+    model: Any,
+    processor: Phi3VProcessor,
+    table: RecordTable,
+    plan: PackingPlan | None,
+    compute: Compute,
 ) -> tuple[Policy, str]:
-    """The policy for a micro-batch of the largest records that the data may hold, and the reason for it."""
+    """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
     if config.training.lean:
         return "full", "lean mode"
-    samples = config.training.micro_batch_size
-    images = int(table.image_counts().max()) * samples
     num_crops = processor.image_processor.num_crops
+    crops_of_page = num_distinct_crops(1, num_crops)
+    most_images = int(table.image_counts().max())
+    if plan is None:
+        samples = config.training.micro_batch_size
+        images = most_images * samples
+        # A page of one column has the most row ends.
+        tokens = images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS
+        crops = images * crops_of_page
+    else:
+        tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
+        # A page of one row has the most crops for its tokens.
+        crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
     return choose_checkpointing(
         config.training.activation_checkpointing,
         model.config,
-        # A page of one column has the most row ends.
-        tokens=images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS,
-        crops=images * (num_crops + 1),
+        tokens=tokens,
+        crops=crops,
         bytes_per_value=compute.dtype.itemsize,
         free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
     )
 
 
-def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
+def _train_and_measure(setup: Setup) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     features = fill_features(
         config.training.feature_cache,
@@ -213,8 +246,6 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
         setup.console,
         show_bar=config.training.progress_bar,
     )
-    if features is not None:
-        dataset = ConversationDataset(setup.train_table, setup.processor, features=features)
     before = _measure(setup, "before") if config.evaluation.before else None
     after = None
 
@@ -229,10 +260,11 @@ def _train_and_measure(setup: Setup, dataset: ConversationDataset) -> RunResult:
     trainer = Phi3VTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=setup.dataset(features),
         data_collator=setup.collator(),
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
         lean=config.training.lean,
+        plan=setup.plan,
     )
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
@@ -330,10 +362,28 @@ def _check_pictures(model: Any, table: RecordTable) -> None:
         )
 
 
-def probe_index(table: RecordTable) -> int:
-    """A record for the gradient check: the first one with a picture, or the first."""
-    with_images = table.image_counts().nonzero()[0]
-    return int(with_images[0]) if len(with_images) else 0
+def make_plan(
+    config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
+) -> PackingPlan | None:
+    """How records are packed, if they are."""
+    if config.data.packing == "none":
+        return None
+    lengths = measure_records(
+        table,
+        processor,
+        model.config.long_context_start,
+        progress=config.training.progress_bar and compute.rank == 0,
+    )
+    return PackingPlan(
+        lengths,
+        config.data.packing,
+        batch_size=config.training.batch_size,
+        batch_tokens=config.training.batch_tokens,
+        pack_tokens=config.data.pack_tokens,
+        shared_image_max=config.data.shared_image_max,
+        world_size=compute.world_size,
+        seed=config.training.seed,
+    )
 
 
 def _questions(
@@ -410,12 +460,27 @@ def _print_header(setup: Setup) -> None:
         f"attention: {facts.attention} ({facts.attention_reason})",
         f"activation checkpointing: {setup.checkpointing}",
         f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
-        f"step: {config.training.batch_size} samples = {compute.world_size} ranks × "
-        f"{config.training.micro_batch_size} at a time × {setup.accumulation} accumulated; "
-        f"every {config.training.loss_weighting} weighs the same",
+        f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
         f"output: {config.training.output_dir}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _step_line(setup: Setup) -> str:
+    config, ranks = setup.config, setup.compute.world_size
+    if setup.plan is None:
+        return (
+            f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
+            f"{setup.accumulation} accumulated"
+        )
+    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.tokens.sum())
+    wanted = config.training.batch_tokens
+    size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
+    shared = f" ({separate / tokens:.2f} times fewer tokens than apart)" if setup.plan.shares else ""
+    return (
+        f"{size} on {ranks} ranks in rows of at most {config.data.pack_tokens} tokens, {config.data.packing} packing"
+        f"{shared}, {setup.plan.num_steps} steps an epoch"
+    )
 
 
 def _print_result(console: Console, result: RunResult) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from phi3v.config import RunConfig
+from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
 from phi3v.train.optimizers import StochasticAdamW
 
 
@@ -20,9 +23,12 @@ class Phi3VTrainer(Trainer):
 
     Args:
         lean: step in the backward pass.
+        plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
+            one batch and `training_step` goes through its rows.
     """
 
-    def __init__(self, *args: Any, lean: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any) -> None:
+        self.plan = plan
         super().__init__(*args, **kwargs)
         self.lean = lean
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
@@ -46,12 +52,55 @@ class Phi3VTrainer(Trainer):
 
         The counts come from the host and stay on the device, so no step waits for them.
         """
-        sums = [sum(batch["counts"][index] for batch in batch_samples) for index in range(4)]
+        rows = [row for batch in batch_samples for row in batch.get("rows", [batch])]
+        sums = [sum(row["counts"][index] for row in rows) for index in range(4)]
         counts = torch.tensor(sums, dtype=torch.float64, device=self._counts.device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         self._counts += counts
         return counts[0].float()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.plan is None:
+            return super().get_train_dataloader()
+        assert isinstance(self.train_dataset, PackedDataset)
+        # The plan deals rows to ranks already, so accelerate has nothing to share out.
+        return PackedLoader(
+            self.train_dataset,
+            self.plan,
+            self.args.process_index,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The next step: of packed rows, this rank's rows as one batch."""
+        if self.plan is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = []
+        for row in epoch_iterator:
+            rows.append(row)
+            if row.pop("ends_step"):
+                break
+        batch = [{"rows": rows}]
+        return batch, self._get_num_items_in_batch(batch, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if "rows" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        *earlier, last = inputs["rows"]
+        loss = torch.zeros((), device=self.args.device)
+        for row in earlier:
+            with self.accelerator.no_sync(model):  # ranks meet once a step, however many rows each has
+                loss += super().training_step(model, row, num_items_in_batch)
+        loss += super().training_step(model, last, num_items_in_batch)
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))
 
     def compute_loss(
         self,

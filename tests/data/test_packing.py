@@ -1,0 +1,238 @@
+"""The packing plan, in random cases, and how a row is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from phi3v.data.collate import Sample
+from phi3v.data.packing import (
+    PackedDataset,
+    PackedLoader,
+    PackingPlan,
+    RecordLengths,
+    Step,
+    measure_records,
+    pack_row,
+    shared_tokens,
+)
+from phi3v.data.table import open_table
+from phi3v.errors import UserError
+from phi3v.processing.processor import Phi3VProcessor
+
+
+def random_lengths(rng: np.random.Generator, count: int) -> RecordLengths:
+    """Pages of 1 to 15 records, of 100 to 600 tokens and 2 to 80 more for each record."""
+    pages = np.repeat(np.arange(count), rng.integers(1, 16, size=count))[:count]
+    head = rng.integers(100, 600, size=count)[pages]
+    return RecordLengths(head + rng.integers(2, 80, size=count), head, pages)
+
+
+def check_epoch(plan: PackingPlan, steps: list[Step]) -> None:
+    """What holds for every plan."""
+    lengths = plan.lengths
+    seen: Counter[int] = Counter()
+    for step in steps:
+        assert len(step) == plan.world_size
+        for rows in step:
+            assert rows  # every rank has something to do in every step
+            for row in rows:
+                assert sum(map(plan.tokens, row)) <= plan.pack_tokens or [len(group) for group in row] == [1]
+                for group in row:
+                    seen.update(group)
+                    assert len({lengths.page[index] for index in group}) == 1
+                    assert plan.shares or len(group) == 1
+    assert len(steps) == plan.num_steps
+    assert sorted(seen) == list(range(len(lengths.tokens)))
+    assert set(seen.values()) == {1}  # every record once
+
+
+def samples(step: Step) -> int:
+    return sum(len(group) for rows in step for row in rows for group in row)
+
+
+def rank_tokens(plan: PackingPlan, step: Step) -> list[int]:
+    return [sum(plan.tokens(group) for row in rows for group in row) for rows in step]
+
+
+@pytest.mark.parametrize("packing", ["samples", "shared-image"])
+def test_random_plans(packing: Any) -> None:
+    rng = np.random.default_rng(0)
+    for case in range(40):
+        world = int(rng.integers(1, 5))
+        batch = int(rng.integers(world, 40))
+        lengths = random_lengths(rng, int(rng.integers(world, 300)))
+        settings = {
+            "batch_size": batch,
+            "batch_tokens": int(rng.integers(500, 9000)) if case % 2 else None,
+            "pack_tokens": int(rng.integers(150, 4000)),
+            "shared_image_max": int(rng.integers(1, 12)),
+            "world_size": world,
+            "seed": case,
+        }
+        plan = PackingPlan(lengths, packing, **settings)
+        epochs = [list(plan.steps(epoch)) for epoch in range(2)]
+        for steps in epochs:
+            check_epoch(plan, steps)
+            if settings["batch_tokens"] is None:
+                assert all(samples(step) == batch for step in steps[:-1])
+                assert len(steps) == 1 or world <= samples(steps[-1]) < batch + world
+        # Made again, the same; another epoch or seed, another order.
+        assert epochs[0] == list(PackingPlan(lengths, packing, **settings).steps(0))
+        if len(lengths.tokens) > 20:
+            assert epochs[0] != epochs[1]
+            assert epochs[0] != list(PackingPlan(lengths, packing, **settings | {"seed": case + 1}).steps(0))
+
+
+def test_ranks_have_like_numbers_of_tokens() -> None:
+    """Never further apart than the largest group of the step, and over an epoch within a tenth."""
+    rng = np.random.default_rng(1)
+    plan = PackingPlan(
+        random_lengths(rng, 3000), "shared-image", batch_size=64, pack_tokens=4096, shared_image_max=8, world_size=4
+    )
+    steps = list(plan.steps(0))
+    totals = np.array([rank_tokens(plan, step) for step in steps])
+    for step, tokens in zip(steps, totals, strict=True):
+        largest = max(plan.tokens(group) for rows in step for row in rows for group in row)
+        assert tokens.max() - tokens.min() <= largest
+    assert totals.sum(0).max() < 1.1 * totals.sum(0).min()
+
+
+def test_tokens_a_step() -> None:
+    """Steps of batch_tokens, give or take a group."""
+    lengths = random_lengths(np.random.default_rng(2), 2000)
+    plan = PackingPlan(
+        lengths, "shared-image", batch_size=1, batch_tokens=20_000, pack_tokens=4096, shared_image_max=8, seed=3
+    )
+    tokens = [sum(rank_tokens(plan, step)) for step in plan.steps(0)]
+    assert 0.9 * 20_000 < np.mean(tokens) < 1.1 * 20_000
+    assert max(tokens) < 20_000 + 2 * 1200
+
+
+def test_a_page_is_shared_and_its_questions_limited() -> None:
+    """Ten questions of each of 50 pages, at most four together: 4 + 3 + 3, and far fewer tokens than apart."""
+    pages = np.repeat(np.arange(50), 10)
+    lengths = RecordLengths(np.full(500, 320), np.full(500, 300), pages)
+    plan = PackingPlan(lengths, "shared-image", batch_size=500, pack_tokens=2000, shared_image_max=4)
+    chunks = plan._chunks(0)
+    assert Counter(map(len, chunks)) == {4: 100, 2: 50} or Counter(map(len, chunks)) == {4: 50, 3: 100}
+    assert plan.epoch_tokens() == 150 * 300 + 500 * 20
+    # In one step, what chance brings together shares its page again, as far as a row has room.
+    (step,) = plan.steps(0)
+    assert sum(rank_tokens(plan, step)) == 50 * 300 + 500 * 20
+
+
+def test_fewer_records_than_ranks() -> None:
+    lengths = random_lengths(np.random.default_rng(0), 3)
+    with pytest.raises(UserError, match="3 records cannot be shared by 4 ranks"):
+        PackingPlan(lengths, "samples", batch_size=4, pack_tokens=100, shared_image_max=1, world_size=4)
+
+
+def sample(ids: list[int], answer: int) -> Sample:
+    """``answer``: tokens at the end that are learnt."""
+    return Sample(ids, [-100] * (len(ids) - answer) + ids[-answer:], [])
+
+
+def test_what_is_shared_ends_before_the_answers() -> None:
+    one = sample([1, 5, 6, 7, 8, 9], 2)
+    assert shared_tokens([one]) == 0
+    assert shared_tokens([one, sample([1, 5, 6, 2, 8, 9], 2)]) == 3
+    # The same question twice, with different answers: its last token speaks for each.
+    assert shared_tokens([one, sample([1, 5, 6, 7, 3, 9], 2)]) == 3
+    assert shared_tokens([one, sample([1, 5, 6], 1), sample([1, 5, 6, 7, 8, 9, 9], 1)]) == 1
+
+
+def test_a_row() -> None:
+    row = pack_row([[sample([1, 5, 6, 7, 8], 2), sample([1, 5, 4, 9], 1)], [sample([1, 3], 1)]])
+    assert row["layout"] == ((2, 3, 2), (0, 2))
+    assert row["input_ids"].tolist() == [[1, 5, 6, 7, 8, 4, 9, 1, 3]]
+    assert row["labels"].tolist() == [[-100, -100, -100, 7, 8, -100, 9, -100, 3]]
+    assert row["loss_weights"].tolist() == [[0, 0, 0, 0.5, 0.5, 0, 1, 0, 1]]
+    assert row["counts"] == (3.0, 3, 3, 9)
+    by_token = pack_row([[sample([1, 5, 6, 7, 8], 2)]], "token")
+    assert by_token["loss_weights"].tolist() == [[0, 0, 0, 1, 1]]
+    assert "pages" not in row
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two questions about one picture, one about two, one about none, and a talk that brings its second one late."""
+    monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30), "white").save(tmp_path / "images" / f"{name}.png")
+    turns = [
+        [{"images": ["a.png"], "user": "what is it?", "assistant": "a circle"}],
+        [{"images": ["a.png", "b.png"], "user": "are they alike?", "assistant": "yes"}],
+        [{"images": ["a.png"], "user": "what colour is it?", "assistant": "red"}],
+        [{"user": "are you there?", "assistant": "yes"}],
+        [
+            {"images": ["a.png"], "user": "what is it?", "assistant": "a circle"},
+            {"images": ["b.png"], "user": "and this?", "assistant": "a square"},
+        ],
+    ]
+    lines = [json.dumps({"id": str(k), "source": "test", "conversations": t}) for k, t in enumerate(turns)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return open_table(tmp_path / "data.jsonl")
+
+
+def test_records_are_measured_without_decoding(table: Any, tiny_model_dir: Path) -> None:
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    lengths = measure_records(table, processor, 4096)
+    dataset = PackedDataset(table, processor)
+    streams = [dataset._samples((index,))[0].input_ids for index in range(5)]
+    assert lengths.tokens.tolist() == [len(ids) for ids in streams]
+    heads = [max(k for k, token in enumerate(ids) if token < 0) + 1 for ids in streams[:3]]
+    assert lengths.head.tolist() == [*heads, 0, 0]
+    page = lengths.page.tolist()
+    assert page[0] == page[2]
+    assert len(set(page)) == 4
+    # A switch of factors between the two keeps them apart.
+    between = measure_records(table, processor, int(lengths.tokens[[0, 2]].min()))
+    assert lengths.tokens[0] != lengths.tokens[2]
+    assert between.page[0] != between.page[2]
+
+
+def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -> None:
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    plan = PackingPlan(
+        measure_records(table, processor, 4096),
+        "shared-image",
+        batch_size=5,
+        pack_tokens=700,
+        shared_image_max=4,
+        world_size=2,
+    )
+    dataset = PackedDataset(table, processor)
+    (step,) = plan.steps(3)
+    tokens = 0
+    for rank in range(2):
+        loader = PackedLoader(dataset, plan, rank)
+        assert len(loader) == 1
+        loader.set_epoch(3)
+        rows = list(loader)
+        assert [row["ends_step"] for row in rows] == [False] * (len(rows) - 1) + [True]
+        assert [len(row["layout"]) for row in rows] == [len(row) for row in step[rank]]
+        for row in rows:
+            assert row["input_ids"].shape == (1, sum(map(sum, row["layout"])))
+            tokens += row["input_ids"].shape[1]
+    assert tokens <= sum(sum(rank_tokens(plan, step)) for step in plan.steps(3))
+    assert dataclasses.asdict(plan.lengths)["tokens"].sum() > tokens  # the two questions share their picture
+
+
+def test_a_group_has_its_pictures_once(table: Any, tiny_model_dir: Path) -> None:
+    dataset = PackedDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir))
+    row = pack_row([dataset._samples((0, 2)), dataset._samples((1,))])
+    assert row["page_index"].tolist() == [0, 0, 1]  # another group shows a page again: it is shipped once
+    assert row["image_sizes"].tolist() == [[336, 336]] * 2
+    assert row["pages"].shape == (2 * 336 * 336, 3)
+    assert row["pages"].dtype == torch.uint8
+    assert int((row["input_ids"] < 0).sum()) == 3 * 313
