@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 from bench_result import ROOT, write_result
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.config import EvaluationConfig
-from phi3v.data.collate import Collator, QuestionDataset
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.images import load_image
 from phi3v.data.table import open_table
 from phi3v.evaluate.evaluation import evaluate
 from phi3v.evaluate.generate import decode_answer, stop_token_ids
@@ -32,12 +33,15 @@ def one_by_one(
     stops = stop_token_ids(processor)
     pad = processor.tokenizer.pad_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
-    collator = Collator(pad, padding_side="left")
     answers = []
     with torch.inference_mode():
         for index in range(len(questions)):
-            batch = collator([questions[index]])
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
+            names = questions.question(index).images
+            pictures = [load_image(name, root=questions.table.images_root) for name in names]
+            counts = processor.image_processor.calc_num_image_tokens(pictures)
+            inputs = {"input_ids": torch.tensor([questions.prompt(index, counts)])}
+            pixels = processor.image_processor(pictures)
+            inputs |= {name: pixels[name] for name in ("pixel_values", "image_sizes")}
             output = model.generate(**inputs, generation_config=settings)
             answers.append(decode_answer(processor, output[0, inputs["input_ids"].shape[1] :].tolist(), stops))
     return answers

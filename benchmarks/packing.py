@@ -45,11 +45,11 @@ from phi3v.model.presets import init_model
 from phi3v.model.vision import Phi3VImageEmbedding
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.progress import peak_memory_gb
 from phi3v.train.run import make_plan
-from phi3v.train.strategies import enable_checkpointing
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 from tasks.parts import Sizes
 
@@ -90,7 +90,7 @@ class RecipeTrainer(Phi3VTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        names = ("input_ids", "attention_mask", "pages", "image_sizes", "page_index")
         logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits
         targets = inputs["labels"][:, 1:]
         losses = functional.cross_entropy(
@@ -137,7 +137,7 @@ def measure(
     facts = inspect_model(config, compute)
     model = load_for_training(config, facts, compute)
     if way == "recipe":
-        enable_checkpointing(model)
+        apply_checkpointing(model, "full")
         run_padded_crops(model, data.num_crops)
     plan = make_plan(config, compute, model, table, processor)
     dataset = ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor)

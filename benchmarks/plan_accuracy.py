@@ -27,6 +27,7 @@ from rich.table import Table
 from bench_result import ROOT, write_result
 from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Sample
+from phi3v.data.pages import Page
 from phi3v.model.presets import init_model
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import METHODS, TrainSetup
@@ -36,10 +37,11 @@ from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
 from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
-from phi3v.train.strategies import enable_checkpointing
 
 MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
 # Rows, width and height of the picture, questions of the first row, and how many fewer each next one has.
@@ -73,21 +75,23 @@ def cases() -> Iterator[Case]:
 def make_batch(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], MicroBatch]:
     """The model's inputs and what the planner knows of them."""
     rows, width, height, questions, fewer = BATCHES[name]
-    samples = []
+    samples: list[Sample] = []
+    pages: list[Page] = []
     for row in range(rows):
-        crops, size = processor.image_processor.crops(Image.new("RGB", (width, height), (row, 80, 120)))
+        page = processor.image_processor.page(Image.new("RGB", (width, height), (row, 80, 120)))
+        size = (page.shape[0], page.shape[1])
+        pages.append(Page(f"{row}.png", size, page))
         asked = range(questions - fewer * row)
         turns = [ChatTurn(f"what is shown, {k}?", "a rectangle", 1 if k == 0 else 0) for k in asked]
         stream = encode_conversation(processor, turns, [processor.image_processor.num_tokens_of_page(size)])
-        samples.append(Sample(stream.input_ids, stream.labels, [crops], [size], len(turns)))
+        samples.append(Sample(stream.input_ids, stream.labels, pages[-1:], len(turns)))
     batch = Collator(processor.tokenizer.pad_token_id)(samples)
     return batch, MicroBatch(
         rows=rows,
         tokens=batch["input_ids"].numel(),
         image_tokens=int((batch["input_ids"] < 0).sum()),
-        crops=sum(len(sample.crops[0]) for sample in samples),
+        crops=sum(num_distinct_crops(page.size[0] // CROP_SIZE, page.size[1] // CROP_SIZE) for page in pages),
         answer_tokens=int((batch["labels"] != -100).sum()),
-        padded_crops=batch["pixel_values"].shape[0] * batch["pixel_values"].shape[1],
         is_padded=bool((batch["attention_mask"] == 0).any()),
     )
 
@@ -143,7 +147,7 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
         run = RunConfig(model=ModelConfig(path=str(folder)), method=method)
         model = load_for_training(run, inspect_model(run, compute), compute)
         if case.checkpointing == "full":
-            enable_checkpointing(model)
+            apply_checkpointing(model, "full")
         batch, micro = make_batch(processor, case.batch)
         measured = measure(model, batch, accumulates=case.accumulates)
         setup = TrainSetup(

@@ -68,7 +68,7 @@ def overrides(name: str, method: str, task: Task, steps: int | None) -> dict[str
         "training.micro_batch_size": BATCH_SIZE,
         "training.learning_rate": LEARNING_RATES[method],
         "training.warmup_steps": min(10, steps or task.steps),
-        "training.gradient_checkpointing": False,
+        "training.activation_checkpointing": "none",
         "training.seed": SEED,
         "evaluation.batch_size": 32,
         "evaluation.max_new_tokens": 12,

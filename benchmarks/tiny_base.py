@@ -121,7 +121,7 @@ def run_stage(stage: Stage, index: int, model: Path, folder: Path) -> Path:
             "training.learning_rate": stage.learning_rate,
             "training.schedule": stage.schedule,
             "training.warmup_steps": 20,
-            "training.gradient_checkpointing": "false",
+            "training.activation_checkpointing": "none",
             "training.loss_weighting": "token",
         }
         phi3v("train", *(part for key, value in settings.items() for part in (f"--{key}", str(value))))

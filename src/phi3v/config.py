@@ -53,6 +53,8 @@ set_loader("yaml_words", read_yaml, exceptions=(yaml.YAMLError,))
 DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Checkpointing = Literal["auto", "none", "vision", "selective", "full"]
+FeatureCache = Literal["off", "memory", "disk"]
 METRIC_NAMES = (
     "accuracy",
     "anls",
@@ -211,10 +213,24 @@ class TrainingConfig:
     """Steps over which the learning rate rises."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: Liger's fused norm, rotary embedding, MLP and loss (extra gpu); the same up to rounding."""
+    compile: bool = False
+    """Compile the layers with torch.compile; the first steps take minutes."""
+    feature_cache: FeatureCache = "off"
+    """With a frozen vision tower: compute each picture's features once and keep them, in memory or on the disk (in
+    PHI3V_CACHE; safe to delete). Worth it over several epochs; says its size first."""
     loss_weighting: Literal["sample", "token"] = "sample"
     """sample: every record counts the same (as the public recipe); token: every answer token does."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: slower, far less memory."""
+    activation_checkpointing: Checkpointing = "auto"
+    """Activations that the backward pass computes again, for memory: none, those of the vision tower, selective (the
+    tower's, and in the decoder all but matrix products and attention) or full; auto: as few as fit into memory."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """adamw: float32 weights and moments; adamw_8bit: bitsandbytes' 8-bit moments; adamw_bf16: weights and moments in
+    bf16, rounded stochastically."""
+    lean: bool = False
+    """Least memory: bf16 weights, rounded stochastically, with the optimizer's step inside the backward pass and full
+    checkpointing; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     progress_bar: bool = True

@@ -138,7 +138,7 @@ def test_fewer_records_than_ranks() -> None:
 
 def sample(ids: list[int], answer: int) -> Sample:
     """``answer``: tokens at the end that are learnt."""
-    return Sample(ids, [-100] * (len(ids) - answer) + ids[-answer:], [], [])
+    return Sample(ids, [-100] * (len(ids) - answer) + ids[-answer:], [])
 
 
 def test_what_is_shared_ends_before_the_answers() -> None:
@@ -159,7 +159,7 @@ def test_a_row() -> None:
     assert row["counts"] == (3.0, 3, 3, 9)
     by_token = pack_row([[sample([1, 5, 6, 7, 8], 2)]], "token")
     assert by_token["loss_weights"].tolist() == [[0, 0, 0, 1, 1]]
-    assert "pixel_values" not in row
+    assert "pages" not in row
 
 
 @pytest.fixture
@@ -231,6 +231,8 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
 def test_a_group_has_its_pictures_once(table: Any, tiny_model_dir: Path) -> None:
     dataset = PackedDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir))
     row = pack_row([dataset._samples((0, 2)), dataset._samples((1,))])
-    assert row["pixel_values"].shape[0] == 3
-    assert torch.equal(row["pixel_values"][0], row["pixel_values"][1])
+    assert row["page_index"].tolist() == [0, 0, 1]  # another group shows a page again: it is shipped once
+    assert row["image_sizes"].tolist() == [[336, 336]] * 2
+    assert row["pages"].shape == (2 * 336 * 336, 3)
+    assert row["pages"].dtype == torch.uint8
     assert int((row["input_ids"] < 0).sum()) == 3 * 313

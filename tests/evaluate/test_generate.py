@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from phi3v.data.collate import Collator, QuestionDataset
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.images import load_image
 from phi3v.data.table import open_table
 from phi3v.evaluate.generate import Generated, decode_answer, generate_answers, stop_token_ids
 from phi3v.model.configuration import Phi3VConfig
@@ -64,6 +65,16 @@ def loud_model(folder: Path, original_length: int | None = None) -> Phi3VForCaus
     return model
 
 
+def official_pixels(questions: QuestionDataset, index: int) -> dict[str, torch.Tensor]:
+    """``pixel_values`` and ``image_sizes`` of a question, as the official processor makes them."""
+    names = questions.question(index).images
+    pictures = [load_image(name, root=questions.table.images_root) for name in names]
+    if not pictures:
+        return {}
+    features = questions.processor.image_processor(pictures)
+    return {name: features[name] for name in ("pixel_values", "image_sizes")}
+
+
 def library_answers(model: Any, questions: QuestionDataset, max_new_tokens: int) -> list[str]:
     """One question at a time through the library's ``generate``."""
     processor = questions.processor
@@ -71,14 +82,12 @@ def library_answers(model: Any, questions: QuestionDataset, max_new_tokens: int)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[-1]
     )
-    collate = Collator(processor.tokenizer.pad_token_id)
     answers = []
     for index in range(len(questions)):
-        batch = collate([questions[index]])
-        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        inputs = {"input_ids": torch.tensor([questions[index].input_ids])} | official_pixels(questions, index)
         with torch.inference_mode():
-            ids = model.eval().generate(**{n: batch[n] for n in names if n in batch}, generation_config=settings)
-        answers.append(decode_answer(processor, ids[0, batch["input_ids"].shape[1] :].tolist(), stops))
+            ids = model.eval().generate(**inputs, generation_config=settings)
+        answers.append(decode_answer(processor, ids[0, inputs["input_ids"].shape[1] :].tolist(), stops))
     return answers
 
 
@@ -138,15 +147,13 @@ def test_word_probabilities_are_those_of_whole_sequences(pages: QuestionDataset,
     words = ["yes", "no", "a long answer"]
     given = answer(model, pages, 4, words=words)
     tokenize = pages.processor.tokenize_text
-    collate = Collator(pages.processor.tokenizer.pad_token_id)
     for index, got in enumerate(given):
         totals = []
         for word in words:
-            sample, ids = pages[index], tokenize(word + "<|end|>")
-            sample.input_ids, sample.labels = sample.input_ids + ids, sample.labels + ids
-            batch = collate([sample])
+            ids = tokenize(word + "<|end|>")
+            inputs = {"input_ids": torch.tensor([pages[index].input_ids + ids])} | official_pixels(pages, index)
             with torch.no_grad():
-                logits = model(**{n: batch[n] for n in ("input_ids", "pixel_values", "image_sizes")}).logits[0].double()
+                logits = model(**inputs).logits[0].double()
             log_probabilities = logits[-len(ids) - 1 : -1].log_softmax(-1)
             totals.append(log_probabilities[range(len(ids)), ids].sum())
         expected = torch.stack(totals).softmax(0).tolist()

@@ -5,11 +5,17 @@ Tolerance 1e-6 throughout: losses are float32 of about 3 (resolution 2.4e-7), su
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from phi3v.model import loss as loss_module
 from phi3v.model.loss import causal_lm_loss
 from phi3v.processing.conversation import IGNORE_INDEX
 
@@ -142,6 +148,76 @@ def test_the_head_runs_at_answer_tokens_only(
     head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     causal_lm_loss(hidden_states, head, labels)
     assert rows == [5 + 11 + 1]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+def test_chunks_change_nothing(
+    weighting: str, adapted: bool, labels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of chunks of 3 tokens (of 17) against the plain loss over full logits, 1e-6 relative.
+
+    With an adapter on the head too, where the plain way is PEFT's own forward.
+    """
+    torch.manual_seed(6)
+    head: Any = nn.ModuleDict({"lm_head": nn.Linear(HIDDEN, VOCABULARY, bias=False)})
+    if adapted:
+        head = inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), head)
+    head = head["lm_head"]
+    hidden_states = torch.randn(ROWS, LENGTH, HIDDEN, requires_grad=True)
+    counts = (labels[:, 1:] != IGNORE_INDEX).sum(1, keepdim=True)
+    weights = torch.ones(ROWS, LENGTH) if weighting == "token" else (1.0 / counts).expand(ROWS, LENGTH)
+    learnt = [hidden_states, *(p for p in head.parameters() if p.requires_grad)]
+    assert len(learnt) == (3 if adapted else 2)
+    expected = (plain(hidden_states, head, labels) * weights[:, 1:]).sum() / 7.0
+    expected_gradients = torch.autograd.grad(expected, learnt)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 3 * VOCABULARY + 1)
+    rows: list[int] = []
+    head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    loss = causal_lm_loss(hidden_states, head, labels, weights, 7.0)
+    gradients = torch.autograd.grad(loss, learnt)
+    assert rows[:6] == [3, 3, 3, 3, 3, 2]
+    assert sorted(rows[6:]) == [2, 3, 3, 3, 3, 3]  # and once more in the backward pass
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    for own, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(own, theirs, atol=1e-6 * float(theirs.abs().max()), rtol=0)
+
+
+class Allocations(TorchDispatchMode):
+    """Sees every tensor that an operation makes, in the forward and in the backward pass."""
+
+    def __init__(self, ignore: torch.Size) -> None:
+        super().__init__()
+        self.ignore = ignore
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape not in (self.ignore, self.ignore[::-1]):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return made
+
+
+def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most bytes that are alive at once, but for the head's own gradient, at 64 answer tokens."""
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 4096)
+    peaks = []
+    for vocabulary in (256, 1024, 4096):
+        head = nn.Linear(HIDDEN, vocabulary, bias=False)
+        hidden_states = torch.randn(1, 65, HIDDEN, requires_grad=True)
+        labels = torch.randint(0, vocabulary, (1, 65))
+        with Allocations(head.weight.shape) as seen:
+            causal_lm_loss(hidden_states, head, labels).backward()
+        assert head.weight.grad is not None
+        peaks.append(seen.peak)
+    assert max(peaks) < 1.1 * min(peaks)
+    assert max(peaks) < 64 * 4096 * 4  # the full logits of the largest
 
 
 def test_half_precision_is_summed_in_float32(labels: torch.Tensor) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_inputs import pad_batch
 
-from phi3v.model.vision import merge_patches
-from phi3v.processing.hd_transform import CROP_SIZE
+from phi3v.model.vision import merge_patches, real_crops
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
+from phi3v.processing.pages import cut_flat_pages, flatten_pages
 
 TOWER = "model.vision_embed_tokens.img_processor.vision_model"
 
@@ -52,7 +53,8 @@ def test_a_page_that_is_its_own_global_view_runs_once(load_golden: Any) -> None:
     pixel_values = torch.stack([torch.stack([same, same]), torch.stack([other, same])])
     sizes = [(CROP_SIZE, CROP_SIZE)] * 2
     with torch.no_grad():
-        together = vision(pixel_values, sizes)
+        given, counts = real_crops(pixel_values, sizes)
+        together = vision(given, sizes, counts)
         assert entered == [3]
         crops = vision.img_processor(same[None])
     page, glb = together[:156], together[157 : 157 + 156]
@@ -109,7 +111,7 @@ def test_number_of_features(size: tuple[int, int], load_golden: Any) -> None:
     rows, columns = size[0] // 336, size[1] // 336
     vision = load_golden().model.vision_embed_tokens
     with torch.no_grad():
-        features = vision(torch.zeros(1, 1 + rows * columns, 3, 336, 336), [size])
+        features = vision(torch.zeros(num_distinct_crops(rows, columns), 3, 336, 336), [size])
     assert features.shape == ((rows * columns + 1) * 144 + 1 + (rows + 1) * 12, 64)
 
 
@@ -155,9 +157,10 @@ def test_mixed_batch_trains_both(load_golden: Any, sample: Any) -> None:
 
 
 def test_a_page_of_one_crop_is_looked_at_once(load_golden: Any) -> None:
-    """Its global view is that crop again; where they differ, as they may in a caller's tensors, both are computed.
+    """Its global view is that crop again: known of a uint8 page by its size, and seen in ``pixel_values``.
 
-    1e-6: the same products for one crop as for two.
+    Where they differ, as they may in a caller's tensors, both are computed. 1e-6: the same products for one crop as
+    for two.
     """
     from PIL import Image
 
@@ -168,11 +171,17 @@ def test_a_page_of_one_crop_is_looked_at_once(load_golden: Any) -> None:
     embeddings = model.img_processor.vision_model.embeddings
     embeddings.register_forward_pre_hook(lambda _, args: entered.append(args[0].shape[0]))
     picture = Image.linear_gradient("L").convert("RGB")
-    pixel_values = Phi3VImageProcessor(num_crops=1)([picture])["pixel_values"]
+    processor = Phi3VImageProcessor(num_crops=1)
+    pixel_values = processor([picture])["pixel_values"]
     other = pixel_values.clone()
     other[0, 0, 0, 0, 0] += 1e-3
+    size = [(CROP_SIZE, CROP_SIZE)]
     with torch.no_grad():
-        once = model(pixel_values, [(CROP_SIZE, CROP_SIZE)])
-        twice = model(other, [(CROP_SIZE, CROP_SIZE)])
-    assert entered == [1, 2]
+        of_page = model(cut_flat_pages(flatten_pages([processor.page(picture)]), size), size)
+        crops, counts = real_crops(pixel_values, size)
+        once = model(crops, size, counts)
+        crops, counts = real_crops(other, size)
+        twice = model(crops, size, counts)
+    assert entered == [1, 1, 2]
+    assert torch.equal(of_page, once)
     torch.testing.assert_close(once[:156], twice[:156], atol=1e-6, rtol=1e-6)  # the page, not its global view

@@ -10,6 +10,7 @@ import torch
 
 from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Sample
+from phi3v.data.pages import Page
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.inputs import ENGINES, METHODS, MethodName, TrainSetup
 from phi3v.plan.memory import MicroBatch, decoder_layer, predict_memory, tower_layer
@@ -53,13 +54,12 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
     sample = Sample(
         [1, *[-1] * picture, *range(5, 5 + text)],
         [-100] * (1 + picture) + list(range(5, 5 + text)),
-        [torch.randn(2, 3, 336, 336)],  # alike, they would be computed once
-        [(336, 336)],
+        [Page("page.png", (336, 336), torch.zeros(336, 336, 3, dtype=torch.uint8))],
     )
     inputs = {k: v for k, v in Collator(0)([sample]).items() if isinstance(v, torch.Tensor)}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
-    matrices = {p.numel() * 2 for p in model.parameters() if p.ndim > 1}
+    matrices = {m.weight.numel() * 2 for m in model.modules() if isinstance(m, torch.nn.Linear)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -72,7 +72,7 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
         autocast = torch.autocast("cpu", compute.dtype, enabled=precision != "fp32")
         with autocast:
             model(**inputs, logits_to_keep=None, use_cache=False)
-    batch = MicroBatch(1, len(sample.input_ids), picture, 2, text)
+    batch = MicroBatch(1, len(sample.input_ids), picture, 1, text)
     setup = TrainSetup(method=choice, precision=precision, checkpointing="none")  # type: ignore[arg-type]
     layers = shape.layers * decoder_layer(shape, setup, counts, batch)
     if counts.tower_trained:
@@ -81,7 +81,7 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
     if counts.tower_trained:
         around += picture * setup.compute_bytes * (4 * shape.tower_width + 2 * shape.hidden)
         if method == "full":
-            around += 2 * 4 * 3 * 336**2 + 2 * 577 * 4 * shape.tower_width
+            around += 4 * 3 * 336**2 + 577 * 4 * shape.tower_width
     measured = sum(storage.nbytes() for storage in kept.values())
     assert layers + around == pytest.approx(measured, rel=0.1)
 
@@ -127,12 +127,15 @@ def test_sharding_divides_what_it_says(
 
 
 def test_published_runs_are_plausible() -> None:
-    """With flash attention the planner says 0.6 to 1 of the published figures, which count what was reserved."""
+    """With flash attention the planner says 0.55 to 1 of the published figures.
+
+    These count what was reserved, float crops with their padding, and the logits of every token.
+    """
     rows = compare_published()
     assert len(rows) == len(ROWS)
     for row in rows:
         if row["flash_attention"]:
-            assert 0.6 < row["planner_gb"] / row["published_gb"] < 1.0, row
+            assert 0.55 < row["planner_gb"] / row["published_gb"] < 1.0, row
         assert row["remark"]
     frozen = next(row for row in rows if row["method"] == "frozen-vision" and row["flash_attention"])
     assert frozen["implied_utilisation"] > 0.9

@@ -64,8 +64,9 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
         choice = workload.at(num_crops)
         assert choice.tokens.tolist() == [len(sample.input_ids) for sample in samples]
         # A page of one crop is its own global view and is computed once.
+        grids = [[(page.size[0] // 336, page.size[1] // 336) for page in sample.pages] for sample in samples]
         assert choice.crops.tolist() == [
-            sum(len(crops) if len(crops) > 2 else 1 for crops in sample.crops) for sample in samples
+            sum(1 + rows * columns if rows * columns > 1 else 1 for rows, columns in grid) for grid in grids
         ]
         assert workload.answer_tokens.tolist() == [sum(label != -100 for label in s.labels) for s in samples]
         assert sum(choice.histogram().values()) == len(samples)

@@ -87,6 +87,17 @@ def test_no_crop_is_an_error(num_crops: int) -> None:
         page_geometry(640, 480, num_crops)
 
 
+@pytest.mark.parametrize("size", [(127, 165), (10, 900), (333, 334), (336, 700), (1, 3), (500, 2000)])
+def test_a_tall_picture_is_worked_on_as_its_transpose(size: tuple[int, int]) -> None:
+    """To the bit, though nothing is turned over: the order of resizing columns and rows is what matters."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    flipped = Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE)
+    for num_crops in (1, 6):
+        page = hd_transform(Image.fromarray(pixels), num_crops)
+        expected = hd_transform(flipped, num_crops).transpose(Image.Transpose.TRANSPOSE)
+        assert np.array_equal(np.asarray(page), np.asarray(expected))
+
+
 def test_page_is_the_picture_on_white() -> None:
     page = np.asarray(hd_transform(Image.new("RGB", (600, 200), (0, 0, 0)), 4))
     geometry = page_geometry(600, 200, 4)

@@ -70,7 +70,7 @@ def test_the_defaults_of_the_flags_train_as_the_recipe_does() -> None:
     training = config.training
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.95, 1e-7)
     assert (training.schedule, training.warmup_steps, training.max_grad_norm) == ("linear", 50, 1.0)
-    assert (training.micro_batch_size, training.gradient_checkpointing) == (1, True)
+    assert (training.micro_batch_size, training.activation_checkpointing) == (1, "auto")
     assert (config.evaluation.before, config.evaluation.after, config.evaluation.max_new_tokens) == (True, True, 64)
 
 

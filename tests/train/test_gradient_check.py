@@ -13,8 +13,8 @@ from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.gradient_check import check_gradients
-from phi3v.train.strategies import enable_checkpointing
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def batch(easy_vqa: Path, small_model_dir: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["full", "frozen-vision", "lora", "qlora"])
 def test_passes_and_leaves_no_trace(small_model_dir: Path, batch: dict[str, torch.Tensor], name: str) -> None:
     model = load(small_model_dir, MethodConfig(name, lora=LoraConfig(rank=4)))  # type: ignore[arg-type]
-    enable_checkpointing(model)
+    apply_checkpointing(model, "full")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
     count = check_gradients(model, batch)

@@ -19,6 +19,7 @@ from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_reco
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import apply_checkpointing
 
 # Of the loss and of the whole gradient as one vector: float32 (resolution 1.2e-7) sums in another order.
 TOLERANCE = 1e-6
@@ -114,6 +115,8 @@ def test_every_packing_gives_the_same_gradients(small_model_dir: Path, records: 
         assert tokens == separate if packing == "samples" else tokens < separate
         assert_same(step.run(rows), expected, f"{packing}, rows of {pack_tokens}")
     assert_same(step.run(step.rows("shared-image", 100_000, "packed_mask")), expected, "the whole mask")
+    apply_checkpointing(step.model, "selective")
+    assert_same(step.run(step.rows("shared-image", 800)), expected, "recomputed")
 
 
 def test_a_record_beyond_the_real_switch(small_model_dir: Path, records: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_settings_reach_optimizer_schedule_and_loss(train: Train, trainers: list
         *("training.weight_decay", 0.3, "training.learning_rate", 0.004, "training.warmup_steps", 2),
         *("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1),
         *("training.max_grad_norm", 0.25, "training.loss_weighting", "token"),
-        *("training.gradient_checkpointing", "true", "evaluation.before", "false", "evaluation.after", "false"),
+        *("training.activation_checkpointing", "full", "evaluation.before", "false", "evaluation.after", "false"),
     )
     assert code == 0
     trainer = trainers[0]
@@ -56,14 +57,20 @@ def test_settings_reach_optimizer_schedule_and_loss(train: Train, trainers: list
     assert not (folder / "eval_after.json").exists()
 
 
-def test_checkpointing_can_be_turned_off_and_changes_no_number(train: Train, trainers: list[Phi3VTrainer]) -> None:
-    losses = []
-    for name in ("true", "false"):
-        code, folder = train("training.gradient_checkpointing", name, "training.max_steps", 3, out=name)
-        assert code == 0
-        losses.append([line["loss"] for line in read_metrics(folder)])
-    assert not any(layer.gradient_checkpointing for layer in trainers[1].model.model.layers)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # the same float32 operations, run twice
+def test_checkpointing_is_chosen_by_memory_and_the_reason_is_said(
+    train: Train, trainers: list[Phi3VTrainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny model fits anywhere."""
+    assert train("training.max_steps", 1, "data.eval", "null")[0] == 0
+    assert not any(layer.gradient_checkpointing for layer in trainers[0].model.model.layers)
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"activation checkpointing: none \(\d[\d,]* tokens and 2 crops at a time need about .* GB are free\)", shown
+    )
+    # Of packed rows, a full one: 2000 tokens have room for 6.4 pages of one crop.
+    settings = ("data.packing", "samples", "data.pack_tokens", 2000, "training.micro_batch_size", 1)
+    assert train("training.max_steps", 1, "data.eval", "null", *settings, out="packed")[0] == 0
+    assert "none (2,000 tokens and 7 crops at a time need about" in capsys.readouterr().out
 
 
 def test_every_run_checks_its_gradients(

@@ -1,6 +1,6 @@
 """Records to model inputs: what one sample is, and how several become a batch.
 
-Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch, ``C`` crops of the largest page.
+Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch, ``P`` pixels of its distinct pages.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from phi3v.data.features import FeatureStore
+from phi3v.data.pages import Page, PageReader
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
+from phi3v.processing.pages import flatten_pages
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
 LossWeighting = Literal["sample", "token"]
@@ -28,13 +31,12 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]
-    crops: list[torch.Tensor]  # of each picture (1 + rows * columns, 3, 336, 336), global view first
-    image_sizes: list[tuple[int, int]]  # height and width of each page
+    pages: list[Page]  # of each picture, in order
     num_questions: int = 1
 
 
 def make_sample(
-    table: RecordTable, record: Record, processor: Phi3VProcessor, *, question: int | None = None
+    reader: PageReader, record: Record, processor: Phi3VProcessor, *, question: int | None = None
 ) -> Sample:
     """The token stream and the pictures of a record.
 
@@ -43,12 +45,10 @@ def make_sample(
             record is made, with every answer.
     """
     record = upto_question(record, question)
-    pages = [processor.image_processor.crops(image) for image in table.load_images(record)]
-    counts = [processor.image_processor.num_tokens_of_page(size) for _, size in pages]
+    pages = reader.pages(record)
+    counts = [processor.image_processor.num_tokens_of_page(page.size) for page in pages]
     stream = encode_record(record, processor, counts, question=question)
-    return Sample(
-        stream.input_ids, stream.labels, [crops for crops, _ in pages], [size for _, size in pages], len(record.turns)
-    )
+    return Sample(stream.input_ids, stream.labels, pages, len(record.turns))
 
 
 def upto_question(record: Record, question: int | None) -> Record:
@@ -72,17 +72,22 @@ def encode_record(
 
 
 class ConversationDataset(Dataset[Sample]):
-    """Whole records, to learn from."""
+    """Whole records, to learn from.
 
-    def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
+    Args:
+        features: of their pictures, where a frozen vision part has made them already.
+    """
+
+    def __init__(self, table: RecordTable, processor: Phi3VProcessor, *, features: FeatureStore | None = None) -> None:
         self.table = table
         self.processor = processor
+        self.reader = PageReader(table, processor.image_processor, features)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Sample:
-        return make_sample(self.table, self.table[index], self.processor)
+        return make_sample(self.reader, self.table[index], self.processor)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class QuestionDataset(Dataset[Sample]):
     ) -> None:
         self.table = table
         self.processor = processor
+        self.reader = PageReader(table, processor.image_processor)
         counts = table.turn_counts()
         records = np.repeat(np.arange(len(table)), counts)
         turns = np.concatenate([np.arange(count) for count in counts])
@@ -143,7 +149,7 @@ class QuestionDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         record_index, turn_index = self.index[index]
-        return make_sample(self.table, self.table[int(record_index)], self.processor, question=int(turn_index))
+        return make_sample(self.reader, self.table[int(record_index)], self.processor, question=int(turn_index))
 
 
 @dataclass
@@ -165,8 +171,8 @@ class Collator:
         """
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), and with
-            pictures ``pixel_values`` float32 (N, 1 + C, 3, 336, 336) and ``image_sizes`` int64 (N, 2). Also
-            ``counts``, plain numbers that stay on the host: sum of loss weights, samples, questions, tokens.
+            pictures what `stack_pictures` gives. Also ``counts``, plain numbers that stay on the host: sum of loss
+            weights, samples, questions, tokens.
         """
         rows = [sample.input_ids for sample in samples]
         batch: dict[str, Any] = dict(pad_rows(rows, self.pad_token_id, self.padding_side))
@@ -194,14 +200,22 @@ class Collator:
 
 
 def stack_pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """``pixel_values`` and ``image_sizes`` of all pictures in order; nothing where there is none."""
-    crops = [image for sample in samples for image in sample.crops]
-    if not crops:
+    """The pages of all pictures, each page once; nothing where there is none.
+
+    Returns:
+        ``pages`` uint8 (P, 3), all pixels page after page, or ``image_features`` where these were kept;
+        ``image_sizes`` int64 (pages, 2), height and width of each; ``page_index`` int64 (N,), the page of each picture
+        in order.
+    """
+    pictures = [page for sample in samples for page in sample.pages]
+    if not pictures:
         return {}
-    pixel_values = crops[0].new_zeros(len(crops), max(len(image) for image in crops), *crops[0].shape[1:])
-    for index, image in enumerate(crops):
-        pixel_values[index, : len(image)] = image
+    distinct = {page.name: page for page in pictures}
+    place = {name: index for index, name in enumerate(distinct)}
+    contents = [page.content for page in distinct.values()]
+    is_pixels = contents[0].dtype == torch.uint8
     return {
-        "pixel_values": pixel_values,
-        "image_sizes": torch.tensor([size for sample in samples for size in sample.image_sizes]),
+        **({"pages": flatten_pages(contents)} if is_pixels else {"image_features": torch.cat(contents)}),
+        "image_sizes": torch.tensor([page.size for page in distinct.values()]),
+        "page_index": torch.tensor([place[page.name] for page in pictures]),
     }

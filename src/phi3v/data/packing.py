@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi3v.config import Packing
 from phi3v.data.collate import LossWeighting, Sample, encode_record, make_sample, stack_pictures
+from phi3v.data.features import FeatureStore
+from phi3v.data.pages import PageReader
 from phi3v.data.progress import LateProgress
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -270,11 +272,23 @@ class RowSampler(Sampler[RowPlan]):
 
 
 class PackedDataset(Dataset[dict[str, Any]]):
-    """Packed rows, made as a plan asks for them; the pictures of a group are decoded once."""
+    """Packed rows, made as a plan asks for them; the pictures of a group are decoded once.
 
-    def __init__(self, table: RecordTable, processor: Phi3VProcessor, loss_weighting: LossWeighting = "sample") -> None:
+    Args:
+        features: of their pictures, where a frozen vision part has made them already.
+    """
+
+    def __init__(
+        self,
+        table: RecordTable,
+        processor: Phi3VProcessor,
+        loss_weighting: LossWeighting = "sample",
+        *,
+        features: FeatureStore | None = None,
+    ) -> None:
         self.table = table
         self.processor = processor
+        self.reader = PageReader(table, processor.image_processor, features)
         self.loss_weighting = loss_weighting
 
     def __len__(self) -> int:
@@ -285,8 +299,8 @@ class PackedDataset(Dataset[dict[str, Any]]):
         return pack_row(groups, self.loss_weighting) | {"ends_step": plan.ends_step}
 
     def _samples(self, group: Group) -> list[Sample]:
-        first = make_sample(self.table, self.table[group[0]], self.processor)
-        counts = [self.processor.image_processor.num_tokens_of_page(size) for size in first.image_sizes]
+        first = make_sample(self.reader, self.table[group[0]], self.processor)
+        counts = [self.processor.image_processor.num_tokens_of_page(page.size) for page in first.pages]
         samples = [first]
         for index in group[1:]:
             record = self.table[index]
@@ -338,8 +352,8 @@ def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting =
 
     Returns:
         ``input_ids``, ``labels`` int64 and ``loss_weights`` float32 (1, T); ``layout``, the prefix and the branches of
-        each group in tokens (see ``model/attention.py``); with pictures ``pixel_values`` and ``image_sizes``; and
-        ``counts`` as of `Collator`.
+        each group in tokens (see ``model/attention.py``); with pictures what `stack_pictures` gives, a page of several
+        groups once; and ``counts`` as of `Collator`.
     """
     layout: list[tuple[int, ...]] = []
     ids: list[int] = []

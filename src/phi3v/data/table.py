@@ -101,13 +101,14 @@ class RecordTable:
         Raises:
             UserError: an image cannot be used; names the line and the field.
         """
-        return self._of_images(record, load_image)
+        return self.read_images(record, load_image)
 
     def image_sizes(self, record: Record) -> list[tuple[int, int]]:
         """(width, height) of the images of all turns of a record, from their headers alone; raises as `load_images`."""
-        return self._of_images(record, image_size)
+        return self.read_images(record, image_size)
 
-    def _of_images(self, record: Record, take: Callable[..., T]) -> list[T]:
+    def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
+        """``take(path, root=…, max_pixels=…)`` of every image of a record, in order; raises as `load_images`."""
         taken = []
         for t, turn in enumerate(record.turns):
             for k, name in enumerate(turn.images):

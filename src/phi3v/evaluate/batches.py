@@ -105,7 +105,7 @@ class PromptBatch:
         heads: token ids of each page; whole prompts where no tail is left.
         page_of_row: which head each row goes on from.
         tails: token ids of each row after its head; empty lists where the heads are whole prompts.
-        pictures: ``pixel_values`` and ``image_sizes`` of the heads, or nothing.
+        pictures: pages of the heads, as `stack_pictures` gives them, or nothing.
     """
 
     indices: list[int]
@@ -154,7 +154,7 @@ class PromptBatches(Dataset[PromptBatch]):
         )
 
     def _num_img_tokens(self, sample: Sample) -> list[int]:
-        return [self.questions.processor.image_processor.num_tokens_of_page(size) for size in sample.image_sizes]
+        return [self.questions.processor.image_processor.num_tokens_of_page(page.size) for page in sample.pages]
 
     def __iter__(self) -> Iterator[PromptBatch]:
         return (self[number] for number in range(len(self)))

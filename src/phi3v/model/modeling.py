@@ -20,10 +20,11 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from phi3v.model.attention import Layout, prepare_row
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.loss import causal_lm_loss
+from phi3v.model.loss import LossKernel, causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
-from phi3v.model.vision import Phi3VImageEmbedding
+from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
+from phi3v.processing.pages import cut_flat_pages
 
 # transformers 5.24 renamed the cache from `past_key_values`; both names are met.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -111,19 +112,39 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | None,
+        pages: torch.Tensor | None = None,
+        page_index: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
         inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
         is_image = input_ids < 0
-        if pixel_values is None:
+        given = {"pixel_values": pixel_values, "pages": pages, "image_features": image_features}
+        name = next((name for name, value in given.items() if value is not None), None)
+        if name is None:
             if is_image.any():
                 check_image_alignment(input_ids, [])
             return self._touch_vision(inputs_embeds)
         if image_sizes is None:
-            raise ValueError("pixel_values came without image_sizes")
+            raise ValueError(f"{name} came without image_sizes")
         sizes = [(height, width) for height, width in image_sizes.tolist()]
-        check_image_alignment(input_ids, sizes)
-        features = self.vision_embed_tokens(pixel_values, sizes)
+        shown = list(range(len(sizes))) if page_index is None else page_index.tolist()  # the page of each image
+        check_image_alignment(input_ids, [sizes[page] for page in shown])
+        if image_features is not None:
+            # (tokens, H), or as the tower leaves them, (n, 576, V)
+            features = image_features
+            if features.dim() == 3:
+                features = self.vision_embed_tokens.project(features, sizes)
+        else:
+            if pages is not None:
+                features = self.vision_embed_tokens(cut_flat_pages(pages, sizes), sizes)  # [tokens of all pages, H]
+            else:
+                assert pixel_values is not None
+                crops, counts = real_crops(pixel_values, sizes)
+                features = self.vision_embed_tokens(crops, sizes, counts)
+        if page_index is not None:
+            of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
+            features = torch.cat([of_page[page] for page in shown])
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
     def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -135,7 +156,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return inputs_embeds
         if not any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters()):
             return inputs_embeds
-        blank = inputs_embeds.new_zeros(1, 2, 3, CROP_SIZE, CROP_SIZE)
+        blank = inputs_embeds.new_zeros(1, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
 
     def forward(
@@ -146,6 +167,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        pages: torch.Tensor | None = None,
+        page_index: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         layout: Layout | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -153,7 +177,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index, image_features)
         if layout is not None:
             return self._forward_packed(inputs_embeds, layout)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -192,6 +216,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Phi3VModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_kernel: LossKernel = "chunked"
         self.post_init()
         self._set_stop_tokens()
 
@@ -241,10 +266,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attention_mask: (B, T), 1 for tokens and 0 for padding on either side.
             position_ids: (B, T) int64; by default a sample's own tokens are counted.
             pixel_values: (N, C + 1, 3, 336, 336) float, normalised, global crop first, padded with any crops.
-            image_sizes: (N, 2) int64, padded height and width in pixels.
+            image_sizes: (N, 2) int64, padded height and width in pixels; of each page where ``pages`` are given.
             labels: (B, T) int64, -100 where nothing is learnt.
             loss_weights: (B, T) float, weight of each label (see ``loss.causal_lm_loss``).
             loss_normalizer: what the weighted sum is divided by; by default the sum of this batch's weights.
+            pages: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by row
+                (see ``processing.pages``); among ``kwargs``, as is
+            page_index: (N,) int64, the page that each image shows; by default image k shows page k. A page that
+                several images show is encoded once; and
+            image_features: what the vision part made of the pages earlier, in place of pixels: finished tokens
+                (tokens of all pages, H), or the tower's (distinct crops of all pages, 576, V).
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
             kwargs: ``layout``, where ``input_ids`` (1, T) are a packed row: the prefix and the branches of each group
                 (see ``attention.Layout``). Masks and positions follow from it; the model must have been loaded with
@@ -265,7 +296,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, loss_normalizer)
+            loss = causal_lm_loss(
+                hidden_states, self.lm_head, labels, loss_weights, loss_normalizer, kernel=self.loss_kernel
+            )
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
 
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.processing.hd_transform import CROP_SIZE
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
 
 PATCHES = 24  # a side of a crop, in CLIP's patches
 TOKENS = PATCHES // 2  # a side of a crop, in tokens
@@ -53,6 +53,20 @@ class ClipTower(nn.Module):
         return features
 
 
+def real_crops(pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, list[int]]:
+    """What the tower has to see of ``pixel_values`` (N, C + 1, 3, 336, 336): no padding, nothing twice.
+
+    A page of one crop that equals its global view, as the processor makes them, comes once. A caller's may differ.
+
+    Returns:
+        (n, 3, 336, 336) and how many of them each image has.
+    """
+    counts = [1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in image_sizes]
+    for index in _shown_twice(pixel_values, counts):
+        counts[index] = 1
+    return torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)]), counts
+
+
 def merge_patches(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Merge 2x2 neighbours and lay the crops of one page side by side.
 
@@ -69,7 +83,7 @@ def merge_patches(features: torch.Tensor, rows: int, columns: int) -> torch.Tens
 
 
 def _shown_twice(pixel_values: torch.Tensor, counts: list[int]) -> list[int]:
-    """Images of one crop that is the global view too, as the processor makes them: computed once, used twice."""
+    """Images of one crop that is the global view too."""
     single = [index for index, count in enumerate(counts) if count == 2]
     if not single:
         return []
@@ -96,23 +110,30 @@ class Phi3VImageEmbedding(nn.Module):
         ends = self.sub_GN[0].expand(page.shape[0], 1, -1)
         return torch.cat([page, ends.to(page.dtype)], dim=1).flatten(0, 1)
 
-    def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(
+        self, crops: torch.Tensor, image_sizes: list[tuple[int, int]], counts: list[int] | None = None
+    ) -> torch.Tensor:
         """Features of all images, one image after the other.
 
         Args:
-            pixel_values: (N, C + 1, 3, 336, 336), global crop first, padding crops last; those are not computed.
+            crops: (n, 3, 336, 336) float, normalised; of each image its global crop, then the crops of its page.
             image_sizes: padded (height, width) of each image in pixels, multiples of 336.
+            counts: crops of each image; by default an image of one crop has that one, which is its global view too
+                (``hd_transform.num_distinct_crops``).
 
         Returns:
             (total tokens, H). An image of h x w crops gives ``(h * w + 1) * 144 + 1 + (h + 1) * 12`` tokens: its
             page, ``glb_GN``, its global view (order ``sub_glb``).
         """
+        return self.project(self.img_processor(crops), image_sizes, counts)
+
+    def project(
+        self, features: torch.Tensor, image_sizes: list[tuple[int, int]], counts: list[int] | None = None
+    ) -> torch.Tensor:
+        """The tower's features (n, 576, V) laid out as pages and projected; else as `forward`."""
         grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
-        counts = [1 + rows * columns for rows, columns in grids]
-        for index in _shown_twice(pixel_values, counts):
-            counts[index] = 1
-        crops = torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)])
-        features = self.img_processor(crops)  # [real crops, 576, V]
+        if counts is None:
+            counts = [num_distinct_crops(rows, columns) for rows, columns in grids]
         tokens = []
         for (rows, columns), image in zip(grids, features.split(counts), strict=True):
             tokens += [

@@ -34,7 +34,9 @@ class Offered:
     packing: tuple[Packing, ...]
 
 
-OFFERED = Offered(engines=("ddp",), checkpointing=("none", "full"), optimizers=("adamw",), packing=("none",))
+OFFERED = Offered(
+    engines=("ddp",), checkpointing=get_args(Checkpointing), optimizers=get_args(Optimizer), packing=("none",)
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
         gpus=machine.gpus,
         precision=_precision(config, machine),
         attention=_attention(config, machine),
-        checkpointing="full" if training.gradient_checkpointing else "none",
+        # `auto` recomputes all where memory is short.
+        checkpointing="full" if training.activation_checkpointing == "auto" else training.activation_checkpointing,
+        optimizer=training.optimizer,
         micro_batch=training.micro_batch_size,
         accumulates=config.accumulation_steps(machine.gpus) > 1,
         num_crops=num_crops,
@@ -142,5 +146,6 @@ def recipe_changes(setup: TrainSetup) -> dict[str, Any]:
         "method.name": setup.method.name,
         "training.precision": setup.precision,
         "training.micro_batch_size": setup.micro_batch,
-        "training.gradient_checkpointing": setup.checkpointing == "full",
+        "training.activation_checkpointing": setup.checkpointing,
+        "training.optimizer": setup.optimizer,
     }

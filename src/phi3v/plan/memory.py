@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phi3v.model.loss import LOGITS_PER_CHUNK
 from phi3v.plan.inputs import Engine, TrainSetup
 from phi3v.plan.parameters import Parameters
 from phi3v.plan.shape import ModelShape
@@ -37,7 +38,6 @@ class MicroBatch:
         image_tokens: those that are pictures.
         crops: that run through the tower, global views included.
         answer_tokens: that are learnt, for which there are logits.
-        padded_crops: crops in ``pixel_values`` with those that pad it.
         is_padded: rows are of uneven length, so that attention needs a mask.
     """
 
@@ -46,7 +46,6 @@ class MicroBatch:
     image_tokens: int
     crops: int
     answer_tokens: int
-    padded_crops: int = 0
     is_padded: bool = False
 
     @property
@@ -136,9 +135,8 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     per_layer = {"none": layer, "vision": layer, "selective": selective_layer(shape, setup, batch), "full": boundary}
     kept_decoder = shape.layers * per_layer[setup.checkpointing] + _around_decoder(shape, setup, counts, batch)
     kept_tower = kept_projector = 0
-    pixels = 4 * 3 * CROP_SIZE**2
-    inputs = pixels * max(batch.crops, batch.padded_crops)
-    real_crops = pixels * batch.crops  # cut out of the padded ones for the tower
+    inputs = 3 * CROP_SIZE**2 * batch.crops  # uint8 pages, a little less than their crops
+    real_crops = 4 * inputs  # cut out of them in float32
     if counts.tower_trained:
         kept_tower = shape.tower_layers * (tower if setup.checkpointing == "none" else tower_boundary)
         kept_projector = batch.image_tokens * a * (4 * shape.tower_width + 2 * shape.hidden)
@@ -157,7 +155,8 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     tower_back = patches * (2 * a * shape.tower_mlp + 4 * shape.tower_width)
     if setup.checkpointing != "none":
         tower_back += tower - tower_boundary
-    logits = 12 * batch.answer_tokens * shape.vocabulary  # float32 log-probabilities, their gradient, the logits'
+    # Of one chunk of answer tokens: float32 log-probabilities, their gradient, the logits'.
+    logits = 12 * min(batch.answer_tokens * shape.vocabulary, LOGITS_PER_CHUNK)
     casts_weights = a == 2 and setup.engine == "ddp" and not setup.is_adapter and setup.optimizer != "adamw_bf16"
     weight_casts = a * counts.cast_elements if casts_weights else 0
     layer_casts = a * counts.decoder_layer_cast if casts_weights else 0
@@ -167,7 +166,7 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     step = static["gradients"]
     early = step if setup.accumulates else 0  # gradients that are there before the backward pass
     moments: dict[str, dict[str, float]] = {
-        "tower, forward": {"gradients": early, "tower": inputs + real_crops + tower_forward},
+        "tower, forward": {"gradients": early, "tower": inputs + real_crops + max(2 * real_crops, tower_forward)},
         "end of the forward pass": kept | {"gradients": early, "weight casts": weight_casts, "logits": logits * 2 / 3},
         "loss, backward": kept | {"gradients": early, "weight casts": late_casts, "logits": logits},
         "decoder, backward": {

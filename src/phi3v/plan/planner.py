@@ -20,6 +20,7 @@ from phi3v.plan.inputs import (
     OFFERED,
     Engine,
     MethodName,
+    Optimizer,
     TrainSetup,
     recipe_changes,
     setup_from_config,
@@ -347,10 +348,12 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
     fewer = [crops for crops in (9, 4) if crops < setup.num_crops]
     for crops in fewer:
         yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
-    for optimizer in ("adamw_8bit", "adamw_bf16"):
+    # Weights in bf16 want a card that computes in it.
+    smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16") if setup.precision == "bf16" else ("adamw_8bit",)
+    for optimizer in smaller:
         if optimizer != setup.optimizer:
             yield replace(current, optimizer=optimizer), (*words, optimizer)
-    for crops in fewer:
+    for crops in fewer if "adamw_bf16" in smaller else ():
         yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
 
 

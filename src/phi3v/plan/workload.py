@@ -153,15 +153,12 @@ class Workload:
         rows = max(1, rows)
         tokens = int(choice.tokens[longest[0]])
         repeat = rows / len(longest)
-        pictures = np.bincount(self.owner, minlength=len(self))[longest].sum() if len(self.owner) else 0
-        most = int(choice.crops.max()) if pictures else 0
         return MicroBatch(
             rows=rows,
             tokens=rows * tokens,
             image_tokens=int(choice.image_tokens[longest].sum() * repeat),
             crops=int(choice.crops[longest].sum() * repeat),
             answer_tokens=int(np.sort(self.answer_tokens)[::-1][:rows].sum() * repeat),
-            padded_crops=int(min(most, num_crops + 1) * pictures * repeat),
             is_padded=rows > 1 and len(np.unique(choice.tokens[longest])) > 1,
         )
 

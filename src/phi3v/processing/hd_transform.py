@@ -40,6 +40,11 @@ def num_img_tokens(rows: int, columns: int) -> int:
     return (rows * columns + 1) * TOKENS_PER_CROP + 1 + (rows + 1) * 12
 
 
+def num_distinct_crops(rows: int, columns: int) -> int:
+    """Crops of an image that differ: its global view and its page's; a page of one crop is its own global view."""
+    return 1 if rows * columns == 1 else 1 + rows * columns
+
+
 def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
     """The page of a ``width`` x ``height`` picture on at most ``num_crops`` crops.
 
@@ -69,13 +74,12 @@ def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
 def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     """``image`` (RGB) resized and padded with white to its page; the result's sides are multiples of 336."""
     geometry = page_geometry(*image.size, num_crops)
-    tall = image.width < image.height
-    # Resizing the transpose is not the transpose of resizing, to the bit: keep the reference's order.
-    if tall:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    resized = image.resize(geometry.resized[::-1] if tall else geometry.resized, Image.Resampling.BILINEAR)
-    if tall:
-        resized = resized.transpose(Image.Transpose.TRANSPOSE)
+    new_width, new_height = geometry.resized
+    if image.width < image.height:
+        # PIL resizes rows, then columns, with rounding between. The reference works on the transpose, so for a tall
+        # picture that is columns, then rows; two calls do it without turning the picture over and back.
+        image = image.resize((image.width, new_height), Image.Resampling.BILINEAR)
+    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     height, width = geometry.size
     page = Image.new("RGB", (width, height), PAD_COLOUR)
     page.paste(resized, geometry.offset)

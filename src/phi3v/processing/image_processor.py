@@ -11,15 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, num_img_tokens, page_geometry
-
-# CLIP's statistics of the red, green and blue channel.
-OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, cut_pages
 
 Images = Image.Image | Sequence[Image.Image]
 
@@ -69,24 +65,24 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Tokens of each picture."""
         return [self.calc_num_image_tokens_from_image_size(*image.size) for image in as_list(images)]
 
+    def page(self, image: Image.Image) -> torch.Tensor:
+        """One picture resized and padded to its page, as the model's training path takes it.
+
+        Returns:
+            uint8 (height, width, 3), both multiples of 336.
+        """
+        if self.do_convert_rgb:
+            image = image.convert("RGB")
+        return torch.from_numpy(np.array(hd_transform(image, self.num_crops)))
+
     def crops(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """The crops of one picture and the size of its page.
 
         Returns:
             float32 (1 + rows * columns, 3, 336, 336), global view first; (height, width) of the page.
         """
-        if self.do_convert_rgb:
-            image = image.convert("RGB")
-        page = torch.from_numpy(np.array(hd_transform(image, self.num_crops)))  # [height, width, 3] uint8
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        pixels = page.permute(2, 0, 1).float().div(255)  # [3, height, width]
-        pixels = (pixels - mean[:, None, None]) / std[:, None, None]
-        # Without antialias, as the reference shrinks the page.
-        view = functional.interpolate(pixels[None], size=(CROP_SIZE, CROP_SIZE), mode="bicubic")  # [1, 3, 336, 336]
-        height, width = page.shape[:2]
-        crops = pixels.view(3, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
-        crops = crops.permute(1, 3, 0, 2, 4).reshape(-1, 3, CROP_SIZE, CROP_SIZE)  # [rows * columns, 3, 336, 336]
-        return torch.cat([view, crops]), (height, width)
+        page = self.page(image)
+        return cut_pages(page[None], self.image_mean, self.image_std)[0], (page.shape[0], page.shape[1])
 
     def preprocess(self, images: Images, return_tensors: str | None = None) -> BatchFeature:
         """

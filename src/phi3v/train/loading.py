@@ -19,6 +19,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
+from phi3v.train.optimizers import keeps_bf16_weights
 from phi3v.train.strategies import PART_MODULES, VISION, apply_method, target_modules
 
 
@@ -121,7 +122,10 @@ def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) ->
     """
     method = config.method
     kwargs: dict[str, Any] = {"attn_implementation": facts.attention}
-    if compute.autocast_dtype is None or method.name == "full":
+    trained_dtype = torch.bfloat16 if keeps_bf16_weights(config.training) else torch.float32
+    if trained_dtype == torch.bfloat16 and method.name == "full":
+        kwargs["dtype"] = facts.stored_dtype  # what never trains is saved as it was
+    elif compute.autocast_dtype is None or method.name == "full":
         # Full training updates what it computes with, and half precision would round small updates away.
         kwargs["dtype"] = torch.float32
     else:
@@ -134,7 +138,7 @@ def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) ->
     model = load_weights(config.model.path, **kwargs)
     if method.name == "qlora":
         keep_trainable_layout(model)
-    return apply_method(model, method)
+    return apply_method(model, method, trained_dtype)
 
 
 def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:

@@ -22,24 +22,33 @@ from transformers.trainer_callback import ProgressCallback as LibraryProgressCal
 from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
 from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
+from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.evaluation_callback import Best, EvaluationCallback
+from phi3v.train.feature_cache import cached_stage, fill_features, vision_part
 from phi3v.train.gradient_check import check_gradients
+from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.measuring import measure, show_scores
+from phi3v.train.optimizers import check_optimizer, optimizer_factory, state_bytes
 from phi3v.train.progress import ProgressCallback, peak_memory_gb, progress_bar
 from phi3v.train.run_folder import check_run_folder, claim_run_folder
 from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
-from phi3v.train.strategies import enable_checkpointing, summarize
+from phi3v.train.strategies import summarize
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
+
+# Where memory is estimated before a text is tokenised.
+ASSUMED_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class Setup:
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
     plan: PackingPlan | None  # of packed rows
+    checkpointing: str  # the policy and its reason
 
     @property
     def num_workers(self) -> int:
@@ -102,11 +112,12 @@ class Setup:
         pad = self.processor.tokenizer.pad_token_id
         return Collator(pad, loss_weighting=self.config.training.loss_weighting)
 
-    def dataset(self) -> ConversationDataset | PackedDataset:
-        """What is learnt from: records, or rows of them as the plan says."""
+    def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
+        """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
         if self.plan is None:
-            return ConversationDataset(self.train_table, self.processor)
-        return PackedDataset(self.train_table, self.processor, self.config.training.loss_weighting)
+            return ConversationDataset(self.train_table, self.processor, features=features)
+        weighting = self.config.training.loss_weighting
+        return PackedDataset(self.train_table, self.processor, weighting, features=features)
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
@@ -150,6 +161,8 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     """
     compute = choose_compute(config.training.precision)
     accumulation = config.accumulation_steps(compute.world_size)
+    check_optimizer(config, compute, accumulation)
+    check_kernels(config.training, compute.device, compute.precision)
     folder = check_run_folder(config)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
@@ -161,17 +174,76 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         check_references(questions, config.evaluation)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
-    if config.training.gradient_checkpointing:
-        enable_checkpointing(model)
     plan = make_plan(config, compute, model, train_table, processor)
-    setup = Setup(config, console, compute, facts, folder, accumulation, processor, model, train_table, questions, plan)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
+    apply_checkpointing(model, checkpointing)
+    apply_kernels(model, config.training)
+    setup = Setup(
+        config,
+        console,
+        compute,
+        facts,
+        folder,
+        accumulation,
+        processor,
+        model,
+        train_table,
+        questions,
+        plan,
+        f"{checkpointing} ({reason})",
+    )
     _print_header(setup)
     _check_pictures(model, train_table)
+    if config.training.feature_cache != "off":
+        cached_stage(vision_part(model))  # refuses a tower that trains
     return setup
+
+
+def _choose_checkpointing(
+    config: RunConfig,
+    model: Any,
+    processor: Phi3VProcessor,
+    table: RecordTable,
+    plan: PackingPlan | None,
+    compute: Compute,
+) -> tuple[Policy, str]:
+    """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
+    if config.training.lean:
+        return "full", "lean mode"
+    num_crops = processor.image_processor.num_crops
+    crops_of_page = num_distinct_crops(1, num_crops)
+    most_images = int(table.image_counts().max())
+    if plan is None:
+        samples = config.training.micro_batch_size
+        images = most_images * samples
+        # A page of one column has the most row ends.
+        tokens = images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS
+        crops = images * crops_of_page
+    else:
+        tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
+        # A page of one row has the most crops for its tokens.
+        crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
+    return choose_checkpointing(
+        config.training.activation_checkpointing,
+        model.config,
+        tokens=tokens,
+        crops=crops,
+        bytes_per_value=compute.dtype.itemsize,
+        free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
+    )
 
 
 def _train_and_measure(setup: Setup) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
+    features = fill_features(
+        config.training.feature_cache,
+        model,
+        setup.train_table,
+        setup.processor.image_processor,
+        compute,
+        setup.console,
+        show_bar=config.training.progress_bar,
+    )
     before = _measure(setup, "before") if config.evaluation.before else None
     after = None
 
@@ -184,7 +256,13 @@ def _train_and_measure(setup: Setup) -> RunResult:
         num_workers=setup.num_workers,
     )
     trainer = Phi3VTrainer(
-        model=model, args=arguments, train_dataset=setup.dataset(), data_collator=setup.collator(), plan=setup.plan
+        model=model,
+        args=arguments,
+        train_dataset=setup.dataset(features),
+        data_collator=setup.collator(),
+        optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        lean=config.training.lean,
+        plan=setup.plan,
     )
     for callback in (PrinterCallback, LibraryProgressCallback):
         trainer.remove_callback(callback)
@@ -384,6 +462,8 @@ def _print_header(setup: Setup) -> None:
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
+        f"activation checkpointing: {setup.checkpointing}",
+        f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
         f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
         f"output: {config.training.output_dir}",
     ):

@@ -1,6 +1,7 @@
 """What is trained: full, frozen vision, LoRA, QLoRA.
 
-Trained tensors are held in float32, frozen ones in the dtype of the computation. CLIP's last layer and final norm
+Trained tensors are held in float32 (or in bfloat16, as the optimizer wants), frozen ones in the dtype of the
+computation. CLIP's last layer and final norm
 are never trained: no forward pass runs them.
 """
 
@@ -54,20 +55,12 @@ class TrainablePart:
     adapters: dict[str, int]  # adapted layer name → how many
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Recompute every layer's activations in the backward pass.
+def apply_method(model: Phi3VForCausalLM, method: MethodConfig, trained_dtype: torch.dtype = torch.float32) -> Any:
+    """Choose the trainable tensors of a loaded model; wraps it in a ``PeftModel`` for adapters.
 
-    Never the reentrant kind: behind frozen embeddings it gives no gradients.
+    Args:
+        trained_dtype: of the trained tensors.
     """
-    # The library's new name for it; the old one warns.
-    name = "activation_checkpointing"
-    if not hasattr(model, f"{name}_enable"):
-        name = "gradient_checkpointing"
-    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-
-
-def apply_method(model: Phi3VForCausalLM, method: MethodConfig) -> Any:
-    """Choose the trainable tensors of a loaded model; wraps it in a ``PeftModel`` for adapters."""
     if method.name in ("lora", "qlora"):
         model = add_adapters(model, method.lora)
     else:
@@ -81,8 +74,8 @@ def apply_method(model: Phi3VForCausalLM, method: MethodConfig) -> Any:
         # By name, for the copies too that PEFT makes of modules trained in full beside adapters.
         if never_run.search(name):
             parameter.requires_grad_(False)
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained_dtype)
     return model
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
+from phi3v.train.optimizers import StochasticAdamW
 
 
 class Phi3VTrainer(Trainer):
@@ -21,13 +22,15 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
+        lean: step in the backward pass.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
     """
 
-    def __init__(self, *args: Any, plan: PackingPlan | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any) -> None:
         self.plan = plan
         super().__init__(*args, **kwargs)
+        self.lean = lean
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -36,6 +39,13 @@ class Phi3VTrainer(Trainer):
     def seen(self) -> dict[str, int]:
         """Samples, questions and tokens that all ranks have taken since the start; waits for the device."""
         return dict(zip(("samples", "questions", "tokens"), map(int, self._counts[1:].tolist()), strict=True))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The library's, with its groups; in lean mode it steps in the backward pass."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
+            optimizer.step_in_backward()
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks.
@@ -134,7 +144,7 @@ def training_arguments(
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_steps,
         max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_bnb_8bit" if training.optimizer == "adamw_8bit" else "adamw_torch",
         logging_steps=training.logging_steps,
         logging_first_step=True,
         # A loss that is not finite must be seen, not smoothed over.

@@ -1,0 +1,85 @@
+"""Pictures of records as uint8 pages: decoded, resized and padded; all else is the model's device's work."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phi3v.data.features import FeatureStore
+from phi3v.data.images import image_size, load_image
+from phi3v.data.schema import Record
+from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
+from phi3v.processing.hd_transform import page_geometry
+from phi3v.processing.image_processor import Phi3VImageProcessor
+from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+# Records that share a picture come one after the other where they come together at all.
+KEPT_PAGES = 4
+
+
+@dataclass(frozen=True)
+class Page:
+    """A picture as the model takes it.
+
+    Attributes:
+        name: of its file, relative to the data's ``images/``; pages of one data file with the same name are the same.
+        size: height and width in pixels, both multiples of 336.
+        content: uint8 (height, width, 3), or what a frozen vision part made of that (see `FeatureStore`).
+    """
+
+    name: str
+    size: tuple[int, int]
+    content: torch.Tensor
+
+
+class PageReader:
+    """The pages of a table's records; the last few are kept, so that records which share one read it once.
+
+    Args:
+        features: take the pictures' features from here in place of their pixels.
+
+    Raises:
+        UserError: the processor normalises otherwise than the model, which will do it, with CLIP's statistics.
+    """
+
+    def __init__(
+        self, table: RecordTable, image_processor: Phi3VImageProcessor, features: FeatureStore | None = None
+    ) -> None:
+        if (image_processor.image_mean, image_processor.image_std) != (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)):
+            raise UserError(
+                "pictures are normalised with CLIP's mean and standard deviation, and this processor has others",
+                where="preprocessor_config.json",
+                hint="copy image_mean and image_std from the published model",
+            )
+        self.table = table
+        self.image_processor = image_processor
+        self.features = features
+        self._kept: OrderedDict[str, Page] = OrderedDict()
+
+    def pages(self, record: Record) -> list[Page]:
+        """The pages of all turns of a record, in order.
+
+        Raises:
+            UserError: an image cannot be used; names the line and the field.
+        """
+        return self.table.read_images(record, self._page)
+
+    def _page(self, name: str, *, root: Path, max_pixels: int) -> Page:
+        page = self._kept.pop(name, None)
+        if page is None:
+            page = self._read(name, root, max_pixels)
+            if len(self._kept) == KEPT_PAGES:
+                self._kept.popitem(last=False)
+        self._kept[name] = page
+        return page
+
+    def _read(self, name: str, root: Path, max_pixels: int) -> Page:
+        if self.features is not None:
+            size = image_size(name, root=root, max_pixels=max_pixels)
+            return Page(name, page_geometry(*size, self.image_processor.num_crops).size, self.features.get(name))
+        pixels = self.image_processor.page(load_image(name, root=root, max_pixels=max_pixels))
+        return Page(name, (pixels.shape[0], pixels.shape[1]), pixels)

@@ -1,0 +1,158 @@
+"""The vision part's work done once and not every epoch, where it is frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+
+from phi3v.config import FeatureCache
+from phi3v.data.cache import cache_root
+from phi3v.data.features import FeatureStore, free_space
+from phi3v.data.images import image_size, load_image
+from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
+from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
+from phi3v.processing.image_processor import Phi3VImageProcessor
+from phi3v.processing.pages import cut_flat_pages
+from phi3v.train.device import Compute
+from phi3v.train.progress import progress_bar
+
+Stage = Literal["tower", "projected"]
+
+
+def vision_part(model: Any) -> Phi3VImageEmbedding:
+    """The vision part of a model, under adapters or not."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    part: Phi3VImageEmbedding = base.model.vision_embed_tokens
+    return part
+
+
+def cached_stage(vision: Phi3VImageEmbedding) -> Stage:
+    """What may be kept: the tower's features where the projector or a separator trains, else the finished tokens.
+
+    Raises:
+        UserError: the tower trains.
+    """
+    if any(parameter.requires_grad for parameter in vision.img_processor.parameters()):
+        raise UserError(
+            "the vision tower is trained, so its features change at every step",
+            where="training.feature_cache",
+            hint="set it to off, or freeze the tower: method.name frozen-vision, or method.lora.parts without vision",
+        )
+    return "tower" if any(parameter.requires_grad for parameter in vision.parameters()) else "projected"
+
+
+def fill_features(
+    kind: FeatureCache,
+    model: Any,
+    table: RecordTable,
+    processor: Phi3VImageProcessor,
+    compute: Compute,
+    console: Console,
+    *,
+    show_bar: bool = True,
+) -> FeatureStore | None:
+    """Run the frozen vision part over every picture of ``table`` that is not kept yet.
+
+    How much room it takes is said, and looked for, before anything is computed. The features are those of a step, in
+    the same dtypes, but for the rounding of sums that are taken over other batches. On the disk, ranks share the work;
+    in memory each has its own.
+
+    Raises:
+        UserError: the tower trains, or there is not enough room.
+    """
+    if kind == "off":
+        return None
+    vision = vision_part(model)
+    stage = cached_stage(vision)
+    folder = cache_root() / "features" / _settings_key(vision, stage, processor, compute) if kind == "disk" else None
+    store = FeatureStore(table.images_root, folder)
+    sizes = {
+        name: size
+        for record in table
+        for name, size in table.read_images(record, lambda name, **kwargs: (name, image_size(name, **kwargs)))
+    }
+    missing = [name for name in sizes if name not in store]
+
+    def features(name: str) -> torch.Tensor:
+        image = load_image(name, root=table.images_root, max_pixels=table.max_pixels)
+        page = processor.page(image).to(compute.device)
+        size = (page.shape[0], page.shape[1])
+        tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
+        return tower if stage == "tower" else vision.project(tower, [size])
+
+    with _computing(model, compute):
+        # The first one tells how large a value is.
+        itemsize = features(missing[0]).element_size() if missing else 0
+        needed = sum(_values(vision, stage, processor, sizes[name]) for name in missing) * itemsize
+        place = f"on the disk, in {folder}" if folder is not None else "in memory"
+        console.print(
+            f"feature cache: {len(sizes):,} pictures, {len(missing):,} of them new; these take {needed / 1e9:.2f} GB "
+            f"{place} ({'before the projector, which trains' if stage == 'tower' else 'ready for the decoder'})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        room = free_space(folder) if folder is not None else psutil.virtual_memory().available // compute.world_size
+        if needed > room:
+            raise UserError(
+                f"the features take {needed / 1e9:.2f} GB and there is room for {room / 1e9:.2f} GB",
+                where="training.feature_cache",
+                hint="set PHI3V_CACHE to a larger disk" if folder is not None else "use disk, or off",
+            )
+        mine = missing[compute.rank :: compute.world_size] if folder is not None else missing
+        with progress_bar(console, enabled=show_bar) as bar:
+            task = bar.add_task("features", total=len(mine), extra="")
+            for name in mine:
+                store.put(name, features(name))
+                bar.advance(task)
+    PartialState().wait_for_everyone()
+    return store
+
+
+def _values(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProcessor, size: tuple[int, int]) -> int:
+    """Numbers that are kept of a picture of ``size`` (width, height)."""
+    page = page_geometry(*size, processor.num_crops)
+    if stage == "projected":
+        return page.num_img_tokens * _width(vision.img_projection)
+    return num_distinct_crops(page.rows, page.columns) * PATCHES**2 * (vision.sub_GN.shape[-1] // 4)
+
+
+def _width(projection: nn.Module) -> int:
+    last = [module for module in projection.modules() if isinstance(module, nn.Linear)][-1]
+    return last.out_features
+
+
+@contextlib.contextmanager
+def _computing(model: nn.Module, compute: Compute) -> Iterator[None]:
+    """As a training step computes, without gradients."""
+    dtype = compute.autocast_dtype
+    autocast = torch.autocast(compute.device.type, dtype) if dtype else contextlib.nullcontext()
+    where = next(model.parameters()).device
+    if where != compute.device:
+        model.to(compute.device)
+    with torch.no_grad(), autocast:
+        yield
+
+
+def _settings_key(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProcessor, compute: Compute) -> str:
+    """A name for all that features depend on beside the picture, the weights' content among it."""
+    digest = hashlib.blake2b(digest_size=16)
+    facts = ["features-2", stage, processor.num_crops, CROP_SIZE, compute.precision, compute.device.type]
+    digest.update(json.dumps(facts).encode())
+    for name, value in vision.state_dict().items():
+        if stage == "tower" and not name.startswith("img_processor."):
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

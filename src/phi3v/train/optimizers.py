@@ -1,0 +1,269 @@
+"""The optimizers of a run: AdamW with its weights and moments in float32, or in fewer bits.
+
+Bytes a trained parameter takes, gradient included: ``adamw`` 16, ``adamw_8bit`` 10, ``adamw_bf16`` 8; in lean mode,
+where a gradient is used up in the backward pass that makes it, ``adamw_bf16`` 6 and ``adamw_8bit`` 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+
+from phi3v.config import RunConfig, TrainingConfig
+from phi3v.errors import UserError
+from phi3v.train.device import Compute
+
+Moments = Literal["bf16", "8bit"]
+
+BLOCK = 256  # values that share a scale, as bitsandbytes has it
+# Smaller tensors keep float32 moments, as with bitsandbytes: they cost nothing and norms are sensitive.
+MIN_8BIT_SIZE = 4096
+SLICE = 2**24  # values updated at a time, which bounds the float32 copies; a multiple of BLOCK
+
+
+def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 to bfloat16, up or down with probabilities that make the expectation exact.
+
+    A bfloat16 is the upper half of a float32: a uniform 16-bit number is added to the lower half, which is then cut
+    off. Rounding to nearest would lose every update below half a unit in the last place, 0.2 % of the weight.
+    """
+    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return ((values.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, the arithmetic of torch's own) for bfloat16 weights, without a float32 copy of them.
+
+    Each update is computed in float32 and rounded stochastically. The noise depends on seed, step and tensor alone, so
+    every rank rounds alike and a resumed run rounds as an uninterrupted one. float32 weights are not rounded.
+
+    Args:
+        params: parameters or groups of them.
+        moments: ``bf16``, rounded as the weights, or ``8bit``, blocks of 256 in bitsandbytes' dynamic format
+            (arXiv 2110.02861).
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moments: Moments = "bf16",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.moments = moments
+        self.seed = seed
+        self.in_backward = False
+        self._place = {
+            parameter: (number, index)
+            for index, (number, parameter) in enumerate(
+                (number, parameter) for number, group in enumerate(self.param_groups) for parameter in group["params"]
+            )
+        }
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._codes: dict[tuple[bool, torch.device], torch.Tensor] = {}
+
+    def step_in_backward(self) -> None:
+        """From now on update each parameter as soon as its gradient is there, and drop the gradient.
+
+        `step` then does nothing. A backward pass is a step, so gradients can be neither accumulated nor clipped by
+        their norm.
+        """
+        self.in_backward = True
+        for parameter in self._place:
+            parameter.register_post_accumulate_grad_hook(self._update_and_drop)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("a closure is not supported")
+        if self.in_backward:
+            return
+        for parameter in self._place:
+            if parameter.grad is not None:
+                self._update(parameter)
+
+    def _update_and_drop(self, parameter: torch.Tensor) -> None:
+        self._update(parameter)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _update(self, parameter: torch.Tensor) -> None:
+        number, index = self._place[parameter]
+        group, state = self.param_groups[number], self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state |= self._new_moment(name, parameter)
+        state["step"] += 1
+        assert parameter.grad is not None
+        generator = self._generator(parameter.device, state["step"], index)
+        beta1, beta2 = group["betas"]
+        rate = group["lr"] / (1 - beta1 ** state["step"])
+        correction = (1 - beta2 ** state["step"]) ** 0.5
+        weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
+        for start in range(0, len(weights), SLICE):
+            part = slice(start, min(start + SLICE, len(weights)))
+            gradient = gradients[part].float()
+            first = self._read(state, "exp_avg", part).lerp_(gradient, 1 - beta1)
+            second = self._read(state, "exp_avg_sq", part).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            new = weights[part].float() if weights.dtype != torch.float32 else weights[part]
+            new.mul_(1 - group["lr"] * group["weight_decay"])
+            new.addcdiv_(first, second.sqrt().div_(correction).add_(group["eps"]), value=-rate)
+            if weights.dtype != torch.float32:
+                weights[part] = round_stochastically(new, generator)
+            self._write(state, "exp_avg", part, first, generator)
+            self._write(state, "exp_avg_sq", part, second, generator)
+
+    def _generator(self, device: torch.device, step: int, index: int) -> torch.Generator:
+        generator = self._generators.setdefault(device, torch.Generator(device))
+        return generator.manual_seed(((self.seed << 44) + (step << 20) + index) & (2**63 - 1))
+
+    def _new_moment(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        size, device = parameter.numel(), parameter.device
+        if self.moments == "bf16":
+            return {name: torch.zeros(size, dtype=torch.bfloat16, device=device)}
+        if size < MIN_8BIT_SIZE:
+            return {name: torch.zeros(size, device=device)}
+        zero = int(self._code(name == "exp_avg", device).abs().argmin())
+        return {
+            name: torch.full((size,), zero, dtype=torch.uint8, device=device),
+            f"{name}_absmax": torch.zeros(-(-size // BLOCK), device=device),
+        }
+
+    def _code(self, signed: bool, device: torch.device) -> torch.Tensor:
+        """The 256 values of the 8-bit format."""
+        from bitsandbytes.functional import create_dynamic_map
+
+        key = (signed, device)
+        if key not in self._codes:
+            self._codes[key] = create_dynamic_map(signed=signed).to(device)
+        return self._codes[key]
+
+    def _read(self, state: dict[str, Any], name: str, part: slice) -> torch.Tensor:
+        """A moment's values as a float32 copy."""
+        stored = state[name][part]
+        if stored.dtype != torch.uint8:
+            return stored.to(torch.float32, copy=True)
+        absmax = state[f"{name}_absmax"][part.start // BLOCK : -(-part.stop // BLOCK)]
+        scales = absmax.repeat_interleave(BLOCK)[: len(stored)]
+        return self._code(name == "exp_avg", stored.device)[stored.int()] * scales
+
+    def _write(
+        self, state: dict[str, Any], name: str, part: slice, values: torch.Tensor, generator: torch.Generator
+    ) -> None:
+        stored = state[name]
+        if stored.dtype == torch.bfloat16:
+            stored[part] = round_stochastically(values, generator)
+        elif stored.dtype == torch.float32:
+            stored[part] = values
+        else:
+            from bitsandbytes.functional import quantize_blockwise
+
+            code = self._code(name == "exp_avg", stored.device)
+            stored[part], quantised = quantize_blockwise(values, code=code, blocksize=BLOCK)
+            state[f"{name}_absmax"][part.start // BLOCK : -(-part.stop // BLOCK)] = quantised.absmax
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state; the library would cast every moment to the dtype of its weight."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for parameter, name in zip(self._place, names, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                is_tensor = isinstance(value, torch.Tensor)
+                self.state[parameter][key] = value.to(parameter.device, copy=True) if is_tensor else value
+
+
+def keeps_bf16_weights(training: TrainingConfig) -> bool:
+    """Whether trained weights are held in bfloat16, for lack of a float32 copy."""
+    return training.lean or training.optimizer == "adamw_bf16"
+
+
+def state_bytes(training: TrainingConfig) -> int:
+    """Bytes of a trained parameter's gradient and moments."""
+    gradient = 0 if training.lean else 2 if keeps_bf16_weights(training) else 4
+    return gradient + {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
+
+
+def optimizer_factory(training: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and arguments in the Trainer's form; ``None`` where the Trainer has the optimizer itself."""
+    if not keeps_bf16_weights(training):
+        return None
+    moments: Moments = "8bit" if training.optimizer == "adamw_8bit" else "bf16"
+    arguments = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+        "moments": moments,
+        "seed": training.seed,
+    }
+    return StochasticAdamW, arguments
+
+
+def check_optimizer(config: RunConfig, compute: Compute, accumulation: int) -> None:
+    """Refuse what does not go together.
+
+    Args:
+        accumulation: micro-batches of a step on a device.
+
+    Raises:
+        UserError: as said, or bitsandbytes is missing.
+    """
+    training = config.training
+    where = "training.lean" if training.lean else "training.optimizer"
+    if training.optimizer == "adamw_8bit":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise UserError("adamw_8bit needs bitsandbytes", where=where, hint='pip install "phi3v[qlora]"') from None
+    if keeps_bf16_weights(training) and compute.precision != "bf16":
+        raise UserError(
+            f"the trained weights would be in bf16, but the precision is {compute.precision}",
+            where=where,
+            hint="set training.precision to bf16, or training.optimizer to adamw or adamw_8bit without training.lean",
+        )
+    if not training.lean:
+        return
+    if training.optimizer == "adamw":
+        raise UserError(
+            "lean mode holds no float32 weights, and adamw needs them",
+            where="training.optimizer",
+            hint="use adamw_8bit or adamw_bf16",
+        )
+    if training.max_grad_norm > 0:
+        raise UserError(
+            "each gradient is used up before the norm of all is known, so they cannot be clipped by it",
+            where="training.max_grad_norm",
+            hint="set it to 0, or training.lean to false",
+        )
+    if config.data.packing != "none":
+        raise UserError(
+            "each backward pass is an optimizer step, and a step of packed rows may have several",
+            where=where,
+            hint="set data.packing to none, or training.lean to false",
+        )
+    if accumulation > 1:
+        raise UserError(
+            f"each backward pass is an optimizer step, so {accumulation} micro-batches cannot be accumulated",
+            where=where,
+            hint="set training.micro_batch_size to the share of training.batch_size that a device has",
+        )
+    if compute.world_size > 1:
+        raise UserError(
+            "each gradient is used up before the ranks could add theirs",
+            where=where,
+            hint="run on one device, or set training.lean to false",
+        )
+    if training.activation_checkpointing not in ("auto", "full"):
+        raise UserError(
+            f"lean mode recomputes all activations, not {training.activation_checkpointing}",
+            where="training.activation_checkpointing",
+            hint="leave it at auto",
+        )

@@ -1,0 +1,103 @@
+"""Recomputed activations: which, when, and that they change no number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_helpers import load
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phi3v.config import LoraConfig, MethodConfig
+from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.table import open_table
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.presets import preset_config
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import activation_bytes, apply_checkpointing, choose_checkpointing
+
+POLICIES = ("none", "vision", "selective", "full")
+
+
+@pytest.fixture
+def batch(easy_vqa: Path, small_model_dir: Path) -> dict[str, Any]:
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
+    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
+    batch = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    del batch["counts"]
+    return batch
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(model: Any, batch: dict[str, Any], policy: Any) -> tuple[float, dict[str, torch.Tensor], Counter[str]]:
+    apply_checkpointing(model, policy)
+    model.zero_grad()
+    torch.manual_seed(3)  # LoRA's dropout
+    loss = model(**batch, logits_to_keep=None, use_cache=False).loss
+    with Operations() as seen:
+        loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, seen.count
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora"])
+def test_every_policy_gives_the_same_loss_and_gradients(
+    small_model_dir: Path, batch: dict[str, Any], name: Any
+) -> None:
+    """1e-6 of the largest entry: the same float32 operations run again on the same numbers."""
+    model = load(small_model_dir, MethodConfig(name, lora=LoraConfig(rank=4, dropout=0.1))).train()
+    if name != "full":  # LoRA's B starts at zero, which would hide A's gradients
+        for parameter in (p for n, p in model.named_parameters() if ".lora_B." in n):
+            torch.nn.init.normal_(parameter, std=0.02)
+    loss, expected, plain = gradients(model, batch, "none")
+    assert len(expected) == sum(p.requires_grad for p in model.parameters())
+    forward_products: dict[str, int] = {}
+    for policy in POLICIES[1:]:
+        own_loss, own, ran = gradients(model, batch, policy)
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        assert own.keys() == expected.keys()
+        for key, gradient in expected.items():
+            atol = 1e-6 * float(gradient.abs().max()) + 1e-9
+            torch.testing.assert_close(own[key], gradient, atol=atol, rtol=0, msg=f"{policy}: {key}")
+        forward_products[policy] = (ran - plain)["aten.mm"] + (ran - plain)["aten.addmm"]
+    # Selective runs no product of the decoder again, full all of them; both do the tower's.
+    assert forward_products["selective"] == forward_products["vision"] > 0
+    assert forward_products["full"] > forward_products["selective"]
+
+
+def test_recomputing_more_needs_less() -> None:
+    config = preset_config("phi-3.5-vision")
+    needs = [activation_bytes(config, policy, tokens=2509, crops=17, bytes_per_value=2) for policy in POLICIES]  # type: ignore[arg-type]
+    assert needs == sorted(needs, reverse=True)
+    assert needs[0] > 2 * needs[2] > 4 * needs[3]
+
+
+@pytest.mark.parametrize(("free", "expected"), [(200e9, "none"), (2e9, "full"), (-5e9, "full"), (0, "full")])
+def test_the_policy_that_fits_is_chosen(free: float, expected: str) -> None:
+    config: Phi3VConfig = preset_config("phi-3.5-vision")
+    policy, reason = choose_checkpointing("auto", config, tokens=2509, crops=17, bytes_per_value=2, free=int(free))
+    assert policy == expected
+    assert "2,509 tokens and 17 crops at a time need about" in reason
+    assert f"{max(free, 0) / 1e9:.2f} GB are free" in reason
+
+
+def test_between_the_ends_as_little_as_possible_is_recomputed() -> None:
+    config = preset_config("phi-3.5-vision")
+    size = {"tokens": 2509, "crops": 17, "bytes_per_value": 2}
+    for policy in ("vision", "selective"):
+        free = int(activation_bytes(config, policy, **size) / 0.79)  # type: ignore[arg-type]
+        assert choose_checkpointing("auto", config, free=free, **size)[0] == policy
+    assert choose_checkpointing("vision", config, free=0, **size) == ("vision", "as configured")
