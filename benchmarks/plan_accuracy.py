@@ -32,7 +32,7 @@ from phi3v.model.presets import init_model
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import METHODS, TrainSetup
 from phi3v.plan.memory import MicroBatch, predict_memory
-from phi3v.plan.parameters import count_parameters
+from phi3v.plan.parameters import count_parameters, meta_model
 from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
 from phi3v.plan.shape import ModelShape, planned_config
@@ -177,17 +177,12 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
 
 def exact_rows() -> list[dict[str, Any]]:
     """Parameter and optimizer bytes of the real size, predicted and as torch's own AdamW has them on meta tensors."""
-    from phi3v.model.modeling import Phi3VForCausalLM
-    from phi3v.train.strategies import apply_method
-
     config, _ = planned_config("microsoft/Phi-3.5-vision-instruct")
     rows = []
     for name in ("full", "frozen-vision", "lora"):
         method = MethodConfig(name=name)  # type: ignore[arg-type]
         counts = count_parameters(config, method, "bf16")
-        with torch.device("meta"):
-            model = Phi3VForCausalLM(config)
-            model = apply_method(model.to(torch.float32 if name == "full" else torch.bfloat16), method)
+        model = meta_model(config, method, "bf16")
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
