@@ -49,7 +49,7 @@ from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.progress import peak_memory_gb
-from phi3v.train.run import make_plan
+from phi3v.train.setup import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 from tasks.parts import Sizes
 

@@ -31,8 +31,8 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
-from phi3v.train.run import probe_index
 from phi3v.train.run_folder import check_run_folder, environment
+from phi3v.train.setup import probe_index
 from phi3v.train.strategies import summarize
 
 Verdict = Literal["pass", "warn", "fail"]

@@ -16,7 +16,7 @@ from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
-from phi3v.train.run import make_plan
+from phi3v.train.setup import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from phi3v.cli import main
-from phi3v.train import run as run_module
+from phi3v.train import setup as preparation
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -71,7 +71,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run_module, "load_for_training", refuse)
+    monkeypatch.setattr(preparation, "load_for_training", refuse)
     return refuse
 
 

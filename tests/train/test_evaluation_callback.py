@@ -174,7 +174,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("phi3v.train.run.load_for_training", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("phi3v.train.setup.load_for_training", lambda *args: pytest.fail("a model was loaded"))
     code, folder = train(*settings)
     assert code == 2
     assert words in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from run_helpers import Train, read_metrics
 
 from phi3v.train import run as run_module
+from phi3v.train import setup as preparation
 from phi3v.train.trainer import Phi3VTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -77,14 +78,14 @@ def test_every_run_checks_its_gradients(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model with a detached decoder must not start, and must not touch the run folder."""
-    load = run_module.load_for_training
+    load = preparation.load_for_training
 
     def detached(*args: Any) -> Any:
         model = load(*args)
         model.model.layers[2].register_forward_hook(lambda module, args, output: output.detach())
         return model
 
-    monkeypatch.setattr(run_module, "load_for_training", detached)
+    monkeypatch.setattr(preparation, "load_for_training", detached)
     code, folder = train()
     assert code == 2
     assert "gradient check" in capsys.readouterr().err

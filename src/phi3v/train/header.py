@@ -1,0 +1,53 @@
+"""What a run says before it begins."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from phi3v.train.setup import Setup
+from phi3v.train.strategies import summarize
+
+
+def print_header(setup: Setup) -> None:
+    """Say on the console what will happen: parts, data, device, choices with their reasons."""
+    config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
+    train_table, questions = setup.train_table, setup.questions
+    parts = summarize(setup.model)
+    table = Table(box=None, pad_edge=False)
+    for column in ("part", "parameters", "trained", "adapters"):
+        table.add_column(column, justify="left" if column in ("part", "adapters") else "right")
+    for part in parts:
+        adapters = ", ".join(f"{name} ×{count}" for name, count in part.adapters.items())
+        table.add_row(part.part, f"{part.total:,}", f"{part.trainable:,}", adapters)
+    trainable, total = sum(part.trainable for part in parts), sum(part.total for part in parts)
+    table.add_row("total", f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.2f} % trained")
+    console.print(f"[bold]{config.method.name}[/bold] training of {config.model.path}", highlight=False)
+    console.print(table)
+    for line in (
+        f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
+        + (f", {len(questions)} questions to measure on" if questions is not None else ""),
+        f"device: {compute.device}, {compute.precision} ({compute.reason})",
+        f"attention: {facts.attention} ({facts.attention_reason})",
+        f"activation checkpointing: {setup.checkpointing}",
+        f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
+        f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
+        f"output: {config.training.output_dir}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _step_line(setup: Setup) -> str:
+    config, ranks = setup.config, setup.compute.world_size
+    if setup.plan is None:
+        return (
+            f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
+            f"{setup.accumulation} accumulated"
+        )
+    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.tokens.sum())
+    wanted = config.training.batch_tokens
+    size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
+    shared = f" ({separate / tokens:.2f} times fewer tokens than apart)" if setup.plan.shares else ""
+    return (
+        f"{size} on {ranks} ranks in rows of at most {config.data.pack_tokens} tokens, {config.data.packing} packing"
+        f"{shared}, {setup.plan.num_steps} steps an epoch"
+    )

@@ -1,0 +1,70 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from phi3v.evaluate.evaluation import EvaluationResult
+from phi3v.train.evaluation_callback import Best
+from phi3v.train.progress import peak_memory_gb
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    steps: int
+    train_seconds: float
+    questions_per_second: float
+    samples_per_second: float
+    tokens_per_second: float
+    mean_train_loss: float
+    best: Best | None = None  # the measurement whose weights were kept
+    stopped_early: bool = False
+
+    def to_json_dict(self) -> dict[str, Any]:
+        summary = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.name not in ("folder", "before", "after", "best")
+        }
+        if self.best is not None:
+            summary["best_step"] = self.best.step
+        scores = {
+            f"{name}_{result.primary.name}": result.primary.value
+            for name, result in (("before", self.before), ("after", self.after))
+            if result is not None
+        }
+        if not math.isfinite(self.mean_train_loss):
+            summary["mean_train_loss"] = None  # JSON has no infinity
+        return {"folder": str(self.folder), **scores, **summary, "peak_memory_gb": peak_memory_gb()}
+
+
+def print_result(console: Console, result: RunResult) -> None:
+    """Say on the console what a run came to."""
+    table = Table(title="result", box=None, pad_edge=False, title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for when, measured in (("before", result.before), ("after", result.after)):
+        if measured is not None:
+            table.add_row(f"{measured.primary.name} {when}", str(measured.primary))
+    table.add_row("steps", f"{result.steps}{' (stopped early)' if result.stopped_early else ''}")
+    if result.best is not None:
+        table.add_row("best weights", f"step {result.best.step}")
+    table.add_row("training time", f"{result.train_seconds:.1f} s")
+    table.add_row("speed", f"{result.questions_per_second:.1f} questions/s")
+    table.add_row("", f"{result.samples_per_second:.2f} samples/s")
+    table.add_row("", f"{result.tokens_per_second:,.0f} tokens/s")
+    table.add_row("peak memory", f"{peak_memory_gb():.2f} GB")
+    console.print(table)
+    console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,249 @@
+"""What a run needs before it begins: everything checked and loaded, nothing written yet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import set_seed
+
+from phi3v.config import RunConfig
+from phi3v.data.check import ensure_checked
+from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.features import FeatureStore
+from phi3v.data.jsonl import require_file
+from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
+from phi3v.data.table import RecordTable, open_table
+from phi3v.errors import UserError
+from phi3v.evaluate.evaluation import check_references
+from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
+from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.feature_cache import cached_stage, vision_part
+from phi3v.train.kernels import apply_kernels, check_kernels
+from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.optimizers import check_optimizer, state_bytes
+from phi3v.train.run_folder import check_run_folder
+from phi3v.train.strategies import summarize
+
+# Where memory is estimated before a text is tokenised.
+ASSUMED_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that may begin: everything checked and loaded, nothing written yet."""
+
+    config: RunConfig
+    console: Console
+    compute: Compute
+    facts: ModelFacts
+    folder: Path
+    accumulation: int
+    processor: Phi3VProcessor
+    model: Any
+    train_table: RecordTable
+    questions: QuestionDataset | None  # to measure on
+    plan: PackingPlan | None  # of packed rows
+    checkpointing: str  # the policy and its reason
+
+    @property
+    def num_workers(self) -> int:
+        wanted = self.config.data.num_workers
+        return default_workers(self.compute) if wanted is None else wanted
+
+    def collator(self) -> Collator:
+        """Makes batches to learn from."""
+        pad = self.processor.tokenizer.pad_token_id
+        return Collator(pad, loss_weighting=self.config.training.loss_weighting)
+
+    def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
+        """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
+        if self.plan is None:
+            return ConversationDataset(self.train_table, self.processor, features=features)
+        weighting = self.config.training.loss_weighting
+        return PackedDataset(self.train_table, self.processor, weighting, features=features)
+
+    def probe(self) -> dict[str, Any]:
+        """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
+        index, dataset = probe_index(self.train_table), self.dataset()
+        if isinstance(dataset, PackedDataset):
+            return dataset[RowPlan(((index,),), ends_step=True)]
+        return self.collator()([dataset[index]])
+
+
+def prepare(config: RunConfig, console: Console) -> Setup:
+    """Check everything and load the model.
+
+    Raises:
+        UserError: the configuration, the model or the data are wrong.
+    """
+    compute = choose_compute(config.training.precision)
+    accumulation = config.accumulation_steps(compute.world_size)
+    check_optimizer(config, compute, accumulation)
+    check_kernels(config.training, compute.device, compute.precision)
+    folder = check_run_folder(config)
+    data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
+    facts = inspect_model(config, compute)
+    processor = load_processor(config)
+    with PartialState().main_process_first():  # one rank reads and checks, the others find it done
+        train_table, eval_table = open_data(config)
+    questions = questions_of(config, eval_table, processor)
+    if questions is not None:
+        check_references(questions, config.evaluation)
+    set_seed(config.training.seed)
+    model = load_for_training(config, facts, compute)
+    plan = make_plan(config, compute, model, train_table, processor)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
+    apply_checkpointing(model, checkpointing)
+    apply_kernels(model, config.training)
+    setup = Setup(
+        config,
+        console,
+        compute,
+        facts,
+        folder,
+        accumulation,
+        processor,
+        model,
+        train_table,
+        questions,
+        plan,
+        f"{checkpointing} ({reason})",
+    )
+    _check_pictures(model, train_table)
+    if config.training.feature_cache != "off":
+        cached_stage(vision_part(model))  # refuses a tower that trains
+    return setup
+
+
+def _choose_checkpointing(
+    config: RunConfig,
+    model: Any,
+    processor: Phi3VProcessor,
+    table: RecordTable,
+    plan: PackingPlan | None,
+    compute: Compute,
+) -> tuple[Policy, str]:
+    """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
+    if config.training.lean:
+        return "full", "lean mode"
+    num_crops = processor.image_processor.num_crops
+    crops_of_page = num_distinct_crops(1, num_crops)
+    most_images = int(table.image_counts().max())
+    if plan is None:
+        samples = config.training.micro_batch_size
+        images = most_images * samples
+        # A page of one column has the most row ends.
+        tokens = images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS
+        crops = images * crops_of_page
+    else:
+        tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
+        # A page of one row has the most crops for its tokens.
+        crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
+    return choose_checkpointing(
+        config.training.activation_checkpointing,
+        model.config,
+        tokens=tokens,
+        crops=crops,
+        bytes_per_value=compute.dtype.itemsize,
+        free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
+    )
+
+
+def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
+    """The checked data files.
+
+    Raises:
+        UserError: no data, or faults in it.
+    """
+    tables: list[RecordTable] = []
+    for path in data_files(config):
+        ensure_checked(
+            path,
+            max_pixels=config.data.max_image_pixels,
+            image_level=config.data.image_check,
+            special_text=config.data.special_text,
+            progress=config.training.progress_bar,
+        )
+        table = open_table(
+            path,
+            special_text=config.data.special_text,
+            max_pixels=config.data.max_image_pixels,
+            progress=config.training.progress_bar,
+        )
+        tables.append(table)
+    return tables[0], tables[1] if len(tables) > 1 else None
+
+
+def data_files(config: RunConfig) -> list[Path]:
+    """The file to learn from and, where there is one, the file to measure on.
+
+    Raises:
+        UserError: none is named, or one does not exist.
+    """
+    if config.data.train is None:
+        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+    if config.data.eval is None and config.evaluation.eval_steps is not None:
+        raise UserError(
+            "there is no data to measure on", where="evaluation.eval_steps", hint="set data.eval to a JSONL file"
+        )
+    files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
+    for file in files:
+        require_file(file)
+    return files
+
+
+def _check_pictures(model: Any, table: RecordTable) -> None:
+    trained = {part.part for part in summarize(model) if part.trainable}
+    if not table.image_counts().any() and trained & {"vision", "projector"}:
+        raise UserError(
+            "no record has a picture, so the vision part would learn nothing",
+            where=str(table.path),
+            hint="use method.name frozen-vision, or method.lora.parts [decoder, head]",
+        )
+
+
+def probe_index(table: RecordTable) -> int:
+    """A record for the gradient check: the first one with a picture, or the first."""
+    with_images = table.image_counts().nonzero()[0]
+    return int(with_images[0]) if len(with_images) else 0
+
+
+def make_plan(
+    config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
+) -> PackingPlan | None:
+    """How records are packed, if they are."""
+    if config.data.packing == "none":
+        return None
+    lengths = measure_records(
+        table,
+        processor,
+        model.config.long_context_start,
+        progress=config.training.progress_bar and compute.rank == 0,
+    )
+    return PackingPlan(
+        lengths,
+        config.data.packing,
+        batch_size=config.training.batch_size,
+        batch_tokens=config.training.batch_tokens,
+        pack_tokens=config.data.pack_tokens,
+        shared_image_max=config.data.shared_image_max,
+        world_size=compute.world_size,
+        seed=config.training.seed,
+    )
+
+
+def questions_of(
+    config: RunConfig, table: RecordTable | None, processor: Phi3VProcessor, at_most: int | None = None
+) -> QuestionDataset | None:
+    """What is measured on: as many questions as configured, and ``at_most`` so many."""
+    if table is None:
+        return None
+    limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]
+    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=config.training.seed)
