@@ -84,7 +84,7 @@ def test_data_and_models_of_other_places(config: RunConfig, tmp_path: Path, tiny
     assert job.inputs["model"].path == str(tiny_model_dir)
     assert "--model.path ${{inputs.model}}" in job.command
     assert job.compute == "cluster"
-    assert "instance_type" not in job.resources
+    assert job.resources.get("instance_type") is None
     place = "azureml://datastores/store/paths/models/phi"
     again = load_job_file(write_job(config, settings(model=place, datastore="store"), tmp_path / "job"))
     assert again.inputs["model"].path == place
