@@ -75,6 +75,9 @@ def test_the_code_and_the_packages_go_with_it(config: RunConfig, tmp_path: Path)
     assert names >= {"torch", "transformers", "peft", "bitsandbytes"}
     assert not names & {"pytest", "azure-ai-ml", "phi3v"}
     assert not any("+" in package for package in packages)
+    config.method.name = "full"
+    write_job(config, settings(), folder)
+    assert "deepspeed" in (folder / "environment.yaml").read_text()
 
 
 def test_data_and_models_of_other_places(config: RunConfig, tmp_path: Path, tiny_model_dir: Path) -> None:

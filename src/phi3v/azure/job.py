@@ -199,6 +199,8 @@ def _environment(config: RunConfig) -> dict[str, Any]:
     wanted = {
         "qlora": config.method.name == "qlora" or config.training.optimizer == "adamw_8bit",
         "gpu": config.training.kernels == "liger",
+        "deepspeed": config.distributed.engine.startswith("zero")
+        or (config.distributed.engine == "auto" and config.method.name in ("full", "frozen-vision")),
     }
     extras = ["", *(extra for extra, needed in wanted.items() if needed)]
     pip = []
