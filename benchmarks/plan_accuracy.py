@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench_result import ROOT, write_result
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.config import DataConfig, LoraConfig, MethodConfig, ModelConfig, Packing, RunConfig
 from phi3v.data.collate import Collator, Sample
+from phi3v.data.packing import pack_row
 from phi3v.data.pages import Page
 from phi3v.model.presets import init_model
 from phi3v.plan.hardware import find_machine
@@ -51,6 +52,12 @@ BATCHES = {
     "4 x 10 questions": (4, 640, 480, 10, 0),
     "4 x 10, 8, 6, 4 questions": (4, 640, 480, 10, 2),
 }
+# Packed rows: width and height of the picture, and the questions of each group about one.
+ROWS: dict[str, tuple[Packing, int, int, tuple[int, ...]]] = {
+    "row of 3 pages": ("samples", 1275, 1650, (1, 1, 1)),
+    "row of a page with 8 questions and one with 4": ("shared-image", 1275, 1650, (8, 4)),
+    "row of 6 small pictures with 8 questions each": ("shared-image", 64, 64, (8,) * 6),
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,16 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every method with and without recomputing, on every batch; one that accumulates."""
+    """Every method with and without recomputing, on every batch; one that accumulates; packed rows."""
     for method in METHODS:
         for checkpointing in ("none", "full"):
             for batch in BATCHES:
                 yield Case(method, checkpointing, batch)
     yield Case("full", "none", "a page", accumulates=True)
+    for method in ("full", "lora"):
+        for checkpointing in ("none", "full"):
+            for row in ROWS:
+                yield Case(method, checkpointing, row)
 
 
 def make_batch(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], MicroBatch]:
@@ -96,15 +107,39 @@ def make_batch(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Mi
     )
 
 
+def make_row(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], MicroBatch]:
+    """A packed row and what the planner knows of it."""
+    _, width, height, questions = ROWS[name]
+    groups: list[list[Sample]] = []
+    for number, asked in enumerate(questions):
+        page = processor.image_processor.page(Image.new("RGB", (width, height), (number, 80, 120)))
+        own = [Page(f"{number}.png", (page.shape[0], page.shape[1]), page)]
+        tokens = [processor.image_processor.num_tokens_of_page(own[0].size)]
+        turns = [ChatTurn(f"what is shown, {k}?", "a rectangle", 1) for k in range(asked)]
+        streams = [encode_conversation(processor, [turn], tokens) for turn in turns]
+        groups.append([Sample(stream.input_ids, stream.labels, own, 1) for stream in streams])
+    row = pack_row(groups)
+    pages = [group[0].pages[0].size for group in groups]
+    return row, MicroBatch(
+        rows=1,
+        tokens=row["input_ids"].numel(),
+        image_tokens=int((row["input_ids"] < 0).sum()),
+        crops=sum(num_distinct_crops(size[0] // CROP_SIZE, size[1] // CROP_SIZE) for size in pages),
+        answer_tokens=int((row["labels"] != -100).sum()),
+        branch_pairs=sum(sum(rest) * (prefix + sum(rest)) for prefix, *rest in row["layout"] if prefix),
+    )
+
+
 def measure(model: Any, batch: dict[str, Any], *, accumulates: bool) -> int:
     """Peak bytes of the second optimizer step, weights and moments included."""
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    layout = {"layout": batch["layout"]} if "layout" in batch else {}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
         for _ in range(2 if accumulates else 1):
             copied = {name: value.clone() for name, value in inputs.items()}  # as a loader makes it
-            model(**copied, logits_to_keep=None, use_cache=False).loss.backward()
+            model(**copied, **layout, logits_to_keep=None, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -144,16 +179,18 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for case in cases():
         method = MethodConfig(name=case.method, lora=LoraConfig(rank=8))  # type: ignore[arg-type]
-        run = RunConfig(model=ModelConfig(path=str(folder)), method=method)
+        packing = ROWS[case.batch][0] if case.batch in ROWS else "none"
+        run = RunConfig(model=ModelConfig(path=str(folder)), method=method, data=DataConfig(packing=packing))
         model = load_for_training(run, inspect_model(run, compute), compute)
         if case.checkpointing == "full":
             apply_checkpointing(model, "full")
-        batch, micro = make_batch(processor, case.batch)
+        batch, micro = make_row(processor, case.batch) if packing != "none" else make_batch(processor, case.batch)
         measured = measure(model, batch, accumulates=case.accumulates)
         setup = TrainSetup(
             method=method,
             precision="fp32",
             checkpointing=case.checkpointing,  # type: ignore[arg-type]
+            packing=packing,
             accumulates=case.accumulates,
             fused_optimizer=True,
         )

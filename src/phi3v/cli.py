@@ -87,7 +87,7 @@ def run_command(
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line; the keys of the configuration are options too, of ``train`` the only ones."""
-    if argv[:1] and argv[0] in ("plan", "doctor"):
+    if argv[:1] and (argv[0] in ("plan", "doctor") or argv[:2] in (["azure", "skus"], ["azure", "submit"])):
         known, rest = build_parser().parse_known_args(argv)
         known.overrides = rest
         return known
@@ -257,7 +257,87 @@ def build_parser() -> argparse.ArgumentParser:
         "phi3v doctor recipes/easy_vqa_tiny.yaml",
     )
     doctor.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; --key.subkey value overrides it")
+    _add_azure(verbs)
     return parser
+
+
+def _add_azure(verbs: Any) -> None:
+    azure = verbs.add_parser("azure", help="sizes, quota and jobs").add_subparsers(dest="action", required=True)
+    recipe: dict[str, Any] = {
+        "type": Path,
+        "metavar": "RECIPE.yaml",
+        "help": "the recipe; --key.subkey value overrides it",
+    }
+    skus = _command(
+        azure,
+        "skus",
+        _azure_skus,
+        "list the Azure sizes that a recipe fits, the fewest GPUs first, with the quota to ask for; needs no login",
+        "phi3v azure skus recipes/docvqa_lora.yaml",
+    )
+    skus.add_argument("recipe", **recipe)
+    skus.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of each size (default: %(default)s)")
+
+    subscription: dict[str, Any] = {
+        "metavar": "ID",
+        "help": "the subscription (default: $AZURE_SUBSCRIPTION_ID, else that of az)",
+    }
+    quota = _command(
+        azure,
+        "quota",
+        _azure_quota,
+        "show the limit and the usage of a family of sizes in a region, and ask for more",
+        "phi3v azure quota --region westeurope --sku Standard_ND96asr_v4 --request 96",
+    )
+    quota.add_argument("--region", required=True, metavar="REGION", help="e.g. westeurope")
+    quota.add_argument("--sku", metavar="SIZE", help="an Azure size, whose family is meant")
+    quota.add_argument("--family", metavar="NAME", help="a family by its name, in place of --sku")
+    quota.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that you want (default: %(default)s)")
+    quota.add_argument(
+        "--for",
+        dest="service",
+        choices=("compute", "ml"),
+        default="compute",
+        help="whose quota: of virtual machines or of Azure Machine Learning (default: %(default)s)",
+    )
+    quota.add_argument("--request", type=int, metavar="N", help="ask for a limit of N vCPUs; shows it and asks first")
+    quota.add_argument("--yes", action="store_true", help="send the request without asking")
+    quota.add_argument("--subscription", **subscription)
+
+    submit = _command(
+        azure,
+        "submit",
+        _azure_submit,
+        "train a recipe as a job of Azure Machine Learning, on one or many nodes; it resumes when it is pre-empted",
+        "phi3v azure submit recipes/docvqa_lora.yaml --sku Standard_ND96asr_v4 --workspace W --resource-group G",
+    )
+    submit.add_argument("recipe", **recipe)
+    submit.add_argument("--sku", required=True, metavar="SIZE", help="the Azure size of a node")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="how many nodes (default: %(default)s)")
+    submit.add_argument("--workspace", metavar="NAME", help="the workspace of Azure Machine Learning")
+    submit.add_argument("--resource-group", metavar="NAME", help="the resource group of the workspace")
+    submit.add_argument(
+        "--data",
+        metavar="FOLDER_OR_URI",
+        help="the folder of the recipe's data files: here (it is uploaded), azureml:NAME:VERSION or azureml://… "
+        "(default: where data.train lies)",
+    )
+    submit.add_argument(
+        "--model",
+        metavar="FOLDER_OR_URI",
+        help="the model, likewise (default: model.path of the recipe; a hub id is downloaded by the job)",
+    )
+    submit.add_argument("--name", metavar="NAME", help="of the run; the same name resumes (default: the recipe's)")
+    submit.add_argument("--compute", metavar="CLUSTER", help="an existing cluster (default: serverless compute)")
+    submit.add_argument(
+        "--low-priority", action="store_true", help="serverless compute that is cheaper and may be taken away"
+    )
+    submit.add_argument(
+        "--datastore", default="workspaceblobstore", metavar="NAME", help="keeps the run (default: %(default)s)"
+    )
+    submit.add_argument("--out", type=Path, metavar="DIR", help="the job's folder (default: azure-jobs/NAME)")
+    submit.add_argument("--dry-run", action="store_true", help="write the job's folder and check it; needs no login")
+    submit.add_argument("--subscription", **subscription)
 
 
 def _add_source_options(convert: argparse.ArgumentParser) -> None:
@@ -393,6 +473,30 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     report = examine(config, console)
     return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+
+
+def _azure_skus(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.azure.skus import skus_command
+
+    return skus_command(config, console, nodes=arguments.nodes)
+
+
+def _azure_quota(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.azure.quota import quota_command
+
+    keys = ("region", "sku", "family", "service", "nodes", "request", "yes", "subscription")
+    return quota_command(console, **{key: getattr(arguments, key) for key in keys})
+
+
+def _azure_submit(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = load_config(arguments.recipe, arguments.overrides)
+    from phi3v.azure.job import submit_command
+
+    keys = ("sku", "nodes", "workspace", "resource_group", "subscription", "dry_run", "out")
+    places = ("data", "model", "compute", "low_priority", "datastore")
+    settings = {key: getattr(arguments, key) for key in (*keys, *places)}
+    return submit_command(config, console, name=arguments.name or arguments.recipe.stem, **settings)
 
 
 def _eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

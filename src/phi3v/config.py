@@ -68,6 +68,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -246,6 +247,23 @@ class TrainingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How several processes (GPUs, machines) train one model together."""
+
+    engine: EngineName = "auto"
+    """ddp: every device holds everything; zero1, zero2, zero3: DeepSpeed divides the optimizer's state, also the
+    gradients, also the weights; fsdp2: torch divides all three. auto: as the public recipe, zero2 for full and
+    frozen-vision and ddp for adapters."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3: keep the optimizer's state in the host's memory."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "distributed", "timeout_minutes")
+
+
+@dataclass
 class EvaluationConfig:
     """Measuring by generating answers: before, during and after training, and in phi3v eval."""
 
@@ -321,6 +339,8 @@ class RunConfig:
     """What is trained."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How several processes train together."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How it is measured."""
 

@@ -300,7 +300,7 @@ class Examination:
         """Whether the recipe as it is fits this machine."""
         assert self.compute is not None
         plan = Planner(self.config, progress=False).plan(Machine(this_machine().gpu, self.compute.world_size))
-        own = next(option for option in plan.options if option.setup.method.name == self.config.method.name)
+        own = plan.own
         if not own.fits or own.changes:
             what = f"{self.config.method.name} does not fit this machine: {own.reason}"
             if own.fits:

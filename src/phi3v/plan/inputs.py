@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from phi3v.config import MethodConfig, RunConfig
+from phi3v.config import MethodConfig, Packing, RunConfig
 from phi3v.errors import UserError
 from phi3v.plan.hardware import Machine
 
@@ -17,7 +17,6 @@ MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Checkpointing = Literal["none", "vision", "selective", "full"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_bf16"]
-Packing = Literal["none", "samples", "shared-image"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
@@ -35,7 +34,10 @@ class Offered:
 
 
 OFFERED = Offered(
-    engines=("ddp",), checkpointing=get_args(Checkpointing), optimizers=get_args(Optimizer), packing=("none",)
+    engines=("ddp",),
+    checkpointing=get_args(Checkpointing),
+    optimizers=get_args(Optimizer),
+    packing=get_args(Packing),
 )
 
 
@@ -45,7 +47,9 @@ class TrainSetup:
 
     Attributes:
         gpus: data-parallel ranks.
-        micro_batch: samples that a rank computes at a time.
+        offload_optimizer: the optimizer's state lies in the host's memory (ZeRO).
+        pack_tokens: tokens of a packed row at most, which a rank computes at a time.
+        micro_batch: samples that a rank computes at a time, where they are not packed.
         accumulates: gradients are kept over several micro-batches.
         num_crops: crops of a page at most.
         fused_optimizer: no temporary copy of the second moments in a step (the library's plain AdamW makes one on a
@@ -59,7 +63,9 @@ class TrainSetup:
     attention: Attention = "sdpa"
     checkpointing: Checkpointing = "full"
     optimizer: Optimizer = "adamw"
+    offload_optimizer: bool = False
     packing: Packing = "none"
+    pack_tokens: int = 8192
     micro_batch: int = 1
     accumulates: bool = True
     num_crops: int = 16
@@ -84,6 +90,11 @@ class TrainSetup:
             and self.packing in OFFERED.packing
         )
 
+    @property
+    def is_sharded(self) -> bool:
+        """Several ranks divide something of the model."""
+        return self.engine != "ddp" and self.gpus > 1
+
     def with_method(self, name: MethodName) -> TrainSetup:
         """The same with another method; the adapters' settings stay."""
         return replace(self, method=replace(self.method, name=name))
@@ -99,18 +110,32 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
     training = config.training
     return TrainSetup(
         method=config.method,
-        engine="ddp",
+        engine=_engine(config, machine),
+        offload_optimizer=config.distributed.offload_optimizer,
         gpus=machine.gpus,
         precision=_precision(config, machine),
         attention=_attention(config, machine),
         # `auto` recomputes all where memory is short.
         checkpointing="full" if training.activation_checkpointing == "auto" else training.activation_checkpointing,
         optimizer=training.optimizer,
+        packing=config.data.packing,
+        pack_tokens=config.data.pack_tokens,
         micro_batch=training.micro_batch_size,
         accumulates=config.accumulation_steps(machine.gpus) > 1,
         num_crops=num_crops,
         fused_optimizer=machine.gpu.is_cpu,  # there the plain one works tensor by tensor
     )
+
+
+def _engine(config: RunConfig, machine: Machine) -> Engine:
+    """As `phi3v train` chooses it."""
+    wanted = config.distributed.engine
+    if machine.gpus == 1:
+        return "ddp"
+    if wanted != "auto":
+        return wanted
+    sharded = config.method.name in ("full", "frozen-vision") and config.training.optimizer == "adamw"
+    return "zero2" if sharded and "zero2" in OFFERED.engines else "ddp"
 
 
 def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "fp32"]:
@@ -143,9 +168,13 @@ def recipe_changes(setup: TrainSetup) -> dict[str, Any]:
     """The configuration's keys that make `phi3v train` do what an offered set-up says."""
     return {
         "model.num_crops": setup.num_crops,
+        "data.packing": setup.packing,
+        "data.pack_tokens": setup.pack_tokens,
         "method.name": setup.method.name,
         "training.precision": setup.precision,
         "training.micro_batch_size": setup.micro_batch,
         "training.activation_checkpointing": setup.checkpointing,
         "training.optimizer": setup.optimizer,
+        "distributed.engine": setup.engine if setup.gpus > 1 else "auto",
+        "distributed.offload_optimizer": setup.offload_optimizer,
     }

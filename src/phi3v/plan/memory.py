@@ -39,6 +39,8 @@ class MicroBatch:
         crops: that run through the tower, global views included.
         answer_tokens: that are learnt, for which there are logits.
         is_padded: rows are of uneven length, so that attention needs a mask.
+        branch_pairs: of a packed row with shared prefixes, queries of branches times the keys of their group, which
+            need a mask where no kernel takes the layout itself.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class MicroBatch:
     crops: int
     answer_tokens: int
     is_padded: bool = False
+    branch_pairs: int = 0
 
     @property
     def longest(self) -> int:
@@ -82,9 +85,8 @@ def decoder_layer(shape: ModelShape, setup: TrainSetup, counts: Parameters, batc
     mlp = a * 4 * I  # gate and up, activation, product
     adapters = a * setup.method.lora.rank * counts.adapters[0]
     kept = batch.tokens * (2 * norm + qkv + out + mlp + adapters)
-    if needs_mask(setup, batch):
-        kept += a * batch.rows * batch.longest**2  # each layer makes numbers of the mask's booleans
-    if setup.attention == "eager":
+    kept += a * mask_elements(setup, batch)  # each layer makes numbers of the mask's booleans
+    if setup.attention == "eager" and setup.packing == "none":
         kept += batch.rows * shape.heads * batch.longest**2 * (a + 4)  # softmax in float32 and its cast
     return kept
 
@@ -109,9 +111,13 @@ def tower_layer(shape: ModelShape, setup: TrainSetup, counts: Parameters, batch:
     return batch.crops * shape.patches * (attention + mlp + adapters)
 
 
-def needs_mask(setup: TrainSetup, batch: MicroBatch) -> bool:
-    """Attention gets a (rows, T, T) mask: rows are padded, and the kernel takes no lengths."""
-    return batch.is_padded and setup.packing == "none" and setup.attention != "flash_attention_2"
+def mask_elements(setup: TrainSetup, batch: MicroBatch) -> int:
+    """Elements of attention's mask: none where all is causal or the kernel takes lengths or layouts."""
+    if setup.attention == "flash_attention_2":
+        return 0
+    if setup.packing == "none":
+        return batch.rows * batch.longest**2 if batch.is_padded else 0
+    return batch.tokens**2 if setup.attention == "eager" else batch.branch_pairs
 
 
 def residual_bytes(setup: TrainSetup) -> int:
@@ -205,13 +211,13 @@ def _around_decoder(shape: ModelShape, setup: TrainSetup, counts: Parameters, ba
     H = shape.hidden  # noqa: N806
     kept = batch.tokens * (4 * H + (r * H if counts.norms_trained else 0) + 2 * r * H // shape.heads)
     kept += batch.answer_tokens * a * H
-    if needs_mask(setup, batch):
-        kept += batch.rows * batch.longest**2
-    return kept
+    return kept + mask_elements(setup, batch)
 
 
 def _optimizer_work(counts: Parameters, setup: TrainSetup) -> float:
     """Temporaries of a step: the plain AdamW of a GPU holds the root of all second moments at once."""
+    if setup.offload_optimizer:
+        return 0.0
     if setup.optimizer != "adamw" or setup.fused_optimizer:
         return 4 * counts.largest_matrix
     if setup.engine == "ddp":
@@ -253,9 +259,9 @@ def _static(shape: ModelShape, counts: Parameters, setup: TrainSetup) -> dict[st
     static = {
         "weights": frozen + a * trained,
         "gradients": a * trained / (n if sharded_gradients else 1),
-        "optimizer": (masters + moments) / n,
+        "optimizer": 0 if setup.offload_optimizer else (masters + moments) / n,
         # Reduce and gather buckets, and the partition's gradients in float32 for the step.
-        "communication": 2 * a * min(ZERO_BUCKET, trained) + 4 * trained / n,
+        "communication": 2 * a * min(ZERO_BUCKET, trained) + (0 if setup.offload_optimizer else 4 * trained / n),
     }
     if engine == "zero3":
         static["weights"] /= n

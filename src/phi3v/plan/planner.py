@@ -28,6 +28,7 @@ from phi3v.plan.inputs import (
 from phi3v.plan.memory import Memory, predict_memory
 from phi3v.plan.parameters import Parameters, count_model, meta_model
 from phi3v.plan.published import PublishedRow, assumed_utilisation, published_row
+from phi3v.plan.rows import PackedRows, pack_workload
 from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_speed, training_flops
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
@@ -37,6 +38,7 @@ from phi3v.processing.processor import Phi3VProcessor
 BY_SCORE: tuple[MethodName, ...] = ("full", "lora", "qlora", "frozen-vision")
 MARGIN = 0.95  # of a device's memory that a plan may fill
 DEFAULT_CROPS = 16
+PACK_TOKENS = (1024, 2048, 4096, 8192, 16384)  # lengths of rows that are recommended
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Option:
         fits: with those changes.
         reason: why, in a sentence.
         offered: this version's `phi3v train` can run it.
+        rows: of a packed set-up.
     """
 
     setup: TrainSetup
@@ -58,6 +61,7 @@ class Option:
     memory: Memory | None
     speed: Speed | None
     offered: bool
+    rows: PackedRows | None = None
 
     @property
     def verdict(self) -> str:
@@ -80,6 +84,11 @@ class Option:
             "attention": setup.attention,
             "checkpointing": setup.checkpointing,
             "optimizer": setup.optimizer,
+            "offload_optimizer": setup.offload_optimizer,
+            "packing": setup.packing,
+            "pack_tokens": setup.pack_tokens if setup.packing != "none" else None,
+            "rows_a_step": round(self.rows.row_count, 2) if self.rows else None,
+            "rows_filled": round(self.rows.filled, 3) if self.rows else None,
             "micro_batch_size": setup.micro_batch,
             "num_crops": setup.num_crops,
             "peak_gib": round(self.memory.peak / GIB, 2) if self.memory else None,
@@ -100,13 +109,19 @@ class Plan:
     workload: Workload
     num_crops: int
     crops_reason: str
-    packing_length: int
     options: tuple[Option, ...]
     recommended: Option | None
     reason: str
     steps: int
     samples: int
     published: dict[str, PublishedRow]
+
+    @property
+    def own(self) -> Option:
+        """The recipe as it is, on the engine that `phi3v train` would take."""
+        setup = setup_from_config(self.config, self.machine, self.num_crops)
+        wanted = (setup.method.name, setup.engine)
+        return next(o for o in self.options if (o.setup.method.name, o.setup.engine) == wanted)
 
     @property
     def hours(self) -> float | None:
@@ -132,7 +147,6 @@ class Plan:
             "tokens": [self.workload.at(crops).summary() for crops in sorted({self.num_crops, *_SHOWN_CROPS})],
             "recommended_num_crops": self.num_crops,
             "num_crops_reason": self.crops_reason,
-            "packing_length": self.packing_length,
             "shared_image_factor": round(self.workload.shared_image_factor, 2),
             "steps": self.steps,
             "hours": round(self.hours, 3) if self.hours is not None else None,
@@ -165,6 +179,7 @@ class Planner:
             self.num_crops = config.model.num_crops
         self._models: dict[tuple[str, str], nn.Module] = {}
         self._counts: dict[tuple[str, str], Parameters] = {}
+        self._rows: dict[tuple[int, str, int, int], PackedRows] = {}
 
     def plan(self, machine: Machine) -> Plan:
         """The plan for ``machine``.
@@ -172,10 +187,10 @@ class Planner:
         Raises:
             UserError: the machine lacks what the recipe asks for by name, or the batch cannot be split over it.
         """
-        base = setup_from_config(_splittable(self.config, machine), machine, self.num_crops)
+        base = setup_from_config(self._splittable(machine, self.config), machine, self.num_crops)
         engines: Sequence[Engine] = ENGINES if machine.gpus > 1 else ("ddp",)
         options = tuple(
-            self.option(replace(base.with_method(method), engine=engine), machine)
+            self.option(_on_engine(base.with_method(method), engine), machine)
             for method in METHODS
             for engine in engines
         )
@@ -183,6 +198,8 @@ class Planner:
         records = len(self.workload)
         samples = math.ceil(records * self.config.training.epochs)
         steps = self.config.training.max_steps or math.ceil(samples / self.config.training.batch_size)
+        if self.config.training.batch_tokens is not None and not self.config.training.max_steps:
+            steps = math.ceil(self.config.training.epochs * self.rows(base).steps)
         if self.config.training.max_steps:
             samples = steps * self.config.training.batch_size
         return Plan(
@@ -192,7 +209,6 @@ class Planner:
             workload=self.workload,
             num_crops=self.num_crops,
             crops_reason=self.crops_reason,
-            packing_length=self.workload.packing_length(self.num_crops),
             options=options,
             recommended=recommended,
             reason=reason,
@@ -217,7 +233,10 @@ class Planner:
                 reason = f"{_gib(memory.peak)} of {_gib(machine.gpu.memory_bytes)} ({memory.moment})"
                 if words:
                     reason = f"{reason}; as the recipe is, {_gib(first.peak)}"
-                return Option(changed, True, words, reason, memory, self.speed(changed, machine), changed.is_offered)
+                speed = self.speed(changed, machine)
+                return Option(
+                    changed, True, words, reason, memory, speed, changed.is_offered, self.rows_or_none(changed)
+                )
         biggest = max(best_memory.parts, key=lambda name: best_memory.parts[name])
         tried = ", ".join(changes) or "one sample"
         reason = (
@@ -228,26 +247,48 @@ class Planner:
 
     def memory(self, setup: TrainSetup, machine: Machine) -> Memory:
         """The predicted peak of a rank."""
-        batch = self.workload.largest(setup.num_crops, setup.micro_batch)
+        if setup.packing == "none":
+            batch = self.workload.largest(setup.num_crops, setup.micro_batch)
+        else:
+            rows = self.rows(setup)
+            batch, setup = rows.largest, replace(setup, accumulates=rows.most_rows > 1)
         return predict_memory(self.shape, self.counts(setup), setup, batch, cpu=machine.gpu.is_cpu)
 
     def speed(self, setup: TrainSetup, machine: Machine) -> Speed:
         """The predicted speed of all ranks."""
-        choice = self.workload.at(setup.num_crops)
-        tokens = choice.tokens.astype(float)
-        work = SampleWork(
-            tokens=float(tokens.mean()),
-            tokens_squared=float((tokens**2).mean()),
-            image_tokens=float(choice.image_tokens.mean()),
-            crops=float(choice.crops.mean()),
-            answer_tokens=float(self.workload.answer_tokens.mean()),
-        )
+        work = self._mean_sample(setup.num_crops) if setup.packing == "none" else self.rows(setup).work
         flops = training_flops(self.shape, setup, work, tower_trained=self.counts(setup).tower_trained)
         if machine.gpu.is_cpu:
             basis = f"{CPU_UTILISATION:.0%} of the nominal rate, as measured with the tiny model"
             return predict_speed(flops, machine, CPU_UTILISATION, basis)
         utilisation, basis = assumed_utilisation(machine, setup.method.name)
         return predict_speed(flops, machine, utilisation, basis)
+
+    def _mean_sample(self, num_crops: int) -> SampleWork:
+        choice = self.workload.at(num_crops)
+        tokens = choice.tokens.astype(float)
+        return SampleWork(
+            tokens=float(tokens.mean()),
+            tokens_squared=float((tokens**2).mean()),
+            image_tokens=float(choice.image_tokens.mean()),
+            crops=float(choice.crops.mean()),
+            answer_tokens=float(self.workload.answer_tokens.mean()),
+        )
+
+    def rows(self, setup: TrainSetup) -> PackedRows:
+        """The rows of a packed set-up.
+
+        Raises:
+            UserError: there are fewer records than ranks.
+        """
+        key = (setup.num_crops, setup.packing, setup.pack_tokens, setup.gpus)
+        if key not in self._rows:
+            self._rows[key] = pack_workload(self.workload, setup, self.config)
+        return self._rows[key]
+
+    def rows_or_none(self, setup: TrainSetup) -> PackedRows | None:
+        """The rows of a set-up, if it packs."""
+        return None if setup.packing == "none" else self.rows(setup)
 
     def counts(self, setup: TrainSetup) -> Parameters:
         """Parameters of the set-up's method."""
@@ -271,7 +312,7 @@ class Planner:
             own = [option for option in runnable if option.setup.method.name == name]
             if not own:
                 continue
-            chosen = self._faster(min(own, key=lambda option: len(option.changes)), machine)
+            chosen = self._faster(self._least_changed(own, name, machine), machine)
             if name == wanted:
                 with_what = f" with {', '.join(chosen.changes)}" if chosen.changes else " as it is"
                 return chosen, f"{name}, the recipe's method, fits {machine.label}{with_what}"
@@ -279,6 +320,13 @@ class Planner:
                 f"{name}: {self._why_not(options, machine)}; of what fits, {name} has the best published score"
             )
         return None, f"nothing fits {machine.label}: take a larger GPU, or a smaller num_crops"
+
+    def _least_changed(self, options: Sequence[Option], name: MethodName, machine: Machine) -> Option:
+        """The option with the fewest changes; of several, that on the engine that training would take."""
+        config = copy.deepcopy(self.config)
+        config.method.name = name
+        engine = setup_from_config(self._splittable(machine, config), machine, self.num_crops).engine
+        return min(options, key=lambda option: (len(option.changes), option.setup.engine != engine))
 
     def _why_not(self, options: Sequence[Option], machine: Machine) -> str:
         """Why the recipe's own method cannot run here, and what a later version would need for it."""
@@ -296,25 +344,75 @@ class Planner:
         )
 
     def _faster(self, option: Option, machine: Machine) -> Option:
-        """The same with the rest of the memory put to use: no recomputing where that fits, larger micro-batches."""
+        """The same with the rest of the memory put to use: packed rows or larger micro-batches, no recomputing."""
         limit = int(machine.gpu.memory_bytes * MARGIN)
         setup = option.setup
-        share = self.config.training.batch_size // machine.gpus
-        if setup.checkpointing == "full" and not option.changes:
-            spared = replace(setup, checkpointing="none")
+        lengths = self._row_lengths(setup)
+        shortest = next((packed for packed in lengths if self.memory(packed, machine).peak <= limit), None)
+        best = shortest or setup
+        if best.checkpointing == "full" and not option.changes:
+            spared = replace(best, checkpointing="none")
             if spared.is_offered and self.memory(spared, machine).peak <= limit:
-                setup = spared
-        best = setup
-        while best.micro_batch * 2 <= 8 and share and share % (best.micro_batch * 2) == 0:
-            larger = replace(best, micro_batch=best.micro_batch * 2, accumulates=share > best.micro_batch * 2)
-            if self.memory(larger, machine).peak > limit:
+                best = spared
+        for larger in lengths if shortest else self._micro_batches(best):
+            if shortest and larger.pack_tokens <= best.pack_tokens:
+                continue
+            grown = replace(larger, checkpointing=best.checkpointing)
+            if self.memory(grown, machine).peak > limit:
                 break
-            best = larger
+            best = grown
         if best == option.setup:
             return option
         memory = self.memory(best, machine)
-        reason = f"{_gib(memory.peak)} of {_gib(machine.gpu.memory_bytes)} ({memory.moment})"
-        return replace(option, setup=best, memory=memory, speed=self.speed(best, machine), reason=reason)
+        return replace(
+            option,
+            setup=best,
+            memory=memory,
+            speed=self.speed(best, machine),
+            reason=f"{_gib(memory.peak)} of {_gib(machine.gpu.memory_bytes)} ({memory.moment})",
+            rows=self.rows_or_none(best),
+        )
+
+    def _row_lengths(self, setup: TrainSetup) -> list[TrainSetup]:
+        """The set-up with packed rows, from short to long, up to where a step is one row a rank.
+
+        Packing changes no record's loss or gradient, so it is recommended wherever it can run.
+        """
+        if self.config.training.lean or (len(self.workload) < setup.gpus and not self.workload.is_assumed):
+            return []
+        shared = setup.packing == "shared-image" or self.workload.shared_image_factor > 1.05
+        base = replace(setup, packing="shared-image" if shared else "samples", micro_batch=1)
+        mean = float(self.workload.at(setup.num_crops).tokens.mean())
+        chosen: list[TrainSetup] = []
+        for tokens in [tokens for tokens in PACK_TOKENS if tokens >= mean] or [PACK_TOKENS[-1]]:
+            packed = replace(base, pack_tokens=tokens)
+            most = self.rows(packed).most_rows
+            chosen.append(replace(packed, accumulates=most > 1))
+            if most == 1:
+                break
+        return chosen
+
+    def _micro_batches(self, setup: TrainSetup) -> Iterator[TrainSetup]:
+        """The set-up with ever more samples at a time, where they are not packed."""
+        share = self.config.training.batch_size // setup.gpus
+        while setup.packing == "none" and setup.micro_batch * 2 <= 8 and share and share % (setup.micro_batch * 2) == 0:
+            doubled = setup.micro_batch * 2
+            setup = replace(setup, micro_batch=doubled, accumulates=share > doubled)
+            yield setup
+
+    def _splittable(self, machine: Machine, config: RunConfig) -> RunConfig:
+        """The configuration with a micro-batch that the machine's ranks can share, where the recipe's cannot be."""
+        batch = config.training.batch_size
+        if batch % machine.gpus and config.data.packing == "none":
+            raise UserError(
+                f"{batch} samples a step cannot be split over {machine.gpus} GPUs",
+                where="training.batch_size",
+                hint=f"use a multiple of {machine.gpus}",
+            )
+        adjusted = copy.deepcopy(config)
+        if config.data.packing == "none":
+            adjusted.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // machine.gpus)
+        return adjusted
 
 
 def _gib(size: int) -> str:
@@ -326,9 +424,18 @@ def _obstacle(setup: TrainSetup, machine: Machine) -> str | None:
     if setup.method.name == "qlora":
         if not machine.gpu.four_bit:
             return f"4-bit weights need Turing or newer, {machine.gpu.name} is older"
-        if setup.engine in ("zero3", "fsdp2"):
-            return f"4-bit weights are not sharded by {setup.engine}; ddp needs less anyway"
+        if setup.is_sharded:
+            return f"{setup.engine} does not divide 4-bit weights; ddp needs little anyway"
+    if setup.is_sharded and setup.optimizer != "adamw":
+        return f"{setup.engine} divides the state of adamw, not of {setup.optimizer}"
+    if setup.engine == "fsdp2" and setup.precision == "fp16":
+        return "fsdp2 is not proven with fp16's loss scale; zero3 divides the same"
     return None
+
+
+def _on_engine(setup: TrainSetup, engine: Engine) -> TrainSetup:
+    """The same on another engine; only ZeRO keeps the optimizer's state in the host's memory."""
+    return replace(setup, engine=engine, offload_optimizer=setup.offload_optimizer and engine.startswith("zero"))
 
 
 def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
@@ -342,6 +449,9 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
     if setup.micro_batch > 1:
         current, words = replace(current, micro_batch=1, accumulates=True), (*words, "micro_batch_size 1")
         yield current, words
+    if setup.packing != "none" and setup.pack_tokens > 4096:
+        current, words = replace(current, pack_tokens=4096), (*words, "pack_tokens 4096")
+        yield current, words
     if setup.checkpointing != "full":
         current, words = replace(current, checkpointing="full"), (*words, "everything recomputed")
         yield current, words
@@ -350,25 +460,15 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
         yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
     # Weights in bf16 want a card that computes in it.
     smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16") if setup.precision == "bf16" else ("adamw_8bit",)
+    if setup.is_sharded:  # it divides the state instead, or leaves it to the host
+        smaller = ()
+        if setup.engine != "fsdp2" and not setup.offload_optimizer:
+            yield replace(current, offload_optimizer=True), (*words, "offload_optimizer")
     for optimizer in smaller:
         if optimizer != setup.optimizer:
             yield replace(current, optimizer=optimizer), (*words, optimizer)
     for crops in fewer if "adamw_bf16" in smaller else ():
         yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
-
-
-def _splittable(config: RunConfig, machine: Machine) -> RunConfig:
-    """The configuration with a micro-batch that the machine's ranks can share, where the recipe's cannot be."""
-    batch = config.training.batch_size
-    if batch % machine.gpus:
-        raise UserError(
-            f"{batch} samples a step cannot be split over {machine.gpus} GPUs",
-            where="training.batch_size",
-            hint=f"use a multiple of {machine.gpus}",
-        )
-    adjusted = copy.deepcopy(config)
-    adjusted.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // machine.gpus)
-    return adjusted
 
 
 def _processor(config: RunConfig) -> Phi3VProcessor | None:

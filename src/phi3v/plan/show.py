@@ -101,12 +101,10 @@ def _show_data(console: Console, plan: Plan) -> None:
         if count:
             _line(console, f"  {span:>12} tokens {'█' * max(1, round(30 * count / most))} {count:,}")
     _line(console, f"num_crops {plan.num_crops}: {plan.crops_reason}")
-    packs = f"packing length {plan.packing_length}"
     if plan.workload.shared_image_factor > 1.05:
-        packs += (
-            f"; {plan.workload.shared_image_factor:.1f} records share a picture, so shared-image packing gains most"
+        _line(
+            console, f"{plan.workload.shared_image_factor:.1f} records share a picture: shared-image packing gains most"
         )
-    _line(console, packs)
 
 
 def _show_options(console: Console, plan: Plan) -> None:
@@ -148,13 +146,28 @@ def _show_time(console: Console, plan: Plan, option: Option) -> None:
     setup = option.setup
     _line(
         console,
-        f"  {setup.precision}, {setup.attention}, micro-batch {setup.micro_batch}, "
+        f"  {setup.precision}, {setup.attention}, {_batch(option)}, "
         f"checkpointing {setup.checkpointing}, {setup.optimizer}: "
-        f"{plan.steps:,} steps of {plan.config.training.batch_size} samples"
+        f"{plan.steps:,} steps of {_step(plan)}"
         + (f", about {_duration(plan.hours)}" if plan.hours is not None else ""),
     )
     if option.speed is not None:
         _line(console, f"  speed: {option.speed.samples_per_second:.2f} samples/s, {option.speed.basis}")
+
+
+def _batch(option: Option) -> str:
+    setup, rows = option.setup, option.rows
+    if rows is None:
+        return f"micro-batch {setup.micro_batch}"
+    return (
+        f"packing {setup.packing} in rows of {setup.pack_tokens} tokens ({rows.row_count:.1f} rows a step and GPU, "
+        f"{rows.filled:.0%} full)"
+    )
+
+
+def _step(plan: Plan) -> str:
+    tokens = plan.config.training.batch_tokens
+    return f"{plan.config.training.batch_size} samples" if tokens is None else f"about {tokens:,} tokens"
 
 
 def _duration(hours: float) -> str:

@@ -29,6 +29,7 @@ from phi3v.processing.processor import Phi3VProcessor
 CANDIDATE_CROPS = (1, 2, 4, 6, 8, 9, 12, 16)
 LONG_CONTEXT = 4096  # longer samples use LongRoPE's long factors
 HISTOGRAM_WIDTH = 512  # tokens
+HEAD_TOKENS = 4  # before a picture at the beginning: BOS, <|user|> and the line's end
 CHARACTERS_PER_TOKEN = 4  # of texts, where there is no tokenizer to ask
 READERS = 8  # threads that read headers
 
@@ -96,6 +97,8 @@ class Workload:
         owner: (pictures,) the record of each.
         sizes: (pictures, 2) width and height.
         groups: (records,) number of the set of pictures that a record is about.
+        heads: (records,) of the text tokens those up to the last picture; -1 where the pictures are not all at the
+            beginning, so that no other record can share them.
         basis: where the figures are from, in a sentence.
     """
 
@@ -104,6 +107,7 @@ class Workload:
     owner: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
+    heads: npt.NDArray[np.int64]
     basis: str
     is_assumed: bool = False
     _choices: dict[int, CropChoice] = field(default_factory=dict)
@@ -193,15 +197,6 @@ class Workload:
             reason = f"more would put over 5 % of the records above {LONG_CONTEXT} tokens"
         return chosen, reason
 
-    def packing_length(self, num_crops: int) -> int:
-        """Tokens of a pack: the smallest of 4096, 8192, … that holds the longest record and several of the usual."""
-        choice = self.at(num_crops)
-        needed = max(int(choice.tokens.max()), 3 * float(choice.tokens.mean()))
-        length = 4096
-        while length < needed and length < 131072:
-            length *= 2
-        return length
-
 
 def assumed_workload(records: int = 1) -> Workload:
     """One full page and a short question a record, where there is no data to read."""
@@ -211,6 +206,7 @@ def assumed_workload(records: int = 1) -> Workload:
         owner=np.arange(records, dtype=np.int64),
         sizes=np.tile(np.array([ASSUMED_PAGE], dtype=np.int64), (records, 1)),
         groups=np.arange(records, dtype=np.int64),
+        heads=np.full(records, HEAD_TOKENS, dtype=np.int64),
         basis="no data was read: one scanned page of 1275x1650 pixels and 60 text tokens a record are assumed",
         is_assumed=True,
     )
@@ -226,13 +222,14 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
         UserError: the file has faults, or a picture cannot be read; names the line.
     """
     table = open_table(path, special_text=data.special_text, max_pixels=data.max_image_pixels, progress=progress)
-    text, answers, owner, names, groups = [], [], [], [], []
+    text, answers, heads, owner, names, groups = [], [], [], [], [], []
     known_groups: dict[tuple[str, ...], int] = {}
     first_use: dict[str, int] = {}
     for index, record in enumerate(table):
-        count, learnt = _lengths(record, processor)
+        count, learnt, head = _lengths(record, processor)
         text.append(count)
         answers.append(learnt)
+        heads.append(head)
         images = [name for turn in record.turns for name in turn.images]
         owner += [index] * len(images)
         names += images
@@ -247,20 +244,25 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
         owner=np.array(owner, dtype=np.int64),
         sizes=np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2),
         groups=np.array(groups, dtype=np.int64),
+        heads=np.array(heads, dtype=np.int64),
         basis=f"{len(text):,} records of {path}: {tokens}, the headers of {len(sizes):,} pictures",
     )
 
 
-def _lengths(record: Record, processor: Phi3VProcessor | None) -> tuple[int, int]:
-    """Text tokens of a record and those of its answers."""
+def _lengths(record: Record, processor: Phi3VProcessor | None) -> tuple[int, int, int]:
+    """Text tokens of a record, those of its answers, and its head (see `Workload`)."""
     pictures = sum(len(turn.images) for turn in record.turns)
+    shares = 0 < pictures == len(record.turns[0].images)
     if processor is None:
         asked = sum(len(turn.user) for turn in record.turns) / CHARACTERS_PER_TOKEN
         answered = sum(len(turn.assistant) for turn in record.turns) / CHARACTERS_PER_TOKEN
         learnt = int(answered) + 2 * len(record.turns) + 1
-        return int(asked) + learnt + 6 * len(record.turns) + 3 * pictures + 1, learnt
+        text = int(asked) + learnt + 6 * len(record.turns) + 3 * pictures + 1
+        return text, learnt, HEAD_TOKENS + 3 * (pictures - 1) if shares else -1
     stream = encode_record(record, processor, [1] * pictures)
-    return len(stream.input_ids) - pictures, sum(label != IGNORE_INDEX for label in stream.labels)
+    learnt = sum(label != IGNORE_INDEX for label in stream.labels)
+    head = max(place for place, token in enumerate(stream.input_ids) if token < 0) + 1 - pictures if shares else -1
+    return len(stream.input_ids) - pictures, learnt, head
 
 
 def _sizes(table: RecordTable, first_use: dict[str, int]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""Azure: which sizes fit a recipe, their quota, and jobs on Azure Machine Learning."""

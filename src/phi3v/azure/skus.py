@@ -1,0 +1,130 @@
+"""`phi3v azure skus`: the Azure sizes that a recipe fits, and what a quota request for each must say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from phi3v.config import RunConfig
+from phi3v.errors import UserError
+from phi3v.plan.hardware import GIB, AzureSku, Machine, azure_skus, known_gpus
+from phi3v.plan.planner import Option, Planner
+
+
+@dataclass(frozen=True)
+class FittedSku:
+    """A size with what the planner says of the recipe on it.
+
+    Attributes:
+        option: the recipe's method there; None where the machine lacks what the recipe asks for by name.
+        reason: why it fits or not.
+    """
+
+    sku: AzureSku
+    nodes: int
+    option: Option | None
+    reason: str
+
+    @property
+    def fits(self) -> bool:
+        """This version can train the recipe's method there, with the changes that the option names."""
+        return self.option is not None and self.option.fits and self.option.offered
+
+    @property
+    def verdict(self) -> str:
+        if self.option is None or not self.option.fits:
+            return "does not fit"
+        return self.option.verdict if self.option.offered else "needs what this version lacks"
+
+    @property
+    def vcpus(self) -> int:
+        return self.sku.vcpus * self.nodes
+
+    def to_json_dict(self) -> dict[str, Any]:
+        speed = self.option.speed if self.option is not None else None
+        return {
+            "sku": self.sku.name,
+            "gpu": known_gpus()[self.sku.gpu].name,
+            "gpus": self.sku.gpus * self.nodes,
+            "nodes": self.nodes,
+            "family": self.sku.family,
+            "vcpus_a_node": self.sku.vcpus,
+            "vcpus": self.vcpus,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "engine": self.option.setup.engine if self.option is not None else None,
+            "changes": list(self.option.changes) if self.option is not None else [],
+            "samples_per_second": round(speed.samples_per_second, 3) if speed is not None else None,
+            "reason": self.reason,
+            "note": self.sku.note,
+        }
+
+
+def fitted_skus(planner: Planner, *, nodes: int = 1) -> list[FittedSku]:
+    """Every size of the table: those that the recipe fits first, each by GPUs and then by their memory."""
+    found = [_fit(planner, sku, nodes) for sku in azure_skus().values()]
+    return sorted(found, key=lambda f: (not f.fits, f.sku.gpus, f.sku.gpus * _gpu_bytes(f.sku), f.sku.vcpus))
+
+
+def _fit(planner: Planner, sku: AzureSku, nodes: int) -> FittedSku:
+    machine = Machine(known_gpus()[sku.gpu], sku.gpus * nodes, nodes, sku)
+    try:
+        option = planner.plan(machine).best(planner.config.method.name)
+    except UserError as error:
+        return FittedSku(sku, nodes, None, f"{error.what} ({error.where})")
+    return FittedSku(sku, nodes, option, option.reason)
+
+
+def _gpu_bytes(sku: AzureSku) -> int:
+    return known_gpus()[sku.gpu].memory_bytes
+
+
+def skus_command(config: RunConfig, console: Console, *, nodes: int = 1) -> dict[str, Any]:
+    """Show all sizes for a recipe and return what ``--json`` prints."""
+    planner = Planner(config, progress=config.training.progress_bar)
+    found = fitted_skus(planner, nodes=nodes)
+    for entry in found:
+        _show(console, entry)
+    _say_what_to_ask(console, config, found)
+    return {
+        "method": config.method.name,
+        "data": planner.workload.basis,
+        "nodes": nodes,
+        "skus": [entry.to_json_dict() for entry in found],
+    }
+
+
+def _show(console: Console, entry: FittedSku) -> None:
+    """Two lines of a size that fits, one of another; names stay whole, to be copied."""
+    sku, option = entry.sku, entry.option
+    gpu = known_gpus()[sku.gpu]
+    line = Text(f"{sku.name:26} {sku.gpus * entry.nodes}x {gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB: ")
+    style = "red" if not entry.fits else "yellow" if option is not None and option.changes else "green"
+    line.append(entry.verdict, style=style)
+    note = f" ({sku.note})" if sku.note else ""
+    if option is None or not entry.fits:
+        line.append(f": {entry.reason}{note}")
+        console.print(line, soft_wrap=True)
+        return
+    if option.setup.gpus > 1:
+        line.append(f" on {option.setup.engine}")
+    if option.speed is not None:
+        line.append(f", {option.speed.samples_per_second:.2f} samples/s")
+    console.print(line, soft_wrap=True)
+    quota = f"quota family {sku.family!r}, {sku.vcpus} vCPUs a node, {entry.vcpus} in all"
+    console.print(Text(f"    {quota}; {entry.reason}{note}", style="dim"), soft_wrap=True)
+
+
+def _say_what_to_ask(console: Console, config: RunConfig, found: list[FittedSku]) -> None:
+    first = next((entry for entry in found if entry.fits and "retired" not in entry.sku.note), None)
+    if first is None:
+        text = f"{config.method.name} fits none of them on {found[0].nodes} node(s): see `phi3v plan` for what would"
+    else:
+        text = (
+            f"the fewest GPUs: {first.sku.name}; ask for {first.vcpus} vCPUs of {first.sku.family!r} with "
+            f"`phi3v azure quota --region REGION --sku {first.sku.name} --request {first.vcpus}`"
+        )
+    console.print(Text(text, style="bold"), soft_wrap=True)
