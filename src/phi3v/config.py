@@ -68,6 +68,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -151,10 +152,21 @@ class LoraConfig:
     """Parts trained in full beside the adapters, which get none; the separators sub_GN and glb_GN stay frozen."""
     double_quant: bool = False
     """qlora: quantise the quantisation constants too."""
+    dora: bool = False
+    """DoRA: also learn the length of every column of an adapted weight (arXiv 2402.09353)."""
+    rslora: bool = False
+    """rsLoRA: scale adapters by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    init: Literal["gaussian", "default", "pissa"] = "gaussian"
+    """What adapters begin as: gaussian: as the public recipe; default: PEFT's; both change nothing at first. pissa:
+    the principal singular vectors, which training then starts from (arXiv 2404.02948); saved as a plain LoRA."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: the learning rate of the B matrices divided by that of the A matrices, e.g. 16 (arXiv 2402.12354)."""
 
     def __post_init__(self) -> None:
         _require(self, "method.lora", rank=(1, None), dropout=(0, 0.99))
         _require_positive(self, "method.lora", "alpha_ratio")
+        if self.lora_plus_ratio is not None:
+            _require_positive(self, "method.lora", "lora_plus_ratio")
         if not (self.parts if self.targets is None else self.targets):
             raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
 
@@ -173,6 +185,23 @@ class MethodConfig:
     """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters."""
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rates of parts; each follows the one schedule."""
+
+    vision: float | None = None
+    """Of the vision tower; default: training.learning_rate."""
+    projector: float | None = None
+    """Of the projector; default: training.learning_rate."""
+    decoder: float | None = None
+    """Of the decoder, its embeddings and its head; default: training.learning_rate."""
+
+    def __post_init__(self) -> None:
+        for key in ("vision", "projector", "decoder"):
+            if getattr(self, key) is not None:
+                _require_positive(self, "training.learning_rates", key)
 
 
 @dataclass
@@ -199,6 +228,8 @@ class TrainingConfig:
     """Samples that a device computes at a time; the rest of batch_size is accumulated."""
     learning_rate: float = 4e-5
     """Peak learning rate."""
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    """Other peaks for some parts."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     adam_beta1: float = 0.9
@@ -243,6 +274,23 @@ class TrainingConfig:
         at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
         _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
         _require_positive(self, "training", "epochs", "learning_rate", "adam_epsilon")
+
+
+@dataclass
+class DistributedConfig:
+    """How several processes (GPUs, machines) train one model together."""
+
+    engine: EngineName = "auto"
+    """ddp: every device holds everything; zero1, zero2, zero3: DeepSpeed divides the optimizer's state, also the
+    gradients, also the weights; fsdp2: torch divides all three. auto: as the public recipe, zero2 for full and
+    frozen-vision and ddp for adapters."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3: keep the optimizer's state in the host's memory."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "distributed", "timeout_minutes")
 
 
 @dataclass
@@ -321,6 +369,8 @@ class RunConfig:
     """What is trained."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How several processes train together."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How it is measured."""
 

@@ -247,18 +247,24 @@ class PackingPlan:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A row to make, and whether it is its rank's last of a step."""
+    """A row to make, whether it is its rank's last of a step, and whether nothing is to be learnt from it."""
 
     row: Row
     ends_step: bool
+    fills: bool = False
 
 
 class RowSampler(Sampler[RowPlan]):
-    """The rows of one rank, step by step; `set_epoch` chooses the epoch."""
+    """The rows of one rank, step by step; `set_epoch` chooses the epoch.
 
-    def __init__(self, plan: PackingPlan, rank: int) -> None:
+    Args:
+        equal: all ranks have equally many rows a step. Those with fewer run their smallest again, to no effect.
+    """
+
+    def __init__(self, plan: PackingPlan, rank: int, *, equal: bool = False) -> None:
         self.plan = plan
         self.rank = rank
+        self.equal = equal
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -268,6 +274,10 @@ class RowSampler(Sampler[RowPlan]):
         for step in self.plan.steps(self.epoch):
             *earlier, last = step[self.rank]
             yield from (RowPlan(row, False) for row in earlier)
+            if self.equal:
+                smallest = min(step[self.rank], key=lambda row: sum(map(self.plan.tokens, row)))
+                for _ in range(max(map(len, step)) - len(step[self.rank])):
+                    yield RowPlan(smallest, False, fills=True)
             yield RowPlan(last, True)
 
 
@@ -296,7 +306,10 @@ class PackedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, plan: RowPlan) -> dict[str, Any]:
         groups = [self._samples(group) for group in plan.row]
-        return pack_row(groups, self.loss_weighting) | {"ends_step": plan.ends_step}
+        row = pack_row(groups, self.loss_weighting) | {"ends_step": plan.ends_step}
+        if plan.fills:
+            row |= {"loss_weights": torch.zeros_like(row["loss_weights"]), "counts": (0,) * len(row["counts"])}
+        return row
 
     def _samples(self, group: Group) -> list[Sample]:
         first = make_sample(self.reader, self.table[group[0]], self.processor)
@@ -311,10 +324,16 @@ class PackedDataset(Dataset[dict[str, Any]]):
 
 
 class PackedLoader(DataLoader[dict[str, Any]]):
-    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in."""
+    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in.
 
-    def __init__(self, dataset: PackedDataset, plan: PackingPlan, rank: int, **kwargs: Any) -> None:
-        self.rows = RowSampler(plan, rank)
+    Args:
+        equal: as of `RowSampler`.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, plan: PackingPlan, rank: int, *, equal: bool = False, **kwargs: Any
+    ) -> None:
+        self.rows = RowSampler(plan, rank, equal=equal)
         super().__init__(dataset, batch_size=None, sampler=self.rows, collate_fn=_as_it_is, **kwargs)
 
     def __len__(self) -> int:

@@ -17,9 +17,10 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
+from phi3v.train.engines.base import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import in_stored_dtype, save_replacing
+from phi3v.train.saving import save_replacing
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EvaluationCallback(TrainerCallback):
     def __init__(
         self,
         model: Any,
+        engine: Engine,
         processor: Phi3VProcessor,
         questions: QuestionDataset,
         config: EvaluationConfig,
@@ -52,6 +54,7 @@ class EvaluationCallback(TrainerCallback):
         num_workers: int,
     ) -> None:
         self.model = model
+        self.engine = engine
         self.processor = processor
         self.questions = questions
         self.config = config
@@ -77,9 +80,9 @@ class EvaluationCallback(TrainerCallback):
         start = time.perf_counter()
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
-        with torch.random.fork_rng(devices), in_stored_dtype(self.model, self.stored_dtype):
+        with torch.random.fork_rng(devices), self.engine.as_saved(self.model, self.stored_dtype) as model:
             result = measure(
-                self.model,
+                model,
                 self.processor,
                 self.questions,
                 self.config,
@@ -90,7 +93,7 @@ class EvaluationCallback(TrainerCallback):
             )
             improved = self._judge(state.global_step, result)
             if improved and self.config.keep_best and self.compute.rank == 0:
-                save_replacing(self.model, self.processor, self.best_folder)
+                save_replacing(model, self.processor, self.best_folder)
         took = time.perf_counter() - start
         self.seconds += took
         self.progress.leave_out(took)

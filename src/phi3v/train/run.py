@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
@@ -25,7 +26,7 @@ from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder
-from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
+from phi3v.train.saving import load_trained, save_final
 from phi3v.train.setup import Setup, prepare, questions_of
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
@@ -70,7 +71,7 @@ def _train_and_measure(setup: Setup) -> RunResult:
         setup.console,
         show_bar=config.training.progress_bar,
     )
-    before = _measure(setup, "before") if config.evaluation.before else None
+    before = _measure(setup, model, "before") if config.evaluation.before else None
     after = None
 
     arguments = training_arguments(
@@ -87,6 +88,7 @@ def _train_and_measure(setup: Setup) -> RunResult:
         train_dataset=setup.dataset(features),
         data_collator=setup.collator(),
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        engine=setup.engine,
         lean=config.training.lean,
         plan=setup.plan,
     )
@@ -107,15 +109,15 @@ def _train_and_measure(setup: Setup) -> RunResult:
     seconds = time.perf_counter() - started - (during.seconds if during is not None else 0.0)
 
     best = during.best if during is not None and config.evaluation.keep_best else None
+    tuned = setup.engine.finished(model, setup.facts.stored_dtype)
     if best is not None and during is not None:
-        load_trained(model, during.best_folder, rank=compute.rank, world_size=compute.world_size)
+        load_trained(tuned, during.best_folder, rank=compute.rank, world_size=compute.world_size)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
-    round_to_stored_dtype(model, setup.facts.stored_dtype)
     if compute.rank == 0:
-        save_final(model, setup.processor, setup.folder / "final")
+        save_final(tuned, setup.processor, setup.folder / "final")
     trainer.accelerator.wait_for_everyone()
     if config.evaluation.after:
-        after = _measure(setup, "after")
+        after = _measure(setup, tuned, "after")
 
     seen = trainer.seen
     return RunResult(
@@ -143,6 +145,7 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     assert questions is not None
     return EvaluationCallback(
         setup.model,
+        setup.engine,
         setup.processor,
         questions,
         config.evaluation,
@@ -155,13 +158,13 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     )
 
 
-def _measure(setup: Setup, when: str) -> EvaluationResult | None:
+def _measure(setup: Setup, model: Any, when: str) -> EvaluationResult | None:
     """The scores before or after training, written to the run folder; none without data to measure on."""
     if setup.questions is None:
         return None
     with progress_bar(setup.console, enabled=setup.config.training.progress_bar) as bar:
         result = measure(
-            setup.model,
+            model,
             setup.processor,
             setup.questions,
             setup.config.evaluation,

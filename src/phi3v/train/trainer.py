@@ -8,11 +8,22 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
+from phi3v.train.engines.base import Engine
 from phi3v.train.optimizers import StochasticAdamW
+
+
+class _CheckEngine(TrainerCallback):
+    """Looks, when training begins, whether the engine that was chosen is what runs."""
+
+    def __init__(self, trainer: Phi3VTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.engine.check(self.trainer)
 
 
 class Phi3VTrainer(Trainer):
@@ -22,14 +33,20 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
+        engine: how the ranks train together.
         lean: step in the backward pass.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
     """
 
-    def __init__(self, *args: Any, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, engine: Engine, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any
+    ) -> None:
         self.plan = plan
+        self.engine = engine
         super().__init__(*args, **kwargs)
+        engine.adopt(self)
+        self.add_callback(_CheckEngine(self))
         self.lean = lean
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
@@ -42,6 +59,7 @@ class Phi3VTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, with its groups; in lean mode it steps in the backward pass."""
+        self.engine.shard(self.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
             optimizer.step_in_backward()
@@ -69,6 +87,7 @@ class Phi3VTrainer(Trainer):
             self.train_dataset,
             self.plan,
             self.args.process_index,
+            equal=self.engine.meets_in_every_row,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -93,9 +112,12 @@ class Phi3VTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         *earlier, last = inputs["rows"]
         loss = torch.zeros((), device=self.args.device)
+        is_last = self.accelerator.gradient_state._set_sync_gradients  # as the library tells an engine
+        is_last(False)
         for row in earlier:
-            with self.accelerator.no_sync(model):  # ranks meet once a step, however many rows each has
+            with self.accelerator.no_sync(model):  # DDP meets once a step, however many rows each rank has
                 loss += super().training_step(model, row, num_items_in_batch)
+        is_last(True)
         loss += super().training_step(model, last, num_items_in_batch)
         return loss
 

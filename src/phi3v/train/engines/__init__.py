@@ -1,0 +1,18 @@
+"""How several processes train one model: DDP, DeepSpeed's ZeRO, FSDP2, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3v.config import RunConfig
+from phi3v.train.device import Compute
+from phi3v.train.engines.base import Engine
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.engines.fsdp import FsdpEngine
+from phi3v.train.engines.zero import ZeroEngine
+
+
+def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> Engine:
+    """The engine for a loaded model that is not wrapped yet."""
+    kinds: dict[str, type[Engine]] = {"zero": ZeroEngine, "fsdp": FsdpEngine}
+    return kinds.get(choice.name[:4], Engine)(model, choice, config, compute)
