@@ -17,6 +17,7 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
+from phi3v.train.engines import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
 from phi3v.train.saving import in_stored_dtype, save_replacing
@@ -44,6 +45,7 @@ class EvaluationCallback(TrainerCallback):
         questions: QuestionDataset,
         config: EvaluationConfig,
         compute: Compute,
+        engine: Engine,
         *,
         stored_dtype: torch.dtype,
         folder: Path,
@@ -56,6 +58,7 @@ class EvaluationCallback(TrainerCallback):
         self.questions = questions
         self.config = config
         self.compute = compute
+        self.engine = engine
         self.stored_dtype = stored_dtype
         self.folder = folder
         self.console = console
@@ -89,8 +92,10 @@ class EvaluationCallback(TrainerCallback):
                 description=f"evaluating step {state.global_step}",
             )
             improved = self._judge(state.global_step, result)
-            if improved and self.config.keep_best and self.compute.rank == 0:
-                save_replacing(self.model, self.processor, self.best_folder)
+            if improved and self.config.keep_best:
+                tensors = self.engine.full_state_dict(self.model)
+                if tensors is not None:
+                    save_replacing(self.model, self.processor, self.best_folder, tensors)
         took = time.perf_counter() - start
         self.seconds += took
         self.progress.leave_out(took)

@@ -25,7 +25,7 @@ from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder
-from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
+from phi3v.train.saving import read_trained, round_to_stored_dtype, save_final
 from phi3v.train.setup import Setup, prepare, questions_of
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
@@ -108,11 +108,13 @@ def _train_and_measure(setup: Setup) -> RunResult:
 
     best = during.best if during is not None and config.evaluation.keep_best else None
     if best is not None and during is not None:
-        load_trained(model, during.best_folder, rank=compute.rank, world_size=compute.world_size)
+        trained = read_trained(model, during.best_folder) if compute.rank == 0 else None
+        setup.engine.load_full_state_dict(model, trained)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
     round_to_stored_dtype(model, setup.facts.stored_dtype)
-    if compute.rank == 0:
-        save_final(model, setup.processor, setup.folder / "final")
+    tensors = setup.engine.full_state_dict(model)
+    if tensors is not None:
+        save_final(model, setup.processor, setup.folder / "final", tensors)
     trainer.accelerator.wait_for_everyone()
     if config.evaluation.after:
         after = _measure(setup, "after")
@@ -147,6 +149,7 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
         questions,
         config.evaluation,
         setup.compute,
+        setup.engine,
         stored_dtype=setup.facts.stored_dtype,
         folder=setup.folder,
         console=setup.console,

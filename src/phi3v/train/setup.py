@@ -24,6 +24,7 @@ from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.engines import DataParallel, Engine
 from phi3v.train.feature_cache import cached_stage, vision_part
 from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
@@ -42,6 +43,7 @@ class Setup:
     config: RunConfig
     console: Console
     compute: Compute
+    engine: Engine
     facts: ModelFacts
     folder: Path
     accumulation: int
@@ -106,6 +108,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         config,
         console,
         compute,
+        DataParallel(compute.rank, compute.world_size),
         facts,
         folder,
         accumulation,
