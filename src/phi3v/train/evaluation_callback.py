@@ -20,7 +20,7 @@ from phi3v.train.device import Compute
 from phi3v.train.engines.base import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import save_replacing
+from phi3v.train.saving import save_replacing, saved_tensors
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class EvaluationCallback(TrainerCallback):
             )
             improved = self._judge(state.global_step, result)
             if improved and self.config.keep_best and self.compute.rank == 0:
-                save_replacing(model, self.processor, self.best_folder)
+                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
         took = time.perf_counter() - start
         self.seconds += took
         self.progress.leave_out(took)

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback as LibraryProgressCal
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult
+from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.evaluation_callback import EvaluationCallback
 from phi3v.train.feature_cache import fill_features
 from phi3v.train.gradient_check import check_gradients
@@ -26,7 +27,7 @@ from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder
-from phi3v.train.saving import load_trained, save_final
+from phi3v.train.saving import read_trained, save_final, saved_tensors
 from phi3v.train.setup import Setup, prepare, questions_of
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
@@ -111,10 +112,11 @@ def _train_and_measure(setup: Setup) -> RunResult:
     best = during.best if during is not None and config.evaluation.keep_best else None
     tuned = setup.engine.finished(model, setup.facts.stored_dtype)
     if best is not None and during is not None:
-        load_trained(tuned, during.best_folder, rank=compute.rank, world_size=compute.world_size)
+        trained = read_trained(tuned, during.best_folder) if compute.rank == 0 else None
+        load_whole(tuned, trained, compute.world_size)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
     if compute.rank == 0:
-        save_final(tuned, setup.processor, setup.folder / "final")
+        save_final(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
     trainer.accelerator.wait_for_everyone()
     if config.evaluation.after:
         after = _measure(setup, tuned, "after")

@@ -8,11 +8,17 @@ from phi3v.config import RunConfig
 from phi3v.train.device import Compute
 from phi3v.train.engines.base import Engine
 from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.engines.data_parallel import DataParallel
 from phi3v.train.engines.fsdp import FsdpEngine
 from phi3v.train.engines.zero import ZeroEngine
+
+__all__ = ["DataParallel", "Engine", "FsdpEngine", "ZeroEngine", "make_engine"]
 
 
 def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> Engine:
     """The engine for a loaded model that is not wrapped yet."""
-    kinds: dict[str, type[Engine]] = {"zero": ZeroEngine, "fsdp": FsdpEngine}
-    return kinds.get(choice.name[:4], Engine)(model, choice, config, compute)
+    if choice.is_zero:
+        return ZeroEngine(model, choice, config, compute)
+    if choice.name == "fsdp2":
+        return FsdpEngine(model, choice, config, compute)
+    return DataParallel(compute.rank, compute.world_size, choice)

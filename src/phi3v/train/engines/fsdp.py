@@ -7,6 +7,7 @@ word.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from phi3v.train.engines.base import wrong_engine
+from phi3v.train.engines.base import base_of, wrong_engine
 from phi3v.train.engines.sharded import ShardedEngine
 
 if TYPE_CHECKING:
@@ -53,22 +54,48 @@ class FsdpEngine(ShardedEngine):
         model: Any = trainer.model_wrapped
         if not isinstance(model, FSDPModule):
             raise wrong_engine("fsdp2", type(model).__name__)
-        whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        parameters: Iterator[tuple[str, Any]] = trainer.model.named_parameters()
+        whole = [name for name, parameter in parameters if not isinstance(parameter, DTensor)]
         if whole:
             raise wrong_engine("fsdp2", f"a model with {len(whole)} undivided tensors, first {whole[0]}")
 
-    def whole_tensors(self, model: Any, *, trained_only: bool = False) -> Any:
-        for name, parameter in super().whole_tensors(model, trained_only=trained_only):
-            yield name, self._whole(parameter)
+    def whole_tensors(self, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in model.named_parameters():
+            yield name, whole_tensor(parameter.detach())
 
-    def _whole(self, value: Any) -> torch.Tensor:
-        return value.full_tensor() if isinstance(value, DTensor) else super()._whole(value)
-
-    def _put(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        assert isinstance(parameter, DTensor)
+    def put_whole(self, parameter: Any, value: torch.Tensor) -> None:
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
 
+    def whole_moments(self, trainer: Phi3VTrainer) -> Iterator[tuple[str, torch.Tensor]]:
+        state = raw_optimizer(trainer).state
+        for name, parameter in trainer.model.named_parameters():
+            for key in MOMENTS if parameter in state else ():
+                yield f"{key}/{name}", whole_tensor(state[parameter][key])
 
-def base_of(model: Any) -> Any:
-    """The model below adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    def steps_taken(self, trainer: Phi3VTrainer) -> float:
+        return max((float(entry["step"]) for entry in raw_optimizer(trainer).state.values()), default=0.0)
+
+    def put_moments(self, trainer: Phi3VTrainer, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
+        state = raw_optimizer(trainer).state
+        own: dict[str, Any] = dict(trainer.model.named_parameters())
+        for key_and_name, value in moments:
+            key, name = key_and_name.split("/", 1)
+            parameter = own[name]
+            entry = state[parameter]
+            entry.setdefault("step", torch.tensor(steps))
+            entry[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+# AdamW's two moments of each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A divided tensor, gathered; another as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def raw_optimizer(trainer: Phi3VTrainer) -> torch.optim.Optimizer:
+    """The optimizer below the library's wrapper."""
+    optimizer: Any = trainer.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
