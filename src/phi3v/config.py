@@ -167,6 +167,12 @@ class LoraConfig:
         _require_positive(self, "method.lora", "alpha_ratio")
         if self.lora_plus_ratio is not None:
             _require_positive(self, "method.lora", "lora_plus_ratio")
+        if self.dora and self.init == "pissa":
+            raise UserError(
+                "a PiSSA adapter is saved as the difference to its start, and DoRA's is no sum",
+                where="method.lora.init",
+                hint="use gaussian, or set method.lora.dora to false",
+            )
         if not (self.parts if self.targets is None else self.targets):
             raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
 
@@ -185,6 +191,14 @@ class MethodConfig:
     """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters."""
+
+    def __post_init__(self) -> None:
+        if self.name == "qlora" and self.lora.init == "pissa":
+            raise UserError(
+                "PiSSA takes adapters out of the weights, and four bits have no room for what is left of them",
+                where="method.lora.init",
+                hint="use gaussian, or method.name lora",
+            )
 
 
 @dataclass

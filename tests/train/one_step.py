@@ -65,6 +65,7 @@ def one_step(
             ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)
         ),
         data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
+        config=config,
         engine=DataParallel(compute.rank, compute.world_size),
         plan=plan,
     )

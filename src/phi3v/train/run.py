@@ -89,8 +89,8 @@ def _train_and_measure(setup: Setup) -> RunResult:
         train_dataset=setup.dataset(features),
         data_collator=setup.collator(),
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        config=config,
         engine=setup.engine,
-        lean=config.training.lean,
         plan=setup.plan,
     )
     for callback in (PrinterCallback, LibraryProgressCallback):

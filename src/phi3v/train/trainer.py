@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
 from phi3v.train.engines.base import Engine
-from phi3v.train.optimizers import StochasticAdamW
+from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 
 
 class _CheckEngine(TrainerCallback):
@@ -33,21 +33,21 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
+        config: of the run.
         engine: how the ranks train together.
-        lean: step in the backward pass.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
     """
 
     def __init__(
-        self, *args: Any, engine: Engine, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any
+        self, *args: Any, config: RunConfig, engine: Engine, plan: PackingPlan | None = None, **kwargs: Any
     ) -> None:
+        self.config = config
         self.plan = plan
         self.engine = engine
         super().__init__(*args, **kwargs)
         engine.adopt(self)
         self.add_callback(_CheckEngine(self))
-        self.lean = lean
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
         self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -61,7 +61,9 @@ class Phi3VTrainer(Trainer):
         """The library's, with its groups; in lean mode it steps in the backward pass."""
         self.engine.shard(self.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
+        if has_several_rates(self.config) and "name" not in optimizer.param_groups[0]:
+            divide_groups(optimizer, self.model, self.config)
+        if self.config.training.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
             optimizer.step_in_backward()
         return optimizer
 
@@ -120,6 +122,15 @@ class Phi3VTrainer(Trainer):
         is_last(True)
         loss += super().training_step(model, last, num_items_in_batch)
         return loss
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Where parts have learning rates of their own, all of them are logged beside that of the first group."""
+        if "learning_rate" in logs and has_several_rates(self.config):
+            # What the schedule multiplies is the same for all; it may have been stepped since.
+            first = self.lr_scheduler.base_lrs[0]
+            for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
+                logs[f"learning_rate_{group['name']}"] = logs["learning_rate"] * peak / first
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))

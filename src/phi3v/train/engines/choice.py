@@ -105,15 +105,12 @@ def _deepspeed_obstacle() -> str | None:
 def _zero_obstacle(config: RunConfig, choice: EngineChoice) -> UserError | None:
     where = "distributed.engine"
     training = config.training
-    if config.method.name == "qlora":
-        return UserError(
-            f"{choice.name} does not divide 4-bit weights, and adapters are too small to need it",
-            where=where,
-            hint="use ddp",
-        )
+    if choice.name == "zero3" and config.method.name == "qlora":
+        return UserError("zero3 does not divide 4-bit weights", where=where, hint="use fsdp2, which does, or ddp")
     if training.optimizer != "adamw":
         return UserError(
-            f"{choice.name} updates flat float32 pieces of the weights, which {training.optimizer} is not made for",
+            f"{choice.name} lays tensors end to end and cuts them up, and the moments of {training.optimizer} could not "
+            "be told apart again when they are saved",
             where="training.optimizer",
             hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
         )
@@ -139,12 +136,6 @@ def _fsdp_obstacle(config: RunConfig, compute: Compute) -> UserError | None:
             f"fsdp2 divides every weight over the ranks, and {training.optimizer} updates whole ones",
             where="training.optimizer",
             hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
-        )
-    if config.method.name == "qlora":
-        return UserError(
-            "fsdp2 cannot divide 4-bit weights and tensors of other types together",
-            where="distributed.engine",
-            hint="use ddp",
         )
     if compute.precision == "fp16":
         return UserError(
