@@ -109,7 +109,7 @@ def _zero_obstacle(config: RunConfig, choice: EngineChoice) -> UserError | None:
         return UserError("zero3 does not divide 4-bit weights", where=where, hint="use fsdp2, which does, or ddp")
     if training.optimizer != "adamw":
         return UserError(
-            f"{choice.name} lays tensors end to end and cuts them up, and the moments of {training.optimizer} could not "
+            f"{choice.name} lays tensors end to end and cuts them up; the moments of {training.optimizer} could not "
             "be told apart again when they are saved",
             where="training.optimizer",
             hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
