@@ -36,11 +36,13 @@ class Engine(ABC):
         name: as it is configured.
         sharded: every rank writes its part of the optimizer; otherwise rank 0 writes all.
         asynchronous: `save_optimizer` may leave the writing to a thread.
+        can_drop_step: gradients that are set to None before the optimizer's step leave the weights as they are.
     """
 
     name: ClassVar[str]
     sharded: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
+    can_drop_step: ClassVar[bool] = False
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -84,6 +86,7 @@ class DataParallel(Engine):
 
     name = "ddp"
     asynchronous = True
+    can_drop_step = True
 
     def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
         if self.rank > 0:
@@ -107,7 +110,7 @@ class DataParallel(Engine):
             return write_nothing
         scaler = trainer.accelerator.scaler
         facts = {
-            "schedule": _plain(trainer.lr_scheduler.state_dict()),
+            "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         state = to_host(trainer.optimizer.state_dict())
@@ -136,11 +139,6 @@ class DataParallel(Engine):
 def to_host(value: Any) -> Any:
     """A copy of nested dictionaries and lists with their tensors in host memory, which later steps leave alone."""
     return _replaced(value, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without its functions, which are those of the configuration."""
-    return {key: value for key, value in state.items() if key != "lr_lambdas"}
 
 
 def _send_tensors(values: list[Any], device: torch.device) -> None:
