@@ -15,6 +15,7 @@ from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
+from phi3v.train.engines import DataParallel
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.setup import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
@@ -65,6 +66,7 @@ def one_step(
         ),
         data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
         plan=plan,
+        engine=DataParallel(compute.rank, compute.world_size),
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
     keep = KeepGradients()

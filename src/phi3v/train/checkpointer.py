@@ -273,7 +273,7 @@ class Checkpointer(TrainerCallback):
         free = free_space(self.folder)
         if free >= needed:
             return None
-        return f"it takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {self.folder.resolve()}"
+        return f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {self.folder.resolve()}"
 
     def _may_wait_for_thread(self, needed: int) -> bool:
         """Whether to copy and go on; a copy that does not fit into memory would end the run."""

@@ -131,7 +131,11 @@ def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) ->
         console.print(f"resume: removed a half-written checkpoint of step {step}", highlight=False)
     if wanted == "auto":
         if is_finished(run_folder, config):
-            console.print(f"resume: the run in {run_folder} is finished, so there is nothing to do", highlight=False)
+            console.print(
+                f"resume: the run in {run_folder} is finished, so there is nothing to do",
+                highlight=False,
+                soft_wrap=True,
+            )
             return FinishedRun(run_folder)
         found = find_checkpoint(run_folder)
         for folder, why in found.skipped:

@@ -164,7 +164,7 @@ def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agree
         best=best,
         stopped_early=during is not None and during.stopped_early,
         skipped=tuple(trainer.skipped),
-        dropped_steps=trainer.faults.dropped,
+        dropped_steps=trainer.faults.dropped if trainer.faults is not None else 0,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
+        engine: how the ranks hold model and optimizer.
+        agreement: what the ranks tell each other.
+        faults: watches the steps; without it nothing does.
         lean: step in the backward pass.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
@@ -45,8 +49,8 @@ class Phi3VTrainer(Trainer):
         self,
         *args: Any,
         engine: Engine,
-        agreement: Agreement,
-        faults: StepFaults,
+        agreement: Agreement | None = None,
+        faults: StepFaults | None = None,
         lean: bool = False,
         plan: PackingPlan | None = None,
         **kwargs: Any,
@@ -54,7 +58,7 @@ class Phi3VTrainer(Trainer):
         self.plan = plan
         self.engine = engine
         super().__init__(*args, **kwargs)
-        self.agreement = agreement
+        self.agreement = agreement or Agreement(self.args.world_size, timedelta(minutes=30))
         self.faults = faults
         self.lean = lean
         self.checkpoints: Checkpointer | None = None
@@ -87,7 +91,7 @@ class Phi3VTrainer(Trainer):
         sums = [sum(own[index] for own in counts) for index in range(4)]
         *totals, num_skipped = self.agreement.total([*sums, len(skipped)])
         self.counts = [before + now for before, now in zip(self.counts, totals, strict=True)]
-        if num_skipped:
+        if num_skipped and self.faults is not None:
             self.skipped += self.faults.report_skipped(skipped)
         # Of a step in which no record could be read every loss is 0.
         return torch.tensor(totals[0] or 1.0, device=device)
@@ -114,7 +118,8 @@ class Phi3VTrainer(Trainer):
         Raises:
             UserError: a rank cannot read a record. All ranks raise it, after what was learnt so far has been saved.
         """
-        self.faults.begin_step()
+        if self.faults is not None:
+            self.faults.begin_step()
         wrong: str | None = None
         batches: list[Any] = []
         try:
@@ -153,14 +158,15 @@ class Phi3VTrainer(Trainer):
     def _micro_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         tensors = {name: value for name, value in inputs.items() if name != "counts"}
         loss = super().training_step(model, tensors, num_items_in_batch)
-        self.faults.add(inputs["counts"].records, loss)
+        if self.faults is not None:
+            self.faults.add(inputs["counts"].records, loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient's norm; the last look at a step before it changes the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        is_scaled = self.accelerator.scaler is not None
-        if self.faults.must_drop(self.state.global_step + 1, norm, is_scaled=is_scaled):
+        step, is_scaled = self.state.global_step + 1, self.accelerator.scaler is not None
+        if self.faults is not None and self.faults.must_drop(step, norm, is_scaled=is_scaled):
             for parameter in model.parameters():
                 parameter.grad = None
         return norm
@@ -169,7 +175,7 @@ class Phi3VTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Not within a row of steps that were dropped: a resumed run would not count them.
-        if self.checkpoints is not None and not self.faults.in_a_row:
+        if self.checkpoints is not None and not (self.faults is not None and self.faults.in_a_row):
             self.checkpoints.save(self)
 
     def loop_state(self, agreement: Agreement) -> dict[str, Any]:
