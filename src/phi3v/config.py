@@ -128,6 +128,8 @@ class DataConfig:
     """Tokens of a packed row, which a device computes at a time, at most; a longer record gets a row of its own."""
     shared_image_max: int = 8
     """shared-image: records about the same pictures that share one step at most; more go into other steps."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A picture that cannot be read in the middle of a run: stop, or leave its record out, count it and list it."""
 
     def __post_init__(self) -> None:
         counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
@@ -276,6 +278,8 @@ class TrainingConfig:
     lean: bool = False
     """Least memory: bf16 weights, rounded stochastically, with the optimizer's step inside the backward pass and full
     checkpointing; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
+    max_nonfinite_steps: int = 3
+    """A step whose loss or gradient is not finite changes no weight; stop after so many of them in a row."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     progress_bar: bool = True
@@ -283,7 +287,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         at_least_one = dict.fromkeys(
-            ("batch_size", "batch_tokens", "micro_batch_size", "logging_steps", "max_steps"), (1, None)
+            (
+                "batch_size",
+                "batch_tokens",
+                "micro_batch_size",
+                "logging_steps",
+                "max_steps",
+                "max_nonfinite_steps",
+            ),
+            (1, None),
         )
         at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
         _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
@@ -305,6 +317,25 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "distributed", "timeout_minutes")
+
+
+@dataclass
+class CheckpointConfig:
+    """From where a run that was interrupted goes on; see phi3v train --resume."""
+
+    save_steps: int | None = None
+    """Save every so many optimizer steps, and at the last; default: by time only."""
+    save_minutes: float | None = 30.0
+    """Save at the first step after so many minutes without a save; null: by steps only."""
+    keep_last: int = 2
+    """Checkpoints that are kept; older ones are deleted. The best weights are kept by evaluation.keep_best."""
+    asynchronous: bool = True
+    """Copy to the host's memory and write while training goes on, where the engine and the memory allow that."""
+
+    def __post_init__(self) -> None:
+        _require(self, "checkpoint", save_steps=(1, None), keep_last=(1, None))
+        if self.save_minutes is not None:
+            _require_positive(self, "checkpoint", "save_minutes")
 
 
 @dataclass
@@ -385,6 +416,8 @@ class RunConfig:
     """How it is trained."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How several processes train together."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved on the way."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How it is measured."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -65,13 +66,26 @@ class EvaluationCallback(TrainerCallback):
         self.progress = progress
         self.num_workers = num_workers
         self.best: Best | None = None
-        self.seconds = 0.0  # spent here and not on training
         self.without_improvement = 0
         self.stopped_early = False
 
     @property
     def best_folder(self) -> Path:
         return self.folder / "best"
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to judge as one that was not interrupted."""
+        return {
+            "best": dataclasses.asdict(self.best) if self.best is not None else None,
+            "without_improvement": self.without_improvement,
+            "stopped_early": self.stopped_early,
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        self.best = Best(**state["best"]) if state["best"] is not None else None
+        self.without_improvement = state["without_improvement"]
+        self.stopped_early = state["stopped_early"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.config.eval_steps is not None
@@ -95,7 +109,6 @@ class EvaluationCallback(TrainerCallback):
             if improved and self.config.keep_best and self.compute.rank == 0:
                 save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
         took = time.perf_counter() - start
-        self.seconds += took
         self.progress.leave_out(took)
         if self.compute.rank == 0:
             self._report(state, control, result, took, improved)

@@ -225,7 +225,12 @@ def keeps_bf16_weights(training: TrainingConfig) -> bool:
 def state_bytes(training: TrainingConfig) -> int:
     """Bytes of a trained parameter's gradient and moments."""
     gradient = 0 if training.lean else 2 if keeps_bf16_weights(training) else 4
-    return gradient + {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
+    return gradient + moment_bytes(training)
+
+
+def moment_bytes(training: TrainingConfig) -> int:
+    """Bytes of a trained parameter's moments."""
+    return {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
 
 
 def optimizer_factory(training: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

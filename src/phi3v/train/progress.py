@@ -108,6 +108,21 @@ class ProgressCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
             )
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs for its counts and times to go on."""
+        now = time.perf_counter()
+        return {"counted": self.counted, "seconds": now - self.start, "since_last": now - self.last}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        now = time.perf_counter()
+        self.counted, self.start, self.last = state["counted"], now - state["seconds"], now - state["since_last"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training so far, over all parts of a run that was resumed."""
+        return time.perf_counter() - self.start
+
     def leave_out(self, seconds: float) -> None:
         """Do not count time that went into something else than training."""
         self.start += seconds

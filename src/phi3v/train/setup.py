@@ -23,7 +23,7 @@ from phi3v.evaluate.evaluation import check_references
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
-from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.device import Compute, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice, choose_engine
 from phi3v.train.feature_cache import cached_stage, vision_part
@@ -67,10 +67,11 @@ class Setup:
 
     def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
         """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
+        on_bad = self.config.data.on_bad_sample
         if self.plan is None:
-            return ConversationDataset(self.train_table, self.processor, features=features)
+            return ConversationDataset(self.train_table, self.processor, features=features, on_bad=on_bad)
         weighting = self.config.training.loss_weighting
-        return PackedDataset(self.train_table, self.processor, weighting, features=features)
+        return PackedDataset(self.train_table, self.processor, weighting, features=features, on_bad=on_bad)
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
@@ -80,18 +81,20 @@ class Setup:
         return self.collator()([dataset[index]])
 
 
-def prepare(config: RunConfig, console: Console) -> Setup:
+def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bool = False) -> Setup:
     """Check everything and load the model.
+
+    Args:
+        resume: the run folder may hold a run already.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
     """
-    compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
     choice = choose_engine(config, compute)
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
-    folder = check_run_folder(config)
+    folder = check_run_folder(config, resume=resume)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
     processor = load_processor(config)

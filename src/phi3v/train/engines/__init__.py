@@ -6,13 +6,13 @@ from typing import Any
 
 from phi3v.config import RunConfig
 from phi3v.train.device import Compute
-from phi3v.train.engines.base import Engine
+from phi3v.train.engines.base import Engine, Rest, write_nothing
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.engines.data_parallel import DataParallel
+from phi3v.train.engines.data_parallel import DataParallel, to_host
 from phi3v.train.engines.fsdp import FsdpEngine
 from phi3v.train.engines.zero import ZeroEngine
 
-__all__ = ["DataParallel", "Engine", "FsdpEngine", "ZeroEngine", "make_engine"]
+__all__ = ["DataParallel", "Engine", "FsdpEngine", "Rest", "ZeroEngine", "make_engine", "to_host", "write_nothing"]
 
 
 def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> Engine:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -36,14 +36,25 @@ class Engine(ABC):
 
     Attributes:
         meets_in_every_row: all ranks have to run the same number of rows a step.
+        sharded: every rank writes its part of the optimizer; otherwise rank 0 writes all.
+        asynchronous: what `save_optimizer` leaves to do may be left to a thread.
+        can_drop_step: a step whose gradient is not finite leaves the weights as they are, if its gradients are set to
+            None before the optimizer's step.
     """
 
-    meets_in_every_row = False
+    meets_in_every_row: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
+    asynchronous: ClassVar[bool] = True
+    can_drop_step: ClassVar[bool] = True
 
     def __init__(self, rank: int, world_size: int, choice: EngineChoice) -> None:
         self.rank = rank
         self.world_size = world_size
         self.choice = choice
+
+    @property
+    def name(self) -> str:
+        return self.choice.name
 
     def shard(self, model: Any) -> None:
         """Divide the weights before the optimizer is made, where the engine wants that."""

@@ -52,7 +52,7 @@ class DataParallel(Engine):
             return write_nothing
         scaler = trainer.accelerator.scaler
         facts = {
-            "schedule": plain_schedule(trainer),
+            "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         state = to_host(trainer.optimizer.state_dict())
@@ -94,12 +94,6 @@ def load_whole(model: Any, tensors: dict[str, torch.Tensor] | None, world_size: 
 def to_host(value: Any) -> Any:
     """A copy of nested dictionaries and lists with their tensors in host memory, which later steps leave alone."""
     return _replaced(value, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def plain_schedule(trainer: Phi3VTrainer) -> dict[str, Any]:
-    """The schedule's state without its functions, which are those of the configuration."""
-    state = trainer.lr_scheduler.state_dict()
-    return {key: value for key, value in state.items() if key != "lr_lambdas"}
 
 
 def _send_tensors(values: list[Any], device: torch.device) -> None:

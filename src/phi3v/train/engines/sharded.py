@@ -21,7 +21,6 @@ from phi3v.config import RunConfig
 from phi3v.train.device import Compute
 from phi3v.train.engines.base import Engine, Rest, write_nothing
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.engines.data_parallel import plain_schedule
 from phi3v.train.saving import saved_names
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class ShardedEngine(Engine):
         if self.rank > 0:
             return write_nothing
         facts = {
-            "schedule": plain_schedule(trainer),
+            "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": self.scaler_state(trainer),
             "steps": self.steps_taken(trainer),
         }
