@@ -82,7 +82,7 @@ class FsdpEngine(ShardedEngine):
             key, name = key_and_name.split("/", 1)
             parameter = own[name]
             entry = state[parameter]
-            entry.setdefault("step", torch.tensor(steps))
+            entry["step"] = torch.tensor(steps)
             entry[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 

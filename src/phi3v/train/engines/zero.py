@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+from torch import distributed
 from torch.nn import functional
 
 from phi3v.config import RunConfig
@@ -56,7 +57,9 @@ class ZeroEngine(ShardedEngine):
             "overlap_comm": on_gpu,
         }
         if self.stage < 3:
-            zero |= {"allgather_bucket_size": BUCKET, "round_robin_gradients": True}
+            # The public recipe's round_robin_gradients stays off: with it DeepSpeed 0.19.8 mistakes which piece of the
+            # float32 weights belongs to which parameter, so that a save would hold shuffled tensors.
+            zero["allgather_bucket_size"] = BUCKET
         else:
             # As the library has it: what is smaller stays on every rank.
             zero["stage3_param_persistence_threshold"] = 10 * self._skeleton.config.hidden_size
@@ -126,7 +129,10 @@ class ZeroEngine(ShardedEngine):
 
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter)
+                whole = safe_get_full_fp32_param(parameter)
+                if self.stage < 3 and not torch.equal(whole.to(parameter.dtype), parameter):
+                    raise RuntimeError(f"DeepSpeed gave other float32 weights for {name} than it computes with")
+                yield name, whole
             elif name in self._kept:
                 yield name, self._kept[name].to(self.compute.device)
             else:
@@ -169,30 +175,48 @@ class ZeroEngine(ShardedEngine):
             return  # before the first step
         for name, parameter in trainer.model.named_parameters():
             for key in MOMENTS if parameter.requires_grad else ():
-                yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
+                if self.stage == 3:
+                    yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
+                    continue
+                # Not by DeepSpeed's function, which 0.19.8 prepares before all groups have a state.
+                whole = torch.zeros(parameter.numel(), device=self.compute.device)
+                for place, piece in self._own_piece(parameter, key):
+                    whole[place] = piece.to(whole)
+                distributed.all_reduce(whole)
+                yield f"{key}/{name}", whole.view_as(parameter)
+
+    def _own_piece(self, parameter: Any, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Stages 1 and 2: where this rank's piece of a moment lies in its parameter, if it has one, and the piece."""
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            moment = self._optimizer_state()[self._masters()[mapping.param_group_index]][key]
+            inside, within = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield slice(inside.start, inside.start + inside.numel), moment.narrow(0, within.start, within.numel)
 
     def steps_taken(self, trainer: Phi3VTrainer) -> float:
         return max((float(entry["step"]) for entry in self._optimizer_state().values()), default=0.0)
 
     def put_moments(self, trainer: Phi3VTrainer, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        from deepspeed.utils import safe_set_local_optimizer_state
 
-        zero: Any = self._engine.optimizer
-        masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for master in masters if steps else ():
-            self._optimizer_state()[master] = {
-                "step": torch.tensor(steps),
-                **{key: torch.zeros_like(master) for key in MOMENTS},
-            }
-        if self.stage < 3 and steps:
-            zero._lazy_init_hp_params_optimizer_state()  # as after a first step
+        for master in self._masters() if steps else ():
+            entry = self._optimizer_state()[master]
+            entry["step"] = torch.tensor(steps)
+            for key in MOMENTS:
+                entry.setdefault(key, torch.zeros_like(master))
         own: dict[str, Any] = dict(trainer.model.named_parameters())
         for key_and_name, value in moments:
             key, name = key_and_name.split("/", 1)
             if self.stage == 3:
                 safe_set_local_optimizer_state(own[name], self._own_part(own[name], value), key)
-            else:
-                safe_set_full_optimizer_state(own[name], value, key)
+                continue
+            for place, piece in self._own_piece(own[name], key):
+                piece.copy_(value.flatten()[place])
+
+    def _masters(self) -> Any:
+        """The flat pieces of float32 weights that this rank steps."""
+        zero = self._engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
     def _optimizer_state(self) -> Any:
         """Of the optimizer that DeepSpeed drives, by its flat pieces."""
