@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,8 +113,11 @@ def find_resume_point(
         return None
     found: ResumePoint | FinishedRun | None = None
     wrong: UserError | None = None
+    newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
+    everywhere = agreement.gather((newest, platform.node()))
     if compute.rank == 0:
         try:
+            _require_newest_here(everywhere, config.training.output_dir)
             found = _find(wanted, config, compute, console)
         except UserError as error:
             wrong = error
@@ -160,6 +164,17 @@ def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) ->
     for line in [*changes, *_other_ranks(state, config, compute)]:
         console.print(f"resume: {line}", highlight=False, soft_wrap=True)
     return ResumePoint(folder, state, randoms)
+
+
+def _require_newest_here(everywhere: list[tuple[int, str]], folder: str) -> None:
+    """Rank 0 reads and writes checkpoints; a launcher may have given that number to another machine than before."""
+    step, machine = max(everywhere)
+    if step > everywhere[0][0]:
+        raise UserError(
+            f"the newest checkpoint, of step {step}, is on {machine}, and rank 0 is on {everywhere[0][1]} now",
+            where=folder,
+            hint="copy the run folder there, use a disk that all machines share, or fix the order with --node-rank",
+        )
 
 
 def _named(folder: Path, run_folder: Path) -> Path:
