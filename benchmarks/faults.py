@@ -146,7 +146,7 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
         if tally.kills < kills:
             aims = dice.randrange(SAVE_SHARE) == 0
             if aims:
-                _wait_for_save(process, out, dice.randrange(1, 3))
+                _wait_for_save(process, out, dice.randrange(1, 4))
                 time.sleep(dice.uniform(0, 0.15))
             else:
                 end = began + dice.uniform(0, 1.5 * until_steps)
@@ -158,6 +158,8 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
             if seen:
                 first = min(path.stat().st_mtime for path in seen)
                 until_steps = max(0.5, first - (time.time() - (time.monotonic() - began)))
+            elif not aims:
+                until_steps *= 1.5
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             tally.kills += 1
