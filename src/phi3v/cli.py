@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def run_command(
     work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False, show_downloads: bool = False
 ) -> int:
@@ -61,6 +65,8 @@ def run_command(
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

@@ -68,6 +68,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -153,10 +154,27 @@ class LoraConfig:
     """Parts trained in full beside the adapters, which get none; the separators sub_GN and glb_GN stay frozen."""
     double_quant: bool = False
     """qlora: quantise the quantisation constants too."""
+    dora: bool = False
+    """DoRA: also learn the length of every column of an adapted weight (arXiv 2402.09353)."""
+    rslora: bool = False
+    """rsLoRA: scale adapters by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    init: Literal["gaussian", "default", "pissa"] = "gaussian"
+    """What adapters begin as: gaussian: as the public recipe; default: PEFT's; both change nothing at first. pissa:
+    the principal singular vectors, which training then starts from (arXiv 2404.02948); saved as a plain LoRA."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: the learning rate of the B matrices divided by that of the A matrices, e.g. 16 (arXiv 2402.12354)."""
 
     def __post_init__(self) -> None:
         _require(self, "method.lora", rank=(1, None), dropout=(0, 0.99))
         _require_positive(self, "method.lora", "alpha_ratio")
+        if self.lora_plus_ratio is not None:
+            _require_positive(self, "method.lora", "lora_plus_ratio")
+        if self.dora and self.init == "pissa":
+            raise UserError(
+                "a PiSSA adapter is saved as the difference to its start, and DoRA's is no sum",
+                where="method.lora.init",
+                hint="use gaussian, or set method.lora.dora to false",
+            )
         if not (self.parts if self.targets is None else self.targets):
             raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
 
@@ -175,6 +193,31 @@ class MethodConfig:
     """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters."""
+
+    def __post_init__(self) -> None:
+        if self.name == "qlora" and self.lora.init == "pissa":
+            raise UserError(
+                "PiSSA takes adapters out of the weights, and four bits have no room for what is left of them",
+                where="method.lora.init",
+                hint="use gaussian, or method.name lora",
+            )
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rates of parts; each follows the one schedule."""
+
+    vision: float | None = None
+    """Of the vision tower; default: training.learning_rate."""
+    projector: float | None = None
+    """Of the projector; default: training.learning_rate."""
+    decoder: float | None = None
+    """Of the decoder, its embeddings and its head; default: training.learning_rate."""
+
+    def __post_init__(self) -> None:
+        for key in ("vision", "projector", "decoder"):
+            if getattr(self, key) is not None:
+                _require_positive(self, "training.learning_rates", key)
 
 
 @dataclass
@@ -201,6 +244,8 @@ class TrainingConfig:
     """Samples that a device computes at a time; the rest of batch_size is accumulated."""
     learning_rate: float = 4e-5
     """Peak learning rate."""
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    """Other peaks for some parts."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     adam_beta1: float = 0.9
@@ -261,6 +306,12 @@ class TrainingConfig:
 class DistributedConfig:
     """How several processes (GPUs, machines) train one model together."""
 
+    engine: EngineName = "auto"
+    """ddp: every device holds everything; zero1, zero2, zero3: DeepSpeed divides the optimizer's state, also the
+    gradients, also the weights; fsdp2: torch divides all three. auto: as the public recipe, zero2 for full and
+    frozen-vision and ddp for adapters."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3: keep the optimizer's state in the host's memory."""
     timeout_minutes: float = 30.0
     """How long a process waits for the others before it gives up."""
 

@@ -65,8 +65,9 @@ def one_step(
             ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)
         ),
         data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
-        plan=plan,
+        config=config,
         engine=DataParallel(compute.rank, compute.world_size),
+        plan=plan,
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run
     keep = KeepGradients()

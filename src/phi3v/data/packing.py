@@ -256,10 +256,11 @@ class PackingPlan:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A row to make, and whether it is its rank's last of a step."""
+    """A row to make, whether it is its rank's last of a step, and whether nothing is to be learnt from it."""
 
     row: Row
     ends_step: bool
+    fills: bool = False
 
 
 class RowSampler(Sampler[RowPlan]):
@@ -267,11 +268,16 @@ class RowSampler(Sampler[RowPlan]):
 
     Attributes:
         first_step: where the next epoch begins; those after it begin at 0.
+
+
+    Args:
+        equal: all ranks have equally many rows a step. Those with fewer run their smallest again, to no effect.
     """
 
-    def __init__(self, plan: PackingPlan, rank: int) -> None:
+    def __init__(self, plan: PackingPlan, rank: int, *, equal: bool = False) -> None:
         self.plan = plan
         self.rank = rank
+        self.equal = equal
         self.epoch = 0
         self.first_step = 0
 
@@ -283,6 +289,10 @@ class RowSampler(Sampler[RowPlan]):
         for step in self.plan.steps(self.epoch, first):
             *earlier, last = step[self.rank]
             yield from (RowPlan(row, False) for row in earlier)
+            if self.equal:
+                smallest = min(step[self.rank], key=lambda row: sum(map(self.plan.tokens, row)))
+                for _ in range(max(map(len, step)) - len(step[self.rank])):
+                    yield RowPlan(smallest, False, fills=True)
             yield RowPlan(last, True)
 
 
@@ -331,6 +341,8 @@ class PackedDataset(Dataset[dict[str, Any]]):
             other = first_readable(self.reader, self.table, self.processor, after=after, error=wrong)
             row = without_weight(pack_row([[other]], self.loss_weighting))
         row["counts"] = row["counts"]._replace(skipped=tuple(skipped))
+        if plan.fills:
+            row = without_weight(row) | {"counts": Counts(0.0, 0, 0, 0)}
         return row | {"ends_step": plan.ends_step}
 
     def _samples(self, group: Group) -> list[Sample]:
@@ -347,10 +359,16 @@ class PackedDataset(Dataset[dict[str, Any]]):
 
 
 class PackedLoader(DataLoader[dict[str, Any]]):
-    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in."""
+    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in.
 
-    def __init__(self, dataset: PackedDataset, plan: PackingPlan, rank: int, **kwargs: Any) -> None:
-        self.rows = RowSampler(plan, rank)
+    Args:
+        equal: as of `RowSampler`.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, plan: PackingPlan, rank: int, *, equal: bool = False, **kwargs: Any
+    ) -> None:
+        self.rows = RowSampler(plan, rank, equal=equal)
         super().__init__(dataset, batch_size=None, sampler=self.rows, collate_fn=_as_it_is, **kwargs)
 
     def __len__(self) -> int:

@@ -18,10 +18,10 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
-from phi3v.train.engines import Engine
+from phi3v.train.engines.base import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import in_stored_dtype, save_replacing
+from phi3v.train.saving import save_replacing, saved_tensors
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class EvaluationCallback(TrainerCallback):
     def __init__(
         self,
         model: Any,
+        engine: Engine,
         processor: Phi3VProcessor,
         questions: QuestionDataset,
         config: EvaluationConfig,
         compute: Compute,
-        engine: Engine,
         *,
         stored_dtype: torch.dtype,
         folder: Path,
@@ -55,11 +55,11 @@ class EvaluationCallback(TrainerCallback):
         num_workers: int,
     ) -> None:
         self.model = model
+        self.engine = engine
         self.processor = processor
         self.questions = questions
         self.config = config
         self.compute = compute
-        self.engine = engine
         self.stored_dtype = stored_dtype
         self.folder = folder
         self.console = console
@@ -94,9 +94,9 @@ class EvaluationCallback(TrainerCallback):
         start = time.perf_counter()
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
-        with torch.random.fork_rng(devices), in_stored_dtype(self.model, self.stored_dtype):
+        with torch.random.fork_rng(devices), self.engine.as_saved(self.model, self.stored_dtype) as model:
             result = measure(
-                self.model,
+                model,
                 self.processor,
                 self.questions,
                 self.config,
@@ -106,10 +106,8 @@ class EvaluationCallback(TrainerCallback):
                 description=f"evaluating step {state.global_step}",
             )
             improved = self._judge(state.global_step, result)
-            if improved and self.config.keep_best:
-                tensors = self.engine.full_state_dict(self.model)
-                if tensors is not None:
-                    save_replacing(self.model, self.processor, self.best_folder, tensors)
+            if improved and self.config.keep_best and self.compute.rank == 0:
+                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
         took = time.perf_counter() - start
         self.progress.leave_out(took)
         if self.compute.rank == 0:

@@ -85,6 +85,7 @@ class ProgressCallback(TrainerCallback):
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
+            **{name: rate for name, rate in logs.items() if name.startswith("learning_rate_")},
             **seen,
             **rates,
             "peak_memory_gb": round(peak_memory_gb(), 3),

@@ -7,6 +7,7 @@ import logging
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import transformers
 from accelerate import PartialState
@@ -23,6 +24,7 @@ from phi3v.train.agreement import Agreement
 from phi3v.train.checkpoint_folder import checkpoint_name, checkpoints
 from phi3v.train.checkpointer import Checkpointer
 from phi3v.train.device import choose_compute
+from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.evaluation_callback import EvaluationCallback
 from phi3v.train.faults import StepFaults, is_lost_rank
 from phi3v.train.feature_cache import fill_features
@@ -34,7 +36,7 @@ from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder
 from phi3v.train.run_folder import claim_run_folder, describe_again
-from phi3v.train.saving import read_trained, round_to_stored_dtype, save_replacing
+from phi3v.train.saving import read_trained, save_replacing, saved_tensors
 from phi3v.train.setup import Setup, prepare, questions_of
 from phi3v.train.signals import Signals
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
@@ -118,7 +120,7 @@ def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agree
         show_bar=config.training.progress_bar,
     )
     signals.doing = "measuring before training; no step was taken"
-    before = _measure(setup, "before") if config.evaluation.before and point is None else None
+    before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken"
 
     trainer, progress, during, saves = _trainer(setup, features, point, agreement, signals)
@@ -134,21 +136,20 @@ def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agree
     signals.doing = "saving the result; start again with --resume to finish it"
 
     best = during.best if during is not None and config.evaluation.keep_best else None
+    tuned = setup.engine.finished(model, setup.facts.stored_dtype)
     if best is not None and during is not None:
-        trained = read_trained(model, during.best_folder) if compute.rank == 0 else None
-        setup.engine.load_full_state_dict(model, trained)
+        trained = read_trained(tuned, during.best_folder) if compute.rank == 0 else None
+        load_whole(tuned, trained, compute.world_size)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
-    round_to_stored_dtype(model, setup.facts.stored_dtype)
-    tensors = setup.engine.full_state_dict(model)
-    if tensors is not None:
+    if compute.rank == 0:
         try:
-            save_replacing(model, setup.processor, setup.folder / "final", tensors)
+            save_replacing(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
         except (OSError, SafetensorError) as error:
             hint = f"{saves.newest()}; make room and start again with --resume"
             raise UserError(f"cannot be saved: {error}", where=str(setup.folder / "final"), hint=hint) from error
     trainer.accelerator.wait_for_everyone()
     signals.doing = "measuring after training; final/ is saved, start again with --resume to measure it"
-    after = _measure(setup, "after") if config.evaluation.after else None
+    after = _measure(setup, tuned, "after") if config.evaluation.after else None
 
     seen = trainer.seen
     return RunResult(
@@ -202,6 +203,7 @@ def _trainer(
         train_dataset=setup.dataset(features),
         data_collator=setup.collator(),
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        config=config,
         engine=setup.engine,
         agreement=agreement,
         faults=StepFaults(
@@ -212,7 +214,6 @@ def _trainer(
             can_drop=setup.engine.can_drop_step and not config.training.lean,
             newest_checkpoint=saves.newest,
         ),
-        lean=config.training.lean,
         plan=setup.plan,
     )
     trainer.checkpoints, trainer.point = saves, point
@@ -249,11 +250,11 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     assert questions is not None
     return EvaluationCallback(
         setup.model,
+        setup.engine,
         setup.processor,
         questions,
         config.evaluation,
         setup.compute,
-        setup.engine,
         stored_dtype=setup.facts.stored_dtype,
         folder=setup.folder,
         console=setup.console,
@@ -262,13 +263,13 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     )
 
 
-def _measure(setup: Setup, when: str) -> EvaluationResult | None:
+def _measure(setup: Setup, model: Any, when: str) -> EvaluationResult | None:
     """The scores before or after training, written to the run folder; none without data to measure on."""
     if setup.questions is None:
         return None
     with progress_bar(setup.console, enabled=setup.config.training.progress_bar) as bar:
         result = measure(
-            setup.model,
+            model,
             setup.processor,
             setup.questions,
             setup.config.evaluation,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of
 from phi3v.train.run_folder import write_manifest
 
 
@@ -51,19 +52,35 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
 
     Args:
         model: the unwrapped model; only its configuration and the names of what it trains are used.
-        tensors: what an engine's ``full_state_dict`` gave.
+        tensors: as of `saved_tensors`, or what an engine's ``full_state_dict`` gave.
 
     Raises:
         IncompleteSaveError: a trained tensor is missing from the files or differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has already.
-    more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, state_dict=tensors, **more)
+    tensors = as_learnt(model, tensors)
+    with _config_of_what_is_saved(model):
+        # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
+        more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(folder, state_dict=tensors, **more)
     make_weights_readable(folder)
     processor.save_pretrained(folder)
     verify_saved(model, folder, tensors)
     write_manifest(folder)
+
+
+@contextlib.contextmanager
+def _config_of_what_is_saved(model: Any) -> Iterator[None]:
+    """An adapter's configuration as it is to be written."""
+    if not start_of(model):
+        yield
+        return
+    own = model.peft_config["default"]
+    model.peft_config["default"] = learnt_config(own)
+    try:
+        yield
+    finally:
+        model.peft_config["default"] = own
 
 
 def save_replacing(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -88,6 +105,12 @@ def saved_names(model: Any) -> dict[str, str]:
     if isinstance(model, PeftModel):
         return dict(get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False))
     return names
+
+
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a save holds of a model that is whole, by the names of its ``state_dict``; its own tensors."""
+    state = model.state_dict()
+    return {name: state[name] for name in saved_names(model).values()}
 
 
 def trained_names(model: Any) -> dict[str, str]:
@@ -121,7 +144,7 @@ def read_trained(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     missing = sorted(name for name, own in names.items() if own not in tensors)
     if missing:
         raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors are missing, first {missing[0]}")
-    return tensors
+    return as_trained(model, tensors)
 
 
 def verify_saved(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> int:

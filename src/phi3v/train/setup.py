@@ -24,7 +24,8 @@ from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, default_workers
-from phi3v.train.engines import DataParallel, Engine
+from phi3v.train.engines import Engine, make_engine
+from phi3v.train.engines.choice import EngineChoice, choose_engine
 from phi3v.train.feature_cache import cached_stage, vision_part
 from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
@@ -43,12 +44,12 @@ class Setup:
     config: RunConfig
     console: Console
     compute: Compute
-    engine: Engine
     facts: ModelFacts
     folder: Path
     accumulation: int
     processor: Phi3VProcessor
     model: Any
+    engine: Engine
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
     plan: PackingPlan | None  # of packed rows
@@ -89,6 +90,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     Raises:
         UserError: the configuration, the model or the data are wrong.
     """
+    choice = choose_engine(config, compute)
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
@@ -104,19 +106,20 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     plan = make_plan(config, compute, model, train_table, processor)
-    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute, choice)
     apply_checkpointing(model, checkpointing)
     apply_kernels(model, config.training)
+    engine = make_engine(model, choice, config, compute)
     setup = Setup(
         config,
         console,
         compute,
-        DataParallel(compute.rank, compute.world_size),
         facts,
         folder,
         accumulation,
         processor,
         model,
+        engine,
         train_table,
         questions,
         plan,
@@ -135,6 +138,7 @@ def _choose_checkpointing(
     table: RecordTable,
     plan: PackingPlan | None,
     compute: Compute,
+    engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
     if config.training.lean:
@@ -158,7 +162,12 @@ def _choose_checkpointing(
         tokens=tokens,
         crops=crops,
         bytes_per_value=compute.dtype.itemsize,
-        free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
+        free=free_bytes(
+            model,
+            compute.device,
+            compute.world_size,
+            engine.state_bytes(state_bytes(config.training), compute.world_size),
+        ),
     )
 
 

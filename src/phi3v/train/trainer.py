@@ -13,7 +13,7 @@ import accelerate
 import torch
 import transformers.trainer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
@@ -21,13 +21,23 @@ from phi3v.errors import UserError
 from phi3v.train.agreement import Agreement
 from phi3v.train.engines import Engine
 from phi3v.train.faults import StepFaults
-from phi3v.train.optimizers import StochasticAdamW
+from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
 
 if TYPE_CHECKING:
     from phi3v.train.checkpointer import Checkpointer
     from phi3v.train.resume import ResumePoint
+
+
+class _CheckEngine(TrainerCallback):
+    """Looks, when training begins, whether the engine that was chosen is what runs."""
+
+    def __init__(self, trainer: Phi3VTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.engine.check(self.trainer)
 
 
 class Phi3VTrainer(Trainer):
@@ -37,10 +47,10 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
+        config: of the run.
         engine: how the ranks hold model and optimizer.
         agreement: what the ranks tell each other.
         faults: watches the steps; without it nothing does.
-        lean: step in the backward pass.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
     """
@@ -48,19 +58,21 @@ class Phi3VTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        config: RunConfig,
         engine: Engine,
         agreement: Agreement | None = None,
         faults: StepFaults | None = None,
-        lean: bool = False,
         plan: PackingPlan | None = None,
         **kwargs: Any,
     ) -> None:
+        self.config = config
         self.plan = plan
         self.engine = engine
         super().__init__(*args, **kwargs)
+        engine.adopt(self)
+        self.add_callback(_CheckEngine(self))
         self.agreement = agreement or Agreement(self.args.world_size, timedelta(minutes=30))
         self.faults = faults
-        self.lean = lean
         self.checkpoints: Checkpointer | None = None
         self.point: ResumePoint | None = None
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
@@ -76,8 +88,11 @@ class Phi3VTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, with its groups; in lean mode it steps in the backward pass."""
+        self.engine.shard(self.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
+        if has_several_rates(self.config) and "name" not in optimizer.param_groups[0]:
+            divide_groups(optimizer, self.model, self.config)
+        if self.config.training.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
             optimizer.step_in_backward()
         return optimizer
 
@@ -105,6 +120,7 @@ class Phi3VTrainer(Trainer):
             self.train_dataset,
             self.plan,
             self.args.process_index,
+            equal=self.engine.meets_in_every_row,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -149,9 +165,12 @@ class Phi3VTrainer(Trainer):
             return self._micro_step(model, inputs, num_items_in_batch)
         *earlier, last = inputs["rows"]
         loss = torch.zeros((), device=self.args.device)
+        is_last = self.accelerator.gradient_state._set_sync_gradients  # as the library tells an engine
+        is_last(False)
         for row in earlier:
-            with self.accelerator.no_sync(model):  # ranks meet once a step, however many rows each has
+            with self.accelerator.no_sync(model):  # DDP meets once a step, however many rows each rank has
                 loss += self._micro_step(model, row, num_items_in_batch)
+        is_last(True)
         loss += self._micro_step(model, last, num_items_in_batch)
         return loss
 
@@ -226,11 +245,22 @@ class Phi3VTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.point is not None:
+            self._check_engine_of_checkpoint(self.point)
             has_files = self.engine.sharded or self.args.process_index == 0
             tensors = read_trained(self.model, self.point.folder / "model") if self.args.process_index == 0 else None
             self.engine.load_full_state_dict(self.model, tensors)
             self.engine.load_optimizer(self, self.point.folder / "optimizer" if has_files else None)
         return prepared
+
+    def _check_engine_of_checkpoint(self, point: ResumePoint) -> None:
+        """Engines that divide the optimizer save it alike, the others too, but not as those."""
+        saved, now = point.state["engine"], self.engine.name
+        if (saved in ("none", "ddp")) != (now in ("none", "ddp")):
+            raise UserError(
+                f"it was saved by the engine {saved}, whose optimizer {now} cannot take up",
+                where=str(point.folder),
+                hint="go on with the same engine, on at least two processes if it divides the model",
+            )
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.point is not None and (self.point.stopped_early or self.state.global_step >= self.state.max_steps):
@@ -246,6 +276,15 @@ class Phi3VTrainer(Trainer):
         assert self.point is not None
         if self.args.process_index < len(self.point.randoms) and len(self.point.randoms) == self.args.world_size:
             set_random_state(self.point.randoms[self.args.process_index])
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Where parts have learning rates of their own, all of them are logged beside that of the first group."""
+        if "learning_rate" in logs and has_several_rates(self.config):
+            # What the schedule multiplies is the same for all; it may have been stepped since.
+            first = self.lr_scheduler.base_lrs[0]
+            for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
+                logs[f"learning_rate_{group['name']}"] = logs["learning_rate"] * peak / first
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))

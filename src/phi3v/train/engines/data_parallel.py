@@ -1,109 +1,51 @@
-"""Engines: how the ranks of a run hold its model and its optimizer, and how these are saved and taken up again.
-
-Every method is a collective: all ranks call it, in the same order. Nothing assumes that ranks share a disk: where an
-engine is not sharded, rank 0 alone reads and writes, and the others get what they need from it.
-"""
+"""One process, or torch's DistributedDataParallel: every rank holds everything."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 
-from phi3v.train.saving import saved_names
+from phi3v.train.engines.base import Engine, Rest, write_nothing, wrong_engine
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.saving import in_stored_dtype, round_to_stored_dtype, saved_tensors
 
 if TYPE_CHECKING:
     from phi3v.train.trainer import Phi3VTrainer
 
-# What is left to write of a save. It touches host memory and files only, so a thread may do it.
-Rest = Callable[[], None]
-
-
-def write_nothing() -> None:
-    """What is left where all is written, or where another rank writes."""
-
-
-class Engine(ABC):
-    """How the ranks hold model and optimizer.
-
-    Attributes:
-        name: as it is configured.
-        sharded: every rank writes its part of the optimizer; otherwise rank 0 writes all.
-        asynchronous: `save_optimizer` may leave the writing to a thread.
-        can_drop_step: gradients that are set to None before the optimizer's step leave the weights as they are.
-    """
-
-    name: ClassVar[str]
-    sharded: ClassVar[bool] = False
-    asynchronous: ClassVar[bool] = False
-    can_drop_step: ClassVar[bool] = False
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
-
-    @abstractmethod
-    def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
-        """Whole tensors of the unwrapped model by the names of its ``state_dict``, as ``save_pretrained`` takes them.
-
-        Of an adapter only what its save needs. They may be the model's own tensors. ``None`` on all ranks but the
-        first.
-        """
-
-    @abstractmethod
-    def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
-        """Put whole tensors into the unwrapped model, on every rank.
-
-        Args:
-            tensors: all that is trained, by the names of ``full_state_dict``, on rank 0; ``None`` on the others.
-        """
-
-    @abstractmethod
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
-        """Save optimizer, gradient scaler and schedule to ``folder``, which exists.
-
-        Returns:
-            What is left to do, which touches neither model nor optimizer. Files are complete once it has run.
-        """
-
-    @abstractmethod
-    def load_optimizer(self, trainer: Phi3VTrainer, folder: Path | None) -> None:
-        """Take up what `save_optimizer` saved.
-
-        Args:
-            folder: ``None`` on a rank that has no files, which where nothing is sharded is any but the first.
-        """
-
 
 class DataParallel(Engine):
-    """Every rank holds everything: one process, or torch's DistributedDataParallel."""
+    """Every rank holds everything."""
 
-    name = "ddp"
-    asynchronous = True
-    can_drop_step = True
+    def __init__(self, rank: int, world_size: int, choice: EngineChoice | None = None) -> None:
+        super().__init__(rank, world_size, choice or EngineChoice("ddp" if world_size > 1 else "none", "the default"))
+
+    def check(self, trainer: Phi3VTrainer) -> None:
+        is_ddp = isinstance(trainer.model_wrapped, DistributedDataParallel)
+        if is_ddp != (self.choice.name == "ddp"):
+            raise wrong_engine(self.choice.name, type(trainer.model_wrapped).__name__)
+
+    @contextlib.contextmanager
+    def as_saved(self, model: Any, dtype: torch.dtype) -> Iterator[Any]:
+        with in_stored_dtype(model, dtype):
+            yield model
+
+    def finished(self, model: Any, dtype: torch.dtype) -> Any:
+        round_to_stored_dtype(model, dtype)
+        return model
 
     def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
-        if self.rank > 0:
-            return None
-        state = model.state_dict()
-        return {name: state[name] for name in saved_names(model).values()}
+        return saved_tensors(model) if self.rank == 0 else None
 
     def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
-        own = model.state_dict()
-        names: list[Any] = [sorted(tensors) if tensors is not None else None]
-        if self.world_size > 1:
-            broadcast_object_list(names)
-        for name in names[0]:
-            if tensors is not None:
-                own[name].copy_(tensors[name])
-            if self.world_size > 1:
-                broadcast(own[name], from_process=0)
+        load_whole(model, tensors, self.world_size)
 
     def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
         if self.rank > 0:
@@ -134,6 +76,19 @@ class DataParallel(Engine):
         trainer.lr_scheduler.load_state_dict(facts["schedule"])
         if facts["scaler"] is not None and trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(facts["scaler"])
+
+
+def load_whole(model: Any, tensors: dict[str, torch.Tensor] | None, world_size: int) -> None:
+    """As ``Engine.load_full_state_dict``, into a model that is whole on every rank."""
+    own = model.state_dict()
+    names: list[Any] = [sorted(tensors) if tensors is not None else None]
+    if world_size > 1:
+        broadcast_object_list(names)
+    for name in names[0]:
+        if tensors is not None:
+            own[name].copy_(tensors[name])
+        if world_size > 1:
+            broadcast(own[name], from_process=0)
 
 
 def to_host(value: Any) -> Any:
