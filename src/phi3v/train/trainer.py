@@ -143,7 +143,7 @@ class Phi3VTrainer(Trainer):
         except UserError as error:
             wrong = str(error)
         if self.agreement.total([wrong is not None])[0]:
-            if self.checkpoints is not None and self.state.global_step:
+            if self.checkpoints is not None and self.state.global_step not in (0, self.checkpoints.last_step):
                 self.checkpoints.save(self)
                 self.checkpoints.wait()
             what = next(text for text in self.agreement.gather(wrong) if text is not None)
@@ -246,10 +246,10 @@ class Phi3VTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.point is not None:
             self._check_engine_of_checkpoint(self.point)
-            has_files = self.engine.sharded or self.args.process_index == 0
-            tensors = read_trained(self.model, self.point.folder / "model") if self.args.process_index == 0 else None
+            folder = self.point.folder if self.args.process_index == 0 else None
+            tensors = read_trained(self.model, folder / "model") if folder is not None else None
             self.engine.load_full_state_dict(self.model, tensors)
-            self.engine.load_optimizer(self, self.point.folder / "optimizer" if has_files else None)
+            self.engine.load_optimizer(self, folder / "optimizer" if folder is not None else None)
         return prepared
 
     def _check_engine_of_checkpoint(self, point: ResumePoint) -> None:
