@@ -30,6 +30,7 @@ from phi3v.train.checkpoint_folder import (
     step_of,
 )
 from phi3v.train.device import Compute
+from phi3v.train.engines.choice import choose_engine
 
 # Keys that may be others on resume, by name or by group: none changes what a step computes.
 CHANGEABLE = (
@@ -55,6 +56,9 @@ CHANGEABLE = (
 EXTENDABLE = ("training.epochs", "training.max_steps")
 # These may be at another place, with the same content.
 MOVABLE = {"data.train": "train", "data.eval": "eval"}
+
+# Engines that hold everything on every rank, and save the optimizer alike; the others do so among themselves.
+WHOLE = ("none", "ddp")
 
 # What belongs to the end of a run, and is made again if the run goes on.
 _OF_THE_END = ("final", "eval_after.json", "predictions_after.jsonl", "report.html")
@@ -159,6 +163,14 @@ def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) ->
     else:
         folder, why = _named(Path(wanted), run_folder), "as asked for"
     state, randoms = read_state(folder)
+    engine = choose_engine(config, compute).name
+    if (engine in WHOLE) != (state["engine"] in WHOLE):
+        raise UserError(
+            f"was saved by the engine {state['engine']}, and on {compute.world_size} ranks this is {engine}",
+            where=str(folder),
+            hint=f"go on on {state['world_size']} ranks, or begin runs that change their number with "
+            "distributed.engine ddp or fsdp2",
+        )
     changes = allowed_changes(state, config, str(folder))
     console.print(f"resume: {folder} ({why}), after step {state['step']}", highlight=False, soft_wrap=True)
     for line in [*changes, *_other_ranks(state, config, compute)]:

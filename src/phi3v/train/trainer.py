@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
@@ -79,6 +80,8 @@ class Phi3VTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.counts = [0.0] * 4  # weight, samples, questions, tokens of all ranks since the start
         self.steps_per_epoch = 0
+        self._logged = (0.0, 0)  # the sum of all losses that were logged, and of how many steps
+        self._logged_to = 0
         self.skipped: list[tuple[str, str]] = []  # records that were left out, and why
 
     @property
@@ -197,26 +200,35 @@ class Phi3VTrainer(Trainer):
         if self.checkpoints is not None and not (self.faults is not None and self.faults.in_a_row):
             self.checkpoints.save(self)
 
-    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
-        """The losses that are not logged yet, of every rank, and those that are; a collective."""
-        return {
-            "losses": agreement.gather(self._tr_loss.item()),
-            "total": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-        }
-
-    def restore_loop(self, loop: dict[str, Any]) -> None:
-        """What `loop_state` gave; of ranks that are no more the losses go to the others."""
-        losses, ranks = loop["losses"], self.args.world_size
-        own = losses[self.args.process_index] if len(losses) == ranks else sum(losses) / len(losses)
-        self._tr_loss += own
-        self._total_loss_scalar = loop["total"]
-        self._globalstep_last_logged = loop["last_logged"]
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            steps, self._logged_to = self.state.global_step - self._logged_to, self.state.global_step
+            if math.isfinite(logs["loss"]):
+                self._logged = (self._logged[0] + logs["loss"] * steps, self._logged[1] + steps)
+            else:
+                self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
+        super().log(logs, *args, **kwargs)
 
     @property
     def mean_loss(self) -> float:
-        """Over all steps, once training is over."""
-        return float(self._total_loss_scalar) / max(self.state.global_step, 1)
+        """Over all steps, but for logging steps with one that was not finite."""
+        total, steps = self._logged
+        rest, more = float(self._tr_loss), self.state.global_step - self._logged_to
+        if math.isfinite(rest):
+            total, steps = total + rest, steps + more
+        return total / max(steps, 1)
+
+    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
+        """The losses that are not logged yet, of every rank, and those that are; a collective."""
+        losses = agreement.gather(self._tr_loss.item())
+        return {"losses": losses, "logged": list(self._logged), "logged_to": self._logged_to}
+
+    def restore_loop(self, loop: dict[str, Any]) -> None:
+        """What `loop_state` gave; on another number of ranks each gets the mean, which is what is logged."""
+        losses, ranks = loop["losses"], self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if len(losses) == ranks else sum(losses) / len(losses)
+        self._logged = (loop["logged"][0], loop["logged"][1])
+        self._logged_to = self._globalstep_last_logged = loop["logged_to"]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.point is not None:
