@@ -157,6 +157,7 @@ def measure(
             args=arguments,
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id),
+            config=config,
             engine=DataParallel(0, 1),
             plan=plan,
         )

@@ -200,15 +200,6 @@ class Phi3VTrainer(Trainer):
         if self.checkpoints is not None and not (self.faults is not None and self.faults.in_a_row):
             self.checkpoints.save(self)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            steps, self._logged_to = self.state.global_step - self._logged_to, self.state.global_step
-            if math.isfinite(logs["loss"]):
-                self._logged = (self._logged[0] + logs["loss"] * steps, self._logged[1] + steps)
-            else:
-                self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
-        super().log(logs, *args, **kwargs)
-
     @property
     def mean_loss(self) -> float:
         """Over all steps, but for logging steps with one that was not finite."""
@@ -291,12 +282,21 @@ class Phi3VTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Where parts have learning rates of their own, all of them are logged beside that of the first group."""
+        if "loss" in logs:
+            self._add_to_mean(logs["loss"])
         if "learning_rate" in logs and has_several_rates(self.config):
             # What the schedule multiplies is the same for all; it may have been stepped since.
             first = self.lr_scheduler.base_lrs[0]
             for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
                 logs[f"learning_rate_{group['name']}"] = logs["learning_rate"] * peak / first
         super().log(logs, *args, **kwargs)
+
+    def _add_to_mean(self, loss: float) -> None:
+        steps, self._logged_to = self.state.global_step - self._logged_to, self.state.global_step
+        if math.isfinite(loss):
+            self._logged = (self._logged[0] + loss * steps, self._logged[1] + steps)
+        else:
+            self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))
