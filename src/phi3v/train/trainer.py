@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from phi3v.train.faults import StepFaults
 from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
+from phi3v.train.signals import ignore_in_worker
 
 if TYPE_CHECKING:
     from phi3v.train.checkpointer import Checkpointer
@@ -116,7 +118,11 @@ class Phi3VTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.plan is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            # What iterates is below accelerate's wrapper.
+            inner: Any = getattr(loader, "base_dataloader", loader)
+            inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
+            return loader
         assert isinstance(self.train_dataset, PackedDataset)
         # The plan deals rows to ranks already, so accelerate has nothing to share out.
         return PackedLoader(
@@ -127,6 +133,7 @@ class Phi3VTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=partial(ignore_in_worker, None),
         )
 
     def get_batch_samples(
