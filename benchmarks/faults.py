@@ -146,18 +146,20 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
         if tally.kills < kills:
             aims = dice.randrange(SAVE_SHARE) == 0
             if aims:
-                _wait_for_save(process, out, dice.randrange(1, 3))
+                _wait_for_save(process, out, dice.randrange(1, 4))
                 time.sleep(dice.uniform(0, 0.15))
             else:
                 end = began + dice.uniform(0, 1.5 * until_steps)
                 while time.monotonic() < end and process.exitcode is None:
                     time.sleep(0.01)
             if process.exitcode is not None:
-                raise RuntimeError(f"the run ended after {tally.kills} kills; give it more --steps\n{log.read_text()}")
+                raise RuntimeError(f"the run ended after {tally.kills} kills; give it more --steps\n{_said(log)}")
             seen = [path for path in checkpoints(out) if step_of(path) > before]
             if seen:
                 first = min(path.stat().st_mtime for path in seen)
                 until_steps = max(0.5, first - (time.time() - (time.monotonic() - began)))
+            elif not aims:
+                until_steps *= 1.5
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             tally.kills += 1
@@ -166,14 +168,19 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
         else:
             process.join(PATIENCE)
             if process.exitcode != 0:
-                raise RuntimeError(f"the run did not end well: {process.exitcode}\n{log.read_text()}")
+                raise RuntimeError(f"the run did not end well: {process.exitcode}\n{_said(log)}")
         _judge_start(tally, log, newest)
         newest = _judge_folder(tally, out, newest)
         tally.before_first_step += newest == before and process.exitcode != 0
-        tally.steps_computed += sum(1 for _ in re.finditer(r"^step \d+/", log.read_text(), re.MULTILINE))
+        tally.steps_computed += sum(1 for _ in re.finditer(r"^step \d+/", _said(log), re.MULTILINE))
         print(f"kill {tally.kills}: step {max(newest, 0)}, {tally.hit_saves} hit a save", flush=True)
         if process.exitcode == 0:
             return tally
+
+
+def _said(log: Path) -> str:
+    """What a process said; nothing if it was killed before it could."""
+    return log.read_text() if log.exists() else ""
 
 
 def _wait_for_save(process: Any, out: Path, number: int) -> None:
@@ -191,7 +198,7 @@ def _wait_for_save(process: Any, out: Path, number: int) -> None:
 
 def _judge_start(tally: Tally, log: Path, newest: int) -> None:
     """Whether a process went on from the newest checkpoint that it found."""
-    text = " ".join(log.read_text().split())
+    text = " ".join(_said(log).split())
     match = re.search(r"the newest valid checkpoint\), after step (\d+)", text)
     if match is not None:
         tally.resumes += 1

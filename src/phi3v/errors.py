@@ -30,8 +30,11 @@ class UserError(Exception):
         return text.rsplit("phi3v.errors.UserError: ", 1)[-1].strip()
 
 
-class StoppedError(Exception):
-    """A signal ended the run; what there was to save has been saved. The command line prints it and exits with 3."""
+class StoppedError(BaseException):
+    """A signal ended the run; what there was to save has been saved. The command line prints it and exits with 3.
+
+    As KeyboardInterrupt it comes out of any code, so no handler of ordinary errors may take it for one.
+    """
 
 
 class LostRankError(Exception):

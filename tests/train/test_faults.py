@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -118,6 +119,26 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, small_model_dir: Path, e
     assert f"stopped by SIGTERM after step {last}, which is saved" in shown
     assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{last}"]
     assert damage(out / f"checkpoint-{last}") is None
+
+
+def _whole_group_signalled(arguments: list[str], metrics: Path) -> int:
+    os.setsid()
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have readers
+    once_at(2, metrics, lambda: os.killpg(0, signal.SIGTERM))
+    return 0 if main(arguments) == 3 else 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["none", "samples"])
+def test_a_signal_to_all_processes_leaves_the_readers_alive(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, packing: str
+) -> None:
+    """As Slurm sends it; the step is done with what the readers still bring."""
+    out = tmp_path / "run"
+    settings = ("training.max_steps", 200, "data.num_workers", 2, "data.packing", packing)
+    arguments = command(small_model_dir, easy_vqa, out, *settings)
+    run_ranks(1, _whole_group_signalled, arguments, out / "metrics.jsonl", folder=tmp_path / "printed")
+    assert find_checkpoint(out).folder == out / f"checkpoint-{read_metrics(out)[-1]['step']}"
 
 
 def not_finite(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:

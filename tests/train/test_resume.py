@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_run(
 def command(model: Path, data: Path, out: Path, *settings: object) -> list[str]:
     defaults: tuple[object, ...] = (
         *("model.path", model, "data.train", data / "train.jsonl", "data.num_workers", 0, "training.output_dir", out),
-        *("training.learning_rate", 2e-3, *COMMON, *settings),
+        *("training.learning_rate", 2e-3, "distributed.engine", "ddp", *COMMON, *settings),
     )
     pairs = dict(zip(defaults[::2], defaults[1::2], strict=True))
     return ["train", *(part for name, value in pairs.items() for part in (f"--{name}", str(value)))]

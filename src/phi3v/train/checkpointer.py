@@ -31,7 +31,7 @@ from phi3v.train.checkpoint_folder import (
     unfinished_folder,
     write_state,
 )
-from phi3v.train.engines import Engine, Rest, to_host, write_nothing
+from phi3v.train.engines import Engine, Rest, to_host
 from phi3v.train.optimizers import moment_bytes
 from phi3v.train.random_state import random_state
 from phi3v.train.resume import fingerprints
@@ -64,6 +64,7 @@ class Checkpointer(TrainerCallback):
     Attributes:
         stopped_by: the signal that ended training.
         failed: saves that could not be written.
+        last_step: that a save was tried of.
         last_failure: why the newest save could not be written; None if it could.
     """
 
@@ -97,6 +98,7 @@ class Checkpointer(TrainerCallback):
         self.failed = 0
         self.last_failure: str | None = None
         self._files = fingerprints(config) if rank == 0 else {}
+        self.last_step = -1
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -143,7 +145,7 @@ class Checkpointer(TrainerCallback):
         self.wait()
         started = time.monotonic()
         self._last = started
-        step = trainer.state.global_step
+        step = self.last_step = trainer.state.global_step
         tensors = self.engine.full_state_dict(self.model)
         randoms = self.agreement.gather(random_state())
         state = self._state(trainer)
@@ -171,25 +173,7 @@ class Checkpointer(TrainerCallback):
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
-        rest: Rest = write_nothing
-        if self.rank == 0 or self.engine.sharded:
-            (unfinished / "optimizer").mkdir(parents=True, exist_ok=True)
-        own_error: str | None = None
-        try:
-            rest = self.engine.save_optimizer(trainer, unfinished / "optimizer")
-            if self.engine.sharded:
-                rest()
-        except WRITE_ERRORS as error:
-            if not self.engine.sharded:
-                raise
-            own_error = _words(error)
-        if self.engine.sharded:
-            # What every rank wrote must be there before rank 0 calls the checkpoint whole.
-            wrong = [error for error in self.agreement.gather(own_error) if error is not None]
-            rest = write_nothing
-            if wrong:
-                self._report_failure(step, wrong[0])
-                return
+        rest = self.engine.save_optimizer(trainer, unfinished / "optimizer")
         if tensors is None:
             return
         if in_thread:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from phi3v.train.checkpoint_folder import (
     step_of,
 )
 from phi3v.train.device import Compute
+from phi3v.train.engines.choice import choose_engine
 
 # Keys that may be others on resume, by name or by group: none changes what a step computes.
 CHANGEABLE = (
@@ -54,6 +56,9 @@ CHANGEABLE = (
 EXTENDABLE = ("training.epochs", "training.max_steps")
 # These may be at another place, with the same content.
 MOVABLE = {"data.train": "train", "data.eval": "eval"}
+
+# Engines that hold everything on every rank, and save the optimizer alike; the others do so among themselves.
+WHOLE = ("none", "ddp")
 
 # What belongs to the end of a run, and is made again if the run goes on.
 _OF_THE_END = ("final", "eval_after.json", "predictions_after.jsonl", "report.html")
@@ -112,8 +117,11 @@ def find_resume_point(
         return None
     found: ResumePoint | FinishedRun | None = None
     wrong: UserError | None = None
+    newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
+    everywhere = agreement.gather((newest, platform.node()))
     if compute.rank == 0:
         try:
+            _require_newest_here(everywhere, config.training.output_dir)
             found = _find(wanted, config, compute, console)
         except UserError as error:
             wrong = error
@@ -155,11 +163,30 @@ def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) ->
     else:
         folder, why = _named(Path(wanted), run_folder), "as asked for"
     state, randoms = read_state(folder)
+    engine = choose_engine(config, compute).name
+    if (engine in WHOLE) != (state["engine"] in WHOLE):
+        raise UserError(
+            f"was saved by the engine {state['engine']}, and on {compute.world_size} ranks this is {engine}",
+            where=str(folder),
+            hint=f"go on on {state['world_size']} ranks, or begin runs that change their number with "
+            "distributed.engine ddp or fsdp2",
+        )
     changes = allowed_changes(state, config, str(folder))
     console.print(f"resume: {folder} ({why}), after step {state['step']}", highlight=False, soft_wrap=True)
     for line in [*changes, *_other_ranks(state, config, compute)]:
         console.print(f"resume: {line}", highlight=False, soft_wrap=True)
     return ResumePoint(folder, state, randoms)
+
+
+def _require_newest_here(everywhere: list[tuple[int, str]], folder: str) -> None:
+    """Rank 0 reads and writes checkpoints; a launcher may have given that number to another machine than before."""
+    step, machine = max(everywhere)
+    if step > everywhere[0][0]:
+        raise UserError(
+            f"the newest checkpoint, of step {step}, is on {machine}, and rank 0 is on {everywhere[0][1]} now",
+            where=folder,
+            hint="copy the run folder there, use a disk that all machines share, or fix the order with --node-rank",
+        )
 
 
 def _named(folder: Path, run_folder: Path) -> Path:

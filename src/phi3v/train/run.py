@@ -226,7 +226,7 @@ def _trainer(
     return trainer, progress, during, saves
 
 
-def _stopped(saves: Checkpointer, step: int) -> Exception:
+def _stopped(saves: Checkpointer, step: int) -> BaseException:
     """The end of a run that a signal stopped after a step."""
     if saves.last_failure is not None:
         return UserError(

@@ -5,13 +5,25 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from phi3v.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def ignore_in_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """For a process that reads data: a signal to all processes of a job must not end it before the step is done.
+
+    Args:
+        then: what the worker is to begin with besides.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class Signals:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from phi3v.train.faults import StepFaults
 from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
+from phi3v.train.signals import ignore_in_worker
 
 if TYPE_CHECKING:
     from phi3v.train.checkpointer import Checkpointer
@@ -79,6 +82,8 @@ class Phi3VTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.counts = [0.0] * 4  # weight, samples, questions, tokens of all ranks since the start
         self.steps_per_epoch = 0
+        self._logged = (0.0, 0)  # the sum of all losses that were logged, and of how many steps
+        self._logged_to = 0
         self.skipped: list[tuple[str, str]] = []  # records that were left out, and why
 
     @property
@@ -113,7 +118,11 @@ class Phi3VTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.plan is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            # What iterates is below accelerate's wrapper.
+            inner: Any = getattr(loader, "base_dataloader", loader)
+            inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
+            return loader
         assert isinstance(self.train_dataset, PackedDataset)
         # The plan deals rows to ranks already, so accelerate has nothing to share out.
         return PackedLoader(
@@ -124,6 +133,7 @@ class Phi3VTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=partial(ignore_in_worker, None),
         )
 
     def get_batch_samples(
@@ -143,7 +153,7 @@ class Phi3VTrainer(Trainer):
         except UserError as error:
             wrong = str(error)
         if self.agreement.total([wrong is not None])[0]:
-            if self.checkpoints is not None and self.state.global_step:
+            if self.checkpoints is not None and self.state.global_step not in (0, self.checkpoints.last_step):
                 self.checkpoints.save(self)
                 self.checkpoints.wait()
             what = next(text for text in self.agreement.gather(wrong) if text is not None)
@@ -197,26 +207,26 @@ class Phi3VTrainer(Trainer):
         if self.checkpoints is not None and not (self.faults is not None and self.faults.in_a_row):
             self.checkpoints.save(self)
 
-    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
-        """The losses that are not logged yet, of every rank, and those that are; a collective."""
-        return {
-            "losses": agreement.gather(self._tr_loss.item()),
-            "total": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-        }
-
-    def restore_loop(self, loop: dict[str, Any]) -> None:
-        """What `loop_state` gave; of ranks that are no more the losses go to the others."""
-        losses, ranks = loop["losses"], self.args.world_size
-        own = losses[self.args.process_index] if len(losses) == ranks else sum(losses) / len(losses)
-        self._tr_loss += own
-        self._total_loss_scalar = loop["total"]
-        self._globalstep_last_logged = loop["last_logged"]
-
     @property
     def mean_loss(self) -> float:
-        """Over all steps, once training is over."""
-        return float(self._total_loss_scalar) / max(self.state.global_step, 1)
+        """Over all steps, but for logging steps with one that was not finite."""
+        total, steps = self._logged
+        rest, more = float(self._tr_loss), self.state.global_step - self._logged_to
+        if math.isfinite(rest):
+            total, steps = total + rest, steps + more
+        return total / max(steps, 1)
+
+    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
+        """The losses that are not logged yet, of every rank, and those that are; a collective."""
+        losses = agreement.gather(self._tr_loss.item())
+        return {"losses": losses, "logged": list(self._logged), "logged_to": self._logged_to}
+
+    def restore_loop(self, loop: dict[str, Any]) -> None:
+        """What `loop_state` gave; on another number of ranks each gets the mean, which is what is logged."""
+        losses, ranks = loop["losses"], self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if len(losses) == ranks else sum(losses) / len(losses)
+        self._logged = (loop["logged"][0], loop["logged"][1])
+        self._logged_to = self._globalstep_last_logged = loop["logged_to"]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.point is not None:
@@ -246,10 +256,10 @@ class Phi3VTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.point is not None:
             self._check_engine_of_checkpoint(self.point)
-            has_files = self.engine.sharded or self.args.process_index == 0
-            tensors = read_trained(self.model, self.point.folder / "model") if self.args.process_index == 0 else None
+            folder = self.point.folder if self.args.process_index == 0 else None
+            tensors = read_trained(self.model, folder / "model") if folder is not None else None
             self.engine.load_full_state_dict(self.model, tensors)
-            self.engine.load_optimizer(self, self.point.folder / "optimizer" if has_files else None)
+            self.engine.load_optimizer(self, folder / "optimizer" if folder is not None else None)
         return prepared
 
     def _check_engine_of_checkpoint(self, point: ResumePoint) -> None:
@@ -279,12 +289,21 @@ class Phi3VTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Where parts have learning rates of their own, all of them are logged beside that of the first group."""
+        if "loss" in logs:
+            self._add_to_mean(logs["loss"])
         if "learning_rate" in logs and has_several_rates(self.config):
             # What the schedule multiplies is the same for all; it may have been stepped since.
             first = self.lr_scheduler.base_lrs[0]
             for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
                 logs[f"learning_rate_{group['name']}"] = logs["learning_rate"] * peak / first
         super().log(logs, *args, **kwargs)
+
+    def _add_to_mean(self, loss: float) -> None:
+        steps, self._logged_to = self.state.global_step - self._logged_to, self.state.global_step
+        if math.isfinite(loss):
+            self._logged = (self._logged[0] + loss * steps, self._logged[1] + steps)
+        else:
+            self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))

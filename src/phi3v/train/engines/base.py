@@ -36,14 +36,12 @@ class Engine(ABC):
 
     Attributes:
         meets_in_every_row: all ranks have to run the same number of rows a step.
-        sharded: every rank writes its part of the optimizer; otherwise rank 0 writes all.
         asynchronous: what `save_optimizer` leaves to do may be left to a thread.
         can_drop_step: a step whose gradient is not finite leaves the weights as they are, if its gradients are set to
             None before the optimizer's step.
     """
 
     meets_in_every_row: ClassVar[bool] = False
-    sharded: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = True
     can_drop_step: ClassVar[bool] = True
 

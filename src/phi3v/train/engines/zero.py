@@ -36,6 +36,8 @@ class ZeroEngine(ShardedEngine):
     measured and saved are these.
     """
 
+    can_drop_step = False  # it steps at the end of the backward pass
+
     def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> None:
         super().__init__(model, choice, config, compute)
         self.stage = int(choice.name[-1])
