@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpoint_folder import step_of
 from phi3v.train.device import Compute
 from phi3v.train.loading import inspect_model, keep_trainable_layout, load_processor, load_weights, quantization
 
@@ -42,13 +43,16 @@ class Tuned:
 
 
 def find_tuned(name: str) -> Tuned:
-    """Find out what ``name`` is: a run folder (its ``final/`` is meant), an adapter, a model folder, or a hub id.
+    """Find out what ``name`` is: a run (its ``final/`` is meant), a checkpoint, an adapter, a model, or a hub id.
 
     Raises:
         UserError: a run without a result, or an adapter that does not say what it goes on.
     """
     folder = Path(name)
-    of_run = folder.parent if folder.name in SAVES else folder
+    is_save = folder.name in SAVES or step_of(folder) >= 0
+    of_run = folder.parent if is_save else folder
+    if step_of(folder) >= 0 and (folder / "model").is_dir():
+        folder = folder / "model"
     run = RunConfig()
     if (of_run / "config.yaml").is_file():
         run = load_config(of_run / "config.yaml")
