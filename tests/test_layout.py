@@ -13,6 +13,7 @@ ROOMS = [
     "__main__",
     "cli",
     "doctor",
+    "export",
     "plan",
     "train",
     "evaluate",
@@ -22,6 +23,7 @@ ROOMS = [
     "processing",
     "config",
     "machine",
+    "findings",
     "errors",
 ]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
