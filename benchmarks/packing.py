@@ -47,6 +47,7 @@ from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_compute
+from phi3v.train.engines import DataParallel
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.progress import peak_memory_gb
 from phi3v.train.setup import make_plan
@@ -156,6 +157,8 @@ def measure(
             args=arguments,
             train_dataset=dataset,
             data_collator=Collator(processor.tokenizer.pad_token_id),
+            config=config,
+            engine=DataParallel(0, 1),
             plan=plan,
         )
         clock = Clock(limit)

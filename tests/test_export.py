@@ -276,6 +276,18 @@ def test_verify_says_what_is_wrong(
     assert said in capsys.readouterr().out
 
 
+def test_a_run_ends_answers_where_the_chat_format_does(runs: dict[str, Path], base: Path) -> None:
+    """Whatever the source said: the base of these runs knew one of the two tokens."""
+    of_base, of_run = (
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        for folder in (base, runs["full"] / "final")
+    )
+    tokenizer = Phi3VProcessor.from_pretrained(base).tokenizer
+    ends = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    assert of_base != ends
+    assert of_run[:2] == ends
+
+
 def test_verify_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--verify", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The command line: one subcommand a verb; parsing and wiring, no logic.
 
-Exit codes: 0 done; 1 a fault of ours; 2 the user's input was wrong; 130 interrupted.
+Exit codes: 0 done; 1 a fault of ours, or another process of the run was lost; 2 the user's input was wrong; 3 stopped
+by a signal, with everything saved that there was to save; 130 interrupted at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from phi3v import __version__
 from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
 from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
-from phi3v.errors import UserError
+from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
 SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_json=getattr(arguments, "json", False),
         show_downloads=arguments.handler is _data_convert,
     )
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def run_command(
@@ -60,6 +65,8 @@ def run_command(
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -76,6 +83,13 @@ def run_command(
                 time.sleep(SECONDS_TO_SPEAK)
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        if is_first_rank:
+            print(error, file=sys.stderr)
+        return 3
+    except LostRankError as error:
+        print(f"error: {error}" if is_first_rank else f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -94,11 +108,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if argv[:1] != ["train"]:
         return build_parser().parse_args(argv)
     arguments = build_parser().parse_args(["train"])
-    rest = [argument for argument in argv[1:] if argument != "--json"]
-    arguments.json = len(rest) < len(argv) - 1
+    rest, arguments.resume = _take_resume([argument for argument in argv[1:] if argument != "--json"])
+    arguments.json = "--json" in argv[1:]
     arguments.recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     arguments.overrides = rest
     return arguments
+
+
+def _take_resume(argv: list[str]) -> tuple[list[str], str | None]:
+    """Take ``--resume``, ``--resume auto``, ``--resume PATH`` or ``--resume=…`` out of a command line."""
+    for place, argument in enumerate(argv):
+        if argument.startswith("--resume="):
+            return argv[:place] + argv[place + 1 :], argument.removeprefix("--resume=") or "auto"
+        if argument == "--resume":
+            after = argv[place + 1 : place + 2]
+            # A recipe that comes last is none to go on from.
+            value = [name for name in after if not name.startswith("-") and Path(name).suffix not in (".yaml", ".yml")]
+            return argv[:place] + argv[place + 1 + len(value) :], value[0] if value else "auto"
+    return argv, None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -382,7 +409,12 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
     if {"-h", "--help"} & set(arguments.overrides) or (arguments.recipe is None and not arguments.overrides):
         options = config_parser()
         options.prog = "phi3v train"
-        options.usage = "phi3v train [RECIPE.yaml] [--json] [--key.subkey value …]"
+        options.usage = "phi3v train [RECIPE.yaml] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
+        options.description = (
+            "--resume goes on from the newest valid checkpoint of training.output_dir, or from the one that is named; "
+            "without any the run starts anew. SIGTERM, SIGINT and SIGUSR1 end training after its step, with a "
+            "checkpoint and exit code 3."
+        )
         options.epilog = "example: phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first"
         options.print_help()
         return None
@@ -391,7 +423,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
     from phi3v.train.run import run_training
 
     check_before_training(config)
-    return run_training(config, console).to_json_dict()
+    return run_training(config, console, arguments.resume).to_json_dict()
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -68,6 +68,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -127,6 +128,8 @@ class DataConfig:
     """Tokens of a packed row, which a device computes at a time, at most; a longer record gets a row of its own."""
     shared_image_max: int = 8
     """shared-image: records about the same pictures that share one step at most; more go into other steps."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A picture that cannot be read in the middle of a run: stop, or leave its record out, count it and list it."""
 
     def __post_init__(self) -> None:
         counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
@@ -151,10 +154,27 @@ class LoraConfig:
     """Parts trained in full beside the adapters, which get none; the separators sub_GN and glb_GN stay frozen."""
     double_quant: bool = False
     """qlora: quantise the quantisation constants too."""
+    dora: bool = False
+    """DoRA: also learn the length of every column of an adapted weight (arXiv 2402.09353)."""
+    rslora: bool = False
+    """rsLoRA: scale adapters by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    init: Literal["gaussian", "default", "pissa"] = "gaussian"
+    """What adapters begin as: gaussian: as the public recipe; default: PEFT's; both change nothing at first. pissa:
+    the principal singular vectors, which training then starts from (arXiv 2404.02948); saved as a plain LoRA."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: the learning rate of the B matrices divided by that of the A matrices, e.g. 16 (arXiv 2402.12354)."""
 
     def __post_init__(self) -> None:
         _require(self, "method.lora", rank=(1, None), dropout=(0, 0.99))
         _require_positive(self, "method.lora", "alpha_ratio")
+        if self.lora_plus_ratio is not None:
+            _require_positive(self, "method.lora", "lora_plus_ratio")
+        if self.dora and self.init == "pissa":
+            raise UserError(
+                "a PiSSA adapter is saved as the difference to its start, and DoRA's is no sum",
+                where="method.lora.init",
+                hint="use gaussian, or set method.lora.dora to false",
+            )
         if not (self.parts if self.targets is None else self.targets):
             raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
 
@@ -173,6 +193,31 @@ class MethodConfig:
     """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters."""
+
+    def __post_init__(self) -> None:
+        if self.name == "qlora" and self.lora.init == "pissa":
+            raise UserError(
+                "PiSSA takes adapters out of the weights, and four bits have no room for what is left of them",
+                where="method.lora.init",
+                hint="use gaussian, or method.name lora",
+            )
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rates of parts; each follows the one schedule."""
+
+    vision: float | None = None
+    """Of the vision tower; default: training.learning_rate."""
+    projector: float | None = None
+    """Of the projector; default: training.learning_rate."""
+    decoder: float | None = None
+    """Of the decoder, its embeddings and its head; default: training.learning_rate."""
+
+    def __post_init__(self) -> None:
+        for key in ("vision", "projector", "decoder"):
+            if getattr(self, key) is not None:
+                _require_positive(self, "training.learning_rates", key)
 
 
 @dataclass
@@ -199,6 +244,8 @@ class TrainingConfig:
     """Samples that a device computes at a time; the rest of batch_size is accumulated."""
     learning_rate: float = 4e-5
     """Peak learning rate."""
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    """Other peaks for some parts."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     adam_beta1: float = 0.9
@@ -231,6 +278,8 @@ class TrainingConfig:
     lean: bool = False
     """Least memory: bf16 weights, rounded stochastically, with the optimizer's step inside the backward pass and full
     checkpointing; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
+    max_nonfinite_steps: int = 3
+    """A step whose loss or gradient is not finite changes no weight; stop after so many of them in a row."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     progress_bar: bool = True
@@ -238,11 +287,55 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         at_least_one = dict.fromkeys(
-            ("batch_size", "batch_tokens", "micro_batch_size", "logging_steps", "max_steps"), (1, None)
+            (
+                "batch_size",
+                "batch_tokens",
+                "micro_batch_size",
+                "logging_steps",
+                "max_steps",
+                "max_nonfinite_steps",
+            ),
+            (1, None),
         )
         at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
         _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
         _require_positive(self, "training", "epochs", "learning_rate", "adam_epsilon")
+
+
+@dataclass
+class DistributedConfig:
+    """How several processes (GPUs, machines) train one model together."""
+
+    engine: EngineName = "auto"
+    """ddp: every device holds everything; zero1, zero2, zero3: DeepSpeed divides the optimizer's state, also the
+    gradients, also the weights; fsdp2: torch divides all three. auto: as the public recipe, zero2 for full and
+    frozen-vision and ddp for adapters."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3: keep the optimizer's state in the host's memory."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "distributed", "timeout_minutes")
+
+
+@dataclass
+class CheckpointConfig:
+    """From where a run that was interrupted goes on; see phi3v train --resume."""
+
+    save_steps: int | None = None
+    """Save every so many optimizer steps, and at the last; default: by time only."""
+    save_minutes: float | None = 30.0
+    """Save at the first step after so many minutes without a save; null: by steps only."""
+    keep_last: int = 2
+    """Checkpoints that are kept; older ones are deleted. The best weights are kept by evaluation.keep_best."""
+    asynchronous: bool = True
+    """Copy to the host's memory and write while training goes on, where the engine and the memory allow that."""
+
+    def __post_init__(self) -> None:
+        _require(self, "checkpoint", save_steps=(1, None), keep_last=(1, None))
+        if self.save_minutes is not None:
+            _require_positive(self, "checkpoint", "save_minutes")
 
 
 @dataclass
@@ -321,6 +414,10 @@ class RunConfig:
     """What is trained."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How several processes train together."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved on the way."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How it is measured."""
 

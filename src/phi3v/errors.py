@@ -28,3 +28,14 @@ class UserError(Exception):
         text = f"{text}\n  → {self.hint}" if self.hint else text
         # A worker process of a DataLoader wraps the whole traceback into the message of a new error.
         return text.rsplit("phi3v.errors.UserError: ", 1)[-1].strip()
+
+
+class StoppedError(BaseException):
+    """A signal ended the run; what there was to save has been saved. The command line prints it and exits with 3.
+
+    As KeyboardInterrupt it comes out of any code, so no handler of ordinary errors may take it for one.
+    """
+
+
+class LostRankError(Exception):
+    """Another process of the run ended, or does not answer. The command line prints it and exits with 1."""

@@ -156,7 +156,7 @@ def test_a_row() -> None:
     assert row["input_ids"].tolist() == [[1, 5, 6, 7, 8, 4, 9, 1, 3]]
     assert row["labels"].tolist() == [[-100, -100, -100, 7, 8, -100, 9, -100, 3]]
     assert row["loss_weights"].tolist() == [[0, 0, 0, 0.5, 0.5, 0, 1, 0, 1]]
-    assert row["counts"] == (3.0, 3, 3, 9)
+    assert row["counts"][:4] == (3.0, 3, 3, 9)
     by_token = pack_row([[sample([1, 5, 6, 7, 8], 2)]], "token")
     assert by_token["loss_weights"].tolist() == [[0, 0, 0, 1, 1]]
     assert "pages" not in row

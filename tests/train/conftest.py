@@ -20,7 +20,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def train(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> Train:
     """Run ``phi3v train`` on the small files in this process; returns its exit code and the run folder."""
 
-    def run(*overrides: Any, out: str = "run") -> tuple[int, Path]:
+    def run(*overrides: Any, out: str = "run", resume: str | None = None) -> tuple[int, Path]:
         folder = tmp_path / out
         settings: dict[str, Any] = {
             "model.path": small_model_dir,
@@ -40,6 +40,6 @@ def train(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> Train:
         for name, value in zip(overrides[::2], overrides[1::2], strict=True):
             settings[name] = value
         arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        return main(["train", *arguments]), folder
+        return main(["train", *(["--resume", resume] if resume is not None else []), *arguments]), folder
 
     return run

@@ -15,6 +15,7 @@ from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import choose_compute
+from phi3v.train.engines import DataParallel
 from phi3v.train.loading import inspect_model, load_for_training
 from phi3v.train.setup import make_plan
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
@@ -64,6 +65,8 @@ def one_step(
             ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)
         ),
         data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
+        config=config,
+        engine=DataParallel(compute.rank, compute.world_size),
         plan=plan,
     )
     assert trainer.args.world_size == compute.world_size  # the ranks asked for are the ranks that run

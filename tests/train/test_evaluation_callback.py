@@ -16,7 +16,8 @@ from phi3v.evaluate.metrics import Score
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
 from phi3v.train import evaluation_callback
-from phi3v.train.saving import in_stored_dtype, load_trained, save_replacing
+from phi3v.train.engines import DataParallel
+from phi3v.train.saving import in_stored_dtype, read_trained, save_replacing
 
 SIX_STEPS = ("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1)
 
@@ -138,15 +139,16 @@ def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_mode
     from phi3v.processing.processor import Phi3VProcessor
 
     model = Phi3VForCausalLM.from_pretrained(small_model_dir)
+    engine = DataParallel(0, 1)
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
     for value in (1.0, 2.0):
         with torch.no_grad():
             model.lm_head.weight.fill_(value)
-        save_replacing(model, processor, tmp_path / "best")
+        save_replacing(model, processor, tmp_path / "best", engine.full_state_dict(model))
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
     with torch.no_grad():
         model.lm_head.weight.fill_(3.0)
-    load_trained(model, tmp_path / "best", rank=0, world_size=1)
+    engine.load_full_state_dict(model, read_trained(model, tmp_path / "best"))
     assert bool((model.lm_head.weight == 2.0).all())
 
 

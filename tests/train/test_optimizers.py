@@ -10,10 +10,16 @@ import pytest
 import torch
 from run_helpers import Train, load, read_metrics
 
-from phi3v.config import DataConfig, MethodConfig, RunConfig, TrainingConfig
+from phi3v.config import DataConfig, MethodConfig, RunConfig, TrainingConfig, load_config
 from phi3v.errors import UserError
 from phi3v.train.device import Compute
-from phi3v.train.optimizers import StochasticAdamW, check_optimizer, round_stochastically, state_bytes
+from phi3v.train.optimizers import (
+    StochasticAdamW,
+    check_optimizer,
+    divide_groups,
+    round_stochastically,
+    state_bytes,
+)
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 
@@ -221,3 +227,34 @@ def test_bytes_of_a_parameter() -> None:
     assert state_bytes(TrainingConfig(optimizer="adamw_8bit")) == 6
     assert state_bytes(TrainingConfig(optimizer="adamw_bf16")) == 6
     assert state_bytes(TrainingConfig(**LEAN)) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_parts_have_learning_rates_of_their_own(train: Train, optimizer: str) -> None:
+    code, folder = train(
+        *("training.optimizer", optimizer, "training.learning_rate", 1e-3, "training.schedule", "constant_with_warmup"),
+        *("training.learning_rates.vision", 1e-5, "training.learning_rates.projector", 1e-4, "training.max_steps", 2),
+    )
+    assert code == 0
+    line = read_metrics(folder)[-1]
+    rates = [line[f"learning_rate_{part}"] for part in ("decoder", "projector", "vision")]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+def test_groups_keep_their_weight_decay(small_model_dir: Path) -> None:
+    config = load_config(None, ["--training.learning_rates.vision", "1e-5", "--training.learning_rate", "1e-3"])
+    model = load(small_model_dir, config.method)
+    decayed = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = StochasticAdamW(groups, lr=1e-3)
+    divide_groups(optimizer, model, config)
+    found = {(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    rates = {"vision": 1e-5, "projector": 1e-3, "decoder": 1e-3}
+    assert found == {(part, rate, decay) for part, rate in rates.items() for decay in (0.1, 0.0)}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed) + len(others)
+    vision = dict(model.named_parameters())["model.vision_embed_tokens.img_processor.vision_model.pre_layrnorm.weight"]
+    before = vision.detach().clone()
+    vision.grad = torch.ones_like(vision)
+    optimizer.step()
+    assert float((before - vision.detach()).max()) == pytest.approx(1e-5, rel=0.1)

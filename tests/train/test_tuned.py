@@ -125,3 +125,16 @@ def test_what_is_wrong_is_said(
     places = {"MODEL": str(small_model_dir), "DATA": str(easy_vqa / "test.jsonl")}
     assert main(["eval", *(places.get(argument, argument) for argument in arguments)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_measured_as_it_is(train: Train, easy_vqa: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are those of ``final/``, in the dtype that they were trained in."""
+    settings = ("evaluation.before", "false", "checkpoint.save_steps", 3, "evaluation.max_new_tokens", 3)
+    code, folder = train(*settings, "method.name", "lora", "method.lora.rank", 4)
+    assert code == 0
+    tuned = find_tuned(str(folder / "checkpoint-3"))
+    assert tuned.adapter == folder / "checkpoint-3" / "model"
+    assert tuned.run.method.lora.rank == 4
+    given = evaluate(capsys, folder / "checkpoint-3", "--data", easy_vqa / "test.jsonl")
+    after = json.loads((folder / "eval_after.json").read_text())
+    assert given["scores"] == after["scores"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +18,49 @@ from phi3v.data.features import FeatureStore
 from phi3v.data.pages import Page, PageReader
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
 from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
 from phi3v.processing.pages import flatten_pages
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
 LossWeighting = Literal["sample", "token"]
+OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass
 class Sample:
-    """One record, or one question of it, as the model sees it."""
+    """One record, or one question of it, as the model sees it.
+
+    Attributes:
+        pages: of each picture, in order.
+        index: of the record in its table.
+        fault: why the record cannot be read; the sample is then another one, and weighs nothing.
+    """
 
     input_ids: list[int]
     labels: list[int]
-    pages: list[Page]  # of each picture, in order
+    pages: list[Page]
     num_questions: int = 1
+    index: int = -1
+    fault: str | None = None
+
+
+class Counts(NamedTuple):
+    """What a batch holds, as plain values that stay on the host.
+
+    Attributes:
+        weight: the sum of its loss weights.
+        samples, questions, tokens: how many, padding left out.
+        records: the index of every sample's record.
+        skipped: index and reason of records that could not be read; other ones are in their place and weigh nothing.
+    """
+
+    weight: float
+    samples: int
+    questions: int
+    tokens: int
+    records: tuple[int, ...] = ()
+    skipped: tuple[tuple[int, str], ...] = ()
 
 
 def make_sample(
@@ -76,18 +104,53 @@ class ConversationDataset(Dataset[Sample]):
 
     Args:
         features: of their pictures, where a frozen vision part has made them already.
+        on_bad: a record whose pictures cannot be read: raise that, or give the next one that can in its place, with
+            ``fault`` set.
     """
 
-    def __init__(self, table: RecordTable, processor: Phi3VProcessor, *, features: FeatureStore | None = None) -> None:
+    def __init__(
+        self,
+        table: RecordTable,
+        processor: Phi3VProcessor,
+        *,
+        features: FeatureStore | None = None,
+        on_bad: OnBadSample = "stop",
+    ) -> None:
         self.table = table
         self.processor = processor
         self.reader = PageReader(table, processor.image_processor, features)
+        self.on_bad = on_bad
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Sample:
-        return make_sample(self.reader, self.table[index], self.processor)
+        try:
+            return replace(make_sample(self.reader, self.table[index], self.processor), index=index)
+        except UserError as error:
+            if self.on_bad == "stop":
+                raise
+            other = first_readable(self.reader, self.table, self.processor, after=index, error=error)
+            return replace(other, index=index, fault=str(error).splitlines()[0])
+
+
+def first_readable(
+    reader: PageReader, table: RecordTable, processor: Phi3VProcessor, *, after: int, error: UserError
+) -> Sample:
+    """The first record after one that cannot be read, going round.
+
+    It takes the place of that one: every rank must run the same parts of the model, whatever it could read.
+
+    Raises:
+        UserError: ``error``, if no record can be read.
+    """
+    for step in range(1, len(table)):
+        index = (after + step) % len(table)
+        try:
+            return replace(make_sample(reader, table[index], processor), index=index)
+        except UserError:
+            continue
+    raise error
 
 
 @dataclass(frozen=True)
@@ -171,8 +234,8 @@ class Collator:
         """
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), and with
-            pictures what `stack_pictures` gives. Also ``counts``, plain numbers that stay on the host: sum of loss
-            weights, samples, questions, tokens.
+            pictures what `stack_pictures` gives. Also ``counts``, see `Counts`. A sample with a fault weighs nothing
+            and is not counted.
         """
         rows = [sample.input_ids for sample in samples]
         batch: dict[str, Any] = dict(pad_rows(rows, self.pad_token_id, self.padding_side))
@@ -185,15 +248,18 @@ class Collator:
             where = slice(length - len(own), length) if self.padding_side == "left" else slice(0, len(own))
             labels[row, where] = own
             weight = 1.0 / max(1, int(learnt.sum())) if self.loss_weighting == "sample" else 1.0
-            weights[row, where] = learnt * weight
+            weights[row, where] = learnt * weight * (sample.fault is None)
+        good = [sample for sample in samples if sample.fault is None]
         batch |= {
             "labels": labels,
             "loss_weights": weights,
-            "counts": (
+            "counts": Counts(
                 float(weights.sum()),
-                len(samples),
-                sum(sample.num_questions for sample in samples),
-                sum(len(row) for row in rows),
+                len(good),
+                sum(sample.num_questions for sample in good),
+                sum(len(sample.input_ids) for sample in good),
+                tuple(sample.index for sample in samples),
+                tuple((sample.index, sample.fault) for sample in samples if sample.fault is not None),
             ),
         }
         return batch | stack_pictures(samples)

@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi3v.config import Packing
-from phi3v.data.collate import LossWeighting, Sample, encode_record, make_sample, stack_pictures
+from phi3v.data.collate import (
+    Counts,
+    LossWeighting,
+    OnBadSample,
+    Sample,
+    encode_record,
+    first_readable,
+    make_sample,
+    stack_pictures,
+)
 from phi3v.data.features import FeatureStore
 from phi3v.data.pages import PageReader
 from phi3v.data.progress import LateProgress
@@ -150,12 +159,12 @@ class PackingPlan:
         """Tokens of the first epoch, but for groups that the end of a step cuts; others differ a little."""
         return int(self._costs(self._chunks(0)).sum())
 
-    def steps(self, epoch: int) -> Iterator[Step]:
-        """All steps of an epoch in order; each has at least one row for each rank."""
+    def steps(self, epoch: int, first: int = 0) -> Iterator[Step]:
+        """The steps of an epoch in order, from the ``first``; each has at least one row for each rank."""
         chunks = self._chunks(epoch)
         order = np.concatenate([np.array(chunk) for chunk in chunks])
         chunk_of = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
-        for start, end in zip(*self._bounds(chunks), strict=True):
+        for start, end in islice(zip(*self._bounds(chunks), strict=True), first, None):
             pieces = groupby(range(start, end), key=lambda place: chunk_of[place])
             yield self._deal([tuple(int(order[place]) for place in places) for _, places in pieces])
 
@@ -247,27 +256,43 @@ class PackingPlan:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A row to make, and whether it is its rank's last of a step."""
+    """A row to make, whether it is its rank's last of a step, and whether nothing is to be learnt from it."""
 
     row: Row
     ends_step: bool
+    fills: bool = False
 
 
 class RowSampler(Sampler[RowPlan]):
-    """The rows of one rank, step by step; `set_epoch` chooses the epoch."""
+    """The rows of one rank, step by step; `set_epoch` chooses the epoch.
 
-    def __init__(self, plan: PackingPlan, rank: int) -> None:
+    Attributes:
+        first_step: where the next epoch begins; those after it begin at 0.
+
+
+    Args:
+        equal: all ranks have equally many rows a step. Those with fewer run their smallest again, to no effect.
+    """
+
+    def __init__(self, plan: PackingPlan, rank: int, *, equal: bool = False) -> None:
         self.plan = plan
         self.rank = rank
+        self.equal = equal
         self.epoch = 0
+        self.first_step = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[RowPlan]:
-        for step in self.plan.steps(self.epoch):
+        first, self.first_step = self.first_step, 0
+        for step in self.plan.steps(self.epoch, first):
             *earlier, last = step[self.rank]
             yield from (RowPlan(row, False) for row in earlier)
+            if self.equal:
+                smallest = min(step[self.rank], key=lambda row: sum(map(self.plan.tokens, row)))
+                for _ in range(max(map(len, step)) - len(step[self.rank])):
+                    yield RowPlan(smallest, False, fills=True)
             yield RowPlan(last, True)
 
 
@@ -276,6 +301,8 @@ class PackedDataset(Dataset[dict[str, Any]]):
 
     Args:
         features: of their pictures, where a frozen vision part has made them already.
+        on_bad: a group whose pictures cannot be read: raise that, or leave it out. A row that has no other is made of
+            a record that can be read, and weighs nothing.
     """
 
     def __init__(
@@ -285,36 +312,63 @@ class PackedDataset(Dataset[dict[str, Any]]):
         loss_weighting: LossWeighting = "sample",
         *,
         features: FeatureStore | None = None,
+        on_bad: OnBadSample = "stop",
     ) -> None:
         self.table = table
         self.processor = processor
         self.reader = PageReader(table, processor.image_processor, features)
         self.loss_weighting = loss_weighting
+        self.on_bad = on_bad
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, plan: RowPlan) -> dict[str, Any]:
-        groups = [self._samples(group) for group in plan.row]
-        return pack_row(groups, self.loss_weighting) | {"ends_step": plan.ends_step}
+        groups: list[list[Sample]] = []
+        skipped: list[tuple[int, str]] = []
+        for group in plan.row:
+            try:
+                groups.append(self._samples(group))
+            except UserError as error:
+                if self.on_bad == "stop":
+                    raise
+                skipped += [(index, str(error).splitlines()[0]) for index in group]
+                wrong = error
+        if groups:
+            row = pack_row(groups, self.loss_weighting)
+        else:
+            after = plan.row[-1][-1]
+            other = first_readable(self.reader, self.table, self.processor, after=after, error=wrong)
+            row = without_weight(pack_row([[other]], self.loss_weighting))
+        row["counts"] = row["counts"]._replace(skipped=tuple(skipped))
+        if plan.fills:
+            row = without_weight(row) | {"counts": Counts(0.0, 0, 0, 0)}
+        return row | {"ends_step": plan.ends_step}
 
     def _samples(self, group: Group) -> list[Sample]:
-        first = make_sample(self.reader, self.table[group[0]], self.processor)
+        first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
         counts = [self.processor.image_processor.num_tokens_of_page(page.size) for page in first.pages]
         samples = [first]
         for index in group[1:]:
             record = self.table[index]
             stream = encode_record(record, self.processor, counts)
             turns = len(record.turns)
-            samples.append(replace(first, input_ids=stream.input_ids, labels=stream.labels, num_questions=turns))
+            sample = replace(first, input_ids=stream.input_ids, labels=stream.labels, num_questions=turns)
+            samples.append(replace(sample, index=index))
         return samples
 
 
 class PackedLoader(DataLoader[dict[str, Any]]):
-    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in."""
+    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in.
 
-    def __init__(self, dataset: PackedDataset, plan: PackingPlan, rank: int, **kwargs: Any) -> None:
-        self.rows = RowSampler(plan, rank)
+    Args:
+        equal: as of `RowSampler`.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, plan: PackingPlan, rank: int, *, equal: bool = False, **kwargs: Any
+    ) -> None:
+        self.rows = RowSampler(plan, rank, equal=equal)
         super().__init__(dataset, batch_size=None, sampler=self.rows, collate_fn=_as_it_is, **kwargs)
 
     def __len__(self) -> int:
@@ -379,6 +433,18 @@ def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting =
         "labels": torch.tensor([labels]),
         "loss_weights": loss_weights,
         "layout": tuple(layout),
-        "counts": (float(loss_weights.sum()), len(every), sum(sample.num_questions for sample in every), len(ids)),
+        "counts": Counts(
+            float(loss_weights.sum()),
+            len(every),
+            sum(sample.num_questions for sample in every),
+            len(ids),
+            tuple(sample.index for sample in every),
+        ),
         **stack_pictures([samples[0] for samples in groups]),
     }
+
+
+def without_weight(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that is computed as the others are and changes nothing, for ranks that must run one."""
+    counts = Counts(0.0, 0, 0, 0, row["counts"].records)
+    return row | {"loss_weights": torch.zeros_like(row["loss_weights"]), "counts": counts}

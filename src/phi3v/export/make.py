@@ -16,7 +16,6 @@ from rich.console import Console
 from transformers.utils import cached_file
 
 from phi3v.errors import UserError
-from phi3v.evaluate.generate import stop_token_ids
 from phi3v.export.card import write_card
 from phi3v.export.proof import (
     TOLERANCE,
@@ -34,6 +33,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute
 from phi3v.train.loading import load_weights
 from phi3v.train.run_folder import write_manifest
+from phi3v.train.saving import set_end_tokens
 from phi3v.train.tuned import Tuned, find_tuned, load_tuned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -208,7 +208,7 @@ class _Maker:
         self._require_room(self.parameters * dtype.itemsize)
         model = model.to(dtype)
         model.config.dtype = dtype
-        _set_end_tokens(model, processor)
+        set_end_tokens(model, processor)
         model.save_pretrained(self.folder, max_shard_size=max_shard_size)
         make_weights_readable(self.folder)
         processor.save_pretrained(self.folder)
@@ -258,16 +258,6 @@ def _source_file(model: str, name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return Path(found) if found else None
-
-
-def _set_end_tokens(model: Any, processor: Phi3VProcessor) -> None:
-    """Generation ends where the chat format ends, beside what the source says."""
-    config = model.generation_config
-    known = config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    ends = stop_token_ids(processor)
-    config.eos_token_id = ends + [token for token in known if token not in ends]
-    config.pad_token_id = processor.tokenizer.pad_token_id
 
 
 def _stored_dtype(tuned: Tuned) -> torch.dtype:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phi3v.processing.conversation import IGNORE_INDEX
 
-LossKernel = Literal["chunked", "liger"]
+LossKernel = Literal["chunked", "whole", "liger"]
 
 # 64 MiB in float32; 523 tokens of the published models. A chunk has one token at least.
 LOGITS_PER_CHUNK = 2**24
@@ -45,7 +45,7 @@ def causal_lm_loss(
         normalizer: the sum of weights of the whole step; ``None`` takes it from this batch, which with unit
             weights is the mean over tokens, as the official model returns.
         kernel: ``liger`` takes Liger's fused kernel where the head is a plain linear layer; an adapted or quantised
-            one is ``chunked`` all the same.
+            one is ``chunked`` all the same. ``whole`` is one chunk, for when ranks must run the head equally often.
 
     Returns:
         A float32 scalar.
@@ -64,7 +64,7 @@ def causal_lm_loss(
 
         each = LigerFusedLinearCrossEntropyLoss(reduction="none")(lm_head.weight, states, wanted)  # [n]
         return (each.float() * weights).sum() / normalizer
-    size = max(1, LOGITS_PER_CHUNK // vocabulary_size(lm_head))
+    size = max(1, len(wanted) if kernel == "whole" else LOGITS_PER_CHUNK // vocabulary_size(lm_head))
     # Without anything to learn there is still one chunk, of no tokens: every rank must reduce the same tensors.
     chunks = zip(states.split(size), wanted.split(size), weights.split(size), strict=True)
     losses = [checkpoint(_weighted_sum, lm_head, *chunk, use_reentrant=False) for chunk in chunks]

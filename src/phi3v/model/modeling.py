@@ -104,6 +104,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        # Set where ranks gather each layer's weights together, so that all must run the same layers.
+        self.meets_in_vision = False
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.post_init()
 
@@ -148,13 +150,15 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
     def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Give a trained vision part a zero gradient where a batch has no image.
+        """Run the vision part to no effect where a batch has no image; a trained one gets a zero gradient.
 
-        Ranks of one step must all reduce the same tensors, and text-only samples may sit beside ones with images.
+        Ranks of one step must all reduce, or even gather, the same tensors, and text-only samples may sit beside ones
+        with images.
         """
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
-        if not any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters()):
+        is_trained = any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters())
+        if not (is_trained or self.meets_in_vision):
             return inputs_embeds
         blank = inputs_embeds.new_zeros(1, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()

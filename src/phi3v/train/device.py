@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -33,8 +34,11 @@ class Compute:
         return None if self.precision == "fp32" else self.dtype
 
 
-def choose_compute(wanted: Precision) -> Compute:
+def choose_compute(wanted: Precision, *, timeout_minutes: float = 30.0) -> Compute:
     """Device and precision of this process; under ``torchrun`` it joins the other ranks here.
+
+    Args:
+        timeout_minutes: how long a collective operation waits for the other ranks.
 
     Raises:
         UserError: the device cannot compute in the precision asked for.
@@ -46,7 +50,7 @@ def choose_compute(wanted: Precision) -> Compute:
             where="training.precision",
             hint="use fp32, or bf16 on a recent CPU",
         )
-    state = PartialState(cpu=not has_gpu)
+    state = PartialState(cpu=not has_gpu, timeout=timedelta(minutes=timeout_minutes))
     rank, world_size = state.process_index, state.num_processes
     if not has_gpu:
         precision, reason = ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
+from phi3v.train.engines.base import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import in_stored_dtype, save_replacing
+from phi3v.train.saving import save_replacing, saved_tensors
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class EvaluationCallback(TrainerCallback):
     def __init__(
         self,
         model: Any,
+        engine: Engine,
         processor: Phi3VProcessor,
         questions: QuestionDataset,
         config: EvaluationConfig,
@@ -52,6 +55,7 @@ class EvaluationCallback(TrainerCallback):
         num_workers: int,
     ) -> None:
         self.model = model
+        self.engine = engine
         self.processor = processor
         self.questions = questions
         self.config = config
@@ -62,13 +66,26 @@ class EvaluationCallback(TrainerCallback):
         self.progress = progress
         self.num_workers = num_workers
         self.best: Best | None = None
-        self.seconds = 0.0  # spent here and not on training
         self.without_improvement = 0
         self.stopped_early = False
 
     @property
     def best_folder(self) -> Path:
         return self.folder / "best"
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to judge as one that was not interrupted."""
+        return {
+            "best": dataclasses.asdict(self.best) if self.best is not None else None,
+            "without_improvement": self.without_improvement,
+            "stopped_early": self.stopped_early,
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        self.best = Best(**state["best"]) if state["best"] is not None else None
+        self.without_improvement = state["without_improvement"]
+        self.stopped_early = state["stopped_early"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.config.eval_steps is not None
@@ -77,9 +94,9 @@ class EvaluationCallback(TrainerCallback):
         start = time.perf_counter()
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
-        with torch.random.fork_rng(devices), in_stored_dtype(self.model, self.stored_dtype):
+        with torch.random.fork_rng(devices), self.engine.as_saved(self.model, self.stored_dtype) as model:
             result = measure(
-                self.model,
+                model,
                 self.processor,
                 self.questions,
                 self.config,
@@ -90,9 +107,8 @@ class EvaluationCallback(TrainerCallback):
             )
             improved = self._judge(state.global_step, result)
             if improved and self.config.keep_best and self.compute.rank == 0:
-                save_replacing(self.model, self.processor, self.best_folder)
+                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
         took = time.perf_counter() - start
-        self.seconds += took
         self.progress.leave_out(took)
         if self.compute.rank == 0:
             self._report(state, control, result, took, improved)

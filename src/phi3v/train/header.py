@@ -27,6 +27,7 @@ def print_header(setup: Setup) -> None:
         f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
+        f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
         f"activation checkpointing: {setup.checkpointing}",
         f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,

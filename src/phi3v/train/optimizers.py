@@ -6,6 +6,8 @@ where a gradient is used up in the backward pass that makes it, ``adamw_bf16`` 6
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import torch
 from phi3v.config import RunConfig, TrainingConfig
 from phi3v.errors import UserError
 from phi3v.train.device import Compute
+from phi3v.train.strategies import part_of
 
 Moments = Literal["bf16", "8bit"]
 
@@ -61,14 +64,14 @@ class StochasticAdamW(torch.optim.Optimizer):
         self.moments = moments
         self.seed = seed
         self.in_backward = False
-        self._place = {
-            parameter: (number, index)
-            for index, (number, parameter) in enumerate(
-                (number, parameter) for number, group in enumerate(self.param_groups) for parameter in group["params"]
-            )
-        }
         self._generators: dict[torch.device, torch.Generator] = {}
         self._codes: dict[tuple[bool, torch.device], torch.Tensor] = {}
+
+    @functools.cached_property
+    def _place(self) -> dict[torch.Tensor, tuple[int, int]]:
+        """The group and the index of every parameter; groups may change until the first step."""
+        pairs = ((number, parameter) for number, group in enumerate(self.param_groups) for parameter in group["params"])
+        return {parameter: (number, index) for index, (number, parameter) in enumerate(pairs)}
 
     def step_in_backward(self) -> None:
         """From now on update each parameter as soon as its gradient is there, and drop the gradient.
@@ -181,6 +184,39 @@ class StochasticAdamW(torch.optim.Optimizer):
                 self.state[parameter][key] = value.to(parameter.device, copy=True) if is_tensor else value
 
 
+def divide_groups(optimizer: torch.optim.Optimizer, model: Any, config: RunConfig) -> None:
+    """Give parameters the learning rates of their parts, and B matrices LoRA+'s; before the first step.
+
+    Each of the optimizer's groups, which differ in weight decay, is divided by name and rate; the ``name`` of a group
+    is its part.
+    """
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        divided: dict[tuple[str, float], list[torch.Tensor]] = {}
+        for parameter in group["params"]:
+            divided.setdefault(_group_and_rate(name_of[id(parameter)], config), []).append(parameter)
+        groups += [group | {"params": members, "name": name, "lr": rate} for (name, rate), members in divided.items()]
+    optimizer.param_groups[:] = groups
+
+
+def _group_and_rate(name: str, config: RunConfig) -> tuple[str, float]:
+    training, ratio = config.training, config.method.lora.lora_plus_ratio
+    part = part_of(name)
+    part = part if part in ("vision", "projector") else "decoder"
+    rate = getattr(training.learning_rates, part) or training.learning_rate
+    if ratio is not None and ".lora_B." in name:
+        return f"{part}_B", rate * ratio
+    return part, rate
+
+
+def has_several_rates(config: RunConfig) -> bool:
+    """Whether not all parameters share one learning rate."""
+    uses_adapters = config.method.name in ("lora", "qlora")
+    rates = dataclasses.astuple(config.training.learning_rates)
+    return any(rate is not None for rate in rates) or (uses_adapters and config.method.lora.lora_plus_ratio is not None)
+
+
 def keeps_bf16_weights(training: TrainingConfig) -> bool:
     """Whether trained weights are held in bfloat16, for lack of a float32 copy."""
     return training.lean or training.optimizer == "adamw_bf16"
@@ -189,7 +225,12 @@ def keeps_bf16_weights(training: TrainingConfig) -> bool:
 def state_bytes(training: TrainingConfig) -> int:
     """Bytes of a trained parameter's gradient and moments."""
     gradient = 0 if training.lean else 2 if keeps_bf16_weights(training) else 4
-    return gradient + {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
+    return gradient + moment_bytes(training)
+
+
+def moment_bytes(training: TrainingConfig) -> int:
+    """Bytes of a trained parameter's moments."""
+    return {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
 
 
 def optimizer_factory(training: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

@@ -85,6 +85,7 @@ class ProgressCallback(TrainerCallback):
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
+            **{name: rate for name, rate in logs.items() if name.startswith("learning_rate_")},
             **seen,
             **rates,
             "peak_memory_gb": round(peak_memory_gb(), 3),
@@ -106,6 +107,21 @@ class ProgressCallback(TrainerCallback):
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
             )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs for its counts and times to go on."""
+        now = time.perf_counter()
+        return {"counted": self.counted, "seconds": now - self.start, "since_last": now - self.last}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        now = time.perf_counter()
+        self.counted, self.start, self.last = state["counted"], now - state["seconds"], now - state["since_last"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training so far, over all parts of a run that was resumed."""
+        return time.perf_counter() - self.start
 
     def leave_out(self, seconds: float) -> None:
         """Do not count time that went into something else than training."""

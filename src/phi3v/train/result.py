@@ -31,6 +31,8 @@ class RunResult:
     mean_train_loss: float
     best: Best | None = None  # the measurement whose weights were kept
     stopped_early: bool = False
+    skipped: tuple[tuple[str, str], ...] = ()  # records that were left out, and why
+    dropped_steps: int = 0  # whose loss or gradient was not finite
 
     def to_json_dict(self) -> dict[str, Any]:
         summary = {
@@ -59,6 +61,10 @@ def print_result(console: Console, result: RunResult) -> None:
         if measured is not None:
             table.add_row(f"{measured.primary.name} {when}", str(measured.primary))
     table.add_row("steps", f"{result.steps}{' (stopped early)' if result.stopped_early else ''}")
+    if result.skipped:
+        table.add_row("records left out", str(len(result.skipped)))
+    if result.dropped_steps:
+        table.add_row("steps not finite", str(result.dropped_steps))
     if result.best is not None:
         table.add_row("best weights", f"step {result.best.step}")
     table.add_row("training time", f"{result.train_seconds:.1f} s")

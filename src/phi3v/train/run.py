@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import transformers
 from accelerate import PartialState
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as LibraryProgressCallback
 
 from phi3v.config import RunConfig
-from phi3v.errors import UserError
+from phi3v.data.features import FeatureStore
+from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
+from phi3v.train.agreement import Agreement
+from phi3v.train.checkpoint_folder import checkpoint_name, checkpoints
+from phi3v.train.checkpointer import Checkpointer
+from phi3v.train.device import choose_compute
+from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.evaluation_callback import EvaluationCallback
+from phi3v.train.faults import StepFaults, is_lost_rank
 from phi3v.train.feature_cache import fill_features
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.header import print_header
@@ -24,42 +34,81 @@ from phi3v.train.measuring import measure, show_scores
 from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
-from phi3v.train.run_folder import claim_run_folder
-from phi3v.train.saving import load_trained, round_to_stored_dtype, save_final
+from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder
+from phi3v.train.run_folder import claim_run_folder, describe_again
+from phi3v.train.saving import read_trained, save_replacing, saved_tensors
 from phi3v.train.setup import Setup, prepare, questions_of
+from phi3v.train.signals import Signals
 from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
 
 
-def run_training(config: RunConfig, console: Console) -> RunResult:
+def run_training(config: RunConfig, console: Console, resume: str | None = None) -> RunResult | FinishedRun:
     """Train as configured.
 
     What can be known to be wrong is found before it costs anything: first the configuration, then model and data
     without loading the model, then the gradients of one batch. Only then is the run folder touched.
 
+    Args:
+        resume: ``auto`` to go on from the newest valid checkpoint of the run folder, or a checkpoint; nothing to go on
+            from means to start anew.
+
     Raises:
         UserError: the configuration, the model or the data are wrong.
+        StoppedError: by a signal.
+        LostRankError: another process ended or does not answer.
     """
-    setup = prepare(config, console)
-    print_header(setup)
-    checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
-    console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-    try:
-        if setup.compute.rank == 0:
-            claim_run_folder(config)
-            _log_to(setup.folder / "log.txt")
-        PartialState().wait_for_everyone()
-        result = _train_and_measure(setup)
-    except UserError as error:
-        error.one_rank = setup.compute.rank > 0
-        raise
+    compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
+    agreement = Agreement(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
+    with Signals() as signals:
+        try:
+            point = find_resume_point(resume, config, compute, agreement, console)
+            if isinstance(point, FinishedRun):
+                return point
+            setup = prepare(config, console, compute, resume=resume is not None)
+            print_header(setup)
+            checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
+            console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
+            result = _in_run_folder(setup, point, agreement, signals)
+        except RuntimeError as error:
+            if compute.world_size > 1 and is_lost_rank(error):
+                raise LostRankError(_lost(config, signals, error)) from error
+            raise
     logger.info("result %s", json.dumps(result.to_json_dict()))
     print_result(console, result)
     return result
 
 
-def _train_and_measure(setup: Setup) -> RunResult:
+def _in_run_folder(setup: Setup, point: ResumePoint | None, agreement: Agreement, signals: Signals) -> RunResult:
+    try:
+        if setup.compute.rank == 0:
+            if point is None:
+                claim_run_folder(setup.config)
+            else:
+                reopen_run_folder(setup.config, point)
+                describe_again(setup.config)
+            _log_to(setup.folder / "log.txt")
+        PartialState().wait_for_everyone()
+        return _train_and_measure(setup, point, agreement, signals)
+    except UserError as error:
+        error.one_rank = setup.compute.rank > 0
+        raise
+
+
+def _lost(config: RunConfig, signals: Signals, error: RuntimeError) -> str:
+    """What to say where another process is gone."""
+    folder = Path(config.training.output_dir)
+    newest = next(iter(checkpoints(folder)), None)
+    kept = f"{newest} is the newest checkpoint" if newest is not None else f"there is no checkpoint in {folder} yet"
+    why = " ".join(str(error).split())[:200]
+    return (
+        f"another process of this run ended, or did not answer within {config.distributed.timeout_minutes:g} minutes "
+        f"(while {signals.doing}: {why})\n  → {kept}; start again with --resume"
+    )
+
+
+def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agreement, signals: Signals) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     features = fill_features(
         config.training.feature_cache,
@@ -70,52 +119,37 @@ def _train_and_measure(setup: Setup) -> RunResult:
         setup.console,
         show_bar=config.training.progress_bar,
     )
-    before = _measure(setup, "before") if config.evaluation.before else None
-    after = None
+    signals.doing = "measuring before training; no step was taken"
+    before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
+    signals.doing = "preparing to train; no step was taken"
 
-    arguments = training_arguments(
-        config,
-        setup.folder,
-        precision=compute.precision,
-        use_cpu=compute.device.type == "cpu",
-        accumulation=setup.accumulation,
-        num_workers=setup.num_workers,
-    )
-    trainer = Phi3VTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=setup.dataset(features),
-        data_collator=setup.collator(),
-        optimizer_cls_and_kwargs=optimizer_factory(config.training),
-        lean=config.training.lean,
-        plan=setup.plan,
-    )
-    for callback in (PrinterCallback, LibraryProgressCallback):
-        trainer.remove_callback(callback)
-    show_bar = config.training.progress_bar
-    progress = ProgressCallback(setup.console, setup.folder / "metrics.jsonl", show_bar=show_bar)
-    progress.trainer = trainer
-    trainer.add_callback(progress)
-    during = _during(setup, progress)
-    if during is not None:
-        trainer.add_callback(during)
-    started = time.perf_counter()
+    trainer, progress, during, saves = _trainer(setup, features, point, agreement, signals)
     try:
-        output = trainer.train()
+        with signals.waiting():
+            trainer.train()
+            seconds = progress.seconds
+            saves.wait()
     finally:
         progress.close()
-    seconds = time.perf_counter() - started - (during.seconds if during is not None else 0.0)
+    if saves.stopped_by is not None:
+        raise _stopped(saves, trainer.state.global_step)
+    signals.doing = "saving the result; start again with --resume to finish it"
 
     best = during.best if during is not None and config.evaluation.keep_best else None
+    tuned = setup.engine.finished(model, setup.facts.stored_dtype)
     if best is not None and during is not None:
-        load_trained(model, during.best_folder, rank=compute.rank, world_size=compute.world_size)
+        trained = read_trained(tuned, during.best_folder) if compute.rank == 0 else None
+        load_whole(tuned, trained, compute.world_size)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
-    round_to_stored_dtype(model, setup.facts.stored_dtype)
     if compute.rank == 0:
-        save_final(model, setup.processor, setup.folder / "final")
+        try:
+            save_replacing(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
+        except (OSError, SafetensorError) as error:
+            hint = f"{saves.newest()}; make room and start again with --resume"
+            raise UserError(f"cannot be saved: {error}", where=str(setup.folder / "final"), hint=hint) from error
     trainer.accelerator.wait_for_everyone()
-    if config.evaluation.after:
-        after = _measure(setup, "after")
+    signals.doing = "measuring after training; final/ is saved, start again with --resume to measure it"
+    after = _measure(setup, tuned, "after") if config.evaluation.after else None
 
     seen = trainer.seen
     return RunResult(
@@ -127,9 +161,82 @@ def _train_and_measure(setup: Setup) -> RunResult:
         questions_per_second=round(seen["questions"] / seconds, 2),
         samples_per_second=round(seen["samples"] / seconds, 2),
         tokens_per_second=round(seen["tokens"] / seconds, 2),
-        mean_train_loss=float(output.training_loss),
+        mean_train_loss=trainer.mean_loss,
         best=best,
         stopped_early=during is not None and during.stopped_early,
+        skipped=tuple(trainer.skipped),
+        dropped_steps=trainer.faults.dropped if trainer.faults is not None else 0,
+    )
+
+
+def _trainer(
+    setup: Setup, features: FeatureStore | None, point: ResumePoint | None, agreement: Agreement, signals: Signals
+) -> tuple[Phi3VTrainer, ProgressCallback, EvaluationCallback | None, Checkpointer]:
+    """The trainer, and what looks on while it trains."""
+    config, compute, console = setup.config, setup.compute, setup.console
+    transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
+    progress = ProgressCallback(console, setup.folder / "metrics.jsonl", show_bar=config.training.progress_bar)
+    during = _during(setup, progress)
+    saves = Checkpointer(
+        config,
+        setup.engine,
+        agreement,
+        signals,
+        model=setup.model,
+        processor=setup.processor,
+        rank=compute.rank,
+        folder=setup.folder,
+        console=console,
+        progress=progress,
+        during=during,
+    )
+    trainer = Phi3VTrainer(
+        model=setup.model,
+        args=training_arguments(
+            config,
+            setup.folder,
+            precision=compute.precision,
+            use_cpu=compute.device.type == "cpu",
+            accumulation=setup.accumulation,
+            num_workers=setup.num_workers,
+        ),
+        train_dataset=setup.dataset(features),
+        data_collator=setup.collator(),
+        optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        config=config,
+        engine=setup.engine,
+        agreement=agreement,
+        faults=StepFaults(
+            agreement,
+            setup.train_table,
+            console,
+            max_nonfinite_steps=config.training.max_nonfinite_steps,
+            can_drop=setup.engine.can_drop_step and not config.training.lean,
+            newest_checkpoint=saves.newest,
+        ),
+        plan=setup.plan,
+    )
+    trainer.checkpoints, trainer.point = saves, point
+    progress.trainer = trainer
+    for callback in (PrinterCallback, LibraryProgressCallback):
+        trainer.remove_callback(callback)
+    for own in (progress, during, saves):  # in this order: a checkpoint holds what the others came to
+        if own is not None:
+            trainer.add_callback(own)
+    return trainer, progress, during, saves
+
+
+def _stopped(saves: Checkpointer, step: int) -> BaseException:
+    """The end of a run that a signal stopped after a step."""
+    if saves.last_failure is not None:
+        return UserError(
+            f"stopped by {saves.stopped_by} after step {step}, which could not be saved: {saves.last_failure}",
+            where=str(saves.folder),
+            hint=f"{saves.newest()}; start again with --resume",
+        )
+    return StoppedError(
+        f"stopped by {saves.stopped_by} after step {step}, which is saved in {saves.folder / checkpoint_name(step)}; "
+        "start again with --resume to go on"
     )
 
 
@@ -143,6 +250,7 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     assert questions is not None
     return EvaluationCallback(
         setup.model,
+        setup.engine,
         setup.processor,
         questions,
         config.evaluation,
@@ -155,13 +263,13 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
     )
 
 
-def _measure(setup: Setup, when: str) -> EvaluationResult | None:
+def _measure(setup: Setup, model: Any, when: str) -> EvaluationResult | None:
     """The scores before or after training, written to the run folder; none without data to measure on."""
     if setup.questions is None:
         return None
     with progress_bar(setup.console, enabled=setup.config.training.progress_bar) as bar:
         result = measure(
-            setup.model,
+            model,
             setup.processor,
             setup.questions,
             setup.config.evaluation,

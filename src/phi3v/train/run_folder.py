@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from phi3v.config import RunConfig
+from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
+from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
 RUN_FILES = (
@@ -39,8 +41,11 @@ LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbyt
 RESULTS = ("metrics.jsonl", "eval_before.json", "eval_after.json", "best", "final")
 
 
-def check_run_folder(config: RunConfig) -> Path:
+def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
     """Look whether a run may write to ``training.output_dir``; nothing is written or removed yet.
+
+    Args:
+        resume: what it holds is gone on with, or replaced if there is nothing to go on from.
 
     Raises:
         UserError: it holds a run and ``training.overwrite`` is not set; or what would be replaced is needed by this
@@ -48,18 +53,20 @@ def check_run_folder(config: RunConfig) -> Path:
     """
     folder = Path(config.training.output_dir)
     held = [name for name in RESULTS if (folder / name).exists()]
-    if held and not config.training.overwrite:
+    saved = [path.name for path in checkpoints(folder)]
+    if (held or saved) and not config.training.overwrite and not resume:
         raise UserError(
-            f"holds a run already ({', '.join(held)})",
+            f"holds a run already ({', '.join([*held, *saved])})",
             where=str(folder),
-            hint="choose another --training.output_dir, or add --training.overwrite true to replace it",
+            hint=("add --resume to go on with it, " if saved else "")
+            + "choose another --training.output_dir, or add --training.overwrite true to replace it",
         )
     for key, needed in (
         ("model.path", config.model.path),
         ("data.train", config.data.train),
         ("data.eval", config.data.eval),
     ):
-        for name in (*RUN_FILES, *RUN_FOLDERS):
+        for name in (*RUN_FILES, *RUN_FOLDERS, *saved):
             doomed = (folder / name).resolve()
             if needed is not None and doomed.exists() and Path(needed).resolve().is_relative_to(doomed):
                 raise UserError(
@@ -81,14 +88,34 @@ def claim_run_folder(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
-        for name in RUN_FOLDERS:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        remove_unfinished(folder)
+        for path in (*(folder / name for name in RUN_FOLDERS), *checkpoints(folder)):
+            if path.is_dir():
+                shutil.rmtree(path)
+        _describe(folder, config, environment())
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from None
     return folder
+
+
+def describe_again(config: RunConfig) -> None:
+    """The configuration that a resumed run goes on with, and its environment beside the first one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        _describe(folder, config, facts | {"resumed": [*facts.get("resumed", []), environment()]})
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from None
+
+
+def _describe(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None:
+    for name, text in (("config.yaml", config.to_yaml()), ("environment.json", json.dumps(facts, indent=2) + "\n")):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:

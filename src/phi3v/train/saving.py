@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from phi3v.evaluate.generate import stop_token_ids
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of
 from phi3v.train.run_folder import write_manifest
 
 
@@ -47,22 +48,54 @@ def in_stored_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
             parameter.data = data
 
 
-def save_final(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
+def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write the adapter or the model, its processor and a manifest to ``folder``, then verify them.
+
+    Args:
+        model: the unwrapped model; only its configuration and the names of what it trains are used.
+        tensors: as of `saved_tensors`, or what an engine's ``full_state_dict`` gave.
 
     Raises:
         IncompleteSaveError: a trained tensor is missing from the files or differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has already.
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
+    tensors = as_learnt(model, tensors)
+    set_end_tokens(model, processor)
+    with _config_of_what_is_saved(model):
+        # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
+        more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(folder, state_dict=tensors, **more)
     make_weights_readable(folder)
     processor.save_pretrained(folder)
-    verify_saved(model, folder)
+    verify_saved(model, folder, tensors)
     write_manifest(folder)
 
 
-def save_replacing(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
+def set_end_tokens(model: Any, processor: Phi3VProcessor) -> None:
+    """Let ``generation_config.json`` end answers where the chat format does, beside what the source says."""
+    config = model.generation_config
+    known = config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    ends = stop_token_ids(processor)
+    config.eos_token_id = [*ends, *(token for token in known if token not in ends)]
+    config.pad_token_id = processor.tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _config_of_what_is_saved(model: Any) -> Iterator[None]:
+    """An adapter's configuration as it is to be written."""
+    if not start_of(model):
+        yield
+        return
+    own = model.peft_config["default"]
+    model.peft_config["default"] = learnt_config(own)
+    try:
+        yield
+    finally:
+        model.peft_config["default"] = own
+
+
+def save_replacing(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """As `save_final`, into a folder that may hold an earlier save: that one stays until the new one is verified.
 
     Raises:
@@ -71,45 +104,66 @@ def save_replacing(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_final(model, processor, new)
+    save_final(model, processor, new, tensors)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_trained(model: Any, folder: Path, *, rank: int, world_size: int) -> None:
-    """Put the trained tensors of a save back into the model they came from, on every rank.
+def saved_names(model: Any) -> dict[str, str]:
+    """The name in ``model.state_dict()`` of each tensor that a save holds, by its name in the saved files."""
+    names = {name: name for name in model.state_dict()}
+    if isinstance(model, PeftModel):
+        return dict(get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False))
+    return names
 
-    Rank 0 reads; the others, whose disk may be another, get its tensors.
+
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a save holds of a model that is whole, by the names of its ``state_dict``; its own tensors."""
+    state = model.state_dict()
+    return {name: state[name] for name in saved_names(model).values()}
+
+
+def trained_names(model: Any) -> dict[str, str]:
+    """As `saved_names`, of what was trained; of an adapter that is all it holds.
+
+    Raises:
+        IncompleteSaveError: something is trained that the adapter would not hold.
+    """
+    names = saved_names(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained - set(names.values()))
+    if lost:
+        raise IncompleteSaveError(f"{len(lost)} trained tensors would not be saved, first {lost[0]}")
+    if isinstance(model, PeftModel):
+        return names
+    return {saved: name for saved, name in names.items() if name in trained}
+
+
+def read_trained(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained tensors of a save by the names they have in the model that was saved.
 
     Raises:
         IncompleteSaveError: the files lack a trained tensor.
     """
-    trained = _trained_tensors(model)
-    if rank == 0:
-        missing = set(trained)
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as weights:
-                for name in missing & set(weights.keys()):
-                    trained[name].copy_(weights.get_tensor(name))
-                    missing = missing - {name}
-        if missing:
-            raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors are missing, first {min(missing)}")
-    if world_size > 1:
-        for name in sorted(trained):
-            broadcast(trained[name], from_process=0)
+    names = trained_names(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in names.keys() & set(weights.keys()):
+                tensors[names[name]] = weights.get_tensor(name)
+    missing = sorted(name for name, own in names.items() if own not in tensors)
+    if missing:
+        raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors are missing, first {missing[0]}")
+    return as_trained(model, tensors)
 
 
-def _trained_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """What was trained, by the names it has in saved files; the tensors are the model's own."""
-    if isinstance(model, PeftModel):
-        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def verify_saved(model: Any, folder: Path) -> int:
+def verify_saved(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> int:
     """Compare every trained tensor with the files, bit by bit.
+
+    Args:
+        tensors: as of `save_final`.
 
     Returns:
         How many tensors were compared.
@@ -117,23 +171,16 @@ def verify_saved(model: Any, folder: Path) -> int:
     Raises:
         IncompleteSaveError: one is missing or differs.
     """
-    expected = _trained_tensors(model)
-    if isinstance(model, PeftModel):
-        # The saved names carry no adapter name, so count tensors too: a trained one that PEFT does not save at all
-        # (a base tensor unfrozen by hand) would otherwise go unnoticed.
-        trained = sum(1 for parameter in model.parameters() if parameter.requires_grad)
-        if len(expected) < trained:
-            raise IncompleteSaveError(f"{trained} tensors were trained but the adapter holds {len(expected)}")
-    found: dict[str, torch.Tensor] = {}
+    names = trained_names(model)
+    found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                if name in expected:
-                    found[name] = weights.get_tensor(name)
-                    if not torch.equal(found[name], expected[name].to("cpu", found[name].dtype)):
-                        raise IncompleteSaveError(f"{path}: {name} differs from what was trained")
-                    found[name] = found[name].new_empty(0)  # only the name is needed from here
-    missing = sorted(set(expected) - set(found))
+            for name in names.keys() & set(weights.keys()):
+                saved = weights.get_tensor(name)
+                if not torch.equal(saved, tensors[names[name]].to("cpu", saved.dtype)):
+                    raise IncompleteSaveError(f"{path}: {name} differs from what was trained")
+                found.add(name)
+    missing = sorted(set(names) - found)
     if missing:
         raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors were not saved, first {missing[0]}")
     return len(found)

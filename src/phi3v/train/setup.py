@@ -23,7 +23,9 @@ from phi3v.evaluate.evaluation import check_references
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
-from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.device import Compute, default_workers
+from phi3v.train.engines import Engine, make_engine
+from phi3v.train.engines.choice import EngineChoice, choose_engine
 from phi3v.train.feature_cache import cached_stage, vision_part
 from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
@@ -47,6 +49,7 @@ class Setup:
     accumulation: int
     processor: Phi3VProcessor
     model: Any
+    engine: Engine
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
     plan: PackingPlan | None  # of packed rows
@@ -64,10 +67,11 @@ class Setup:
 
     def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
         """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
+        on_bad = self.config.data.on_bad_sample
         if self.plan is None:
-            return ConversationDataset(self.train_table, self.processor, features=features)
+            return ConversationDataset(self.train_table, self.processor, features=features, on_bad=on_bad)
         weighting = self.config.training.loss_weighting
-        return PackedDataset(self.train_table, self.processor, weighting, features=features)
+        return PackedDataset(self.train_table, self.processor, weighting, features=features, on_bad=on_bad)
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
@@ -77,17 +81,20 @@ class Setup:
         return self.collator()([dataset[index]])
 
 
-def prepare(config: RunConfig, console: Console) -> Setup:
+def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bool = False) -> Setup:
     """Check everything and load the model.
+
+    Args:
+        resume: the run folder may hold a run already.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
     """
-    compute = choose_compute(config.training.precision)
+    choice = choose_engine(config, compute)
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
-    folder = check_run_folder(config)
+    folder = check_run_folder(config, resume=resume)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
     processor = load_processor(config)
@@ -99,9 +106,10 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     plan = make_plan(config, compute, model, train_table, processor)
-    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
+    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute, choice)
     apply_checkpointing(model, checkpointing)
     apply_kernels(model, config.training)
+    engine = make_engine(model, choice, config, compute)
     setup = Setup(
         config,
         console,
@@ -111,6 +119,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
         accumulation,
         processor,
         model,
+        engine,
         train_table,
         questions,
         plan,
@@ -129,6 +138,7 @@ def _choose_checkpointing(
     table: RecordTable,
     plan: PackingPlan | None,
     compute: Compute,
+    engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
     if config.training.lean:
@@ -152,7 +162,12 @@ def _choose_checkpointing(
         tokens=tokens,
         crops=crops,
         bytes_per_value=compute.dtype.itemsize,
-        free=free_bytes(model, compute.device, compute.world_size, state_bytes(config.training)),
+        free=free_bytes(
+            model,
+            compute.device,
+            compute.world_size,
+            engine.state_bytes(state_bytes(config.training), compute.world_size),
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from phi3v.config import LoraConfig, MethodConfig, Part
 from phi3v.errors import UserError
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.train.pissa import remember_start
 
 # The linear layers of each part, by the names they have in the checkpoint.
 PART_TARGETS: dict[Part, tuple[str, ...]] = {
@@ -132,10 +133,15 @@ def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
         # One expression of full names: PEFT's suffix matching would also take CLIP's last layer, which never runs.
         target_modules="|".join(re.escape(name) for name in target_modules(model, lora)),
         modules_to_save=[PART_MODULES[part] for part in lora.also_train] or None,
-        init_lora_weights="gaussian",
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        init_lora_weights=True if lora.init == "default" else lora.init,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if lora.init == "pissa":
+        remember_start(adapted)
+    return adapted
 
 
 def summarize(model: nn.Module) -> list[TrainablePart]:

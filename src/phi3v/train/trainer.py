@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import accelerate
 import torch
+import transformers.trainer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
-from phi3v.train.optimizers import StochasticAdamW
+from phi3v.errors import UserError
+from phi3v.train.agreement import Agreement
+from phi3v.train.engines import Engine
+from phi3v.train.faults import StepFaults
+from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
+from phi3v.train.random_state import set_random_state
+from phi3v.train.saving import read_trained
+from phi3v.train.signals import ignore_in_worker
+
+if TYPE_CHECKING:
+    from phi3v.train.checkpointer import Checkpointer
+    from phi3v.train.resume import ResumePoint
+
+
+class _CheckEngine(TrainerCallback):
+    """Looks, when training begins, whether the engine that was chosen is what runs."""
+
+    def __init__(self, trainer: Phi3VTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.engine.check(self.trainer)
 
 
 class Phi3VTrainer(Trainer):
@@ -22,82 +50,260 @@ class Phi3VTrainer(Trainer):
     of the same samples gives the same gradients (see ``model/loss.py``).
 
     Args:
-        lean: step in the backward pass.
+        config: of the run.
+        engine: how the ranks hold model and optimizer.
+        agreement: what the ranks tell each other.
+        faults: watches the steps; without it nothing does.
         plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
     """
 
-    def __init__(self, *args: Any, lean: bool = False, plan: PackingPlan | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        config: RunConfig,
+        engine: Engine,
+        agreement: Agreement | None = None,
+        faults: StepFaults | None = None,
+        plan: PackingPlan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.config = config
         self.plan = plan
+        self.engine = engine
         super().__init__(*args, **kwargs)
-        self.lean = lean
+        engine.adopt(self)
+        self.add_callback(_CheckEngine(self))
+        self.agreement = agreement or Agreement(self.args.world_size, timedelta(minutes=30))
+        self.faults = faults
+        self.checkpoints: Checkpointer | None = None
+        self.point: ResumePoint | None = None
         # The loss comes normalised; without this the Trainer would divide it by the accumulation steps again.
         self.model_accepts_loss_kwargs = True
-        self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        self.counts = [0.0] * 4  # weight, samples, questions, tokens of all ranks since the start
+        self.steps_per_epoch = 0
+        self._logged = (0.0, 0)  # the sum of all losses that were logged, and of how many steps
+        self._logged_to = 0
+        self.skipped: list[tuple[str, str]] = []  # records that were left out, and why
 
     @property
     def seen(self) -> dict[str, int]:
-        """Samples, questions and tokens that all ranks have taken since the start; waits for the device."""
-        return dict(zip(("samples", "questions", "tokens"), map(int, self._counts[1:].tolist()), strict=True))
+        """Samples, questions and tokens that all ranks have taken since the start."""
+        return dict(zip(("samples", "questions", "tokens"), map(int, self.counts[1:]), strict=True))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, with its groups; in lean mode it steps in the backward pass."""
+        self.engine.shard(self.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
+        if has_several_rates(self.config) and "name" not in optimizer.param_groups[0]:
+            divide_groups(optimizer, self.model, self.config)
+        if self.config.training.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
             optimizer.step_in_backward()
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """The step's weight: the sum of ``loss_weights`` over its micro-batches on all ranks.
+        """The step's weight: the sum of the loss weights over its micro-batches on all ranks.
 
-        The counts come from the host and stay on the device, so no step waits for them.
+        The counts come from the hosts and go over them, so no step waits for a device.
         """
-        rows = [row for batch in batch_samples for row in batch.get("rows", [batch])]
-        sums = [sum(row["counts"][index] for row in rows) for index in range(4)]
-        counts = torch.tensor(sums, dtype=torch.float64, device=self._counts.device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        self._counts += counts
-        return counts[0].float()
+        counts = [row["counts"] for batch in batch_samples for row in batch.get("rows", [batch])]
+        skipped = [entry for own in counts for entry in own.skipped]
+        sums = [sum(own[index] for own in counts) for index in range(4)]
+        *totals, num_skipped = self.agreement.total([*sums, len(skipped)])
+        self.counts = [before + now for before, now in zip(self.counts, totals, strict=True)]
+        if num_skipped and self.faults is not None:
+            self.skipped += self.faults.report_skipped(skipped)
+        # Of a step in which no record could be read every loss is 0.
+        return torch.tensor(totals[0] or 1.0, device=device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.plan is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            # What iterates is below accelerate's wrapper.
+            inner: Any = getattr(loader, "base_dataloader", loader)
+            inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
+            return loader
         assert isinstance(self.train_dataset, PackedDataset)
         # The plan deals rows to ranks already, so accelerate has nothing to share out.
         return PackedLoader(
             self.train_dataset,
             self.plan,
             self.args.process_index,
+            equal=self.engine.meets_in_every_row,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=partial(ignore_in_worker, None),
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The next step: of packed rows, this rank's rows as one batch."""
+        """The next step: of packed rows, this rank's rows as one batch.
+
+        Raises:
+            UserError: a rank cannot read a record. All ranks raise it, after what was learnt so far has been saved.
+        """
+        if self.faults is not None:
+            self.faults.begin_step()
+        wrong: str | None = None
+        batches: list[Any] = []
+        try:
+            batches = self._read_step(epoch_iterator, num_batches)
+        except UserError as error:
+            wrong = str(error)
+        if self.agreement.total([wrong is not None])[0]:
+            if self.checkpoints is not None and self.state.global_step not in (0, self.checkpoints.last_step):
+                self.checkpoints.save(self)
+                self.checkpoints.wait()
+            what = next(text for text in self.agreement.gather(wrong) if text is not None)
+            raise UserError(what)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _read_step(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
         if self.plan is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            return list(islice(epoch_iterator, num_batches))
         rows = []
         for row in epoch_iterator:
             rows.append(row)
             if row.pop("ends_step"):
                 break
-        batch = [{"rows": rows}]
-        return batch, self._get_num_items_in_batch(batch, device)
+        return [{"rows": rows}]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if "rows" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._micro_step(model, inputs, num_items_in_batch)
         *earlier, last = inputs["rows"]
         loss = torch.zeros((), device=self.args.device)
+        is_last = self.accelerator.gradient_state._set_sync_gradients  # as the library tells an engine
+        is_last(False)
         for row in earlier:
-            with self.accelerator.no_sync(model):  # ranks meet once a step, however many rows each has
-                loss += super().training_step(model, row, num_items_in_batch)
-        loss += super().training_step(model, last, num_items_in_batch)
+            with self.accelerator.no_sync(model):  # DDP meets once a step, however many rows each rank has
+                loss += self._micro_step(model, row, num_items_in_batch)
+        is_last(True)
+        loss += self._micro_step(model, last, num_items_in_batch)
         return loss
+
+    def _micro_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        tensors = {name: value for name, value in inputs.items() if name != "counts"}
+        loss = super().training_step(model, tensors, num_items_in_batch)
+        if self.faults is not None:
+            self.faults.add(inputs["counts"].records, loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient's norm; the last look at a step before it changes the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        step, is_scaled = self.state.global_step + 1, self.accelerator.scaler is not None
+        if self.faults is not None and self.faults.must_drop(step, norm, is_scaled=is_scaled):
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+    # Saving and going on: the library's loop, with our files and random numbers in place of its own.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Not within a row of steps that were dropped: a resumed run would not count them.
+        if self.checkpoints is not None and not (self.faults is not None and self.faults.in_a_row):
+            self.checkpoints.save(self)
+
+    @property
+    def mean_loss(self) -> float:
+        """Over all steps, but for logging steps with one that was not finite."""
+        total, steps = self._logged
+        rest, more = float(self._tr_loss), self.state.global_step - self._logged_to
+        if math.isfinite(rest):
+            total, steps = total + rest, steps + more
+        return total / max(steps, 1)
+
+    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
+        """The losses that are not logged yet, of every rank, and those that are; a collective."""
+        losses = agreement.gather(self._tr_loss.item())
+        return {"losses": losses, "logged": list(self._logged), "logged_to": self._logged_to}
+
+    def restore_loop(self, loop: dict[str, Any]) -> None:
+        """What `loop_state` gave; on another number of ranks each gets the mean, which is what is logged."""
+        losses, ranks = loop["losses"], self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if len(losses) == ranks else sum(losses) / len(losses)
+        self._logged = (loop["logged"][0], loop["logged"][1])
+        self._logged_to = self._globalstep_last_logged = loop["logged_to"]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.point is not None:
+            # To the library this only says that it resumes: what it would read there is taken up below.
+            kwargs["resume_from_checkpoint"] = str(self.point.folder)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, resume_from_checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """Gives the epoch to begin with and the batches of it that are done."""
+        super()._init_training_state(max_steps, steps_per_epoch, num_epochs, None, trial)
+        self.steps_per_epoch = steps_per_epoch
+        if self.point is None:
+            return 0, 0
+        state, step = self.point.state, self.point.step
+        if state["steps_per_epoch"] != steps_per_epoch:
+            raise UserError(
+                f"an epoch had {state['steps_per_epoch']} steps when it was saved and has {steps_per_epoch} now",
+                where=str(self.point.folder),
+                hint="go on with the number of ranks that it was saved with",
+            )
+        self.state.global_step, self.state.epoch = step, state["epoch"]
+        return step // steps_per_epoch, step % steps_per_epoch * self.args.gradient_accumulation_steps
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.point is not None:
+            self._check_engine_of_checkpoint(self.point)
+            folder = self.point.folder if self.args.process_index == 0 else None
+            tensors = read_trained(self.model, folder / "model") if folder is not None else None
+            self.engine.load_full_state_dict(self.model, tensors)
+            self.engine.load_optimizer(self, folder / "optimizer" if folder is not None else None)
+        return prepared
+
+    def _check_engine_of_checkpoint(self, point: ResumePoint) -> None:
+        """Engines that divide the optimizer save it alike, the others too, but not as those."""
+        saved, now = point.state["engine"], self.engine.name
+        if (saved in ("none", "ddp")) != (now in ("none", "ddp")):
+            raise UserError(
+                f"it was saved by the engine {saved}, whose optimizer {now} cannot take up",
+                where=str(point.folder),
+                hint="go on with the same engine, on at least two processes if it divides the model",
+            )
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.point is not None and (self.point.stopped_early or self.state.global_step >= self.state.max_steps):
+            self.control.should_training_stop = True  # saved when all steps were taken
+            return
+        # Before batches are skipped: below a loader that skips, the library does not find the sampler of several ranks.
+        kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
+        with _skipping_our_way():
+            super()._run_epoch(**kwargs)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """Go on drawing as when it was saved: after the batches that are done have been passed over."""
+        assert self.point is not None
+        if self.args.process_index < len(self.point.randoms) and len(self.point.randoms) == self.args.world_size:
+            set_random_state(self.point.randoms[self.args.process_index])
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Where parts have learning rates of their own, all of them are logged beside that of the first group."""
+        if "loss" in logs:
+            self._add_to_mean(logs["loss"])
+        if "learning_rate" in logs and has_several_rates(self.config):
+            # What the schedule multiplies is the same for all; it may have been stepped since.
+            first = self.lr_scheduler.base_lrs[0]
+            for group, peak in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
+                logs[f"learning_rate_{group['name']}"] = logs["learning_rate"] * peak / first
+        super().log(logs, *args, **kwargs)
+
+    def _add_to_mean(self, loss: float) -> None:
+        steps, self._logged_to = self.state.global_step - self._logged_to, self.state.global_step
+        if math.isfinite(loss):
+            self._logged = (self._logged[0] + loss * steps, self._logged[1] + steps)
+        else:
+            self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))
@@ -113,11 +319,29 @@ class Phi3VTrainer(Trainer):
 
         Data-parallel engines average gradients over ranks, so each rank's share is multiplied by their number.
         """
-        inputs = {name: value for name, value in inputs.items() if name != "counts"}
         if num_items_in_batch is not None:
-            inputs["loss_normalizer"] = num_items_in_batch / self.args.world_size
+            inputs = inputs | {"loss_normalizer": num_items_in_batch / self.args.world_size}
         outputs = model(**inputs, logits_to_keep=None, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def skip_first_steps(loader: Any, num_batches: int) -> Any:
+    """A loader that begins so many batches later, of packed rows so many steps."""
+    if isinstance(loader, PackedLoader):
+        loader.rows.first_step = num_batches
+        return loader
+    return accelerate.skip_first_batches(loader, num_batches)
+
+
+@contextlib.contextmanager
+def _skipping_our_way() -> Iterator[None]:
+    """The library's loop passes over batches with a function that would read the pictures of packed rows."""
+    library = transformers.trainer.skip_first_batches
+    transformers.trainer.skip_first_batches = skip_first_steps
+    try:
+        yield
+    finally:
+        transformers.trainer.skip_first_batches = library
 
 
 def training_arguments(

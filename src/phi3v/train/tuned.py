@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import Compute
 from phi3v.train.loading import inspect_model, keep_trainable_layout, load_processor, load_weights, quantization
 
@@ -65,8 +66,8 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
         if folder == of_run:
             folder = folder / "final"
             if not folder.is_dir():
-                there = [of_run / "best"] if (of_run / "best").is_dir() else sorted(of_run.glob("checkpoint-*"))
-                hint = f"take {there[-1]}" if there else "did the run end early?"
+                there = [of_run / "best"] if (of_run / "best").is_dir() else checkpoints(of_run)
+                hint = f"take {there[0]}" if there else "did the run end early?"
                 raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
     if of_checkpoint:
         folder = folder / "model"
@@ -87,7 +88,7 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a run."""
-    return folder.name.startswith("checkpoint-") and (folder / "model").is_dir()
+    return step_of(folder) >= 0 and (folder / "model").is_dir()
 
 
 def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> tuple[Any, Phi3VProcessor]:

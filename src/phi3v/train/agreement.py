@@ -1,0 +1,51 @@
+"""What the processes of a run tell each other beside the devices' own traffic.
+
+It goes from host to host, so that no step waits for a device on its account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+class Agreement:
+    """Sums and lists over all ranks. Every method is a collective: all ranks call it, in the same order.
+
+    Args:
+        world_size: ranks; of one rank everything is its own.
+        timeout: how long to wait for the others.
+    """
+
+    def __init__(self, world_size: int, timeout: timedelta) -> None:
+        self.world_size = world_size
+        self._group = distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        numbers = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(numbers, group=self._group)
+        summed: list[float] = numbers.tolist()
+        return summed
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in their order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The value of rank 0."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]

@@ -1,0 +1,292 @@
+"""When a checkpoint is saved and how; and ending a run by a signal, on all ranks at the same step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from phi3v.config import RunConfig
+from phi3v.data.features import free_space
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.agreement import Agreement
+from phi3v.train.checkpoint_folder import (
+    checkpoint_name,
+    checkpoints,
+    link_tree,
+    publish,
+    remove_older,
+    tensor_bytes,
+    unfinished_folder,
+    write_state,
+)
+from phi3v.train.engines import Engine, Rest, to_host
+from phi3v.train.optimizers import moment_bytes
+from phi3v.train.random_state import random_state
+from phi3v.train.resume import fingerprints
+from phi3v.train.run_folder import environment
+from phi3v.train.saving import IncompleteSaveError, save_final
+from phi3v.train.signals import Signals
+
+if TYPE_CHECKING:
+    from phi3v.train.evaluation_callback import EvaluationCallback
+    from phi3v.train.progress import ProgressCallback
+    from phi3v.train.trainer import Phi3VTrainer
+
+logger = logging.getLogger("phi3v")
+
+# At the end of training a checkpoint is saved if that much would have to be trained again without it.
+WORTH_SAVING = 60.0
+# Of free memory that a copy of what is saved may take.
+MEMORY_SHARE = 0.8
+
+# What the file system, safetensors and torch raise where a file cannot be written.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+class Checkpointer(TrainerCallback):
+    """Saves checkpoints, and tells training to stop after a step in which a signal came.
+
+    One save is in flight at most. One that fails takes nothing with it: the earlier checkpoints stay, training goes
+    on, and the next save is tried in its turn.
+
+    Attributes:
+        stopped_by: the signal that ended training.
+        failed: saves that could not be written.
+        last_step: that a save was tried of.
+        last_failure: why the newest save could not be written; None if it could.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        agreement: Agreement,
+        signals: Signals,
+        *,
+        model: Any,
+        processor: Phi3VProcessor,
+        rank: int,
+        folder: Path,
+        console: Console,
+        progress: ProgressCallback,
+        during: EvaluationCallback | None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.agreement = agreement
+        self.signals = signals
+        self.model = model
+        self.processor = processor
+        self.rank = rank
+        self.folder = folder
+        self.console = console
+        self.progress = progress
+        self.during = during
+        self.stopped_by: str | None = None
+        self.failed = 0
+        self.last_failure: str | None = None
+        self._files = fingerprints(config) if rank == 0 else {}
+        self.last_step = -1
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+        assert self.progress.trainer is not None
+        point = self.progress.trainer.point
+        if point is not None:
+            self._take_up(self.progress.trainer, point.state)
+
+    def _take_up(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
+        """What a checkpoint holds beside weights, optimizer and random numbers."""
+        trainer.counts = list(state["counts"])
+        trainer.skipped = [tuple(entry) for entry in state["skipped"]]
+        trainer.restore_loop(state["loop"])
+        self.progress.take_up(state["progress"])
+        if self.during is not None and state["evaluation"] is not None:
+            self.during.take_up(state["evaluation"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wanted = self.config.checkpoint
+        since = time.monotonic() - self._last
+        is_late = wanted.save_minutes is not None and since >= 60 * wanted.save_minutes
+        mine = self.signals.received
+        # The clock is rank 0's, and a signal to one rank is a signal to all.
+        late, worth_it, signalled = self.agreement.total(
+            [self.rank == 0 and is_late, self.rank == 0 and since >= WORTH_SAVING, mine is not None]
+        )
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if signalled:
+            names = [name for name in self.agreement.gather(mine.name if mine is not None else None) if name]
+            self.stopped_by = names[0]
+            control.should_training_stop = True
+        if wanted.save_steps is not None:
+            is_due = state.global_step % wanted.save_steps == 0 or is_last
+        else:
+            is_due = is_last and worth_it > 0
+        if is_due or late or signalled:
+            control.should_save = True
+
+    def save(self, trainer: Phi3VTrainer) -> None:
+        """Save a checkpoint of the step that has just ended; a collective."""
+        self.wait()
+        started = time.monotonic()
+        self._last = started
+        step = self.last_step = trainer.state.global_step
+        tensors = self.engine.full_state_dict(self.model)
+        randoms = self.agreement.gather(random_state())
+        state = self._state(trainer)
+        unfinished = self.folder / f".{checkpoint_name(step)}.new"
+        obstacle, needed = None, 0
+        if self.rank == 0:
+            assert tensors is not None
+            needed = self._needed(tensors)
+            obstacle = self._obstacle(needed)
+        obstacle, needed = self.agreement.from_first((obstacle, needed))
+        if obstacle is not None:
+            self._report_failure(step, obstacle)
+            return
+        in_thread = self._may_wait_for_thread(needed)
+        try:
+            if self.rank == 0:
+                unfinished_folder(self.folder, step)
+                if self.during is not None and self.during.best_folder.is_dir():
+                    link_tree(self.during.best_folder, unfinished / "best")
+                if self.progress.metrics_file.is_file():
+                    shutil.copyfile(self.progress.metrics_file, unfinished / "metrics.jsonl")
+        except OSError as error:
+            obstacle = _words(error)
+        obstacle = self.agreement.from_first(obstacle)
+        if obstacle is not None:
+            self._report_failure(step, obstacle)
+            return
+        rest = self.engine.save_optimizer(trainer, unfinished / "optimizer")
+        if tensors is None:
+            return
+        if in_thread:
+            tensors = to_host(tensors)
+
+        def write() -> None:
+            self._write(unfinished, tensors, rest, state, randoms, started)
+
+        if in_thread:
+            self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
+            self._thread.start()
+        else:
+            write()
+
+    def wait(self) -> None:
+        """Until no save is in flight.
+
+        Raises:
+            IncompleteSaveError: the one that was held other weights than were trained.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def newest(self) -> str:
+        """The newest checkpoint, in words."""
+        saved = checkpoints(self.folder)
+        return f"the newest checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+
+    def _write(
+        self,
+        unfinished: Path,
+        tensors: dict[str, torch.Tensor],
+        rest: Rest,
+        state: dict[str, Any],
+        randoms: list[dict[str, Any]],
+        started: float,
+    ) -> None:
+        try:
+            save_final(self.model, self.processor, unfinished / "model", tensors)
+            rest()
+            write_state(unfinished, state, randoms)
+            folder = publish(unfinished)
+            remove_older(self.folder, self.config.checkpoint.keep_last)
+        except IncompleteSaveError:
+            raise
+        except WRITE_ERRORS as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._report_failure(state["step"], _words(error))
+            return
+        self.last_failure = None
+        took = time.monotonic() - started
+        logger.info("saved %s in %.2f s", folder, took)
+        self.console.print(f"saved {folder.name} ({took:.1f} s)", highlight=False)
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:  # raised again by whoever waits
+            self._error = error
+
+    def _report_failure(self, step: int, why: str) -> None:
+        self.failed += 1
+        self.last_failure = why
+        if self.rank == 0:
+            text = f"checkpoint of step {step} not saved: {why}; {self.newest()}, and training goes on"
+            logger.error("%s", text)
+            self.console.print(f"[bold red]{text}[/bold red]", highlight=False, soft_wrap=True)
+
+    def _needed(self, tensors: dict[str, torch.Tensor]) -> int:
+        """Bytes of a checkpoint: as the last one, or weights and moments if there is none."""
+        for folder in checkpoints(self.folder)[:1]:
+            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return tensor_bytes(tensors) + trained * moment_bytes(self.config.training)
+
+    def _obstacle(self, needed: int) -> str | None:
+        free = free_space(self.folder)
+        if free >= needed:
+            return None
+        return f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {self.folder.resolve()}"
+
+    def _may_wait_for_thread(self, needed: int) -> bool:
+        """Whether to copy and go on; a copy that does not fit into memory would end the run."""
+        if not (self.config.checkpoint.asynchronous and self.engine.asynchronous):
+            return False
+        return needed < MEMORY_SHARE * psutil.virtual_memory().available
+
+    def _state(self, trainer: Phi3VTrainer) -> dict[str, Any]:
+        state = trainer.state
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "max_steps": state.max_steps,
+            "steps_per_epoch": trainer.steps_per_epoch,
+            "world_size": self.agreement.world_size,
+            "engine": self.engine.name,
+            "config": dataclasses.asdict(self.config),
+            "data": self._files,
+            "counts": trainer.counts,
+            "skipped": trainer.skipped,
+            "loop": trainer.loop_state(self.agreement),
+            "evaluation": self.during.state() if self.during is not None else None,
+            "progress": self.progress.state(),
+            "versions": environment()["versions"],
+        }
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong while writing, without the traceback."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return " ".join(str(error).split())[:300]

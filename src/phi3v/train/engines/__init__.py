@@ -1,0 +1,24 @@
+"""How several processes train one model: DDP, DeepSpeed's ZeRO, FSDP2, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3v.config import RunConfig
+from phi3v.train.device import Compute
+from phi3v.train.engines.base import Engine, Rest, write_nothing
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.engines.data_parallel import DataParallel, to_host
+from phi3v.train.engines.fsdp import FsdpEngine
+from phi3v.train.engines.zero import ZeroEngine
+
+__all__ = ["DataParallel", "Engine", "FsdpEngine", "Rest", "ZeroEngine", "make_engine", "to_host", "write_nothing"]
+
+
+def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> Engine:
+    """The engine for a loaded model that is not wrapped yet."""
+    if choice.is_zero:
+        return ZeroEngine(model, choice, config, compute)
+    if choice.name == "fsdp2":
+        return FsdpEngine(model, choice, config, compute)
+    return DataParallel(compute.rank, compute.world_size, choice)

@@ -1,0 +1,162 @@
+"""What the engines that divide weights, gradients or optimizer state have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from phi3v.config import RunConfig
+from phi3v.train.device import Compute
+from phi3v.train.engines.base import Engine, Rest, write_nothing
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.saving import saved_names
+
+if TYPE_CHECKING:
+    from phi3v.train.trainer import Phi3VTrainer
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+FACTS_FILE = "schedule.json"
+
+
+class ShardedEngine(Engine):
+    """Measures and saves with whole tensors, so that what is written fits any number of ranks.
+
+    Ranks answer different questions, of different lengths, so their forward passes cannot meet. They are measured with
+    a copy of the model, which takes its size in the dtype of the checkpoint on each device while that lasts.
+    """
+
+    meets_in_every_row = True
+
+    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> None:
+        super().__init__(compute.rank, compute.world_size, choice)
+        self.config = config
+        self.compute = compute
+        self._skeleton = without_weights(model)
+
+    @abstractmethod
+    def whole_tensors(self, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, whole and in the precision it is trained in, on every rank."""
+
+    @abstractmethod
+    def put_whole(self, parameter: Any, value: torch.Tensor) -> None:
+        """Let a trained parameter be ``value``, float32 and whole on every rank."""
+
+    @abstractmethod
+    def whole_moments(self, trainer: Phi3VTrainer) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimizer's moments, whole, as ``key/parameter``, on every rank."""
+
+    @abstractmethod
+    def steps_taken(self, trainer: Phi3VTrainer) -> float:
+        """AdamW's count of steps, which corrects its moments."""
+
+    @abstractmethod
+    def put_moments(self, trainer: Phi3VTrainer, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """The reverse of these two; ``moments`` as of `whole_moments` on every rank."""
+
+    def scaler_state(self, trainer: Phi3VTrainer) -> dict[str, Any] | None:
+        """Of fp16's loss scale."""
+        return None
+
+    def put_scaler_state(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
+        """The reverse."""
+
+    @contextlib.contextmanager
+    def as_saved(self, model: Any, dtype: torch.dtype) -> Iterator[Any]:
+        yield self._copy(model, dtype)
+
+    def finished(self, model: Any, dtype: torch.dtype) -> Any:
+        return self._copy(model, dtype)
+
+    @torch.no_grad()
+    def _copy(self, model: Any, dtype: torch.dtype) -> Any:
+        whole = copy.deepcopy(self._skeleton)
+        keep = isinstance(whole, PeftModel)  # adapters stay float32
+        for name, tensor in self.whole_tensors(model):
+            own = whole.get_parameter(name)
+            wanted = own.dtype if keep else dtype
+            module, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(wanted, copy=True), requires_grad=own.requires_grad)
+            setattr(whole.get_submodule(module), leaf, parameter)
+        return whole
+
+    @torch.no_grad()
+    def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
+        wanted = set(saved_names(self._skeleton).values())
+        tensors = {}
+        for name, tensor in self.whole_tensors(model):
+            if name in wanted and self.rank == 0:
+                tensors[name] = tensor.to("cpu", copy=True)  # the next ones need the device's memory
+        return tensors if self.rank == 0 else None
+
+    @torch.no_grad()
+    def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
+        own = dict(model.named_parameters())
+        for name, tensor in self._from_rank_0(tensors):
+            if own[name].requires_grad:
+                self.put_whole(own[name], tensor)
+
+    @torch.no_grad()
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
+        moments = {}
+        for name, tensor in self.whole_moments(trainer):
+            if self.rank == 0:
+                moments[name] = tensor.to("cpu", copy=True)
+        if self.rank > 0:
+            return write_nothing
+        facts = {
+            "schedule": trainer.lr_scheduler.state_dict(),
+            "scaler": self.scaler_state(trainer),
+            "steps": self.steps_taken(trainer),
+        }
+
+        def write() -> None:
+            save_file(moments, folder / OPTIMIZER_FILE)
+            (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+        return write
+
+    @torch.no_grad()
+    def load_optimizer(self, trainer: Phi3VTrainer, folder: Path | None) -> None:
+        facts: list[Any] = [None]
+        moments = None
+        if folder is not None and self.rank == 0:
+            facts[0] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+                moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        broadcast_object_list(facts)
+        self.put_moments(trainer, facts[0]["steps"], self._from_rank_0(moments))
+        trainer.lr_scheduler.load_state_dict(facts[0]["schedule"])
+        if facts[0]["scaler"] is not None:
+            self.put_scaler_state(trainer, facts[0]["scaler"])
+
+    def _from_rank_0(self, tensors: dict[str, torch.Tensor] | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of rank 0, one after the other, in float32 on every rank's device."""
+        shapes: list[Any] = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} if tensors else None]
+        broadcast_object_list(shapes)
+        for name, shape in shapes[0].items():
+            if tensors is None:
+                value = torch.empty(shape, device=self.compute.device)
+            else:
+                value = tensors[name].to(self.compute.device, torch.float32)
+            yield name, broadcast(value, from_process=0)
+
+
+def without_weights(model: Any) -> Any:
+    """A copy of a model whose parameters have shapes and dtypes but no values (torch's meta device)."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,305 @@
+"""Where a run goes on: which checkpoint, whether it belongs to this configuration, and what differs.
+
+Rank 0 alone looks at the disk; the others, which may be on other machines, are told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from phi3v.config import RunConfig, load_config
+from phi3v.errors import UserError
+from phi3v.train.agreement import Agreement
+from phi3v.train.checkpoint_folder import (
+    checkpoints,
+    damage,
+    file_hash,
+    find_checkpoint,
+    link_tree,
+    read_state,
+    remove_unfinished,
+    step_of,
+)
+from phi3v.train.device import Compute
+from phi3v.train.engines.choice import choose_engine
+
+# Keys that may be others on resume, by name or by group: none changes what a step computes.
+CHANGEABLE = (
+    "checkpoint.",
+    "data.image_check",
+    "data.num_workers",
+    "data.on_bad_sample",
+    "distributed.timeout_minutes",
+    "evaluation.after",
+    "evaluation.batch_size",
+    "evaluation.batch_tokens",
+    "evaluation.before",
+    "evaluation.early_stopping_patience",
+    "evaluation.eval_steps",
+    "training.activation_checkpointing",
+    "training.logging_steps",
+    "training.max_nonfinite_steps",
+    "training.output_dir",
+    "training.overwrite",
+    "training.progress_bar",
+)
+# These may grow.
+EXTENDABLE = ("training.epochs", "training.max_steps")
+# These may be at another place, with the same content.
+MOVABLE = {"data.train": "train", "data.eval": "eval"}
+
+# Engines that hold everything on every rank, and save the optimizer alike; the others do so among themselves.
+WHOLE = ("none", "ddp")
+
+# What belongs to the end of a run, and is made again if the run goes on.
+_OF_THE_END = ("final", "eval_after.json", "predictions_after.jsonl", "report.html")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from.
+
+    Attributes:
+        folder: where it is; on ranks of other machines it need not exist.
+        state: of ``state.json``.
+        randoms: the random generators of each rank that saved.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    randoms: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @property
+    def stopped_early(self) -> bool:
+        """Saved when measurements had ended training."""
+        evaluation = self.state["evaluation"]
+        return evaluation is not None and bool(evaluation["stopped_early"])
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What ``--resume`` finds where nothing is left to do."""
+
+    folder: Path
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "finished": True}
+
+
+def find_resume_point(
+    wanted: str | None, config: RunConfig, compute: Compute, agreement: Agreement, console: Console
+) -> ResumePoint | FinishedRun | None:
+    """What to go on from.
+
+    Args:
+        wanted: ``auto``, or a checkpoint of ``training.output_dir``; ``None``: start anew.
+
+    Returns:
+        ``None`` to start anew.
+
+    Raises:
+        UserError: that checkpoint is damaged or of another run, or the configuration may not differ so.
+    """
+    if wanted is None:
+        return None
+    found: ResumePoint | FinishedRun | None = None
+    wrong: UserError | None = None
+    newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
+    everywhere = agreement.gather((newest, platform.node()))
+    if compute.rank == 0:
+        try:
+            _require_newest_here(everywhere, config.training.output_dir)
+            found = _find(wanted, config, compute, console)
+        except UserError as error:
+            wrong = error
+    message = agreement.from_first((wrong.what, wrong.where, wrong.hint) if wrong is not None else None)
+    if message is not None:
+        raise UserError(message[0], where=message[1], hint=message[2])
+    point: ResumePoint | FinishedRun | None = agreement.from_first(found)
+    return point
+
+
+def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) -> ResumePoint | FinishedRun | None:
+    run_folder = Path(config.training.output_dir)
+    for path in remove_unfinished(run_folder):
+        step = path.name.split("-")[1].split(".")[0]
+        console.print(f"resume: removed a half-written checkpoint of step {step}", highlight=False)
+    if wanted == "auto":
+        if is_finished(run_folder, config):
+            console.print(
+                f"resume: the run in {run_folder} is finished, so there is nothing to do",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return FinishedRun(run_folder)
+        found = find_checkpoint(run_folder)
+        for folder, why in found.skipped:
+            console.print(f"resume: skipped {folder}: {why}", highlight=False, soft_wrap=True)
+        if found.folder is None:
+            if (run_folder / "final" / "manifest.json").is_file():
+                raise UserError(
+                    "holds a run that has ended, and no checkpoint to go on from",
+                    where=str(run_folder),
+                    hint="choose another --training.output_dir, or drop --resume and add --training.overwrite true",
+                )
+            console.print(
+                f"resume: no valid checkpoint in {run_folder}, so the run starts anew", highlight=False, soft_wrap=True
+            )
+            return None
+        folder, why = found.folder, "the newest valid checkpoint"
+    else:
+        folder, why = _named(Path(wanted), run_folder), "as asked for"
+    state, randoms = read_state(folder)
+    engine = choose_engine(config, compute).name
+    if (engine in WHOLE) != (state["engine"] in WHOLE):
+        raise UserError(
+            f"was saved by the engine {state['engine']}, and on {compute.world_size} ranks this is {engine}",
+            where=str(folder),
+            hint=f"go on on {state['world_size']} ranks, or begin runs that change their number with "
+            "distributed.engine ddp or fsdp2",
+        )
+    changes = allowed_changes(state, config, str(folder))
+    console.print(f"resume: {folder} ({why}), after step {state['step']}", highlight=False, soft_wrap=True)
+    for line in [*changes, *_other_ranks(state, config, compute)]:
+        console.print(f"resume: {line}", highlight=False, soft_wrap=True)
+    return ResumePoint(folder, state, randoms)
+
+
+def _require_newest_here(everywhere: list[tuple[int, str]], folder: str) -> None:
+    """Rank 0 reads and writes checkpoints; a launcher may have given that number to another machine than before."""
+    step, machine = max(everywhere)
+    if step > everywhere[0][0]:
+        raise UserError(
+            f"the newest checkpoint, of step {step}, is on {machine}, and rank 0 is on {everywhere[0][1]} now",
+            where=folder,
+            hint="copy the run folder there, use a disk that all machines share, or fix the order with --node-rank",
+        )
+
+
+def _named(folder: Path, run_folder: Path) -> Path:
+    hint = "name a checkpoint-N of training.output_dir, or leave it at auto"
+    if step_of(folder) < 0 or not folder.is_dir():
+        raise UserError("is no checkpoint", where=f"--resume {folder}", hint=hint)
+    if folder.resolve().parent != run_folder.resolve():
+        raise UserError(f"is not a checkpoint of {run_folder}", where=f"--resume {folder}", hint=hint)
+    wrong = damage(folder)
+    if wrong is not None:
+        raise UserError(f"is damaged: {wrong}", where=f"--resume {folder}", hint="leave it at auto")
+    return folder
+
+
+def is_finished(run_folder: Path, config: RunConfig) -> bool:
+    """Whether a run ended as ``config`` wants it to, with all that it is to leave behind."""
+    if not (run_folder / "final" / "manifest.json").is_file():
+        return False
+    if config.evaluation.after and config.data.eval is not None and not (run_folder / "eval_after.json").is_file():
+        return False
+    before = load_config(run_folder / "config.yaml").training
+    return (before.epochs, before.max_steps) == (config.training.epochs, config.training.max_steps)
+
+
+def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> list[str]:
+    """What is configured otherwise than when the checkpoint was saved, as lines to say.
+
+    Raises:
+        UserError: something that may not differ.
+    """
+    before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    lines = []
+    for key, value in now.items():
+        old = before.get(key, value)
+        if old == value or key in MOVABLE:
+            continue
+        if key in EXTENDABLE:
+            # One of the two may take over from the other, e.g. max_steps where epochs counted.
+            shorter = value is not None and old is not None and value < old
+            if shorter or (key == "training.max_steps" and value is not None and value < state["step"]):
+                raise UserError(
+                    f"{key} was {old} and is {value} now; on resume it may only grow",
+                    where=where,
+                    hint=f"leave {key} at {old}, or start another run",
+                )
+            lines.append(f"{key}: {old} → {value}; from here the learning rate follows the longer schedule")
+        elif key.startswith(CHANGEABLE):
+            lines.append(f"{key}: {old} → {value}")
+        else:
+            raise UserError(
+                f"{key} was {old} when it was saved and is {value} now",
+                where=where,
+                hint=f"leave {key} at {old}, or start another run; docs/resume.md lists what may change",
+            )
+    for key, name in MOVABLE.items():
+        path, saved = now[key], state["data"].get(name)
+        if path is None or saved is None:
+            continue
+        if before.get(key) != path:
+            lines.append(f"{key}: {before.get(key)} → {path}")
+        if name == "train" and file_hash(Path(path)) != saved:
+            raise UserError(
+                f"{path} is not the file that the run began with (its SHA-256 differs)",
+                where=where,
+                hint="the order of records would be another; bring the file back, or start another run",
+            )
+    return lines
+
+
+def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: Compute) -> list[str]:
+    """What another number of ranks changes, as lines to say."""
+    if state["world_size"] == compute.world_size:
+        return []
+    lines = [
+        f"saved on {state['world_size']} ranks, going on on {compute.world_size}: every step has the same samples, and "
+        "their gradients are summed in another order, so numbers agree up to rounding"
+    ]
+    if config.method.name in ("lora", "qlora") and config.method.lora.dropout > 0:
+        lines.append("dropout draws other numbers than it would have on the same ranks")
+    return lines
+
+
+def reopen_run_folder(config: RunConfig, point: ResumePoint) -> None:
+    """Bring the run folder back to what it was when the checkpoint was saved; called on rank 0."""
+    run_folder = Path(config.training.output_dir)
+    for folder in checkpoints(run_folder):
+        if step_of(folder) > point.step:
+            shutil.rmtree(folder)  # of steps that are taken again
+    for name in _OF_THE_END:
+        path = run_folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if (point.folder / "metrics.jsonl").is_file():
+        shutil.copyfile(point.folder / "metrics.jsonl", run_folder / "metrics.jsonl")
+    else:
+        (run_folder / "metrics.jsonl").unlink(missing_ok=True)
+    if (point.folder / "best").is_dir():
+        link_tree(point.folder / "best", run_folder / "best")
+    else:
+        shutil.rmtree(run_folder / "best", ignore_errors=True)
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the data files by what they are for."""
+    files = {"train": config.data.train, "eval": config.data.eval}
+    return {name: file_hash(Path(path)) for name, path in files.items() if path is not None}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration as dotted keys, in the types that JSON gives back."""
+    values: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(tree)).items() if not prefix else tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
