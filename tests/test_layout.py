@@ -14,6 +14,7 @@ ROOMS = [
     "cli",
     "azure",
     "doctor",
+    "export",
     "plan",
     "train",
     "evaluate",
@@ -23,6 +24,7 @@ ROOMS = [
     "processing",
     "config",
     "machine",
+    "findings",
     "errors",
 ]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

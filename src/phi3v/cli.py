@@ -257,6 +257,28 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), help=f"arithmetic ({own}, else auto)"
     )
+    export = _command(
+        verbs,
+        "export",
+        _export,
+        "write a tuned model in the official layout, merged and proven, or check a folder",
+        "phi3v export output/mine --out models/mine",
+    )
+    export.add_argument(
+        "source", nargs="?", metavar="RUN", help="a run, its best/ or final/, a checkpoint, an adapter or a model"
+    )
+    export.add_argument("--out", type=Path, metavar="DIR", help="where to write it")
+    export.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the original model's)"
+    )
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, in PEFT's layout")
+    export.add_argument("--base", metavar="MODEL", help="what an adapter goes on, where that has moved")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    export.add_argument(
+        "--samples", type=int, default=4, metavar="N", help="prompts to compare with (default: %(default)s)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+    export.add_argument("--verify", type=Path, metavar="DIR", help="only look whether a folder is whole and right")
     plan = _command(
         verbs,
         "plan",
@@ -482,6 +504,33 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
 
     check_before_training(config)
     return run_training(config, console, arguments.resume).to_json_dict()
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if (arguments.source is None) == (arguments.verify is None):
+        raise UserError("name what to export, or a folder with --verify", hint="phi3v export output/mine --out DIR")
+    if arguments.verify is not None:
+        from phi3v.export.verify import verify_folder
+
+        report = verify_folder(arguments.verify, console)
+        return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+    if arguments.out is None:
+        raise UserError("where to write it is not said", where="--out", hint="phi3v export output/mine --out DIR")
+    if arguments.samples < 1:
+        raise UserError("at least one prompt is needed to compare with", where="--samples")
+    from phi3v.export.make import export
+
+    return export(
+        arguments.source,
+        arguments.out,
+        console,
+        dtype=arguments.dtype,
+        adapter=arguments.adapter,
+        base=arguments.base,
+        max_shard_size=arguments.max_shard_size,
+        samples=arguments.samples,
+        overwrite=arguments.overwrite,
+    ).to_json_dict()
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -10,9 +10,7 @@ import importlib.util
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +20,7 @@ from phi3v.data.check import check_file
 from phi3v.data.collate import Collator, ConversationDataset, encode_record
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
+from phi3v.findings import Finding, Report, Verdict
 from phi3v.machine import available_cores
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import GIB, Machine, this_machine
@@ -35,9 +34,6 @@ from phi3v.train.run_folder import check_run_folder, environment
 from phi3v.train.setup import probe_index
 from phi3v.train.strategies import summarize
 
-Verdict = Literal["pass", "warn", "fail"]
-_STYLE = {"pass": "green", "warn": "yellow", "fail": "bold red"}
-
 SAMPLED_FAULTS = 5  # of a data file that are shown
 SAMPLED_RECORDS = 64  # whose labels are looked at
 SHOWN_TOKENS = 160  # of the sample's text, around what is learnt
@@ -49,38 +45,6 @@ PAGES_PER_CORE = 10
 OPTIONAL: tuple[tuple[str, str, Callable[[RunConfig], bool]], ...] = (
     ("bitsandbytes", "qlora", lambda config: config.method.name == "qlora"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    check: str
-    verdict: Verdict
-    what: str
-    hint: str | None = None
-
-    def render(self, console: Console) -> None:
-        line = Text(f"{self.verdict:4} ", style=_STYLE[self.verdict])
-        line.append(f"{self.check}: {self.what}", style="default")
-        console.print(line, soft_wrap=True)
-        if self.hint:
-            console.print(Text(f"     → {self.hint}"), soft_wrap=True)
-
-
-@dataclass
-class Report:
-    """All findings, in order."""
-
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Nothing failed."""
-        return not any(finding.verdict == "fail" for finding in self.findings)
-
-    def to_json_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
 
 
 class Examination:

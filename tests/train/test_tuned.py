@@ -104,7 +104,7 @@ def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did the run end early"):
         find_tuned(str(tmp_path))
     (tmp_path / "best").mkdir()
-    with pytest.raises(UserError, match=r"measure .*best"):
+    with pytest.raises(UserError, match=r"take .*best"):
         find_tuned(str(tmp_path))
 
 

@@ -46,7 +46,7 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
             raise UserError(
                 "is an adapter, not a model",
                 where=where,
-                hint="merge it into its base first: PeftModel.from_pretrained(base, folder).merge_and_unload()",
+                hint=f"merge it into its base first: phi3v export {folder} --out DIR",
             )
         if not (folder / "config.json").is_file():
             raise UserError("no model there: config.json is missing", where=where, hint=_MODEL_HINT)

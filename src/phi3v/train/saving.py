@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from phi3v.evaluate.generate import stop_token_ids
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of
@@ -59,6 +60,7 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = as_learnt(model, tensors)
+    set_end_tokens(model, processor)
     with _config_of_what_is_saved(model):
         # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
@@ -67,6 +69,16 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
     processor.save_pretrained(folder)
     verify_saved(model, folder, tensors)
     write_manifest(folder)
+
+
+def set_end_tokens(model: Any, processor: Phi3VProcessor) -> None:
+    """Let ``generation_config.json`` end answers where the chat format does, beside what the source says."""
+    config = model.generation_config
+    known = config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    ends = stop_token_ids(processor)
+    config.eos_token_id = [*ends, *(token for token in known if token not in ends)]
+    config.pad_token_id = processor.tokenizer.pad_token_id
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoint_folder import step_of
+from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import Compute
 from phi3v.train.loading import inspect_model, keep_trainable_layout, load_processor, load_weights, quantization
 
@@ -30,11 +30,15 @@ class Tuned:
         base: a model folder or a hub id: the model itself, or what the adapter goes on.
         adapter: the adapter's folder, if it is one.
         run: the configuration of the run it comes from; of no known run, the defaults.
+        folder: the folder of that run.
+        is_checkpoint: it was saved in the middle of the run, in the precision that it is trained in.
     """
 
     base: str
     adapter: Path | None = None
     run: RunConfig = field(default_factory=RunConfig)
+    folder: Path | None = None
+    is_checkpoint: bool = False
 
     @property
     def is_quantised(self) -> bool:
@@ -42,35 +46,49 @@ class Tuned:
         return self.adapter is not None and self.run.method.name == "qlora"
 
 
-def find_tuned(name: str) -> Tuned:
-    """Find out what ``name`` is: a run (its ``final/`` is meant), a checkpoint, an adapter, a model, or a hub id.
+def find_tuned(name: str, base: str | None = None) -> Tuned:
+    """Find out what ``name`` is: a run folder (its ``final/`` is meant), a checkpoint, an adapter, a model, a hub id.
+
+    Args:
+        base: what an adapter goes on, in place of what it says itself.
 
     Raises:
         UserError: a run without a result, or an adapter that does not say what it goes on.
     """
     folder = Path(name)
-    is_save = folder.name in SAVES or step_of(folder) >= 0
-    of_run = folder.parent if is_save else folder
-    if step_of(folder) >= 0 and (folder / "model").is_dir():
-        folder = folder / "model"
-    run = RunConfig()
+    if folder.name == "model" and is_checkpoint(folder.parent):
+        folder = folder.parent
+    of_checkpoint = is_checkpoint(folder)
+    of_run = folder.parent if folder.name in SAVES or of_checkpoint else folder
+    run, run_folder = RunConfig(), None
     if (of_run / "config.yaml").is_file():
-        run = load_config(of_run / "config.yaml")
+        run, run_folder = load_config(of_run / "config.yaml"), of_run
         if folder == of_run:
             folder = folder / "final"
             if not folder.is_dir():
-                hint = f"measure {of_run / 'best'}" if (of_run / "best").is_dir() else "did the run end early?"
+                there = [of_run / "best"] if (of_run / "best").is_dir() else checkpoints(of_run)
+                hint = f"take {there[0]}" if there else "did the run end early?"
                 raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
+    if of_checkpoint:
+        folder = folder / "model"
     adapter_config = folder / ADAPTER_CONFIG
     if not adapter_config.is_file():
-        return Tuned(str(folder) if folder.is_dir() else name, run=run)
-    try:
-        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
+        return Tuned(str(folder) if folder.is_dir() else name, None, run, run_folder, of_checkpoint)
+    if base is None:
+        try:
+            base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except ValueError as error:
+            raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
     if not base:
-        raise UserError("does not say which model the adapter goes on", where=str(adapter_config))
-    return Tuned(base, folder, run)
+        raise UserError(
+            "does not say which model the adapter goes on", where=str(adapter_config), hint="name it with --base"
+        )
+    return Tuned(base, folder, run, run_folder, of_checkpoint)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run."""
+    return step_of(folder) >= 0 and (folder / "model").is_dir()
 
 
 def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> tuple[Any, Phi3VProcessor]:

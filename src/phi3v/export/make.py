@@ -1,0 +1,293 @@
+"""Making an export: find what was tuned, merge it, write it, prove it, and only then give it its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers.utils import cached_file
+
+from phi3v.errors import UserError
+from phi3v.export.card import write_card
+from phi3v.export.proof import (
+    TOLERANCE,
+    Answers,
+    Comparison,
+    Probe,
+    answer_in_fresh_process,
+    answer_probes,
+    compare,
+    make_probes,
+)
+from phi3v.model.checkpoint import make_weights_readable
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.device import Compute, choose_compute
+from phi3v.train.loading import load_weights
+from phi3v.train.run_folder import write_manifest
+from phi3v.train.saving import set_end_tokens
+from phi3v.train.tuned import Tuned, find_tuned, load_tuned
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ExportDiffersError(RuntimeError):
+    """An export does not answer as what it was made from; nothing was left under its name."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export and how far it is from what was tuned.
+
+    Attributes:
+        merge: the merged weights in float32 against adapter and base apart; none without an adapter.
+        files: a fresh process that loaded the folder against the same weights here.
+        tuned: the export against the model as it was tuned, with what rounding and 4-bit weights do.
+        probes: where the prompts are from.
+    """
+
+    folder: Path
+    source: str
+    method: str
+    dtype: str
+    is_adapter: bool
+    parameters: int
+    merge: Comparison | None
+    files: Comparison
+    tuned: Comparison
+    probes: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "source": self.source,
+            "method": self.method,
+            "dtype": self.dtype,
+            "adapter": self.is_adapter,
+            "parameters": self.parameters,
+            "probes": self.probes,
+            "tolerance": TOLERANCE,
+            **{name: vars(value) if value else None for name, value in self._comparisons().items()},
+        }
+
+    def render(self, console: Console) -> None:
+        what = "adapter" if self.is_adapter else f"model, {self.dtype}"
+        console.print(f"{what}: {self.parameters:,} parameters in {self.folder}", highlight=False, soft_wrap=True)
+        texts = {
+            "merge": "merged against unmerged, float32",
+            "files": "a fresh process against this one",
+            "tuned": "the export against the model as tuned",
+        }
+        for name, value in self._comparisons().items():
+            if value is not None:
+                console.print(f"{texts[name]}: {value}", highlight=False, soft_wrap=True)
+        console.print(f"next: phi3v eval {self.folder} --data …, or see {self.folder / 'README.md'}", highlight=False)
+
+    def _comparisons(self) -> dict[str, Comparison | None]:
+        return {"merge": self.merge, "files": self.files, "tuned": self.tuned}
+
+
+def export(
+    name: str,
+    out: Path,
+    console: Console,
+    *,
+    dtype: str | None = None,
+    adapter: bool = False,
+    base: str | None = None,
+    max_shard_size: str = "5GB",
+    samples: int = 4,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a tuned model to ``out``, proven against the model as it was tuned.
+
+    Args:
+        name: a run, its ``best`` or ``final``, a checkpoint, an adapter, or a model.
+        dtype: of the weights; default: that of the model which was tuned.
+        adapter: write the adapter alone.
+        base: what an adapter goes on, where it has moved.
+        samples: prompts to compare with.
+        overwrite: replace a folder.
+
+    Raises:
+        UserError: there is nothing to export, ``out`` is taken, or the disk is full.
+        ExportDiffersError: the result does not answer as it should.
+    """
+    tuned = find_tuned(name, base)
+    if adapter and tuned.adapter is None:
+        raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
+    if adapter and dtype is not None:
+        raise UserError("an adapter stays as it was trained", where="--dtype", hint="leave it out")
+    _check_out(out, name, overwrite)
+    compute = choose_compute("fp32")
+    stored = _stored_dtype(tuned)
+    wanted = DTYPES[dtype] if dtype else stored
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
+        tempfile.TemporaryDirectory() as exchanged,
+    ):
+        folder, work = Path(made) / out.name, Path(exchanged)
+        probes, source = make_probes(tuned, samples, work)
+        console.print(f"comparing {len(probes)} prompts from {source}", highlight=False, soft_wrap=True)
+        maker = _Maker(tuned, compute, probes, folder, console)
+        here = maker.write_adapter() if adapter else maker.write_model(wanted, max_shard_size)
+        theirs = answer_in_fresh_process(folder, probes, work)
+        result = ExportResult(
+            folder=out,
+            source=name,
+            method=tuned.run.method.name if tuned.folder is not None else "unknown",
+            dtype=str(wanted).removeprefix("torch."),
+            is_adapter=adapter,
+            parameters=maker.parameters,
+            merge=maker.merge,
+            files=compare(here, theirs),
+            tuned=compare(maker.live, theirs),
+            probes=source,
+        )
+        _require_same(result)
+        write_card(folder, result, tuned)
+        write_manifest(folder)
+        if out.exists():
+            old = Path(made) / "old"
+            out.rename(old)
+        folder.rename(out)
+    result.render(console)
+    return result
+
+
+class _Maker:
+    """Writes the folder; what it keeps for the comparison is answers, not models, so that one fits the memory."""
+
+    def __init__(self, tuned: Tuned, compute: Compute, probes: Sequence[Probe], folder: Path, console: Console) -> None:
+        self.tuned = tuned
+        self.compute = compute
+        self.probes = probes
+        self.folder = folder
+        self.console = console
+        self.merge: Comparison | None = None
+        self.parameters = 0
+        self.live: Answers
+
+    def write_adapter(self) -> Answers:
+        model, processor = load_tuned(self.tuned, self.compute)
+        self.live = answer_probes(model, processor, self.probes)
+        here = self.live
+        if self.tuned.is_quantised:
+            del model
+            model = self._whole()
+            here = answer_probes(model, processor, self.probes)
+        model.peft_config["default"].base_model_name_or_path = self.tuned.base
+        model.save_pretrained(self.folder, save_embedding_layers=False)
+        make_weights_readable(self.folder)
+        processor.save_pretrained(self.folder)
+        tensors = {name: p for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
+        self.parameters = sum(tensor.numel() for tensor in tensors.values())
+        return here
+
+    def write_model(self, dtype: torch.dtype, max_shard_size: str) -> Answers:
+        model, processor = load_tuned(self.tuned, self.compute)
+        if self.tuned.adapter is None:
+            model = model.float()
+            self.live = answer_probes(model, processor, self.probes)
+        else:
+            self.live = answer_probes(model, processor, self.probes)
+            if self.tuned.is_quantised:
+                del model
+                model = self._whole()
+            model = self._merged(model, processor)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._require_room(self.parameters * dtype.itemsize)
+        model = model.to(dtype)
+        model.config.dtype = dtype
+        set_end_tokens(model, processor)
+        model.save_pretrained(self.folder, max_shard_size=max_shard_size)
+        make_weights_readable(self.folder)
+        processor.save_pretrained(self.folder)
+        self._bring_remote_code()
+        return answer_probes(model.float(), processor, self.probes)
+
+    def _whole(self) -> Any:
+        """Adapter on base in float32, not quantised."""
+        assert self.tuned.adapter is not None
+        model = load_weights(self.tuned.base, dtype=torch.float32)
+        return PeftModel.from_pretrained(model, str(self.tuned.adapter)).eval().to(self.compute.device)
+
+    def _merged(self, model: Any, processor: Phi3VProcessor) -> Any:
+        """The adapter's weights added to the base's, in float32."""
+        apart = answer_probes(model, processor, self.probes) if self.tuned.is_quantised else self.live
+        merged = model.merge_and_unload(safe_merge=True)
+        self.merge = compare(apart, answer_probes(merged, processor, self.probes))
+        return merged
+
+    def _require_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < needed * 1.05:
+            raise UserError(
+                f"the export takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+                where=str(self.folder.parent.parent),
+                hint="make room, or export to another disk with --out",
+            )
+
+    def _bring_remote_code(self) -> None:
+        """Copy the official code that ``auto_map`` names, or let it name the hub's."""
+        path = self.folder / "config.json"
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        auto_map = fields.get("auto_map", {})
+        base = self.tuned.run.model.path if self.tuned.adapter is None else self.tuned.base
+        for module in sorted({str(entry).split(".")[0] for entry in auto_map.values() if "--" not in str(entry)}):
+            found = _source_file(base, f"{module}.py") or _source_file(self.tuned.base, f"{module}.py")
+            if found is not None:
+                shutil.copyfile(found, self.folder / f"{module}.py")
+
+
+def _source_file(model: str, name: str) -> Path | None:
+    """A file of a model folder, or of a hub model that was downloaded; nothing is fetched."""
+    if Path(model).is_dir():
+        return Path(model) / name if (Path(model) / name).is_file() else None
+    try:
+        found = cached_file(model, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _stored_dtype(tuned: Tuned) -> torch.dtype:
+    """Of the model that was tuned; a checkpoint's own is the one it trains in."""
+    source = tuned.base
+    if tuned.is_checkpoint and tuned.adapter is None:
+        source = tuned.run.model.path
+    try:
+        dtype = Phi3VConfig.from_pretrained(source).dtype
+    except (OSError, ValueError):
+        dtype = Phi3VConfig.from_pretrained(tuned.base).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _check_out(out: Path, name: str, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    source = Path(name)
+    if source.exists() and (source.resolve() == out.resolve() or source.resolve().is_relative_to(out.resolve())):
+        raise UserError("is what would be exported", where=f"--out {out}", hint="choose another folder")
+    if not out.is_dir():
+        raise UserError("is a file", where=f"--out {out}", hint="choose another name")
+    if any(out.iterdir()) and not overwrite:
+        raise UserError("is not empty", where=f"--out {out}", hint="choose another folder, or add --overwrite")
+
+
+def _require_same(result: ExportResult) -> None:
+    for what, found in (("the merged weights", result.merge), ("the files", result.files)):
+        if found is not None and not found.same:
+            raise ExportDiffersError(
+                f"{what} do not answer as the tuned model does: {found}; {TOLERANCE:.0e} of the largest logit would be "
+                f"the order of sums. Nothing was left in {result.folder}"
+            )

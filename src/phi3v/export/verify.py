@@ -1,0 +1,204 @@
+"""`phi3v export --verify`: whether a folder is what others expect of this model, wherever it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+
+from phi3v.errors import UserError
+from phi3v.evaluate.generate import stop_token_ids
+from phi3v.export.proof import answer_probes, drawn_probe, load_export
+from phi3v.findings import Finding, Report, Verdict
+from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.processing.processor import Phi3VProcessor
+
+INCOMPLETE = "the save was not complete: export the run again"
+
+
+def verify_folder(folder: Path, console: Console | None) -> Report:
+    """Look at every part of a model or adapter folder; each finding is said as it is made.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder))
+    inspection = _Inspection(folder, console)
+    inspection.run()
+    return inspection.report
+
+
+class _Inspection:
+    def __init__(self, folder: Path, console: Console | None) -> None:
+        self.folder = folder
+        self.console = console
+        self.report = Report()
+        self.is_adapter = (folder / "adapter_config.json").is_file()
+
+    def run(self) -> None:
+        checks: list[Callable[[], None]] = [self.manifest]
+        checks += [self.adapter] if self.is_adapter else [self.keys, self.end_tokens, self.remote_code]
+        checks += [self.values, self.processor, self.answer]
+        for check in checks:
+            check()
+            if not self.report.ok and check in (self.keys, self.adapter, self.values, self.processor):
+                return  # the rest would stumble over the same
+
+    def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
+        finding = Finding(check, verdict, what, hint)
+        self.report.findings.append(finding)
+        if self.console is not None:
+            finding.render(self.console)
+
+    def manifest(self) -> None:
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            self.say("manifest", "warn", "there is none, so damage on the way would not be seen", "export it anew")
+            return
+        hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        wrong = [name for name, expected in hashes.items() if _sha256(self.folder / name) != expected]
+        if wrong:
+            what = f"{len(wrong)} files are missing or not what was written, first {wrong[0]}"
+            self.say("manifest", "fail", what, "copy the folder again, or export it anew")
+        else:
+            self.say("manifest", "pass", f"{len(hashes)} files are what was written")
+
+    def keys(self) -> None:
+        try:
+            config = Phi3VConfig.from_pretrained(self.folder)
+            keys = checkpoint_keys(self.folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            hint = "is this the folder of a model?"
+            self.say("weights", "fail", f"cannot be read: {str(error).splitlines()[0]}", hint)
+            return
+        with torch.device("meta"):
+            skeleton = Phi3VForCausalLM(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        missing = sorted(expected.keys() - keys)
+        unexpected = sorted(keys - expected.keys() - {SECOND_EMBEDDING})
+        shapes = {name: shape for name, shape in self._shapes().items() if name in expected}
+        other = sorted(name for name, shape in shapes.items() if shape != expected[name])
+        if SECOND_EMBEDDING in keys:
+            what = f"{SECOND_EMBEDDING} is a second copy of the embeddings"
+            self.say("weights", "warn", what, "export it with phi3v export, which leaves it out")
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "unknown to the architecture"),
+            (other, "of another shape"),
+        ):
+            if names:
+                hint = INCOMPLETE
+                self.say("weights", "fail", f"{len(names)} tensors are {what}, first {names[0]}", hint)
+        if not (missing or unexpected or other):
+            self.say("weights", "pass", f"{len(expected)} tensors, by the names and shapes of the official layout")
+
+    def adapter(self) -> None:
+        fields = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = fields.get("base_model_name_or_path")
+        if not base:
+            hint = "write base_model_name_or_path into adapter_config.json"
+            self.say("adapter", "fail", "it does not say which model it goes on", hint)
+        elif not (self.folder / "adapter_model.safetensors").is_file():
+            self.say("adapter", "fail", "adapter_model.safetensors is missing", "export the run again")
+        elif "/" in base and not Path(base).is_dir() and len(Path(base).parts) != 2:
+            self.say("adapter", "fail", f"its base {base} is not here", "export it again with --base FOLDER")
+        else:
+            self.say("adapter", "pass", f"rank {fields.get('r')}, on {base}")
+
+    def values(self) -> None:
+        dtypes: dict[str, int] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    tensor = weights.get_tensor(name)
+                    if not tensor.numel():
+                        self.say("values", "fail", f"{name} is empty", INCOMPLETE)
+                        return
+                    if not torch.isfinite(tensor).all():
+                        self.say("values", "fail", f"{name} is not finite", "take an earlier checkpoint of the run")
+                        return
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    dtypes[dtype] = dtypes.get(dtype, 0) + 1
+        mixed = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
+        self.say("values", "pass" if len(dtypes) == 1 else "warn", f"all finite; {mixed}")
+
+    def processor(self) -> None:
+        try:
+            processor = Phi3VProcessor.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            hint = "copy preprocessor_config.json and the tokenizer's files from the original model"
+            self.say("processor", "fail", f"cannot be loaded: {str(error).splitlines()[0]}", hint)
+            return
+        self.say("processor", "pass", f"with tokenizer, num_crops {processor.image_processor.num_crops}")
+
+    def end_tokens(self) -> None:
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            self.say("end of answers", "fail", "generation_config.json is missing", "export it with phi3v export")
+            return
+        known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        known = known if isinstance(known, list) else [known]
+        try:
+            wanted = stop_token_ids(Phi3VProcessor.from_pretrained(self.folder))
+        except (OSError, ValueError):
+            return  # the processor's own check says so
+        missing = [token for token in wanted if token not in known]
+        if missing:
+            what = f"generation_config.json has {known}, and answers end at {wanted}"
+            self.say("end of answers", "fail", what, f"set eos_token_id to {wanted} there")
+        else:
+            self.say("end of answers", "pass", f"eos_token_id {known}")
+
+    def remote_code(self) -> None:
+        fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        modules = {str(entry).split(".")[0] for entry in fields.get("auto_map", {}).values()}
+        missing = [
+            f"{name}.py" for name in sorted(modules) if "--" not in name and not (self.folder / f"{name}.py").is_file()
+        ]
+        if not modules:
+            what = "config.json has no auto_map: phi3v reads it, programs that want the official code do not"
+            self.say("official code", "warn", what, "copy auto_map and the .py files from the original model")
+        elif missing:
+            what = f"auto_map names {', '.join(missing)}, which is not here; phi3v does not need it"
+            self.say("official code", "warn", what, "copy it from the original model for vLLM and others")
+        else:
+            self.say("official code", "pass", "auto_map and its files are here")
+
+    def answer(self) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model, processor = load_export(self.folder, device)
+            with tempfile.TemporaryDirectory() as work:
+                answers = answer_probes(model, processor, [drawn_probe(Path(work), 0)])
+        except (OSError, ValueError, RuntimeError) as error:
+            what = f"a question about a drawn picture fails: {str(error).splitlines()[0]}"
+            self.say("answer", "fail", what, "is config.json that of these weights?")
+            return
+        finite = bool(torch.isfinite(answers.logits[0]).all())
+        if not finite:
+            self.say("answer", "fail", "the logits are not finite", "take an earlier checkpoint of the run")
+        else:
+            self.say("answer", "pass", f"a question about a drawn picture: {answers.texts[0]!r}")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        return shapes
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
