@@ -59,7 +59,7 @@ def test_every_verdict_is_explained(plans: dict[str, Plan]) -> None:
                 assert "GiB of" in option.reason
                 assert sum(option.memory.parts.values()) == option.memory.peak
         assert plan.recommended is not None
-        assert plan.recommended.offered
+        assert plan.recommended.fits
         assert plan.reason
 
 
@@ -103,10 +103,12 @@ def test_the_written_recipe_is_what_was_planned(plans: dict[str, Plan], tmp_path
     (tmp_path / "planned.yaml").write_text(planned_recipe(plan))
     config = load_config(tmp_path / "planned.yaml")
     assert plan.recommended is not None
-    assert config.method.name == plan.recommended.setup.method.name == "lora"
+    assert config.method.name == plan.recommended.setup.method.name == "full"
+    assert config.distributed.engine == plan.recommended.setup.engine
+    assert plan.recommended.setup.engine in ("zero1", "zero2")
     assert config.training.precision == "fp16"
     assert config.training.batch_size == 64
-    assert (tmp_path / "planned.yaml").read_text().startswith("# Planned for 4x NVIDIA Quadro RTX 8000: lora")
+    assert (tmp_path / "planned.yaml").read_text().startswith("# Planned for 4x NVIDIA Quadro RTX 8000: full")
 
 
 @pytest.fixture

@@ -30,14 +30,12 @@ class FittedSku:
 
     @property
     def fits(self) -> bool:
-        """This version can train the recipe's method there, with the changes that the option names."""
-        return self.option is not None and self.option.fits and self.option.offered
+        """The recipe's method can train there, with the changes that the option names."""
+        return self.option is not None and self.option.fits
 
     @property
     def verdict(self) -> str:
-        if self.option is None or not self.option.fits:
-            return "does not fit"
-        return self.option.verdict if self.option.offered else "needs what this version lacks"
+        return self.option.verdict if self.option is not None else "does not fit"
 
     @property
     def vcpus(self) -> int:

@@ -1,7 +1,6 @@
 """What the planner plans: one set-up of method, engine and the settings that memory and time depend on.
 
-Fields name what the project will have; ``OFFERED`` is what `phi3v train` can do today. Both sides of the mapping, from
-a configuration and back to its keys, are in this file.
+Both sides of the mapping, from a configuration and back to its keys, are in this file.
 """
 
 from __future__ import annotations
@@ -21,24 +20,6 @@ Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-
-
-@dataclass(frozen=True)
-class Offered:
-    """What the trainer of this version can do; the rest is planned for and marked so."""
-
-    engines: tuple[Engine, ...]
-    checkpointing: tuple[Checkpointing, ...]
-    optimizers: tuple[Optimizer, ...]
-    packing: tuple[Packing, ...]
-
-
-OFFERED = Offered(
-    engines=("ddp",),
-    checkpointing=get_args(Checkpointing),
-    optimizers=get_args(Optimizer),
-    packing=get_args(Packing),
-)
 
 
 @dataclass(frozen=True)
@@ -79,16 +60,6 @@ class TrainSetup:
     @property
     def is_adapter(self) -> bool:
         return self.method.name in ("lora", "qlora")
-
-    @property
-    def is_offered(self) -> bool:
-        """`phi3v train` of this version can run it."""
-        return (
-            self.engine in OFFERED.engines
-            and self.checkpointing in OFFERED.checkpointing
-            and self.optimizer in OFFERED.optimizers
-            and self.packing in OFFERED.packing
-        )
 
     @property
     def is_sharded(self) -> bool:
@@ -135,7 +106,7 @@ def _engine(config: RunConfig, machine: Machine) -> Engine:
     if wanted != "auto":
         return wanted
     sharded = config.method.name in ("full", "frozen-vision") and config.training.optimizer == "adamw"
-    return "zero2" if sharded and "zero2" in OFFERED.engines else "ddp"
+    return "zero2" if sharded else "ddp"
 
 
 def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "fp32"]:
@@ -165,7 +136,7 @@ def _attention(config: RunConfig, machine: Machine) -> Attention:
 
 
 def recipe_changes(setup: TrainSetup) -> dict[str, Any]:
-    """The configuration's keys that make `phi3v train` do what an offered set-up says."""
+    """The configuration's keys that make `phi3v train` do what a set-up says."""
     return {
         "model.num_crops": setup.num_crops,
         "data.packing": setup.packing,

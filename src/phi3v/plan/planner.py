@@ -17,7 +17,6 @@ from phi3v.plan.hardware import GIB, Machine
 from phi3v.plan.inputs import (
     ENGINES,
     METHODS,
-    OFFERED,
     Engine,
     MethodName,
     Optimizer,
@@ -50,7 +49,6 @@ class Option:
         changes: what differs from the recipe, in words; empty if it fits as it is.
         fits: with those changes.
         reason: why, in a sentence.
-        offered: this version's `phi3v train` can run it.
         rows: of a packed set-up.
     """
 
@@ -60,7 +58,6 @@ class Option:
     reason: str
     memory: Memory | None
     speed: Speed | None
-    offered: bool
     rows: PackedRows | None = None
 
     @property
@@ -79,7 +76,6 @@ class Option:
             "fits": self.fits,
             "changes": list(self.changes),
             "reason": self.reason,
-            "offered": self.offered,
             "precision": setup.precision,
             "attention": setup.attention,
             "checkpointing": setup.checkpointing,
@@ -131,9 +127,9 @@ class Plan:
         return self.samples / self.recommended.speed.samples_per_second / 3600
 
     def best(self, method: MethodName) -> Option:
-        """The option of a method that needs the fewest changes, what is offered first."""
+        """The option of a method that needs the fewest changes."""
         own = [option for option in self.options if option.setup.method.name == method]
-        return min(own, key=lambda option: (not option.fits, not option.offered, len(option.changes)))
+        return min(own, key=lambda option: (not option.fits, len(option.changes)))
 
     def to_json_dict(self) -> dict[str, Any]:
         return {
@@ -220,7 +216,7 @@ class Planner:
     def option(self, setup: TrainSetup, machine: Machine) -> Option:
         """Whether a set-up fits, and if not, the fewest changes that make it fit."""
         if obstacle := _obstacle(setup, machine):
-            return Option(setup, False, (), obstacle, None, None, setup.is_offered)
+            return Option(setup, False, (), obstacle, None, None)
         limit = int(machine.gpu.memory_bytes * MARGIN)
         first = self.memory(setup, machine)
         best, best_memory = setup, first
@@ -234,16 +230,14 @@ class Planner:
                 if words:
                     reason = f"{reason}; as the recipe is, {_gib(first.peak)}"
                 speed = self.speed(changed, machine)
-                return Option(
-                    changed, True, words, reason, memory, speed, changed.is_offered, self.rows_or_none(changed)
-                )
+                return Option(changed, True, words, reason, memory, speed, self.rows_or_none(changed))
         biggest = max(best_memory.parts, key=lambda name: best_memory.parts[name])
         tried = ", ".join(changes) or "one sample"
         reason = (
             f"{_gib(best_memory.peak)} of {_gib(machine.gpu.memory_bytes)} even with {tried}"
             f"; {_gib(best_memory.parts[biggest])} of it {biggest}"
         )
-        return Option(best, False, (), reason, best_memory, None, best.is_offered)
+        return Option(best, False, (), reason, best_memory, None)
 
     def memory(self, setup: TrainSetup, machine: Machine) -> Memory:
         """The predicted peak of a rank."""
@@ -307,7 +301,7 @@ class Planner:
 
     def _recommend(self, options: Sequence[Option], machine: Machine) -> tuple[Option | None, str]:
         wanted = self.config.method.name
-        runnable = [option for option in options if option.fits and option.offered]
+        runnable = [option for option in options if option.fits]
         for name in (wanted, *(method for method in BY_SCORE if method != wanted)):
             own = [option for option in runnable if option.setup.method.name == name]
             if not own:
@@ -329,19 +323,10 @@ class Planner:
         return min(options, key=lambda option: (len(option.changes), option.setup.engine != engine))
 
     def _why_not(self, options: Sequence[Option], machine: Machine) -> str:
-        """Why the recipe's own method cannot run here, and what a later version would need for it."""
+        """Why the recipe's own method cannot run here."""
         name = self.config.method.name
-        own = [option for option in options if option.setup.method.name == name]
-        if not any(option.fits for option in own):
-            return f"{name} does not fit {machine.label} ({own[0].reason})"
-        first = next(option for option in own if option.setup.engine == OFFERED.engines[0])
-        as_is = self.memory(replace(first.setup, optimizer=OFFERED.optimizers[0], num_crops=self.num_crops), machine)
-        later = min((o for o in own if o.fits), key=lambda o: (len(o.changes), o.setup.engine != "zero2"))
-        needs = " and ".join([later.setup.engine, *later.changes] if machine.gpus > 1 else later.changes)
-        return (
-            f"{name} needs {_gib(as_is.peak)} of {_gib(machine.gpu.memory_bytes)} with what this version has "
-            f"(it would fit with {needs})"
-        )
+        own = next(option for option in options if option.setup.method.name == name)
+        return f"{name} does not fit {machine.label} ({own.reason})"
 
     def _faster(self, option: Option, machine: Machine) -> Option:
         """The same with the rest of the memory put to use: packed rows or larger micro-batches, no recomputing."""
@@ -352,7 +337,7 @@ class Planner:
         best = shortest or setup
         if best.checkpointing == "full" and not option.changes:
             spared = replace(best, checkpointing="none")
-            if spared.is_offered and self.memory(spared, machine).peak <= limit:
+            if self.memory(spared, machine).peak <= limit:
                 best = spared
         for larger in lengths if shortest else self._micro_batches(best):
             if shortest and larger.pack_tokens <= best.pack_tokens:

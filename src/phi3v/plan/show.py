@@ -39,7 +39,7 @@ def show_comparison(console: Console, plans: Sequence[Plan]) -> None:
             table.add_row(
                 plan.machine.label if method == METHODS[0] else "",
                 method,
-                _engine(option),
+                option.setup.engine,
                 _verdict(option),
                 _speed(option),
                 option.reason,
@@ -48,18 +48,10 @@ def show_comparison(console: Console, plans: Sequence[Plan]) -> None:
     console.print(table)
     for plan in plans:
         _line(console, f"{plan.machine.label}: {plan.reason}")
-    _line(console, _PLANNED)
-
-
-_PLANNED = "* planned for a later version: `phi3v train` cannot run it yet"
 
 
 def _line(console: Console, text: str, *, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
-
-
-def _engine(option: Option) -> str:
-    return option.setup.engine + ("" if option.offered or not option.fits else "*")
 
 
 def _verdict(option: Option) -> Text:
@@ -115,7 +107,7 @@ def _show_options(console: Console, plan: Plan) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for option in plan.options:
-        row: list[str | Text] = [option.setup.method.name, _engine(option), _verdict(option), _speed(option)]
+        row: list[str | Text] = [option.setup.method.name, option.setup.engine, _verdict(option), _speed(option)]
         if plan.published:
             published = plan.published.get(option.setup.method.name)
             own = published if published and option.setup.engine == _published_engine(option) else None
@@ -123,8 +115,6 @@ def _show_options(console: Console, plan: Plan) -> None:
             row.append(f"{own.images_per_second:.1f}/s{memory}" if own else "")
         table.add_row(*row, option.reason)
     console.print(table)
-    if any(option.fits and not option.offered for option in plan.options):
-        _line(console, _PLANNED)
     if plan.published:
         _line(
             console, "published: Microsoft's figures for DocVQA on Phi-3-vision; see docs/planning.md for what differs"
