@@ -6,11 +6,12 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback as LibraryProgressCallback
 
 from phi3v.config import RunConfig
@@ -32,11 +33,14 @@ from phi3v.train.trainer import Phi3VTrainer, training_arguments
 logger = logging.getLogger("phi3v")
 
 
-def run_training(config: RunConfig, console: Console) -> RunResult:
+def run_training(config: RunConfig, console: Console, *, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     """Train as configured.
 
     What can be known to be wrong is found before it costs anything: first the configuration, then model and data
     without loading the model, then the gradients of one batch. Only then is the run folder touched.
+
+    Args:
+        callbacks: told of every step after our own, when its line of ``metrics.jsonl`` is written.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
@@ -50,7 +54,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
             claim_run_folder(config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        result = _train_and_measure(setup)
+        result = _train_and_measure(setup, callbacks)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
@@ -59,7 +63,7 @@ def run_training(config: RunConfig, console: Console) -> RunResult:
     return result
 
 
-def _train_and_measure(setup: Setup) -> RunResult:
+def _train_and_measure(setup: Setup, callbacks: Sequence[TrainerCallback]) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     features = fill_features(
         config.training.feature_cache,
@@ -99,6 +103,8 @@ def _train_and_measure(setup: Setup) -> RunResult:
     during = _during(setup, progress)
     if during is not None:
         trainer.add_callback(during)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     started = time.perf_counter()
     try:
         output = trainer.train()
