@@ -132,7 +132,7 @@ def seconds_of_refresh(folder: Path) -> float:
     class State:
         is_world_process_zero = True
 
-    live = LiveReport(folder, seconds_between=0.0)
+    live = LiveReport(folder)
     live.on_train_begin(None, State(), None)
     taken = []
     with live:

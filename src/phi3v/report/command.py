@@ -116,7 +116,8 @@ def _primary(run: RunFiles, when: str) -> float | None:
 def _name_apart(runs: Sequence[RunFiles]) -> None:
     """Runs whose folders are called the same are named by as much of their path as tells them apart."""
     paths = [run.folder.resolve() for run in runs]
+    common = Path(os.path.commonpath(paths))
+    names = [run.name for run in runs]
     for run, path in zip(runs, paths, strict=True):
-        if sum(other.name == run.name for other in runs) > 1:
-            common = Path(os.path.commonpath(paths))
+        if names.count(run.name) > 1:
             run.name = str(path.relative_to(common)) if path != common else path.name

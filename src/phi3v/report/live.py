@@ -31,9 +31,8 @@ class LiveReport(TrainerCallback):
     is logged and never raised.
     """
 
-    def __init__(self, folder: Path, *, seconds_between: float = SECONDS_BETWEEN) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.seconds_between = seconds_between
         self.started = False  # the folder is this run's, not an earlier one's
         self.refreshes = 0
         self.seconds = 0.0  # spent on refreshing
@@ -56,7 +55,7 @@ class LiveReport(TrainerCallback):
         took = time.perf_counter() - start
         self.refreshes += 1
         self.seconds += took
-        self._next = time.perf_counter() + max(self.seconds_between, REST * took)
+        self._next = time.perf_counter() + max(SECONDS_BETWEEN, REST * took)
 
     def __enter__(self) -> LiveReport:
         return self

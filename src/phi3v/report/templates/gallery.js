@@ -97,8 +97,9 @@ class Gallery {
   refresh() {
     this.found = this.matches();
     const { cell } = this.state, total = this.data.ids.length;
-    this.count.replaceChildren(`${this.found.length.toLocaleString('en')} of ${total.toLocaleString('en')} predictions, made ${this.data.when} training`,
-      cell ? [`, where ${cell.truth || '(empty)'} was answered by ${cell.given || '(empty)'} `, make('button', { class: 'link', type: 'button', onclick: () => this.change({ cell: null }) }, 'show all')] : '');
+    this.count.replaceChildren();
+    fill(this.count, {}, [`${this.found.length.toLocaleString('en')} of ${total.toLocaleString('en')} predictions, made ${this.data.when} training`,
+      cell ? [`, where ${cell.truth || '(empty)'} was answered by ${cell.given || '(empty)'} `, make('button', { class: 'link', type: 'button', onclick: () => this.change({ cell: null }) }, 'show all')] : null]);
     this.show();
   }
   show(move) {
