@@ -50,14 +50,15 @@ def write_page(out: Path, title: str, parts: tuple[str, ...], blocks: dict[str, 
     Raises:
         UserError: it cannot be written.
     """
-    text = build_page(title, parts, blocks)
+    # Half of a surrogate pair, as in the name of a folder, cannot be written as UTF-8; it becomes a question mark.
+    content = build_page(title, parts, blocks).encode("utf-8", errors="replace")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another --out") from None
-    return len(text.encode("utf-8"))
+    return len(content)
 
 
 def build_page(title: str, parts: tuple[str, ...], blocks: dict[str, Any]) -> str:
@@ -84,6 +85,5 @@ def _hash(text: str) -> str:
 
 def _block(name: str, value: Any) -> str:
     data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # Half of a surrogate pair cannot be written as UTF-8; it becomes a question mark.
     packed = gzip.compress(data.encode("utf-8", errors="replace"), 6, mtime=0)
     return f'<script type="text/plain" id="data-{name}">{base64.b64encode(packed).decode("ascii")}</script>'

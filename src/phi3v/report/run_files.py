@@ -134,7 +134,9 @@ def _read_evaluation(run: RunFiles, when: str, with_predictions: bool) -> None:
     summary = _object(_read(run, f"eval_{when}.json", json.loads))
     scores = {str(name): score for name, score in _object(summary.get("scores")).items() if isinstance(score, dict)}
     if scores:
-        kept = {key: summary.get(key) for key in ("metric", "score", "num_questions", "seconds")}
+        metric = summary.get("metric")
+        kept: dict[str, Any] = {key: _number(summary.get(key)) for key in ("score", "num_questions", "seconds")}
+        kept |= {"metric": metric if isinstance(metric, str) else None}
         run.evaluations[when] = _plain(kept | {"scores": scores})
     elif _expects(run, when) and not summary:
         run.missing.append(f"eval_{when}.json is missing: there are no scores from {when} training")
