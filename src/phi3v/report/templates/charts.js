@@ -33,7 +33,7 @@ function smooth(values, weight) {
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw);
   const found = [];
   for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) {
     found.push(Math.abs(value) < step * 1e-9 ? 0 : Number(value.toPrecision(12)));
@@ -43,8 +43,8 @@ function ticks(low, high, count) {
 
 // `series`: [{name, colour, steps, seconds, values, low?, high?, marks?}]; low and high are drawn as whiskers.
 class Chart {
-  constructor(view, { title, series, fromZero = false, canLog = false, format = figure, choice = null, points = false }) {
-    Object.assign(this, { view, series, fromZero, canLog, format, points });
+  constructor(view, { title, series, fromZero = false, canLog = false, format = figure, choice = null, points = false, noisy = false }) {
+    Object.assign(this, { view, series, fromZero, canLog, format, points, noisy });
     this.cursor = null;
     this.svg = draw('svg', { height: HEIGHT, tabindex: 0, role: 'img', 'aria-label': `${title}; arrow keys read values, plus and minus zoom, 0 shows all` });
     this.tip = make('div', { class: 'tip', hidden: true, role: 'status' });
@@ -53,6 +53,7 @@ class Chart {
     this.listen();
     new ResizeObserver(() => this.render()).observe(this.node);
   }
+  get smoothing() { return this.noisy ? this.view.smoothing : 0; }
   get visible() { return this.series.filter((s) => !this.view.hidden.has(s.name)); }
   get full() {
     const ends = this.view.charts.flatMap((c) => c.series).flatMap((s) => { const x = s[this.view.axis]; return x.length ? [x[0], x[x.length - 1]] : []; });
@@ -76,10 +77,10 @@ class Chart {
       let first = x.findIndex((value) => value >= low), last = x.length;
       while (last > 0 && x[last - 1] > high) last--;
       if (first < 0) first = x.length;
-      return { s, x, smoothed: this.points ? s.values : smooth(s.values, this.view.smoothing), first, last };
+      return { s, x, smoothed: smooth(s.values, this.smoothing), first, last };
     });
-    const inside = lines.flatMap(({ s, smoothed, first, last }) => [
-      ...(this.view.smoothing ? smoothed : s.values).slice(first, last), ...(s.low || []).slice(first, last), ...(s.high || []).slice(first, last),
+    const inside = lines.flatMap(({ s, first, last }) => [
+      ...s.values.slice(first, last), ...(s.low || []).slice(first, last), ...(s.high || []).slice(first, last),
     ]).filter(isNumber);
     let bottom = inside.length ? inside.reduce((a, b) => Math.min(a, b)) : 0, top = inside.length ? inside.reduce((a, b) => Math.max(a, b)) : 1;
     this.isLog = this.canLog && this.view.log && bottom > 0;
@@ -111,7 +112,7 @@ class Chart {
         if (!inTime) inner.append(draw('line', { class: 'mark', x1: this.x(step), x2: this.x(step), y1: TOP, y2: HEIGHT - BOTTOM }));
       }
       const raw = this.path(line, line.s.values);
-      if (this.view.smoothing && !this.points) {
+      if (this.smoothing) {
         inner.append(draw('path', { d: raw, fill: 'none', stroke: line.s.colour, 'stroke-width': 1, opacity: 0.25 }),
           draw('path', { d: this.path(line, line.smoothed), fill: 'none', stroke: line.s.colour, 'stroke-width': 2, 'stroke-linejoin': 'round' }));
       } else {
@@ -171,7 +172,7 @@ class Chart {
       if (Number.isFinite(y)) this.over.append(draw('circle', { cx: this.x(xs[i]), cy: y, r: 4, fill: s.colour }));
       const range = isNumber(s.low?.[i]) ? ` [${this.format(s.low[i])}, ${this.format(s.high[i])}]` : '';
       rows.push(make('div', {}, make('span', { class: 'dot', css: { background: s.colour } }), this.lines.length > 1 ? s.name + ' ' : '',
-        make('strong', {}, this.format(s.values[i])), range, this.view.smoothing && !this.points ? ` (smoothed ${this.format(smoothed[i])})` : ''));
+        make('strong', {}, this.format(s.values[i])), range, this.smoothing ? ` (smoothed ${this.format(smoothed[i])})` : ''));
     }
     this.tip.replaceChildren(make('div', { class: 'soft' }, this.view.axis === 'steps' ? `step ${figure(at)}` : duration(at)), ...rows);
     this.tip.hidden = false;

@@ -101,14 +101,14 @@ function curves(runs) {
   const series = (key) => runs.map((run, i) => ({ name: run.name, colour: colour(i), steps: run.curves.steps, seconds: run.curves.seconds, values: run.curves.values[key] || [], marks: run.curves.resumed })).filter((s) => s.values.length);
   const charts = make('div', { class: 'charts' });
   const add = (options) => { if (options.series.length) charts.append(new Chart(view, options).node); };
-  add({ title: 'loss', series: series('loss'), canLog: true });
+  add({ title: 'loss', series: series('loss'), canLog: true, noisy: true });
   const measured = [...new Set(runs.flatMap((run) => run.curves.evaluations.flatMap((e) => Object.keys(e.scores))))];
   for (const name of measured) add({ title: `${words(name)} while it trained`, points: true, format: (v) => `${Number((100 * v).toFixed(1))} %`, series: runs.map((run, i) => during(run, name, colour(i))).filter((s) => s.values.length) });
   add({ title: 'learning rate', series: series('learning_rate'), fromZero: true, canLog: true });
-  add({ title: 'gradient norm', series: series('grad_norm'), canLog: true });
+  add({ title: 'gradient norm', series: series('grad_norm'), canLog: true, noisy: true });
   const rates = RATES.filter(([key]) => series(key).length);
   if (rates.length) {
-    const chart = new Chart(view, { title: 'throughput', series: series(rates[0][0]), fromZero: true, choice: selectBox('unit of throughput', rates, rates[0][0], (key) => { chart.series = series(key); chart.render(); }) });
+    const chart = new Chart(view, { title: 'throughput', series: series(rates[0][0]), fromZero: true, noisy: true, choice: selectBox('unit of throughput', rates, rates[0][0], (key) => { chart.series = series(key); chart.render(); }) });
     charts.append(chart.node);
   }
   add({ title: 'peak memory, GB', series: series('peak_memory_gb'), fromZero: true });
