@@ -66,16 +66,18 @@ function confusionView({ rows, columns, counts }, scores, pick, when) {
     if (cell) pick(rows[cell.dataset.row], columns[cell.dataset.column]);
   });
   const mistakes = counts.flatMap((line, r) => line.map((count, c) => ({ count, r, c }))).filter(({ count, r, c }) => count && r !== c).sort((a, b) => b.count - a.count).slice(0, 8);
-  const order = rows.map((name, r) => [name, counts[r][r] / Math.max(1, sums[r]), r]).sort((a, b) => b[1] - a[1]);
-  const classes = make('div', { class: 'bars' }, order.slice(0, 40).map(([name, share, r]) => [
+  const order = rows.map((name, r) => [name, counts[r][r] / Math.max(1, sums[r]), r]).sort((a, b) => dense ? a[1] - b[1] : b[1] - a[1]);
+  const classes = make('div', { class: 'bars' }, order.slice(0, 30).map(([name, share, r]) => [
     make('span', { class: 'label', title: name }, name === '' ? '(empty)' : name),
     make('span', {}, make('span', { class: 'bar', css: { display: 'block', width: `${100 * share}%`, background: 'var(--right)' } })),
     make('span', { class: 'soft' }, `${percent(share)} of ${sums[r]}`)]));
   return [make('p', { class: 'soft small' }, 'Rows are reference answers, columns what was answered', used[rows.length] ? `; “${columns[rows.length]}” is no reference answer` : '', '. A cell shows its questions in the gallery.'),
+    dense ? make('div', { class: 'scroll', css: { 'margin-bottom': '1.2rem' } }, table) : null,
     make('div', { class: 'columns' },
-      make('div', {}, make('div', { class: 'scroll' }, table)),
-      make('div', {}, make('h3', {}, 'Right by class'), classes,
-        mistakes.length ? make('h3', { css: { 'margin-top': '1.2rem' } }, 'Most frequent mistakes') : null,
+      dense ? null : make('div', { class: 'scroll' }, table),
+      make('div', {}, make('h3', {}, dense ? 'Right by class, the worst first' : 'Right by class'), classes),
+      make('div', {},
+        mistakes.length ? make('h3', {}, 'Most frequent mistakes') : null,
         make('table', {}, make('tbody', {}, mistakes.map(({ count, r, c }) => make('tr', {},
           make('td', {}, make('button', { class: 'link', type: 'button', onclick: () => pick(rows[r], columns[c]) }, `${rows[r] || '(empty)'} → ${columns[c] || '(empty)'}`)),
           make('td', { class: 'number' }, count)))))))];
