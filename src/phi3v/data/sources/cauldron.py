@@ -7,18 +7,53 @@ is smaller than 2,500 rows holds out a fifth, and one with splits of its own kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from phi3v.data.convert import Conversion, Unit
+from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, question_or_bad, text_of
-from phi3v.data.sources.tables import HubTable, Table
+from phi3v.data.sources.tables import HubTable, Table, local_source, open_tables
 from phi3v.errors import UserError
 
 HUB_ID = "HuggingFaceM4/the_cauldron"
 COLUMNS = ("images", "texts")
 HELD_OUT = 500
+
+
+def convert_original_or_tables(
+    source: str,
+    options: ConvertOptions,
+    *,
+    original: str,
+    find_files: Callable[[Path], dict[str, Path]],
+    write_original: Callable[[Conversion, Path, dict[str, Path]], None],
+    write_tables: Callable[[Conversion, dict[str, Table]], None],
+) -> ConversionResult:
+    """Convert a dataset from its original distribution, or from its part of the collection.
+
+    Args:
+        source: the dataset's name; with ``_`` for ``-`` its part of the collection.
+        options: ``source`` is a folder of either form, or a hub id; default the hub's collection.
+        original: what the original distribution consists of, for messages.
+        find_files: the annotation files of the original distribution in a folder, by split.
+        write_original: writes them; takes the folder and the files.
+        write_tables: writes tables, by split.
+
+    Raises:
+        UserError: the source is in neither form or cannot be read, ``out`` holds other data, or records are bad and
+            are not to be skipped.
+    """
+    folder = local_source(options.source)
+    files = {} if folder is None else find_files(folder)
+    with Conversion(source, options) as conversion:
+        if folder is not None and files:
+            write_original(conversion, folder, files)
+        else:
+            tables = open_tables(options.source, hub_table(source.replace("-", "_")), original=original)
+            write_tables(conversion, tables)
+        return conversion.result()
 
 
 def hub_table(config: str) -> HubTable:
@@ -31,13 +66,13 @@ def is_cauldron(table: Table) -> bool:
     return all(column in table.columns for column in COLUMNS)
 
 
-def write_tables(conversion: Conversion, source: str, tables: dict[str, Table], *, num_images: int) -> None:
+def write_tables(conversion: Conversion, tables: dict[str, Table], *, source: str, num_images: int) -> None:
     """Write all splits, holding out rows of a train split that is alone.
 
     Args:
         conversion: to write into.
-        source: key ``source`` of the records.
         tables: by split.
+        source: key ``source`` of the records.
         num_images: pictures of a row.
 
     Raises:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from phi3v.data.faults import quote
-from phi3v.data.sources.drafts import DraftTurn, Medium, MediumKind
+from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of, record_id
 from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
@@ -67,6 +67,30 @@ def tagged_message(role: Role, text: str, where: str) -> Message:
         return Message(role, text, where)
     plain, kinds, moved = take_tags(text)
     return Message(role, plain, where, [*kinds], moved)
+
+
+def dialogue_draft(
+    row: Row, notes: Counter[str], *, key: str, read_message: Callable[[Mapping[str, object], str], Message]
+) -> Draft:
+    """The draft of a record that holds a list of messages, and its media beside them in ``image`` and ``video``.
+
+    Args:
+        row: the record.
+        notes: as of `build_turns`.
+        key: of the list.
+        read_message: makes a message of an item and the item's place.
+
+    Raises:
+        UserError: a message or a medium is wrong.
+    """
+    messages = []
+    for k, item in enumerate(require_list(row.get(key), key)):
+        where = f"{key}[{k}]"
+        if not isinstance(item, Mapping):
+            raise UserError("must be an object", where=where, hint="write one message as {…}")
+        messages.append(read_message(item, where))
+    media = [*media_of(row, "image"), *media_of(row, "video")]
+    return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
 
 
 def build_turns(messages: Sequence[Message], media: Sequence[Medium], notes: Counter[str]) -> list[DraftTurn]:

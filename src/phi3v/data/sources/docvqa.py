@@ -28,7 +28,7 @@ from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOpt
 from phi3v.data.faults import quote
 from phi3v.data.sources import cauldron
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, question_or_bad, text_of
-from phi3v.data.sources.tables import Table, local_source, open_tables
+from phi3v.data.sources.tables import Table
 from phi3v.errors import UserError
 
 SOURCE = "docvqa"
@@ -44,19 +44,21 @@ def convert(options: ConvertOptions) -> ConversionResult:
         UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
             and are not to be skipped.
     """
-    folder = local_source(options.source)
-    files = {} if folder is None else _annotation_files(folder)
-    with Conversion(SOURCE, options) as conversion:
-        if files:
-            _write_original(conversion, files)
-            return conversion.result()
-        original = "train_v1.0*.json, val_v1.0*.json with documents/"
-        tables = open_tables(options.source, cauldron.hub_table("docvqa"), original=original)
-        if all(cauldron.is_cauldron(table) for table in tables.values()):
-            cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
-        else:
-            _write_rows(conversion, tables)
-        return conversion.result()
+    return cauldron.convert_original_or_tables(
+        SOURCE,
+        options,
+        original="train_v1.0*.json, val_v1.0*.json with documents/",
+        find_files=_annotation_files,
+        write_original=_write_original,
+        write_tables=_write_tables,
+    )
+
+
+def _write_tables(conversion: Conversion, tables: dict[str, Table]) -> None:
+    if all(cauldron.is_cauldron(table) for table in tables.values()):
+        cauldron.write_tables(conversion, tables, source=SOURCE, num_images=1)
+    else:
+        _write_rows(conversion, tables)
 
 
 def _annotation_files(folder: Path) -> dict[str, Path]:
@@ -69,7 +71,7 @@ def _annotation_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _write_original(conversion: Conversion, files: dict[str, Path]) -> None:
+def _write_original(conversion: Conversion, folder: Path, files: dict[str, Path]) -> None:
     if "test" in files:
         conversion.note(f"{files['test'].name} has no answers and is not converted")
     for split in ("train", "val"):

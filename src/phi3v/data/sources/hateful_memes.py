@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from phi3v.data.jsonl import read_lines
 from phi3v.data.sources import cauldron
 from phi3v.data.sources.layouts import json_line
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
-from phi3v.data.sources.tables import local_source, open_tables
 from phi3v.errors import UserError
 
 SOURCE = "hateful-memes"
@@ -43,21 +43,22 @@ def convert(options: ConvertOptions) -> ConversionResult:
         UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
             and are not to be skipped.
     """
-    folder = local_source(options.source)
-    files = {} if folder is None else _annotation_files(folder)
-    with Conversion(SOURCE, options) as conversion:
-        if folder is None or not files:
-            original = "train.jsonl, dev_seen.jsonl … with img/"
-            tables = open_tables(options.source, cauldron.hub_table("hateful_memes"), original=original)
-            cauldron.write_tables(conversion, SOURCE, tables, num_images=1)
-            return conversion.result()
-        for split, file in files.items():
-            if _has_labels(file):
-                units = _units(conversion, split, file, folder)
-                conversion.write_split(split, units, total=file.stat().st_size)
-            else:
-                conversion.note(f"{file.name} has no labels and is not converted")
-        return conversion.result()
+    return cauldron.convert_original_or_tables(
+        SOURCE,
+        options,
+        original="train.jsonl, dev_seen.jsonl … with img/",
+        find_files=_annotation_files,
+        write_original=_write_original,
+        write_tables=partial(cauldron.write_tables, source=SOURCE, num_images=1),
+    )
+
+
+def _write_original(conversion: Conversion, folder: Path, files: dict[str, Path]) -> None:
+    for split, file in files.items():
+        if _has_labels(file):
+            conversion.write_split(split, _units(conversion, split, file, folder), total=file.stat().st_size)
+        else:
+            conversion.note(f"{file.name} has no labels and is not converted")
 
 
 def _annotation_files(folder: Path) -> dict[str, Path]:

@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, tagged_message
-from phi3v.data.sources.drafts import Draft, Row, convert_rows, media_of, record_id
+from phi3v.data.sources.dialogue import Message, Role, dialogue_draft, require_text, tagged_message
+from phi3v.data.sources.drafts import convert_rows
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import split_files
@@ -47,21 +47,11 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     files = split_files(source, JSON_SUFFIXES)
     root = options.image_root or (source.parent if source.is_file() else source)
     rows = {split: json_rows(of_split) for split, of_split in files.items()}
-    return convert_rows(SOURCE, options, rows, _draft, image_root=root)
+    make_draft = partial(dialogue_draft, key="conversations", read_message=_message)
+    return convert_rows(SOURCE, options, rows, make_draft, image_root=root)
 
 
-def _draft(row: Row, notes: Counter[str]) -> Draft:
-    messages = [
-        _message(item, f"conversations[{k}]")
-        for k, item in enumerate(require_list(row.get("conversations"), "conversations"))
-    ]
-    media = [*media_of(row, "image"), *media_of(row, "video")]
-    return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise UserError("must be an object", where=where, hint='write {"from": "human", "value": "…"}')
+def _message(item: Mapping[str, object], where: str) -> Message:
     sender = item.get("from")
     if not isinstance(sender, str) or sender not in _ROLES:
         hint = f"known are {', '.join(map(str, _ROLES))}"

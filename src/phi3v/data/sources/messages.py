@@ -14,14 +14,14 @@ or a base64 ``data:`` URI.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.sources.dialogue import Message, Role, build_turns, require_list, require_text, tagged_message
-from phi3v.data.sources.drafts import Draft, Medium, MediumKind, Row, convert_rows, media_of, medium_of, record_id
+from phi3v.data.sources.dialogue import Message, Role, dialogue_draft, require_text, tagged_message
+from phi3v.data.sources.drafts import Medium, MediumKind, Row, convert_rows, medium_of
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import split_files
@@ -54,7 +54,8 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     else:
         files = split_files(source, (*JSON_SUFFIXES, ".parquet", ".arrow"))
         rows = {split: json_rows(of_split) for split, of_split in files.items()}
-    return convert_rows(SOURCE, options, rows, _draft, image_root=root)
+    make_draft = partial(dialogue_draft, key="messages", read_message=_message)
+    return convert_rows(SOURCE, options, rows, make_draft, image_root=root)
 
 
 def table_rows(table: Table) -> Callable[[], Iterable[tuple[str, Row | UserError]]]:
@@ -62,17 +63,7 @@ def table_rows(table: Table) -> Callable[[], Iterable[tuple[str, Row | UserError
     return lambda: ((f"{table.name}: row {number}", row) for number, row in enumerate(table, start=1))
 
 
-def _draft(row: Row, notes: Counter[str]) -> Draft:
-    messages = [
-        _message(item, f"messages[{k}]") for k, item in enumerate(require_list(row.get("messages"), "messages"))
-    ]
-    media = [*media_of(row, "image"), *media_of(row, "video")]
-    return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise UserError("must be an object", where=where, hint='write {"role": "user", "content": "…"}')
+def _message(item: Mapping[str, object], where: str) -> Message:
     role = item.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         hint = f"known are {', '.join(map(str, _ROLES))}; tools have no place in this model's chat format"

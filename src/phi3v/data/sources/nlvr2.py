@@ -19,6 +19,7 @@ from the same form that it was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from phi3v.data.jsonl import read_lines
 from phi3v.data.sources import cauldron
 from phi3v.data.sources.layouts import json_line, unknown_layout
 from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
-from phi3v.data.sources.tables import local_source, open_tables
 from phi3v.errors import UserError
 
 SOURCE = "nlvr2"
@@ -48,19 +48,22 @@ def convert(options: ConvertOptions) -> ConversionResult:
         UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
             and are not to be skipped.
     """
-    folder = local_source(options.source)
-    files = {} if folder is None else _annotation_files(folder)
-    roots = {} if folder is None else {split: _image_roots(folder, split, file) for split, file in files.items()}
-    with Conversion(SOURCE, options) as conversion:
-        if not files:
-            original = "train.json, dev.json, test1.json with images"
-            tables = open_tables(options.source, cauldron.hub_table("nlvr2"), original=original)
-            cauldron.write_tables(conversion, SOURCE, tables, num_images=2)
-        for split, file in files.items():
-            pairs, bad = _read_pairs(file)
-            units = _units(conversion, split, file, roots[split], pairs)
-            conversion.write_split(split, chain(bad, units), total=len(bad) + len(pairs))
-        return conversion.result()
+    return cauldron.convert_original_or_tables(
+        SOURCE,
+        options,
+        original="train.json, dev.json, test1.json with images",
+        find_files=_annotation_files,
+        write_original=_write_original,
+        write_tables=partial(cauldron.write_tables, source=SOURCE, num_images=2),
+    )
+
+
+def _write_original(conversion: Conversion, folder: Path, files: dict[str, Path]) -> None:
+    roots = {split: _image_roots(folder, split, file) for split, file in files.items()}
+    for split, file in files.items():
+        pairs, bad = _read_pairs(file)
+        units = _units(conversion, split, file, roots[split], pairs)
+        conversion.write_split(split, chain(bad, units), total=len(bad) + len(pairs))
 
 
 def _annotation_files(folder: Path) -> dict[str, Path]:
