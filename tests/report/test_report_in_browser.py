@@ -49,6 +49,7 @@ def test_predictions_are_filtered_sorted_and_searched(runs: list[Path], page_fil
         "lost": {name for name in was if was[name] and name not in right},
     }
     assert count(page) == 200
+    assert not {"null", "undefined", "NaN"} & set(page.locator("main").inner_text().split())
     tabs = page.get_by_role("group", name="which predictions")
     for name, ids in expected.items():
         tabs.locator(f"[data-value={name}]").click()

@@ -39,13 +39,14 @@ function confusionSection(runs, pick) {
   const place = make('div', {});
   const show = (choice) => {
     const [r, when] = choice.split('-');
-    place.replaceChildren(...confusionView(runs[r].confusion[when], runs[r].evaluations[when]?.scores, (truth, given) => pick(Number(r), truth, given), when));
+    place.replaceChildren();
+    fill(place, {}, confusionView(runs[r].confusion[when], (truth, given) => pick(Number(r), truth, given)));
   };
   show(choices[0][0]);
   return [make('div', { class: 'row' }, tabs('which measurement', choices, choices[0][0], show)), place];
 }
 
-function confusionView({ rows, columns, counts }, scores, pick, when) {
+function confusionView({ rows, columns, counts }, pick) {
   const sums = counts.map((line) => line.reduce((a, b) => a + b, 0));
   const dense = columns.length > 24;
   const used = columns.map((_, c) => c < rows.length || counts.some((line) => line[c] > 0));
@@ -67,18 +68,17 @@ function confusionView({ rows, columns, counts }, scores, pick, when) {
   });
   const mistakes = counts.flatMap((line, r) => line.map((count, c) => ({ count, r, c }))).filter(({ count, r, c }) => count && r !== c).sort((a, b) => b.count - a.count).slice(0, 8);
   const order = rows.map((name, r) => [name, counts[r][r] / Math.max(1, sums[r]), r]).sort((a, b) => dense ? a[1] - b[1] : b[1] - a[1]);
-  const classes = make('div', { class: 'bars' }, order.slice(0, 30).map(([name, share, r]) => [
+  const classes = make('div', {}, make('h3', {}, dense ? 'Right by class, the worst first' : 'Right by class'), make('div', { class: 'bars' }, order.slice(0, 30).map(([name, share, r]) => [
     make('span', { class: 'label', title: name }, name === '' ? '(empty)' : name),
     make('span', {}, make('span', { class: 'bar', css: { display: 'block', width: `${100 * share}%`, background: 'var(--right)' } })),
-    make('span', { class: 'soft' }, `${percent(share)} of ${sums[r]}`)]));
+    make('span', { class: 'soft' }, `${percent(share)} of ${sums[r]}`)])));
+  const frequent = mistakes.length ? make('div', { css: dense ? {} : { 'margin-top': '1.2rem' } }, make('h3', {}, 'Most frequent mistakes'),
+    make('table', {}, make('tbody', {}, mistakes.map(({ count, r, c }) => make('tr', {},
+      make('td', {}, make('button', { class: 'link', type: 'button', onclick: () => pick(rows[r], columns[c]) }, `${rows[r] || '(empty)'} → ${columns[c] || '(empty)'}`)),
+      make('td', { class: 'number' }, count)))))) : null;
   return [make('p', { class: 'soft small' }, 'Rows are reference answers, columns what was answered', used[rows.length] ? `; “${columns[rows.length]}” is no reference answer` : '', '. A cell shows its questions in the gallery.'),
     dense ? make('div', { class: 'scroll', css: { 'margin-bottom': '1.2rem' } }, table) : null,
     make('div', { class: 'columns' },
-      dense ? null : make('div', { class: 'scroll' }, table),
-      make('div', {}, make('h3', {}, dense ? 'Right by class, the worst first' : 'Right by class'), classes),
-      make('div', {},
-        mistakes.length ? make('h3', {}, 'Most frequent mistakes') : null,
-        make('table', {}, make('tbody', {}, mistakes.map(({ count, r, c }) => make('tr', {},
-          make('td', {}, make('button', { class: 'link', type: 'button', onclick: () => pick(rows[r], columns[c]) }, `${rows[r] || '(empty)'} → ${columns[c] || '(empty)'}`)),
-          make('td', { class: 'number' }, count)))))))];
+      dense ? classes : make('div', { class: 'scroll' }, table),
+      dense ? frequent : make('div', {}, classes, frequent))];
 }
