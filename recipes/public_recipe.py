@@ -213,9 +213,9 @@ def find_data(task: Task, folder: Path) -> tuple[Path, Path] | None:
 def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     import torch
 
+    from phi3v.report.live import train_with_report
     from phi3v.train.device import choose_compute
     from phi3v.train.loading import inspect_model
-    from phi3v.train.run import run_training
     from phi3v.train.run_folder import check_run_folder
 
     config = to_config(task, flags, has_gpu=torch.cuda.is_available())
@@ -241,7 +241,7 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     train, to_measure_on = files
     config.data = DataConfig(train=str(train), eval=str(to_measure_on))
     console.print(f"data: learning from {train}, measuring on {to_measure_on}", highlight=False, soft_wrap=True)
-    run_training(config, console)
+    train_with_report(config, console)
 
 
 def _converted_data(task: Task, console: Console, *, small: bool, bars: bool) -> tuple[Path, Path]:

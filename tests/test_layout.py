@@ -13,6 +13,7 @@ ROOMS = [
     "__main__",
     "cli",
     "azure",
+    "report",
     "doctor",
     "export",
     "plan",

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the tiny preset always has the built-in one",
     )
 
-    data = verbs.add_parser("data", help="convert and check data").add_subparsers(dest="action", required=True)
+    data = verbs.add_parser("data", help="convert, check and look at data").add_subparsers(dest="action", required=True)
     convert = _command(
         data,
         "convert",
@@ -219,6 +220,31 @@ def build_parser() -> argparse.ArgumentParser:
         default="refuse",
         help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
     )
+    preview = _command(
+        data,
+        "preview",
+        _data_preview,
+        "write an HTML page of a data file: samples as the model sees them, counts, sizes, faults",
+        "phi3v data preview data/train.jsonl --out preview.html --model microsoft/Phi-3.5-vision-instruct",
+    )
+    preview.add_argument("file", type=Path, metavar="FILE.jsonl", help="the data; pictures lie in images/ beside it")
+    preview.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="where to write it")
+    preview.add_argument(
+        "--samples", type=int, default=12, metavar="N", help="records that are shown (default: %(default)s)"
+    )
+    preview.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="cut and tokenise as this model does (default: 16 crops and the small built-in tokenizer)",
+    )
+    preview.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as the model)")
+    preview.add_argument(
+        "--special-text",
+        choices=("refuse", "escape"),
+        default="refuse",
+        help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
+    )
+    preview.add_argument("--open", action="store_true", help="open it in the browser")
 
     _command(
         verbs,
@@ -279,6 +305,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     export.add_argument("--verify", type=Path, metavar="DIR", help="only look whether a folder is whole and right")
+    report = _command(
+        verbs,
+        "report",
+        _report,
+        "write one HTML file about a run, or several compared: curves, scores, predictions, configuration",
+        "phi3v report output/first output/second --out compared.html",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="the file (default: report.html in the run folder, or here)"
+    )
+    report.add_argument(
+        "--pictures",
+        type=float,
+        default=2.0,
+        metavar="MB",
+        help="megabytes that small pictures may take in the page (default: %(default)s)",
+    )
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+
     plan = _command(
         verbs,
         "plan",
@@ -500,10 +546,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | 
         return None
     config = load_config(arguments.recipe, arguments.overrides)
     from phi3v.doctor import check_before_training
-    from phi3v.train.run import run_training
+    from phi3v.report.live import train_with_report
 
     check_before_training(config)
-    return run_training(config, console, arguments.resume).to_json_dict()
+    return train_with_report(config, console, arguments.resume).to_json_dict()
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -531,6 +577,41 @@ def _export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         samples=arguments.samples,
         overwrite=arguments.overwrite,
     ).to_json_dict()
+
+
+def _report(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.report.command import report
+
+    told = report(arguments.runs, out=arguments.out, picture_budget=int(arguments.pictures * 1e6))
+    for run in told["runs"]:
+        for note in run["missing"]:
+            console.print(f"{run['folder']}: {note}", highlight=False, markup=False, soft_wrap=True)
+    _say_page(console, told["report"], told["bytes"], show=arguments.open)
+    return told
+
+
+def _data_preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.report.preview import preview
+
+    told = preview(
+        arguments.file,
+        arguments.out,
+        samples=arguments.samples,
+        model=arguments.model,
+        num_crops=arguments.num_crops,
+        special_text=arguments.special_text,
+    )
+    console.print(f"tokens: {told['tokenizer']}", highlight=False, soft_wrap=True)
+    if told["faults"]:
+        console.print(f"faults: {told['faults']}, listed in the page", highlight=False)
+    _say_page(console, told["preview"], told["bytes"], show=arguments.open)
+    return told
+
+
+def _say_page(console: Console, page: str, size: int, *, show: bool) -> None:
+    console.print(f"{page}: {size / 1e6:.2f} MB", highlight=False, markup=False, soft_wrap=True)
+    if show:
+        webbrowser.open(Path(page).resolve().as_uri())
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -109,18 +109,29 @@ class RecordTable:
 
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
         """``take(path, root=…, max_pixels=…)`` of every image of a record, in order; raises as `load_images`."""
-        taken = []
-        for t, turn in enumerate(record.turns):
-            for k, name in enumerate(turn.images):
-                try:
-                    taken.append(take(name, root=self.images_root, max_pixels=self.max_pixels))
-                except UserError as error:
-                    where = f"{self.path}:{record.line}: conversations[{t}].images[{k}]"
-                    raise UserError(error.what, where=where, hint=error.hint) from None
-        return taken
+        return read_images(record, take, path=self.path, images_root=self.images_root, max_pixels=self.max_pixels)
 
     def _column(self, name: str) -> npt.NDArray[np.integer]:
         return np.asarray(self._dataset.data.column(name))
+
+
+def read_images(
+    record: Record, take: Callable[..., T], *, path: Path, images_root: Path, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> list[T]:
+    """``take(name, root=…, max_pixels=…)`` of every image of a record of ``path``, in order.
+
+    Raises:
+        UserError: an image cannot be used; names the line and the field.
+    """
+    taken = []
+    for t, turn in enumerate(record.turns):
+        for k, name in enumerate(turn.images):
+            try:
+                taken.append(take(name, root=images_root, max_pixels=max_pixels))
+            except UserError as error:
+                where = f"{path}:{record.line}: conversations[{t}].images[{k}]"
+                raise UserError(error.what, where=where, hint=error.hint) from None
+    return taken
 
 
 def open_table(

@@ -122,29 +122,46 @@ def _mean(name: str, answers: Answers) -> Score:
     return _score(name, weighted_mean(_per_answer(name, answers)), len(answers.questions))
 
 
-def _per_class_accuracy(name: str, answers: Answers) -> Score:
-    """The mean over classes of the accuracy in each, with the confusion matrix.
+def confusion_matrix(
+    references: Sequence[Sequence[str]], predictions: Sequence[str], correct: Sequence[bool]
+) -> dict[str, Any]:
+    """How often each class was answered by each.
 
-    A question's class is its first reference. Rows of the matrix are classes, columns classes and `OTHER`; a
-    prediction that matches another reference of its question counts as right.
+    A question's class is its first reference. A prediction that matches another reference of its question counts as
+    right.
+
+    Args:
+        references, predictions, correct: one entry a question.
+
+    Returns:
+        ``rows``, the classes; ``columns``, the classes and `OTHER`; ``counts``, a list of columns for each row.
     """
-    truth = [normalize_answer(references[0]) for references in answers.references]
+    truth = [normalize_answer(of_question[0]) for of_question in references]
     labels = sorted(set(truth))
     number = {label: index for index, label in enumerate(labels)}
-    correct = _per_answer(name, answers)
     rows = np.array([number[label] for label in truth], dtype=np.int64)
-    given = [number.get(normalize_answer(prediction), len(labels)) for prediction in answers.predictions]
-    columns = np.where(correct > 0, rows, np.array(given, dtype=np.int64))
-    confusion = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
-    np.add.at(confusion, (rows, columns), 1)
-    sizes = confusion.sum(axis=1)
+    given = [number.get(normalize_answer(prediction), len(labels)) for prediction in predictions]
+    columns = np.where(np.array(correct), rows, np.array(given, dtype=np.int64))
+    counts = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
+    np.add.at(counts, (rows, columns), 1)
+    return {"rows": labels, "columns": [*labels, OTHER], "counts": counts.tolist()}
+
+
+def _per_class_accuracy(name: str, answers: Answers) -> Score:
+    """The mean over classes of the accuracy in each, with the `confusion_matrix`."""
+    correct = _per_answer(name, answers)
+    confusion = confusion_matrix(answers.references, answers.predictions, (correct > 0).tolist())
+    number = {label: index for index, label in enumerate(confusion["rows"])}
+    truth = [number[normalize_answer(references[0])] for references in answers.references]
+    sizes = [sum(counts) for counts in confusion["counts"]]
     details = {
         "classes": {
-            label: {"value": float(confusion[index, index] / sizes[index]), "n": int(sizes[index])}
-            for index, label in enumerate(labels)
+            label: {"value": confusion["counts"][index][index] / sizes[index], "n": sizes[index]}
+            for label, index in number.items()
         },
-        "confusion": {"rows": labels, "columns": [*labels, OTHER], "counts": confusion.tolist()},
+        "confusion": confusion,
     }
+    rows = np.array(truth, dtype=np.int64)
     return _score(name, weighted_macro_mean(correct, rows), len(rows), details=details)
 
 

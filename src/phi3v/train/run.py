@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback as LibraryProgressCallback
 
 from phi3v.config import RunConfig
@@ -45,7 +46,9 @@ from phi3v.train.trainer import Phi3VTrainer, training_arguments
 logger = logging.getLogger("phi3v")
 
 
-def run_training(config: RunConfig, console: Console, resume: str | None = None) -> RunResult | FinishedRun:
+def run_training(
+    config: RunConfig, console: Console, resume: str | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> RunResult | FinishedRun:
     """Train as configured.
 
     What can be known to be wrong is found before it costs anything: first the configuration, then model and data
@@ -54,6 +57,7 @@ def run_training(config: RunConfig, console: Console, resume: str | None = None)
     Args:
         resume: ``auto`` to go on from the newest valid checkpoint of the run folder, or a checkpoint; nothing to go on
             from means to start anew.
+        callbacks: told of every step after our own, when its line of ``metrics.jsonl`` is written.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
@@ -71,7 +75,7 @@ def run_training(config: RunConfig, console: Console, resume: str | None = None)
             print_header(setup)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-            result = _in_run_folder(setup, point, agreement, signals)
+            result = _in_run_folder(setup, point, agreement, signals, callbacks)
         except RuntimeError as error:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_lost_rank(error):
                 raise LostRankError(_lost(config, signals, error)) from error
@@ -81,7 +85,13 @@ def run_training(config: RunConfig, console: Console, resume: str | None = None)
     return result
 
 
-def _in_run_folder(setup: Setup, point: ResumePoint | None, agreement: Agreement, signals: Signals) -> RunResult:
+def _in_run_folder(
+    setup: Setup,
+    point: ResumePoint | None,
+    agreement: Agreement,
+    signals: Signals,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
     try:
         if setup.compute.rank == 0:
             if point is None:
@@ -91,7 +101,7 @@ def _in_run_folder(setup: Setup, point: ResumePoint | None, agreement: Agreement
                 describe_again(setup.config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_measure(setup, point, agreement, signals)
+        return _train_and_measure(setup, point, agreement, signals, callbacks)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
@@ -109,7 +119,13 @@ def _lost(config: RunConfig, signals: Signals, error: RuntimeError) -> str:
     )
 
 
-def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agreement, signals: Signals) -> RunResult:
+def _train_and_measure(
+    setup: Setup,
+    point: ResumePoint | None,
+    agreement: Agreement,
+    signals: Signals,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     features = fill_features(
         config.training.feature_cache,
@@ -125,6 +141,8 @@ def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agree
     signals.doing = "preparing to train; no step was taken by this process"
 
     trainer, progress, during, saves = _trainer(setup, features, point, agreement, signals)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     try:
         with signals.waiting():
             signals.doing = "training"

@@ -1,0 +1,181 @@
+"""The predictions of a run as compact columns, with pictures drawn fairly from right, wrong and changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from phi3v.evaluate.metrics import confusion_matrix
+from phi3v.evaluate.text_scores import normalize_answer
+from phi3v.report.pictures import Thumbnails
+from phi3v.report.run_files import RunFiles
+
+MAX_TEXT = 4000  # characters of a text that are shown
+MAX_IMAGES = 16  # of a question
+# Where no run measured by class, answers are taken for classes if they are as few and as frequent as this.
+MAX_CLASSES = 40
+MIN_QUESTIONS_A_CLASS = 5
+COLUMNS = (
+    "ids",
+    "prompts",
+    "references",
+    "answers",
+    "before",
+    "right",
+    "right_before",
+    "scores",
+    "scores_before",
+    "files",
+)
+
+
+class _Texts:
+    """Every text once; columns hold its number."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+        self._number: dict[str, int] = {}
+
+    def number(self, text: Any) -> int:
+        text = text if isinstance(text, str) else "" if text is None else str(text)
+        if len(text) > MAX_TEXT:
+            text = f"{text[:MAX_TEXT]} … ({len(text):,} characters)"
+        if text not in self._number:
+            self._number[text] = len(self.all)
+            self.all.append(text)
+        return self._number[text]
+
+
+def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, Any] | None:
+    """Columns of the run's predictions, or None if there are none.
+
+    Returns:
+        ``texts``, all distinct texts; ``ids``, ``prompts``, ``references`` (a list a question), ``answers`` and
+        ``before`` as numbers of texts (-1: not asked); ``right`` and ``right_before`` as 0, 1 or -1; ``scores`` and
+        ``scores_before``; ``probabilities``; ``images``: a list of places among the thumbnails a question (-1: not
+        taken along); ``files``: names of those, as numbers of texts.
+    """
+    lines = run.predictions.get("after") or run.predictions.get("before")
+    if not lines:
+        return None
+    earlier = {line.get("id"): line for line in run.predictions.get("before", [])}
+    has_before = "after" in run.predictions and bool(earlier)
+    texts = _Texts()
+    columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
+    probabilities: dict[int, Any] = {}
+    for index, line in enumerate(lines):
+        before = earlier.get(line.get("id"), {}) if has_before else {}
+        columns["ids"].append(texts.number(line.get("id")))
+        columns["prompts"].append(texts.number(line.get("prompt")))
+        columns["references"].append([texts.number(reference) for reference in _texts(line.get("references"))])
+        columns["answers"].append(texts.number(line["prediction"]))
+        columns["before"].append(texts.number(before["prediction"]) if before else -1)
+        columns["right"].append(_flag(line.get("correct")))
+        columns["right_before"].append(_flag(before.get("correct")))
+        columns["scores"].append(_score(line.get("score")))
+        columns["scores_before"].append(_score(before.get("score")))
+        columns["files"].append([texts.number(name) for name in _texts(line.get("images"))[:MAX_IMAGES]])
+        if isinstance(line.get("probabilities"), dict):
+            probabilities[index] = line["probabilities"]
+    root = images_root(run)
+    complete = root is not None and _draw(columns, texts.all, root, thumbnails, seed)
+    images = [
+        [thumbnails.place(root, texts.all[name]) if root is not None else -1 for name in files]
+        for files in columns["files"]
+    ]
+    return {
+        "when": "after" if "after" in run.predictions else "before",
+        "has_before": has_before,
+        "metric": (run.evaluations.get("after") or run.evaluations.get("before") or {}).get("metric"),
+        "texts": texts.all,
+        **columns,
+        "images": images,
+        "probabilities": probabilities,
+        "pictures_note": _pictures_note(root, thumbnails, complete, any(columns["files"])),
+    }
+
+
+def images_root(run: RunFiles) -> Path | None:
+    """The folder of the pictures that the run was measured on, if it is still there."""
+    data = run.setting("data", "eval")
+    if not isinstance(data, str):
+        return None
+    root = Path(data).parent / "images"
+    return root if root.is_dir() else None
+
+
+def _draw(columns: dict[str, list[Any]], texts: Sequence[str], root: Path, thumbnails: Thumbnails, seed: int) -> bool:
+    """Take pictures in turn for what was lost, is wrong, was gained and is right; whether all went in."""
+    kinds: dict[str, list[int]] = {"lost": [], "wrong": [], "gained": [], "right": []}
+    for index, (right, before) in enumerate(zip(columns["right"], columns["right_before"], strict=True)):
+        changed = before >= 0 and right != before
+        kinds[("gained" if changed else "right") if right == 1 else ("lost" if changed else "wrong")].append(index)
+    generator = Random(seed)
+    for kind in kinds.values():
+        generator.shuffle(kind)
+    while any(kinds.values()):
+        for kind in kinds.values():
+            if kind and not thumbnails.add(root, [texts[name] for name in columns["files"][kind.pop()]]):
+                return False
+    return True
+
+
+def _pictures_note(root: Path | None, thumbnails: Thumbnails, complete: bool, has_images: bool) -> str | None:
+    if not has_images:
+        return None
+    if root is None:
+        return "The pictures are not where the run's data.eval says; run phi3v report where the run was started."
+    notes = []
+    if not complete:
+        why = "seconds" if thumbnails.out_of_time else "bytes"
+        notes.append(
+            f"The page keeps {len(thumbnails.encoded):,} small pictures, as many as its budget of {why} allows, drawn "
+            "in turn from answers that are right, wrong, newly right and newly wrong."
+        )
+    if thumbnails.failed:
+        notes.append(f"{len(thumbnails.failed):,} pictures could not be read.")
+    return " ".join(notes) or None
+
+
+def class_scores(run: RunFiles) -> dict[str, Any]:
+    """``before`` and ``after``: the confusion matrix, as measured, or of few and frequent answers."""
+    found: dict[str, Any] = {}
+    for when in ("before", "after"):
+        for score in run.evaluations.get(when, {}).get("scores", {}).values():
+            if _is_confusion(score.get("confusion")):
+                found[when] = score["confusion"]
+        lines = run.predictions.get(when)
+        if when in found or not lines:
+            continue
+        references = [_texts(line.get("references")) for line in lines]
+        classes = {normalize_answer(of_question[0]) for of_question in references if of_question}
+        if all(references) and 2 <= len(classes) <= min(MAX_CLASSES, len(lines) // MIN_QUESTIONS_A_CLASS):
+            predictions = [line["prediction"] for line in lines]
+            found[when] = confusion_matrix(references, predictions, [_flag(line.get("correct")) > 0 for line in lines])
+    return found
+
+
+def _is_confusion(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    rows, columns, counts = value.get("rows"), value.get("columns"), value.get("counts")
+    if not (isinstance(rows, list) and isinstance(columns, list) and isinstance(counts, list)):
+        return False
+    return len(rows) == len(counts) and all(
+        isinstance(line, list) and len(line) == len(columns) and all(isinstance(count, int) for count in line)
+        for line in counts
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _flag(value: Any) -> int:
+    return int(value) if isinstance(value, bool) else -1
+
+
+def _score(value: Any) -> float | None:
+    return round(float(value), 4) if isinstance(value, int | float) else None

@@ -1,0 +1,273 @@
+"""``phi3v data preview``: a data file as the model sees it, as one HTML file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from phi3v import __version__
+from phi3v.config import ModelConfig, RunConfig
+from phi3v.data.check import CheckReport, check_file
+from phi3v.data.collate import encode_record
+from phi3v.data.images import image_size
+from phi3v.data.jsonl import read_lines
+from phi3v.data.schema import Record, SpecialText, read_line
+from phi3v.data.table import read_images
+from phi3v.errors import UserError
+from phi3v.processing.conversation import IGNORE_INDEX
+from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
+from phi3v.processing.image_processor import Phi3VImageProcessor
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.tiny_tokenizer import CHAT_TEMPLATE, build_tiny_tokenizer
+from phi3v.report.page import write_page
+from phi3v.report.samples import sample_block
+
+SCRIPTS = ("page", "charts", "preview")
+MEASURED = 2000  # records whose tokens and pictures are measured, drawn from the file
+SHOWN_FAULTS = 50
+SHOWN_ANSWERS = 30
+COUNTED_ANSWERS = 200_000  # distinct ones; more are no classes
+BINS = 24
+PACK_TOKENS = RunConfig().data.pack_tokens
+ORIGINAL_POSITIONS = 4096  # of the model; a longer sample is read with LongRoPE's long factors
+FREQUENT = 0.5  # an answer's share that is worth a word
+
+
+@dataclass
+class Contents:
+    """What one reading of the file finds.
+
+    Attributes:
+        records: up to `MEASURED`, drawn from the whole file, in its order.
+        answers: how often each text is an answer.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    answers: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    pictures_of_records: Counter[int] = field(default_factory=Counter)
+    turns_of_records: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass
+class Measured:
+    """Of the records that could be measured: token counts, picture sizes and crops."""
+
+    tokens: list[int] = field(default_factory=list)
+    learnt: list[int] = field(default_factory=list)
+    of_pictures: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    crops: Counter[str] = field(default_factory=Counter)
+    longest: Record | None = None
+
+
+def preview(
+    file: Path,
+    out: Path,
+    *,
+    samples: int = 12,
+    model: str | None = None,
+    num_crops: int | None = None,
+    special_text: SpecialText = "refuse",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the page and return what it says in short. Lines with faults are listed and left out.
+
+    Args:
+        samples: records that are shown: the longest of those measured, and others drawn by ``seed``.
+        model: a model folder, a hub id, an adapter or a run whose processor is used.
+        num_crops: crops of a page at most.
+
+    Raises:
+        UserError: the file or the model cannot be read, or the page cannot be written.
+    """
+    if samples < 1:
+        raise UserError(f"must be at least 1, got {samples}", where="--samples")
+    processor, told = _processor(model, num_crops)
+    check = check_file(file, max_errors=SHOWN_FAULTS, image_level="header", special_text=special_text)
+    contents = _read(file, special_text, Random(seed))
+    measured = _measure(contents.records, file, processor)
+    chosen = _choose(contents.records, measured.longest, samples, Random(seed))
+    block = {
+        "file": str(file),
+        "version": __version__,
+        "tokenizer": told,
+        "num_crops": processor.image_processor.num_crops,
+        "counts": _counts(check),
+        "faults": [str(fault) for fault in check.faults],
+        "more_faults": check.stopped_early,
+        "notes": _notes(contents, measured),
+        "measured": len(measured.tokens),
+        "histograms": _histograms(measured),
+        "crops": measured.crops.most_common(SHOWN_ANSWERS),
+        "answers": contents.answers.most_common(SHOWN_ANSWERS),
+        "answer_count": sum(contents.answers.values()),
+        "distinct_answers": len(contents.answers),
+        "sources": contents.sources.most_common(SHOWN_ANSWERS),
+        "pictures_of_records": sorted(contents.pictures_of_records.items())[:SHOWN_ANSWERS],
+        "turns_of_records": sorted(contents.turns_of_records.items())[:SHOWN_ANSWERS],
+        "samples": [
+            sample_block(record, file, processor) | {"longest": record is measured.longest} for record in chosen
+        ],
+    }
+    size = write_page(out, f"{file.name} · phi3v preview", SCRIPTS, {"preview": block})
+    return {
+        "preview": str(out),
+        "bytes": size,
+        "tokenizer": told,
+        "samples": [record.id for record in chosen],
+        "records": check.records,
+        "measured": len(measured.tokens),
+        "faults": f"more than {len(check.faults)}" if check.stopped_early else len(check.faults),
+        "notes": block["notes"],
+    }
+
+
+def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor, str]:
+    """The processor, and a sentence that says which."""
+    settings = ModelConfig(num_crops=num_crops)
+    if model is not None:
+        from phi3v.train.loading import load_processor  # which import the model and PEFT: seconds
+        from phi3v.train.tuned import find_tuned
+
+        tuned = find_tuned(model)
+        settings.path = str(tuned.adapter or tuned.base)
+        return load_processor(RunConfig(model=settings)), f"as {model} reads them"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tiny_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+    )
+    images = Phi3VImageProcessor() if num_crops is None else Phi3VImageProcessor(num_crops=num_crops)
+    told = "of the small built-in tokenizer, which needs more for a text than Phi-3's; --model takes a model's own"
+    return Phi3VProcessor(images, tokenizer), told
+
+
+def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
+    """Read the file once; of more than `MEASURED` records keep a fair sample (reservoir sampling, Vitter 1985)."""
+    contents = Contents()
+    seen = 0
+    for number, raw in read_lines(file):
+        record = read_line(raw, file=file, line=number, special_text=special_text).record
+        if record is None:
+            continue
+        seen += 1
+        contents.sources[record.source or "(none)"] += 1
+        contents.turns_of_records[len(record.turns)] += 1
+        contents.pictures_of_records[sum(len(turn.images) for turn in record.turns)] += 1
+        for turn in record.turns:
+            if turn.assistant in contents.answers or len(contents.answers) < COUNTED_ANSWERS:
+                contents.answers[turn.assistant] += 1
+        if len(contents.records) < MEASURED:
+            contents.records.append(record)
+        elif (place := generator.randrange(seen)) < MEASURED:
+            contents.records[place] = record
+    contents.records.sort(key=lambda record: record.line)
+    return contents
+
+
+def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor) -> Measured:
+    """Tokens and pictures, these from their headers alone; records whose pictures cannot be read are left out."""
+    measured = Measured()
+    num_crops = processor.image_processor.num_crops
+    for record in records:
+        try:
+            sizes = read_images(record, image_size, path=file, images_root=file.parent / "images")
+        except UserError:
+            continue
+        pages = [page_geometry(*size, num_crops) for size in sizes]
+        counts = [page.num_img_tokens for page in pages]
+        stream = encode_record(record, processor, counts)
+        if not measured.tokens or len(stream.input_ids) > max(measured.tokens):
+            measured.longest = record
+        measured.tokens.append(len(stream.input_ids))
+        measured.learnt.append(sum(label != IGNORE_INDEX for label in stream.labels))
+        measured.of_pictures.append(sum(counts))
+        measured.widths += [width for width, _ in sizes]
+        measured.heights += [height for _, height in sizes]
+        measured.crops.update(f"{page.rows} × {page.columns}" for page in pages)
+    return measured
+
+
+def _choose(records: Sequence[Record], longest: Record | None, count: int, generator: Random) -> list[Record]:
+    """The longest first, then others in the order of the file."""
+    others = [record for record in records if record is not longest]
+    first = [longest] if longest is not None else []
+    drawn = generator.sample(others, min(len(others), count - len(first)))
+    return first + sorted(drawn, key=lambda record: record.line)
+
+
+def _counts(check: CheckReport) -> dict[str, int]:
+    return {
+        "records": check.records,
+        "turns": check.turns,
+        "questions": check.questions,
+        "pictures": check.images,
+        "longest question, characters": check.user.longest,
+        "longest answer, characters": check.assistant.longest,
+    }
+
+
+def _notes(contents: Contents, measured: Measured) -> list[str]:
+    """What is no fault and still worth knowing."""
+    notes = []
+    total = sum(contents.answers.values())
+    for answer, count in contents.answers.most_common(1):
+        if total > 1 and len(contents.answers) > 1 and count / total >= FREQUENT:
+            notes.append(f"{count / total:.0%} of all answers are {answer!r}: always giving it scores as much.")
+    longest = max(measured.tokens, default=0)
+    if longest > ORIGINAL_POSITIONS:
+        over = sum(tokens > ORIGINAL_POSITIONS for tokens in measured.tokens)
+        notes.append(
+            f"{over:,} of {len(measured.tokens):,} measured records are longer than {ORIGINAL_POSITIONS:,} tokens and "
+            f"are read with LongRoPE's long factors; the longest has {longest:,}."
+        )
+    if longest > PACK_TOKENS:
+        over = sum(tokens > PACK_TOKENS for tokens in measured.tokens)
+        notes.append(
+            f"{over:,} measured records are longer than a packed row ({PACK_TOKENS:,} tokens): each gets its own."
+        )
+    small = sum(max(size) < CROP_SIZE for size in zip(measured.widths, measured.heights, strict=True))
+    if small:
+        notes.append(
+            f"{small:,} of {len(measured.widths):,} measured pictures are smaller than a crop ({CROP_SIZE} pixels) and "
+            "are enlarged."
+        )
+    return notes
+
+
+def _histograms(measured: Measured) -> list[dict[str, Any]]:
+    columns: list[tuple[str, str, list[int]]] = [
+        ("Tokens of a record", "tokens", measured.tokens),
+        ("of which learnt", "tokens", measured.learnt),
+        ("of which pictures", "tokens", measured.of_pictures),
+        ("Width of a picture", "px", measured.widths),
+        ("Height of a picture", "px", measured.heights),
+    ]
+    found: list[dict[str, Any]] = []
+    for title, unit, values in columns:
+        if not values or not max(values):
+            continue
+        low, high = min(values), max(values)
+        if low == high:
+            found.append({"title": title, "told": f"All have {low:,} {unit}."})
+            continue
+        width = -(-(high - low + 1) // BINS)  # whole numbers, or some bins would hold more of them than others
+        edges = list(range(low, high + width + 1, width))
+        counts, _ = np.histogram(values, bins=edges)
+        told = f"{low:,} to {high:,} {unit}, median {int(np.median(values)):,}"
+        if unit == "tokens":
+            told += f", {sum(values):,} in all"
+        found.append({"title": title, "told": told, "unit": unit, "edges": edges, "counts": counts.tolist()})
+    return found

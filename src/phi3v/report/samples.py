@@ -1,0 +1,101 @@
+"""A record as the model sees it: its pictures cut into crops, its tokens with what is learnt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from phi3v.data.collate import encode_record
+from phi3v.data.images import load_image
+from phi3v.data.schema import Record
+from phi3v.data.table import read_images
+from phi3v.errors import UserError
+from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
+from phi3v.processing.hd_transform import page_geometry
+from phi3v.processing.image_processor import Phi3VImageProcessor
+from phi3v.processing.pages import cut_pages
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.report.pictures import webp
+
+LEARNT, SPECIAL, PICTURE = 1, 2, 4  # bits of a piece
+MAX_PIECES = 3000
+PAGE_SIDE = 1000  # pixels of a page that is shown; less where a record has several
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def sample_block(record: Record, file: Path, processor: Phi3VProcessor) -> dict[str, Any]:
+    """A sample for the page: ``pictures``, ``pieces``, ``tokens`` and ``learnt``; or ``error`` if it cannot be read."""
+    block: dict[str, Any] = {"id": record.id, "line": record.line, "source": record.source}
+    image_processor = processor.image_processor
+    try:
+        images = read_images(record, load_image, path=file, images_root=file.parent / "images")
+    except UserError as error:
+        return block | {"error": str(error)}
+    side = PAGE_SIDE if len(images) <= 2 else PAGE_SIDE // 2
+    names = [name for turn in record.turns for name in turn.images]
+    pictures = [picture_block(name, image, image_processor, side) for name, image in zip(names, images, strict=True)]
+    stream = encode_record(record, processor, [picture["tokens"] for picture in pictures])
+    return block | {
+        "pictures": pictures,
+        "pieces": pieces(processor, stream)[:MAX_PIECES],
+        "tokens": len(stream.input_ids),
+        "learnt": sum(label != IGNORE_INDEX for label in stream.labels),
+    }
+
+
+def picture_block(name: str, image: Image.Image, processor: Phi3VImageProcessor, side: int) -> dict[str, Any]:
+    """One picture: its page and its global view as the model gets them, and where the picture lies on the page."""
+    geometry = page_geometry(*image.size, processor.num_crops)
+    page = processor.page(image)  # [height, width, 3]
+    view = cut_pages(page[None], processor.image_mean, processor.image_std)[0, 0]  # [3, 336, 336]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = ((view * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return {
+        "name": name,
+        "size": image.size,
+        "resized": geometry.resized,
+        "rows": geometry.rows,
+        "columns": geometry.columns,
+        "tokens": geometry.num_img_tokens,
+        "page": webp(Image.fromarray(page.numpy()), side),
+        "view": webp(Image.fromarray(pixels.numpy()), 336),
+    }
+
+
+def pieces(processor: Phi3VProcessor, stream: TokenStream) -> list[list[Any]]:
+    """The token stream as ``[text, bits, tokens, first id]``; a picture is one piece, bytes of one text are joined."""
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.get_added_vocab().values())
+    found: list[list[Any]] = []
+    ids, labels = stream.input_ids, stream.labels
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        bits = LEARNT if labels[start] != IGNORE_INDEX else 0
+        if ids[start] < 0:
+            while end < len(ids) and ids[end] == ids[start]:
+                end += 1
+            found.append([f"picture {-ids[start]}", bits | PICTURE, end - start, ids[start]])
+        else:
+            token = tokenizer.convert_ids_to_tokens(ids[start])
+            values = bytearray()
+            while (match := _BYTE.fullmatch(token)) and (labels[end - 1] != IGNORE_INDEX) == bool(bits):
+                values.append(int(match[1], 16))
+                if end == len(ids) or ids[end] < 0 or values == b"\n":  # a line break stands by itself
+                    end += 1
+                    break
+                token = tokenizer.convert_ids_to_tokens(ids[end])
+                end += 1
+            if values:
+                end -= 1
+                text = values.decode("utf-8", errors="replace")
+            else:
+                text = token.replace("▁", " ")
+            is_special = end - start == 1 and ids[start] in special
+            found.append([text, bits | (SPECIAL if is_special else 0), end - start, ids[start]])
+        start = end
+    return found

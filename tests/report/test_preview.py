@@ -1,0 +1,146 @@
+"""The preview of a data file: what it measures, shows and warns of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+from report_helpers import HOSTILE, OpenPage, block
+
+from phi3v.cli import main
+from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.report import preview as preview_module
+from phi3v.report.preview import preview
+from phi3v.report.samples import LEARNT, PICTURE, SPECIAL, picture_block, pieces
+
+
+def write_data(folder: Path, records: list[dict[str, Any]]) -> Path:
+    """A data file with two pictures: a wide one in two colours and a tall one."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    wide = Image.new("RGB", (600, 300), "red")
+    ImageDraw.Draw(wide).rectangle((300, 0, 600, 300), fill="blue")
+    wide.save(images / "wide.png")
+    Image.new("RGB", (200, 500), "green").save(images / "tall.png")
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def record(name: str, *turns: dict[str, Any]) -> dict[str, Any]:
+    return {"id": name, "source": "test", "conversations": list(turns)}
+
+
+def turn(user: str, assistant: str, *images: str) -> dict[str, Any]:
+    return {"user": user, "assistant": assistant, **({"images": list(images)} if images else {})}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_data(
+        tmp_path / "data",
+        [
+            record("a", turn("Left colour?", "red", "wide.png"), turn("Right colour?", "blue")),
+            record("b", turn("Which?", "green", "tall.png", "wide.png")),
+            record("c", turn("No picture ✓", "red")),
+            record("d", turn("Again?", "red", "tall.png")),
+        ],
+    )
+
+
+def test_what_is_counted_and_measured(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    told = preview(file, out, samples=3, num_crops=4)
+    held = block(out, "preview")
+    assert told["records"] == told["measured"] == 4
+    assert dict(held["answers"]) == {"red": 3, "blue": 1, "green": 1}
+    assert held["pictures_of_records"] == [[0, 1], [1, 2], [2, 1]]
+    assert dict(held["crops"]) == {"1 × 2": 2, "2 × 1": 2}
+    tokens = next(histogram for histogram in held["histograms"] if histogram["title"] == "Tokens of a record")
+    assert sum(tokens["counts"]) == 4
+    assert (held["samples"][0]["id"], held["samples"][0]["longest"]) == ("b", True)
+    assert "built-in tokenizer" in told["tokenizer"]
+    assert any("60% of all answers are 'red'" in note for note in held["notes"])
+
+
+def test_tokens_and_mask_are_those_of_training(tiny_model_dir: Path) -> None:
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
+    turns = [ChatTurn("Grün?\n✓", "Ja, ✓✓", 1), ChatTurn("And\nnow?", "no")]
+    stream = encode_conversation(processor, turns, [757])
+    found = pieces(processor, stream)
+    assert sum(count for _, _, count, _ in found) == len(stream.input_ids)
+    assert [piece[:3] for piece in found if piece[1] & PICTURE] == [["picture 1", PICTURE, 757]]
+    learnt = "".join(text for text, bits, _, _ in found if bits & LEARNT)
+    assert learnt == " Ja, ✓✓<|end|> \n no<|end|> \n<|endoftext|>"
+    assert sum(count for _, bits, count, _ in found if bits & LEARNT) == sum(label != -100 for label in stream.labels)
+    special = {text for text, bits, _, _ in found if bits & SPECIAL}
+    assert special == {"<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"}
+    assert "Grün?" in "".join(text for text, _, _, _ in found)
+
+
+def test_a_picture_is_shown_as_it_is_cut() -> None:
+    from phi3v.processing.image_processor import Phi3VImageProcessor
+
+    held = picture_block("x", Image.new("RGB", (600, 300), "red"), Phi3VImageProcessor(num_crops=4), 500)
+    assert (held["rows"], held["columns"], held["resized"], held["tokens"]) == (1, 2, (672, 336), 457)
+
+
+def test_faults_are_shown_and_the_rest_is_too(file: Path, tmp_path: Path) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write('{"id": "e"}\n')
+        opened.write(json.dumps(record("f", turn("Where?", "here", "gone.png"))) + "\n")
+    out = tmp_path / "page.html"
+    told = preview(file, out, samples=10)
+    assert told["faults"] == 2
+    held = block(out, "preview")
+    assert [sample["id"] for sample in held["samples"]] == ["b", "a", "c", "d", "f"]
+    assert "gone.png" in held["samples"][-1]["error"]
+    assert any("conversations: is missing" in fault for fault in held["faults"])
+
+
+def test_of_many_records_a_fair_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview_module, "MEASURED", 30)
+    file = write_data(tmp_path / "data", [record(str(k), turn(f"{k}?", str(k % 7))) for k in range(400)])
+    contents = preview_module._read(file, "refuse", preview_module.Random(1))
+    assert len(contents.records) == 30
+    assert sum(record.line > 200 for record in contents.records) in range(6, 25)
+    assert sum(contents.answers.values()) == 400
+
+
+def test_the_command_line(file: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    command = ["data", "preview", str(file), "--out", str(out), "--model", str(tiny_model_dir), "--num-crops", "2"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == out.stat().st_size
+    assert block(out, "preview")["num_crops"] == 2
+    assert main([*command, "--samples", "0"]) == 2
+    assert main(["data", "preview", str(tmp_path / "none.jsonl"), "--out", str(out)]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_the_page_in_a_browser(tmp_path: Path, open_page: OpenPage) -> None:
+    # Special tokens in texts are faults, so the hostile text has none of those; it has everything HTML knows.
+    file = write_data(
+        tmp_path / "data",
+        [record(HOSTILE, turn(HOSTILE, HOSTILE, "wide.png")), record("tall", turn("Which?", "green", "tall.png"))],
+    )
+    out = tmp_path / "page.html"
+    preview(file, out, num_crops=2)
+    page = open_page(out)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("h3 .mono").first.inner_text() == HOSTILE
+    crops = page.locator(".sample").first.locator(".crop canvas")
+    assert crops.count() == 2
+    page.wait_for_selector(".crop canvas[width='336']")
+    middle = "canvas => [...canvas.getContext('2d').getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data]"
+    left, right = crops.nth(0).evaluate(middle), crops.nth(1).evaluate(middle)
+    assert left[0] > 200 > 60 > left[2]  # red and blue, but for what WebP loses
+    assert right[2] > 200 > 60 > right[0]
+    assert page.locator(".tokens .learnt").count() > 3
+    assert page.locator(".tokens .picture").first.inner_text() == "picture 1: 457 tokens"
+    assert open_page(out, width=360).evaluate("document.documentElement.scrollWidth") == 360
