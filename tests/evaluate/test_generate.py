@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
-from phi3v.evaluate.generate import Generated, decode_answer, generate_answers, stop_token_ids
+from phi3v.evaluate.decoding import decode_answer, stop_token_ids
+from phi3v.evaluate.generate import Generated, generate_answers
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
