@@ -29,11 +29,13 @@ class Tuned:
         base: a model folder or a hub id: the model itself, or what the adapter goes on.
         adapter: the adapter's folder, if it is one.
         run: the configuration of the run it comes from; of no known run, the defaults.
+        run_folder: the folder of that run, if it is known.
     """
 
     base: str
     adapter: Path | None = None
     run: RunConfig = field(default_factory=RunConfig)
+    run_folder: Path | None = None
 
     @property
     def is_quantised(self) -> bool:
@@ -49,9 +51,9 @@ def find_tuned(name: str) -> Tuned:
     """
     folder = Path(name)
     of_run = folder.parent if folder.name in SAVES else folder
-    run = RunConfig()
+    run, run_folder = RunConfig(), None
     if (of_run / "config.yaml").is_file():
-        run = load_config(of_run / "config.yaml")
+        run, run_folder = load_config(of_run / "config.yaml"), of_run
         if folder == of_run:
             folder = folder / "final"
             if not folder.is_dir():
@@ -59,14 +61,14 @@ def find_tuned(name: str) -> Tuned:
                 raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
     adapter_config = folder / ADAPTER_CONFIG
     if not adapter_config.is_file():
-        return Tuned(str(folder) if folder.is_dir() else name, run=run)
+        return Tuned(str(folder) if folder.is_dir() else name, run=run, run_folder=run_folder)
     try:
         base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
         raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
     if not base:
         raise UserError("does not say which model the adapter goes on", where=str(adapter_config))
-    return Tuned(base, folder, run)
+    return Tuned(base, folder, run, run_folder)
 
 
 def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> tuple[Any, Phi3VProcessor]:
