@@ -68,6 +68,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+Tracker = Literal["wandb", "mlflow", "trackio"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -233,6 +234,8 @@ class TrainingConfig:
     checkpointing; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
+    report_to: list[Tracker] = field(default_factory=list)
+    """Send the metrics to these services too, beside metrics.jsonl and TensorBoard: wandb, mlflow, trackio."""
     progress_bar: bool = True
     """Show progress bars in a terminal; without them, as in a log file, there is a line a logging step."""
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
 from phi3v.train.optimizers import StochasticAdamW
+from phi3v.train.tracking import PROJECT
 
 
 class Phi3VTrainer(Trainer):
@@ -150,7 +151,9 @@ def training_arguments(
         # A loss that is not finite must be seen, not smoothed over.
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=["tensorboard"],
+        report_to=["tensorboard", *training.report_to],
+        run_name=run_folder.resolve().name,
+        project=PROJECT,
         remove_unused_columns=False,
         dataloader_num_workers=num_workers,
         dataloader_persistent_workers=num_workers > 0,
