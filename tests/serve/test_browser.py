@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def url(chat: Chat) -> Iterator[str]:
     examples = find_examples(chat.tuned)
-    settings = Settings(max_new_tokens=40)
+    settings = Settings(max_new_tokens=12)
     with serve(chat, Address(), title="a run", settings=settings, frames=4, examples=examples) as served:
         yield served.urls[0]
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,21 @@ def test_wandb_stays_offline_where_nobody_is_logged_in(tmp_path: Path, monkeypat
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert prepare_trackers(["wandb"], 0) == ["wandb: mode online, project phi3v"]
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_a_store_of_mlflow_that_cannot_be_reached_is_said_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("mlflow")
+    asked: list[str] = []
+
+    def refuse(experiment: str) -> None:
+        asked.append(experiment)
+        raise ConnectionError("no such server\nand a long story")
+
+    monkeypatch.setattr(library, "set_experiment", refuse, raising=False)
+    monkeypatch.setattr(library, "get_tracking_uri", lambda: "http://nowhere", raising=False)
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    with pytest.raises(UserError, match=r"http://nowhere: MLflow's store cannot be used: no such server\n"):
+        prepare_trackers(["mlflow"], 0)
+    assert prepare_trackers(["mlflow"], 1) == ["mlflow: http://nowhere, experiment phi3v"]  # rank 0 alone asks
+    assert asked == ["phi3v"]

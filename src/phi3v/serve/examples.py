@@ -10,7 +10,7 @@ from pathlib import Path
 from phi3v.train.tuned import Tuned
 
 LINES_READ = 2000
-MOST = 4
+MOST = 3
 
 
 @dataclass(frozen=True)

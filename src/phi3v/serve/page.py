@@ -116,24 +116,47 @@ def build_page(
                 api_visibility="private",
             )
         both = gr.Checkbox(compare, label="Compare with the base", visible=chat.can_compare, elem_id="compare")
-        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-            tokens = gr.Slider(1, 2048, settings.max_new_tokens, step=1, label="Longest answer, in tokens")
-            temperature = gr.Slider(
-                0, 2, settings.sampling.temperature, step=0.05, label="Temperature", info="0: always the likeliest"
-            )
-            top_p = gr.Slider(0.05, 1, settings.sampling.top_p, step=0.05, label="Top-p")
-            seed = gr.Number(settings.sampling.seed, precision=0, label="Seed", info="of the draws", minimum=0)
-            crops = gr.Slider(
-                1,
-                max(16, chat.default_num_crops),
-                settings.num_crops or chat.default_num_crops,
-                step=1,
-                label="Crops of a picture",
-                info="fewer are faster; 4 is the model's advice for several pictures",
-            )
-            clip_frames = gr.Slider(1, chat.limits.frames, frames, step=1, label="Frames of a clip")
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            with gr.Row():
+                tokens = gr.Slider(
+                    1, 2048, settings.max_new_tokens, step=1, label="Longest answer", info="in tokens", min_width=220
+                )
+                temperature = gr.Slider(
+                    0,
+                    2,
+                    settings.sampling.temperature,
+                    step=0.05,
+                    label="Temperature",
+                    info="0: always the likeliest",
+                    min_width=220,
+                )
+                top_p = gr.Slider(
+                    0.05, 1, settings.sampling.top_p, step=0.05, label="Top-p", info="of a draw", min_width=220
+                )
+            with gr.Row():
+                crops = gr.Slider(
+                    1,
+                    max(16, chat.default_num_crops),
+                    settings.num_crops or chat.default_num_crops,
+                    step=1,
+                    label="Crops of a picture",
+                    info="fewer are faster",
+                    min_width=220,
+                )
+                clip_frames = gr.Slider(
+                    1,
+                    chat.limits.frames,
+                    frames,
+                    step=1,
+                    label="Frames of a clip",
+                    info="evenly spaced",
+                    min_width=220,
+                )
+                seed = gr.Number(
+                    settings.sampling.seed, precision=0, label="Seed", info="of the draws", minimum=0, min_width=220
+                )
 
-        # The browser is shown the events it needs, and no API beside them.
+        # No API is offered beside the page.
         own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asked = box.submit(asker.ask, [box, session, clip_frames], [box, session, tuned, base], **own)
         answered = asked.success(
