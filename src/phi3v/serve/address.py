@@ -56,20 +56,26 @@ def free_port(host: str, wanted: int) -> int:
     Raises:
         UserError: there is none near, or ``host`` is no address of this machine.
     """
+    for port in range(wanted, min(wanted + PORTS_TRIED, 65536)):
+        # Gradio looks at this machine's own address, whichever it will listen on.
+        if all(_is_free(address, port) for address in (host, "127.0.0.1")):
+            return port
+    raise UserError(f"ports {wanted} to {wanted + PORTS_TRIED - 1} are taken", where="--port", hint="choose another")
+
+
+def _is_free(host: str, port: int) -> bool:
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except OSError as error:
         raise UserError(f"no such address: {error.strerror}", where=f"--host {host}") from None
-    for port in range(wanted, min(wanted + PORTS_TRIED, 65536)):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except PermissionError:
-                raise UserError(f"port {port} is not for everyone", where="--port", hint="use 1024 or more") from None
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise UserError(f"cannot listen there: {error.strerror}", where=f"--host {host}") from None
-                continue
-            return port
-    raise UserError(f"ports {wanted} to {wanted + PORTS_TRIED - 1} are taken", where="--port", hint="choose another")
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise UserError(f"port {port} is not for everyone", where="--port", hint="use 1024 or more") from None
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen there: {error.strerror}", where=f"--host {host}") from None
+            return False
+    return True

@@ -48,7 +48,7 @@ def serve(
     Raises:
         UserError: no port is free there, or the public tunnel cannot be opened.
     """
-    port = free_port(address.host, address.port)
+    free_port(address.host, address.port)  # a wrong address is said before anything is built
     with tempfile.TemporaryDirectory(prefix="phi3v-chat-") as temporary, _environment(_gradio_environment(temporary)):
         from phi3v.serve.page import CSS, build_page, theme
 
@@ -58,6 +58,8 @@ def serve(
             chat, title=title, settings=settings, frames=frames, compare=compare, examples=examples, folder=folder
         )
         page.queue(max_size=WAITING, api_open=False)
+        # Building took seconds, in which somebody may have taken the port.
+        port = free_port(address.host, address.port)
         try:
             # Everything is said here, because what is left out may come from GRADIO_ variables.
             _, url, shared = page.launch(
