@@ -22,8 +22,8 @@ from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
+from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.evaluate.evaluation import evaluate
-from phi3v.evaluate.generate import decode_answer, stop_token_ids
 
 
 def one_by_one(

@@ -16,6 +16,7 @@ COMMANDS = {
     "model init": ("--preset", "default: 0"),
     "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
+    "chat": ("--prompt", "--video", "default: 256", "default: 7860", "default: $PHI3V_PASSWORD"),
     "eval": ("--metrics", "per_class_accuracy", "default: as the run was measured"),
     "plan": ("--gpu", "--sku", "default: this machine", "default: 1"),
     "doctor": ("RECIPE.yaml", "overrides"),

@@ -14,6 +14,7 @@ ROOMS = [
     "cli",
     "azure",
     "report",
+    "serve",
     "doctor",
     "export",
     "plan",

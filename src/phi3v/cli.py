@@ -325,6 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--open", action="store_true", help="open it in the browser")
 
+    _add_chat(verbs)
     plan = _command(
         verbs,
         "plan",
@@ -433,6 +434,58 @@ def _add_azure(verbs: Any) -> None:
     submit.add_argument("--out", type=Path, metavar="DIR", help="the job's folder (default: azure-jobs/NAME)")
     submit.add_argument("--dry-run", action="store_true", help="write the job's folder and check it; needs no login")
     submit.add_argument("--subscription", **subscription)
+
+
+def _add_chat(verbs: Any) -> None:
+    chat = _command(
+        verbs,
+        "chat",
+        _chat,
+        "ask a model, an adapter or a run about pictures and clips, in the browser or once with --prompt",
+        'phi3v chat output/first --prompt "What is the total?" --image page.png',
+    )
+    chat.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
+    chat.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="what to compare with; of an adapter, what it goes on (default: what the run was tuned from)",
+    )
+    chat.add_argument("--compare", action="store_true", help="ask the base too")
+    chat.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="arithmetic (default: as the run)")
+    once = chat.add_argument_group("one answer in the terminal")
+    once.add_argument("--prompt", metavar="TEXT", help="the question")
+    once.add_argument(
+        "--image", dest="media", type=Path, action="append", metavar="FILE", help="a picture; may be repeated"
+    )
+    once.add_argument(
+        "--video", dest="media", type=Path, action="append", metavar="FILE", help="a clip; may be repeated"
+    )
+    how = chat.add_argument_group("how it answers; in the browser what is set first")
+    how.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
+    how.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    how.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest words (default: %(default)s)"
+    )
+    how.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from so much probability (default: %(default)s)"
+    )
+    how.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    how.add_argument("--num-crops", type=int, metavar="N", help="crops of a picture at most (default: as saved)")
+    page = chat.add_argument_group("the page (extra serve)")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others than this machine's own need a password"
+    )
+    page.add_argument("--port", type=int, default=7860, help="port, or the next that is free (default: %(default)s)")
+    page.add_argument(
+        "--share", action="store_true", help="also reachable through Gradio's public tunnel; needs a password"
+    )
+    page.add_argument(
+        "--password",
+        default=os.environ.get("PHI3V_PASSWORD"),
+        help="ask for it, with the user name phi3v (default: $PHI3V_PASSWORD)",
+    )
 
 
 def _add_source_options(convert: argparse.ArgumentParser) -> None:
@@ -676,6 +729,30 @@ def _eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         out=arguments.out,
     )
     return {"model": arguments.model, "data": str(arguments.data)} | result.summary()
+
+
+def _chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.evaluate.streaming import Sampling
+    from phi3v.serve.address import Address
+    from phi3v.serve.command import answer_once, open_page
+    from phi3v.serve.conversation import Settings
+
+    settings = Settings(
+        arguments.max_new_tokens,
+        Sampling(arguments.temperature, arguments.top_p, arguments.seed),
+        arguments.num_crops,
+    )
+    model = {key: getattr(arguments, key) for key in ("base", "precision", "num_crops")}
+    asked = {"compare": arguments.compare, "frames": arguments.frames, "settings": settings}
+    if arguments.prompt is None:
+        if arguments.media:
+            raise UserError("a picture without a question", where="--image", hint='ask with --prompt "…"')
+        where = Address(arguments.host, arguments.port, share=arguments.share, password=arguments.password)
+        return open_page(arguments.model, console, where, **model, **asked)
+    answers = answer_once(
+        arguments.model, arguments.prompt, arguments.media or [], console, **model, **asked, stream=not arguments.json
+    )
+    return {"model": arguments.model, "prompt": arguments.prompt} | answers
 
 
 if __name__ == "__main__":

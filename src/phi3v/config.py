@@ -69,6 +69,7 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varle
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
 EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Tracker = Literal["wandb", "mlflow", "trackio"]
 
 
 def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
@@ -282,6 +283,8 @@ class TrainingConfig:
     """A step whose loss or gradient is not finite changes no weight; stop after so many of them in a row."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
+    report_to: list[Tracker] = field(default_factory=list)
+    """Send the metrics to these services too, beside metrics.jsonl and TensorBoard: wandb, mlflow, trackio."""
     progress_bar: bool = True
     """Show progress bars in a terminal; without them, as in a log file, there is a line a logging step."""
 

@@ -96,6 +96,11 @@ class Examination:
                 missing = True
                 what = f"this recipe needs {module}, and it is not installed"
                 self.say("optional parts", "fail", what, f'pip install "phi3v[{extra}]"')
+        for module in self.config.training.report_to:
+            if importlib.util.find_spec(module) is None:
+                missing = True
+                what = f"training.report_to names {module}, and it is not installed"
+                self.say("optional parts", "fail", what, f"pip install {module}")
         if not missing:
             there = [module for module, _, _ in OPTIONAL if importlib.util.find_spec(module) is not None]
             self.say("optional parts", "pass", f"all that the recipe needs ({', '.join(there) or 'none is installed'})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import GenerationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
-from phi3v.evaluate.generate import Generated, decode_answer, generate_answers, stop_token_ids
+from phi3v.evaluate.decoding import decode_answer, stop_token_ids
+from phi3v.evaluate.generate import Generated, generate_answers
+from phi3v.evaluate.streaming import stream_answer
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
@@ -207,3 +210,16 @@ def test_a_limit_draws_the_same_questions_every_time(questions: QuestionDataset)
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 2
     assert sorted(drawn[0]) == drawn[0]
+
+
+def test_a_streamed_answer_grows_to_that_of_the_batch(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+    """Also where it crosses the length from which the long rotary factors hold."""
+    pages.index = pages.index[:6]
+    lengths = sorted(len(pages[index].input_ids) for index in range(6))
+    for start in (4096, lengths[0], lengths[-1] + 3):
+        model = loud_model(tiny_model_dir, start).eval()
+        expected = texts(answer(model, pages, 6))
+        for index, text in enumerate(expected):
+            sights = list(stream_answer(model, pages.processor, pages[index], max_new_tokens=6))
+            assert sights[-1] == text
+            assert all(later.startswith(sight) for sight, later in itertools.pairwise(sights))

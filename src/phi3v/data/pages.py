@@ -36,6 +36,16 @@ class Page:
     content: torch.Tensor
 
 
+def require_clip_statistics(image_processor: Phi3VImageProcessor) -> None:
+    """Refuse a processor that normalises otherwise than the model does with pages, as a `UserError`."""
+    if (image_processor.image_mean, image_processor.image_std) != (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)):
+        raise UserError(
+            "pictures are normalised with CLIP's mean and standard deviation, and this processor has others",
+            where="preprocessor_config.json",
+            hint="copy image_mean and image_std from the published model",
+        )
+
+
 class PageReader:
     """The pages of a table's records; the last few are kept, so that records which share one read it once.
 
@@ -49,12 +59,7 @@ class PageReader:
     def __init__(
         self, table: RecordTable, image_processor: Phi3VImageProcessor, features: FeatureStore | None = None
     ) -> None:
-        if (image_processor.image_mean, image_processor.image_std) != (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)):
-            raise UserError(
-                "pictures are normalised with CLIP's mean and standard deviation, and this processor has others",
-                where="preprocessor_config.json",
-                hint="copy image_mean and image_std from the published model",
-            )
+        require_clip_statistics(image_processor)
         self.table = table
         self.image_processor = image_processor
         self.features = features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -52,6 +53,28 @@ def sample_frames(clip: Path | bytes, count: int, *, name: str | None = None) ->
     if total != packets:
         frames, _ = _decode_numbers(clip, frame_numbers(total, count), where)
     return frames
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """How much there is to decode: frames that are there, whatever the header promises, and their size in pixels."""
+
+    frames: int
+    width: int
+    height: int
+
+
+def clip_size(clip: Path | bytes, *, name: str | None = None) -> ClipSize:
+    """The size of a clip; decodes nothing.
+
+    Raises:
+        UserError: the clip cannot be read, or has no picture track.
+    """
+    where = name or (str(clip) if isinstance(clip, Path) else "the clip")
+    _, packets = _lengths(clip, where)
+    with _open(clip, where) as container:
+        picture = container.streams.video[0].codec_context
+        return ClipSize(packets, picture.width, picture.height)
 
 
 def frame_numbers(total: int, count: int) -> list[int]:

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.batches import PromptBatch, PromptBatches, cut_batches, deal, measure_prompts, whole_prompts
-from phi3v.model.modeling import CACHE_NAMES
-from phi3v.processing.conversation import END, END_OF_TEXT
-from phi3v.processing.processor import Phi3VProcessor, pad_rows
+from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
+from phi3v.processing.conversation import END
+from phi3v.processing.processor import Phi3VProcessor
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,6 @@ class Generated:
 
     text: str
     probabilities: list[float]
-
-
-def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
-    """Generation ends at ``<|end|>`` and ``<|endoftext|>``, whatever generation_config.json says."""
-    return [processor.tokenizer.convert_tokens_to_ids(token) for token in (END, END_OF_TEXT)]
 
 
 def generate_answers(
@@ -83,12 +78,6 @@ def generate_answers(
     return [answers[index] for index in range(len(questions))]
 
 
-def decode_answer(processor: Phi3VProcessor, ids: list[int], stops: list[int]) -> str:
-    """The text of generated ``ids`` up to the first stop token."""
-    end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
-    return str(processor.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-
-
 class _Answerer:
     """Answers batches with one model."""
 
@@ -105,7 +94,7 @@ class _Answerer:
 
     def answer(self, batch: PromptBatch, questions: QuestionDataset) -> dict[int, Generated]:
         """The answers to a batch, by question."""
-        state = self.prefill(batch)
+        state = prefill(self.model, self.processor, batch)
         probabilities = self.word_probabilities(state) if self.words else [[] for _ in batch.indices]
         ids: list[list[int]] = [[] for _ in batch.indices]
         crossing = self.decode(state, ids)
@@ -117,28 +106,14 @@ class _Answerer:
             for sample, row in zip(samples, crossing, strict=True):
                 sample.input_ids = sample.input_ids + ids[row]
             longer = [ids[row] for row in crossing]  # the same lists: they grow in place
-            again = self.decode(self.prefill(whole_prompts(rows, samples)), longer)
+            again = self.decode(prefill(self.model, self.processor, whole_prompts(rows, samples)), longer)
             crossing = [crossing[row] for row in again]
         return {
             index: Generated(decode_answer(self.processor, ids[row], self.stops), probabilities[row])
             for row, index in enumerate(batch.indices)
         }
 
-    def prefill(self, batch: PromptBatch) -> _State:
-        """Run the prompts: the pages first, then each row's own end of it."""
-        state = _State(self.model)
-        state.feed(self.padded(batch.heads), {name: value.to(self.device) for name, value in batch.pictures.items()})
-        if any(batch.tails):
-            state.select(batch.page_of_row)
-            state.feed(self.padded(batch.tails))
-        state.lengths = batch.lengths()
-        return state
-
-    def padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        inputs = pad_rows(rows, self.processor.tokenizer.pad_token_id, "left")
-        return {name: value.to(self.device) for name, value in inputs.items()}
-
-    def decode(self, state: _State, ids: list[list[int]]) -> list[int]:
+    def decode(self, state: DecodingState, ids: list[list[int]]) -> list[int]:
         """Add greedy tokens to each row of ``ids`` until it stops or is full.
 
         Returns:
@@ -168,7 +143,7 @@ class _Answerer:
                 rows = [rows[line] for line in lines]
             state.feed({"input_ids": chosen[:, None]})
 
-    def word_probabilities(self, state: _State) -> list[list[float]]:
+    def word_probabilities(self, state: DecodingState) -> list[list[float]]:
         """The probability of each word and the end after it, normalised over the words: R lists of W.
 
         By teacher forcing: each word's tokens are fed after the prompts, then taken back from the cache.
@@ -183,53 +158,3 @@ class _Answerer:
             totals.append(logits.log_softmax(dim=-1).gather(-1, wanted).sum(dim=(1, 2)))
         probabilities: list[list[float]] = torch.stack(totals, dim=1).double().softmax(dim=1).tolist()
         return probabilities
-
-
-class _State:
-    """What a batch of half-read samples has in memory: cache, mask, the last logits, and each sample's length."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.lengths: list[int] = []  # of whole prompts and what was generated after them
-        self.cache: dict[str, Any] = {}  # under the name that this version of the library gives it
-        self.mask: torch.Tensor | None = None  # [R, T]
-        self.logits = torch.empty(0)  # [R, 1, V]
-
-    def feed(self, inputs: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor] | None = None) -> None:
-        """Read more tokens of every sample."""
-        tokens = inputs["input_ids"]
-        mask = inputs.get("attention_mask", torch.ones_like(tokens))
-        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        outputs = self._run(tokens, self.mask, 1, **(pictures or {}))
-        name = next(name for name in CACHE_NAMES if outputs.get(name) is not None)  # it may answer to both
-        self.cache = {name: outputs[name]}
-        self.logits = outputs.logits
-        self.lengths = [length + tokens.shape[1] for length in self.lengths]
-
-    def peek(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits (R, T, V) after each of ``tokens`` (R, T), which are then forgotten."""
-        assert self.mask is not None
-        outputs = self._run(tokens, torch.cat([self.mask, torch.ones_like(tokens)], dim=1), tokens.shape[1])
-        for cache in self.cache.values():
-            cache.crop(-tokens.shape[1])
-        logits: torch.Tensor = outputs.logits
-        return logits
-
-    def select(self, lines: list[int]) -> None:
-        """Go on with these lines, in this order; a line may be taken more than once."""
-        assert self.mask is not None
-        chosen = torch.tensor(lines, device=self.mask.device)
-        self.mask = self.mask[chosen]
-        for cache in self.cache.values():
-            cache.batch_select_indices(chosen)
-        self.lengths = [self.lengths[line] for line in lines] if self.lengths else []
-
-    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, **inputs: torch.Tensor) -> Any:
-        return self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            **self.cache,
-            **inputs,
-        )

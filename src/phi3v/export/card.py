@@ -117,11 +117,11 @@ def _explanation(result: ExportResult, tuned: Tuned) -> str:
 
 def _scores(tuned: Tuned) -> str:
     """The run's score, where it has one."""
-    if tuned.folder is None:
+    if tuned.run_folder is None:
         return ""
     lines = []
     for when in ("before", "after"):
-        path = tuned.folder / f"eval_{when}.json"
+        path = tuned.run_folder / f"eval_{when}.json"
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             score = found["scores"][found["metric"]]

@@ -144,7 +144,7 @@ def export(
         result = ExportResult(
             folder=out,
             source=name,
-            method=tuned.run.method.name if tuned.folder is not None else "unknown",
+            method=tuned.run.method.name if tuned.run_folder is not None else "unknown",
             dtype=str(wanted).removeprefix("torch."),
             is_adapter=adapter,
             parameters=maker.parameters,

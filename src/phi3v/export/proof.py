@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from phi3v.data.jsonl import require_file
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
-from phi3v.evaluate.generate import decode_answer, stop_token_ids
+from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.processing.conversation import user_prompt
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.tuned import Tuned

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from phi3v.errors import UserError
-from phi3v.evaluate.generate import stop_token_ids
+from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Finding, Report, Verdict
 from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys

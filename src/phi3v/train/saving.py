@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
-from phi3v.evaluate.generate import stop_token_ids
+from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of

@@ -32,6 +32,7 @@ from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, lo
 from phi3v.train.optimizers import check_optimizer, state_bytes
 from phi3v.train.run_folder import check_run_folder
 from phi3v.train.strategies import summarize
+from phi3v.train.tracking import check_trackers, prepare_trackers
 
 # Where memory is estimated before a text is tokenised.
 ASSUMED_TEXT_TOKENS = 512
@@ -94,6 +95,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
+    check_trackers(config.training.report_to)
     folder = check_run_folder(config, resume=resume)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
@@ -128,6 +130,8 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     _check_pictures(model, train_table)
     if config.training.feature_cache != "off":
         cached_stage(vision_part(model))  # refuses a tower that trains
+    for line in prepare_trackers(config.training.report_to, compute.rank):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return setup
 
 

@@ -27,6 +27,7 @@ from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_r
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
 from phi3v.train.signals import ignore_in_worker
+from phi3v.train.tracking import PROJECT
 
 if TYPE_CHECKING:
     from phi3v.train.checkpointer import Checkpointer
@@ -374,7 +375,9 @@ def training_arguments(
         # A loss that is not finite must be seen, not smoothed over.
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=["tensorboard"],
+        report_to=["tensorboard", *training.report_to],
+        run_name=run_folder.resolve().name,
+        project=PROJECT,
         remove_unused_columns=False,
         dataloader_num_workers=num_workers,
         dataloader_persistent_workers=num_workers > 0,

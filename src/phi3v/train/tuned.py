@@ -30,14 +30,14 @@ class Tuned:
         base: a model folder or a hub id: the model itself, or what the adapter goes on.
         adapter: the adapter's folder, if it is one.
         run: the configuration of the run it comes from; of no known run, the defaults.
-        folder: the folder of that run.
+        run_folder: the folder of that run, if it is known.
         is_checkpoint: it was saved in the middle of the run, in the precision that it is trained in.
     """
 
     base: str
     adapter: Path | None = None
     run: RunConfig = field(default_factory=RunConfig)
-    folder: Path | None = None
+    run_folder: Path | None = None
     is_checkpoint: bool = False
 
     @property

@@ -1,0 +1,1 @@
+"""Asking a model: the chat page and one answer in the terminal."""

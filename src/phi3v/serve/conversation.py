@@ -1,0 +1,196 @@
+"""A model that answers in a conversation, and beside it the model that it was tuned from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel
+from PIL import Image
+
+from phi3v.config import ModelConfig, RunConfig
+from phi3v.data.collate import Sample
+from phi3v.data.pages import Page, require_clip_statistics
+from phi3v.errors import UserError
+from phi3v.evaluate.streaming import Sampling, stream_answer
+from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.special_text import escape_special_text
+from phi3v.serve.media import LIMITS, Limits
+from phi3v.train.device import Compute
+from phi3v.train.loading import inspect_model
+from phi3v.train.tuned import Tuned, find_tuned, load_tuned
+
+Which = Literal["tuned", "base"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it answers.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        num_crops: crops of a picture at most; by default as the model was saved.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    num_crops: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("max new tokens", self.max_new_tokens, 1, 8192),
+            ("temperature", self.sampling.temperature, 0, 5),
+            ("top-p", self.sampling.top_p, 0.01, 1),
+            ("crops", self.num_crops if self.num_crops is not None else 1, 1, 64),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"{name} must be between {low} and {high}, got {value}")
+
+
+@dataclass
+class Turn:
+    """A question with its pictures, and what was answered, as far as it was written."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    answers: dict[Which, str] = field(default_factory=dict)
+
+
+class Chat:
+    """Answers questions; one run of a model at a time, whoever asks.
+
+    An adapter's base is the same model with the adapter switched off. The base of a model that was tuned in full is
+    loaded when it is first asked.
+
+    Args:
+        tuned: the model.
+        base: what to compare with, in place of what the run says: a model, an adapter or a run; for an adapter, the
+            model that it goes on.
+        num_crops: crops of a picture at most; by default as the model was saved.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        compute: Compute,
+        *,
+        base: str | None = None,
+        num_crops: int | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
+        if tuned.adapter is not None and base is not None:
+            tuned = dataclasses.replace(tuned, base=base)
+        self.tuned = tuned
+        self.compute = compute
+        self.limits = limits
+        self.base = tuned.base if tuned.adapter is not None else base or _base_of_run(tuned)
+        self._lock = threading.Lock()
+        self._num_crops = num_crops
+        if base is not None and tuned.adapter is None:  # found wrong now, not when it is first asked
+            inspect_model(RunConfig(model=ModelConfig(find_tuned(base).base)), compute)
+        model, processor = load_tuned(tuned, compute, num_crops=num_crops)
+        require_clip_statistics(processor.image_processor)
+        self._loaded: dict[Which, tuple[Any, Phi3VProcessor]] = {"tuned": (model, processor)}
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether there is a base to ask too."""
+        return self.base is not None
+
+    @property
+    def default_num_crops(self) -> int:
+        crops: int = self._loaded["tuned"][1].image_processor.num_crops
+        return crops
+
+    def answer(self, turns: Sequence[Turn], settings: Settings, which: Which = "tuned") -> Iterator[str]:
+        """The answer to the last of ``turns`` so far, token by token, last the whole.
+
+        Text that would be read as a special token is broken up by a space; the tags of pictures are ours alone.
+
+        Raises:
+            UserError: the conversation is too long, or the model cannot be loaded.
+        """
+        model, processor = self._model(which)
+        prompt = self._prompt(turns, settings, which, processor)
+        longest: int = model.config.max_position_embeddings
+        if len(prompt.input_ids) + settings.max_new_tokens > longest:
+            raise UserError(
+                f"the conversation is too long for the model: {len(prompt.input_ids):,} tokens of {longest:,}",
+                hint="clear it, give fewer pictures or frames, or allow fewer crops",
+            )
+        yield from stream_answer(
+            model,
+            processor,
+            prompt,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            autocast_dtype=self.compute.autocast_dtype,
+            around=lambda: self._alone(model, which),
+        )
+
+    @contextlib.contextmanager
+    def _alone(self, model: Any, which: Which) -> Iterator[None]:
+        """Nobody else runs the model; of an adapter's base, the adapter is off."""
+        off = which == "base" and isinstance(model, PeftModel)
+        with self._lock, model.disable_adapter() if off else contextlib.nullcontext():
+            yield
+
+    def _model(self, which: Which) -> tuple[Any, Phi3VProcessor]:
+        if which == "base" and self.tuned.adapter is not None:
+            which = "tuned"
+        with self._lock:
+            if which not in self._loaded:
+                if self.base is None:
+                    raise UserError("there is no model to compare with", hint="name it with --base")
+                self._loaded[which] = load_tuned(find_tuned(self.base), self.compute, num_crops=self._num_crops)
+            return self._loaded[which]
+
+    def _prompt(self, turns: Sequence[Turn], settings: Settings, which: Which, processor: Phi3VProcessor) -> Sample:
+        images = [image for turn in turns for image in turn.images]
+        if len(images) > self.limits.pictures:
+            what = f"{len(images)} pictures and frames are too many for a conversation"
+            raise UserError(what, hint=f"clear it; at most {self.limits.pictures} are taken")
+        if max(len(turn.text) for turn in turns) > self.limits.characters:
+            raise UserError("the question is too long", hint=f"ask in at most {self.limits.characters:,} characters")
+        cutter = copy.copy(processor.image_processor)
+        if settings.num_crops is not None:
+            cutter.num_crops = settings.num_crops
+        pages = []
+        for number, image in enumerate(images):
+            pixels = cutter.page(image)  # [height, width, 3] uint8
+            pages.append(Page(str(number), (pixels.shape[0], pixels.shape[1]), pixels))
+        *earlier, last = turns
+        chat = [
+            ChatTurn(escape_special_text(turn.text), escape_special_text(turn.answers.get(which, "")), len(turn.images))
+            for turn in earlier
+        ]
+        chat.append(ChatTurn(escape_special_text(last.text), None, len(last.images)))
+        stream = encode_conversation(processor, chat, [cutter.num_tokens_of_page(page.size) for page in pages])
+        return Sample(stream.input_ids, [], pages)
+
+
+def _base_of_run(tuned: Tuned) -> str | None:
+    """What a run in full was tuned from, if it is still at hand."""
+    if tuned.run_folder is None:
+        return None
+    base = tuned.run.model.path
+    at_hand = Path(base).is_dir() or isinstance(_cached_config(base), str)
+    return base if at_hand else None
+
+
+def _cached_config(hub_id: str) -> Any:
+    try:
+        return try_to_load_from_cache(hub_id, "config.json")
+    except ValueError:  # no hub id at all
+        return None

@@ -1,0 +1,85 @@
+"""What may be given to a chat, and where it listens."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sample_files import clip, picture
+
+from phi3v.errors import UserError
+from phi3v.serve.address import Address, free_port
+from phi3v.serve.media import LIMITS, read_media
+
+
+def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    media = read_media([clip(tmp_path / "film.avi"), tmp_path / "a.png"], frames=5)
+    assert [(each.name, each.is_clip, len(each.images)) for each in media] == [
+        ("film.avi", True, 5),
+        ("a.png", False, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "words"),
+    [
+        ("a.png", {"file_bytes": 10}, "is larger than"),
+        ("a.png", {"pixels": 100}, "above the limit of 100"),
+        ("a.png", {"files": 0}, "too many"),
+        ("film.avi", {"clip_frames": 11}, "is too long: 12 frames"),
+        ("film.avi", {"pixels": 3071}, "frames of 64x48"),
+        ("film.avi", {"frames": 7}, "between 1 and 7"),
+        ("a.txt", {}, "is not an image"),
+        ("broken.mp4", {}, "cannot be decoded"),
+        ("folder", {}, "is not a file"),
+        ("missing.png", {}, "cannot be read"),
+    ],
+)
+def test_limits_name_the_file_but_not_its_folder(name: str, limits: dict[str, int], words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.txt").write_text("secret")
+    (tmp_path / "broken.mp4").write_bytes(b"secret" * 100)
+    (tmp_path / "folder").mkdir()
+    clip(tmp_path / "film.avi")
+    with pytest.raises(UserError) as error:
+        read_media([tmp_path / name], frames=8, limits=replace(LIMITS, **limits))
+    assert words in str(error.value)
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path) -> None:
+    content = bytearray(picture(1))
+    content[16:24] = struct.pack(">II", 30_000, 30_000)  # width and height in a PNG's first chunk
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(UserError, match="30000x30000"):
+        read_media([tmp_path / "bomb.png"])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.com"])
+def test_others_need_a_password(host: str) -> None:
+    with pytest.raises(UserError, match="there is no password"):
+        Address(host)
+    assert "long enough" not in repr(Address(host, password="long enough"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
+def test_this_machine_needs_none(host: str) -> None:
+    assert Address(host).is_loopback
+
+
+def test_a_port_that_is_taken_gives_way_to_the_next() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < free_port("127.0.0.1", port) < port + 50
+    with pytest.raises(UserError, match="no such address"):
+        free_port("no.such.host.invalid", 7860)
+    with pytest.raises(UserError, match="cannot listen there"):
+        free_port("192.0.2.1", 7860)  # an address for documentation: nobody's
