@@ -21,12 +21,13 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__
-from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, load_config
+from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, known_keys, load_config
 from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
 
+SHELLS = ("bash", "zsh", "tcsh")
 SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
 
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
@@ -252,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         _train,
         "fine-tune a model as a recipe says; options override it",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
+        brief="fine-tune a model as a recipe says",
     )
     evaluate = _command(
         verbs,
@@ -259,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         _eval,
         "score a model, an adapter or a run on a data file; also under torchrun",
         "phi3v eval output/first --data data/test.jsonl --metrics accuracy token_f1 --out output/first-test",
+        brief="score a model, an adapter or a run",
     )
     evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
     evaluate.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
@@ -289,6 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
         _export,
         "write a tuned model in the official layout, merged and proven, or check a folder",
         "phi3v export output/mine --out models/mine",
+        brief="write a merged model, proven; or check a folder",
     )
     export.add_argument(
         "source", nargs="?", metavar="RUN", help="a run, its best/ or final/, a checkpoint, an adapter or a model"
@@ -311,6 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
         _report,
         "write one HTML file about a run, or several compared: curves, scores, predictions, configuration",
         "phi3v report output/first output/second --out compared.html",
+        brief="write an HTML page of a run, or of several",
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument(
@@ -332,6 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
         _plan,
         "say what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
         "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
+        brief="say what fits which GPUs, and how fast",
     )
     plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe, with its dataset if that is there")
     plan.add_argument(
@@ -351,9 +357,18 @@ def build_parser() -> argparse.ArgumentParser:
         _doctor,
         "check environment, recipe, data, model and gradients before a run; exits with 2 if something fails",
         "phi3v doctor recipes/easy_vqa_tiny.yaml",
+        brief="check everything before a run",
     )
     doctor.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; --key.subkey value overrides it")
     _add_azure(verbs)
+    completion = verbs.add_parser(
+        "completion",
+        help="print a script that completes commands in a shell",
+        description="Print a script that completes commands and keys of the configuration.",
+        epilog='example: eval "$(phi3v completion bash)"',
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.set_defaults(handler=_completion)
     return parser
 
 
@@ -443,6 +458,7 @@ def _add_chat(verbs: Any) -> None:
         _chat,
         "ask a model, an adapter or a run about pictures and clips, in the browser or once with --prompt",
         'phi3v chat output/first --prompt "What is the total?" --image page.png',
+        brief="ask a model about pictures and clips",
     )
     chat.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
     chat.add_argument(
@@ -523,16 +539,30 @@ def _add_source_options(convert: argparse.ArgumentParser) -> None:
         group.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
 
 
-def _command(verbs: Any, name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:
+def _command(
+    verbs: Any, name: str, handler: Handler, summary: str, example: str, *, brief: str | None = None
+) -> argparse.ArgumentParser:
+    """A command; ``brief`` is its line in the list of all commands, which is to fit a screen."""
     command: argparse.ArgumentParser = verbs.add_parser(
         name,
-        help=summary,
+        help=brief or summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example: {example}",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     command.set_defaults(handler=handler)
     return command
+
+
+def _completion(arguments: argparse.Namespace, console: Console) -> None:
+    import shtab
+
+    parser = build_parser()
+    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for verb in ("train", "plan", "doctor"):
+        for key in known_keys():
+            verbs.choices[verb].add_argument(f"--{key}")
+    print(shtab.complete(parser, arguments.shell))
 
 
 def _model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

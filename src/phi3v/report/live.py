@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
+from phi3v.plan.forecast import forecast
 from phi3v.report.command import REPORT_FILE, report, write_report
 from phi3v.report.run_files import read_run
 from phi3v.train.result import RunResult
@@ -76,7 +77,7 @@ def train_with_report(config: RunConfig, console: Console, resume: str | None = 
     """`run_training`, with its report in the run folder."""
     live = LiveReport(Path(config.training.output_dir))
     with live:
-        result = run_training(config, console, resume, callbacks=[live])
+        result = run_training(config, console, resume, callbacks=[live], forecast=forecast)
     written = live.folder / REPORT_FILE
     if live.started and written.is_file():
         console.print(f"report: {written}", highlight=False, soft_wrap=True)

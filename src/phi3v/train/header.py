@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+from rich.markup import escape
 from rich.table import Table
 
+from phi3v.config import RunConfig
 from phi3v.train.setup import Setup
 from phi3v.train.strategies import summarize
 
+Forecast = Callable[[RunConfig, int, int], str | None]
 
-def print_header(setup: Setup) -> None:
-    """Say on the console what will happen: parts, data, device, choices with their reasons."""
+
+def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
+    """Say on the console what will happen: parts, data, device, choices with their reasons, what it will take."""
     config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
     train_table, questions = setup.train_table, setup.questions
     parts = summarize(setup.model)
@@ -23,6 +30,7 @@ def print_header(setup: Setup) -> None:
     table.add_row("total", f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.2f} % trained")
     console.print(f"[bold]{config.method.name}[/bold] training of {config.model.path}", highlight=False)
     console.print(table)
+    planned = forecast(config, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
     for line in (
         f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
@@ -32,9 +40,20 @@ def print_header(setup: Setup) -> None:
         f"activation checkpointing: {setup.checkpointing}",
         f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
         f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
+        f"steps: {_steps_line(setup)}",
+        f"planned: {planned}" if planned else None,
         f"output: {config.training.output_dir}",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        if line is not None:
+            name, _, text = line.partition(": ")
+            console.print(f"[bold]{name}:[/bold] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _steps_line(setup: Setup) -> str:
+    training, records = setup.config.training, len(setup.train_table)
+    an_epoch = setup.plan.num_steps if setup.plan is not None else max(1, -(-records // training.batch_size))
+    steps = training.max_steps or math.ceil(an_epoch * training.epochs)
+    return f"{steps:,}, {steps / an_epoch:.2f} epochs"
 
 
 def _step_line(setup: Setup) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phi3v.evaluate.evaluation import EvaluationResult
@@ -53,13 +54,11 @@ class RunResult:
 
 
 def print_result(console: Console, result: RunResult) -> None:
-    """Say on the console what a run came to."""
-    table = Table(title="result", box=None, pad_edge=False, title_justify="left")
+    """Say on the console what a run came to, and what to type next."""
+    _print_scores(console, result)
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    for when, measured in (("before", result.before), ("after", result.after)):
-        if measured is not None:
-            table.add_row(f"{measured.primary.name} {when}", str(measured.primary))
     table.add_row("steps", f"{result.steps}{' (stopped early)' if result.stopped_early else ''}")
     if result.skipped:
         table.add_row("records left out", str(len(result.skipped)))
@@ -73,4 +72,26 @@ def print_result(console: Console, result: RunResult) -> None:
     table.add_row("", f"{result.tokens_per_second:,.0f} tokens/s")
     table.add_row("peak memory", f"{peak_memory_gb():.2f} GB")
     console.print(table)
-    console.print(f"run folder: {result.folder}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]run folder:[/bold] {escape(str(result.folder))}", highlight=False, soft_wrap=True)
+    console.print("[bold]next:[/bold]", highlight=False)
+    name = result.folder.name
+    for command, purpose in (
+        (f"phi3v report {result.folder} --open", "curves, scores and every answer"),
+        (f"phi3v chat {result.folder}", "ask it about your own picture"),
+        (f"phi3v export {result.folder} --out models/{name}", "merged weights in the official layout"),
+    ):
+        console.print(f"  {escape(command)}  [dim]# {purpose}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _print_scores(console: Console, result: RunResult) -> None:
+    """A row a metric: before and after, with their intervals."""
+    measured = [(when, of) for when, of in (("before", result.before), ("after", result.after)) if of is not None]
+    if not measured:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score")
+    for when, _ in measured:
+        table.add_column(when, justify="right")
+    for place, score in enumerate(measured[0][1].scores):
+        table.add_row(score.name, *(escape(str(of.scores[place])) for _, of in measured))
+    console.print(table)

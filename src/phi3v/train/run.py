@@ -31,7 +31,7 @@ from phi3v.train.evaluation_callback import EvaluationCallback
 from phi3v.train.faults import StepFaults, is_lost_rank
 from phi3v.train.feature_cache import fill_features
 from phi3v.train.gradient_check import check_gradients
-from phi3v.train.header import print_header
+from phi3v.train.header import Forecast, print_header
 from phi3v.train.measuring import measure, show_scores
 from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
@@ -47,7 +47,11 @@ logger = logging.getLogger("phi3v")
 
 
 def run_training(
-    config: RunConfig, console: Console, resume: str | None = None, callbacks: Sequence[TrainerCallback] = ()
+    config: RunConfig,
+    console: Console,
+    resume: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    forecast: Forecast | None = None,
 ) -> RunResult | FinishedRun:
     """Train as configured.
 
@@ -58,6 +62,7 @@ def run_training(
         resume: ``auto`` to go on from the newest valid checkpoint of the run folder, or a checkpoint; nothing to go on
             from means to start anew.
         callbacks: told of every step after our own, when its line of ``metrics.jsonl`` is written.
+        forecast: what the run will take, by its configuration, the number of records and of ranks.
 
     Raises:
         UserError: the configuration, the model or the data are wrong.
@@ -72,7 +77,7 @@ def run_training(
             if isinstance(point, FinishedRun):
                 return point
             setup = prepare(config, console, compute, resume=resume is not None)
-            print_header(setup)
+            print_header(setup, forecast)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
             result = _in_run_folder(setup, point, agreement, signals, callbacks)
