@@ -326,8 +326,8 @@ def _obstacle(setup: TrainSetup, machine: Machine) -> str | None:
     if setup.method.name == "qlora":
         if not machine.gpu.four_bit:
             return f"4-bit weights need Turing or newer, {machine.gpu.name} is older"
-        if setup.engine in ("zero3", "fsdp2"):
-            return f"4-bit weights are not sharded by {setup.engine}; ddp needs less anyway"
+        if setup.engine == "zero3":
+            return "4-bit weights are not divided by zero3; fsdp2 does that, and ddp needs little anyway"
     return None
 
 
