@@ -228,6 +228,26 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
     assert dataclasses.asdict(plan.lengths)["tokens"].sum() > tokens  # the two questions share their picture
 
 
+def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_dir: Path) -> None:
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    lengths = measure_records(table, processor, 4096)
+    plan = PackingPlan(lengths, "samples", batch_size=3, pack_tokens=1, shared_image_max=4, world_size=2)
+    dataset = PackedDataset(table, processor)
+    uneven = [list(PackedLoader(dataset, plan, rank)) for rank in range(2)]
+    equal = [list(PackedLoader(dataset, plan, rank, equal=True)) for rank in range(2)]
+    assert len(uneven[0]) != len(uneven[1])
+    assert len(equal[0]) == len(equal[1]) == max(map(len, uneven))
+    for before, after in zip(uneven, equal, strict=True):
+        assert sum(row["ends_step"] for row in after) == plan.num_steps
+        # What is learnt, and what is counted, stays.
+        for name in ("weight", "samples", "questions", "tokens"):
+            total = [sum(getattr(row["counts"], name) for row in rows) for rows in (before, after)]
+            assert total[0] == pytest.approx(total[1])
+        assert sum(float(row["loss_weights"].sum()) for row in after) == pytest.approx(
+            sum(float(row["loss_weights"].sum()) for row in before)
+        )
+
+
 def test_a_group_has_its_pictures_once(table: Any, tiny_model_dir: Path) -> None:
     dataset = PackedDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir))
     row = pack_row([dataset._samples((0, 2)), dataset._samples((1,))])

@@ -20,7 +20,6 @@ from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train import run as run_module
 from phi3v.train import saving
 
 
@@ -122,7 +121,7 @@ def test_an_adapter_survives_saving_loading_and_merging(
 ) -> None:
     live: list[Any] = []
     save = saving.save_final
-    monkeypatch.setattr(run_module, "save_final", lambda model, *rest: (live.append(model), save(model, *rest)))
+    monkeypatch.setattr(saving, "save_final", lambda model, *rest: (live.append(model), save(model, *rest)))
     # The adapter's folder has a dot in its name and is not called "lora"; both have broken other tools.
     _, folder = train("method.name", "lora", "method.lora.rank", 8, *extra, out="my.run-v1.0")
     batch = batch_of(easy_vqa, folder / "final")
