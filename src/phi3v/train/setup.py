@@ -25,6 +25,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.feature_cache import cached_stage, vision_part
+from phi3v.train.float8 import apply_float8, check_float8
 from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.optimizers import check_optimizer, state_bytes
@@ -87,6 +88,7 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
+    check_float8(config, compute)
     folder = check_run_folder(config)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
@@ -101,6 +103,8 @@ def prepare(config: RunConfig, console: Console) -> Setup:
     plan = make_plan(config, compute, model, train_table, processor)
     checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute)
     apply_checkpointing(model, checkpointing)
+    if config.training.fp8:
+        apply_float8(model)
     apply_kernels(model, config.training)
     setup = Setup(
         config,
