@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "phi3v"
 ROOMS = [
     "__main__",
     "cli",
+    "bench",
     "doctor",
     "plan",
     "train",
