@@ -77,9 +77,9 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
 
     Returns:
         ``milliseconds_per_page``: ``plain_float``, as the official processor; ``processor_float``, our public
-        processor, which makes the same; ``uint8_page``, as training ships it; ``decode_alone``; ``cut_on_this_core``, the model
-        device's part. ``pages_per_second``: of the first and third. ``megabytes_per_page``;
-        ``times_faster_than_plain``.
+        processor, which makes the same; ``uint8_page``, as training ships it; ``decode_alone``;
+        ``cut_on_this_core``, the model device's part. ``pages_per_second``: of the first and third.
+        ``megabytes_per_page``; ``times_faster_than_plain``.
 
     Raises:
         UserError: there is no page.

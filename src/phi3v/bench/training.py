@@ -47,12 +47,14 @@ def bench_train(
         model: a model folder in place of ``preset``.
         data: a JSONL file in place of drawn pages.
         cache: where made models and pages are kept; by default in phi3v's cache.
-        out: written after every row; rows that it holds with the same settings are not measured again.
+        out: written after every row; rows that it holds are not measured again, unless they failed.
 
     Raises:
-        UserError: ``out`` holds a result of other settings or of another machine.
+        UserError: ``out`` holds a result of other settings or of another machine, or nothing is left to measure.
     """
     rows = [Row(method, way) for method in methods for way in ways if way != "lean" or method in ("full", "qlora")]
+    if not rows:
+        raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
     folder = cache or cache_root() / "bench"
     state = PartialState(cpu=not torch.cuda.is_available())
     preset = preset or default_preset()
@@ -69,15 +71,14 @@ def bench_train(
         "data": _describe(file, table, is_drawn=data is None),
         "settings": asdict(settings),
     }
-    done = _earlier_rows(out, facts)
-    measured: dict[str, dict[str, Any]] = {}
+    measured = _earlier_rows(out, facts)
     result: dict[str, Any] = {}
     for row in rows:
-        known = done.get(row.name)
-        measured[row.name] = known or asdict(row) | measure_row(row, settings, model_folder, file)
-        result = with_environment("train", facts | {"rows": list({**done, **measured}.values())})
+        if "error" in measured.get(row.name, {"error": ""}):  # new, or to be tried again
+            measured[row.name] = asdict(row) | measure_row(row, settings, model_folder, file)
+        result = with_environment("train", facts | {"rows": list(measured.values())})
         result["ratios"] = ratios(result["rows"])
-        console.print(f"{row.name}: {_short(measured[row.name])}", highlight=False)
+        console.print(f"{row.name}: {_short(measured[row.name])}", highlight=False, soft_wrap=True)
         if out is not None and state.is_main_process:
             write_json(result, out)
     _show(console, result)
@@ -105,7 +106,7 @@ def _describe(file: Path, table: Any, *, is_drawn: bool) -> dict[str, Any]:
 
 
 def _earlier_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of an interrupted measurement; those that failed are tried again."""
+    """The rows of an earlier or interrupted measurement by name."""
     if out is None or not out.is_file():
         return {}
     held = json.loads(out.read_text(encoding="utf-8"))
@@ -114,7 +115,7 @@ def _earlier_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, dict[str
             raise UserError(
                 f"holds a result with another {key}", where=str(out), hint="choose another --out, or remove it first"
             )
-    return {f"{row['method']} {row['way']}": row for row in held["rows"] if "error" not in row}
+    return {Row(row["method"], row["way"]).name: row for row in held["rows"]}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
