@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -135,16 +136,24 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    table = Table(*COLUMNS, title=f"{result['device']}: {result['model']}, {result['data']['source']}")
+    title = f"{result['device']}: {result['model']}, {result['data']['source']}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in COLUMNS:  # a narrow terminal folds two of them
+        is_name = column in ("method", "way", "attention")
+        can_fold = column in ("way", "attention")
+        table.add_column(column, overflow="fold", no_wrap=not can_fold, justify="left" if is_name else "right")
     for row in result["rows"]:
         if "error" in row:
-            table.add_row(row["method"], row["way"], "", row["error"])
+            table.add_row(row["method"], row["way"], "", "–")
             continue
         mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
         names = ("gpus", "attention", "batch_size", "samples_per_second", "pages_per_second", "tokens_per_second")
-        values = [str(row[name]) for name in names]
+        values = [str(row[name]).removeprefix("packed_") for name in names]
         table.add_row(row["method"], row["way"], *values, mfu, str(row["peak_gb"]))
     console.print(table)
+    for row in result["rows"]:
+        if "error" in row:
+            console.print(f"{row['method']} {row['way']}: {row['error']}", highlight=False, soft_wrap=True)
     if all(row.get("mfu") is None for row in result["rows"]):
         console.print("no MFU: this is a CPU, or a device whose rate is not in plan/hardware.yaml")
     for name, value in result["ratios"].items():
