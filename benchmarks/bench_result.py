@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from phi3v.train.run_folder import environment
+from phi3v.bench.result import with_environment, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,25 +21,8 @@ def phi3v(*arguments: object) -> dict[str, Any]:
     return answer
 
 
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def write_result(name: str, figures: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write ``figures`` with where and with what they were measured to ``out``, and return the whole."""
-    facts = environment()
-    device = facts["gpus"][0] if facts["gpus"] else f"{cpu_name()}, {facts['cpus']} cores"
-    result = {
-        "benchmark": name,
-        "device": device,
-        "date": facts["date"],
-        "python": facts["python"],
-        "versions": facts["versions"],
-        **figures,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = with_environment(name, figures)
+    write_json(result, out)
     return result

@@ -10,9 +10,10 @@
 - ``padded``: our batches of records, padded to the longest, without recomputing.
 - ``samples`` and ``shared-image``: packed rows (docs/packing.md).
 
-Each way takes optimizer steps of the same number of questions with the real trainer; the first step is not counted.
-A way is cut off after ``--seconds``, at the end of a step. Datasets: easy-vqa (9.6 questions a picture, 2 crops) and
-the stand-in of DocVQA at num_crops=16 (4 questions a page, 17 crops).
+Each way takes optimizer steps of the same number of questions, as ``phi3v bench train`` measures them; the first step
+is not counted. Reading is part of a step, and the recipe's way reads float crops; the committed result is older and had
+neither. A way is cut off after ``--seconds``, at the end of a step. Datasets: easy-vqa (9.6 questions a picture, 2
+crops) and the stand-in of DocVQA at num_crops=16 (4 questions a page, 17 crops).
 """
 
 from __future__ import annotations
@@ -29,29 +30,16 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
 import tasks.docvqa
 from bench_result import ROOT, write_result
-from phi3v.config import Packing, RunConfig
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.bench.rows import measure_row
+from phi3v.bench.settings import Row, Settings, Way
 from phi3v.data.convert import ConvertOptions
-from phi3v.data.packing import PackedDataset
 from phi3v.data.sources import docvqa, easy_vqa
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.attention import MaskBackend, SegmentBackend, visible
 from phi3v.model.presets import init_model
-from phi3v.model.vision import Phi3VImageEmbedding
-from phi3v.processing.conversation import IGNORE_INDEX
-from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpointing import apply_checkpointing
-from phi3v.train.device import choose_compute
-from phi3v.train.engines import DataParallel
-from phi3v.train.loading import inspect_model, load_for_training
-from phi3v.train.progress import peak_memory_gb
-from phi3v.train.setup import make_plan
-from phi3v.train.trainer import Phi3VTrainer, training_arguments
 from tasks.parts import Sizes
 
 WAYS = ("recipe", "padded", "samples", "shared-image")
@@ -68,111 +56,17 @@ class Data:
     micro_batch_size: int  # of the padded batches
 
 
-class Clock(TrainerCallback):
-    """The seconds of every step; asks for the end when they add up to ``limit``."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.began)
-        control.should_training_stop = control.should_training_stop or sum(self.seconds) > self.limit
-
-
-class RecipeTrainer(Phi3VTrainer):
-    """The recipe's loss: logits of every position."""
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        names = ("input_ids", "attention_mask", "pages", "image_sizes", "page_index")
-        logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits
-        targets = inputs["labels"][:, 1:]
-        losses = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        loss = (losses * inputs["loss_weights"][:, 1:].flatten()).sum() / num_items_in_batch
-        return (loss, logits) if return_outputs else loss
-
-
-def run_padded_crops(model: Any, num_crops: int) -> None:
-    """Pad every picture to ``num_crops`` + 1 crops and let the tower compute them all, as the recipe does."""
-    embedding = next(module for module in model.modules() if isinstance(module, Phi3VImageEmbedding))
-    for layer in embedding.img_processor.vision_model.encoder.layers:
-        layer.self_attn.config._attn_implementation = model.config._attn_implementation
-    plain = embedding.img_processor.forward
-
-    def forward(crops: torch.Tensor) -> torch.Tensor:
-        # One sample at a time, and so one picture here.
-        blank = crops.new_zeros(num_crops + 1 - len(crops), *crops.shape[1:])
-        features: torch.Tensor = plain(torch.cat([crops, blank]))
-        return features[: len(crops)]
-
-    embedding.img_processor.forward = forward  # type: ignore[method-assign]
-
-
-def measure(
-    way: str, data: Data, model_dir: Path, batch_size: int, steps: int, limit: float, recipe_attention: Any
-) -> dict[str, Any]:
+def measure(way: Way, data: Data, model_dir: Path, settings: Settings) -> dict[str, Any]:
     """Questions a second of one way, and what else there is to know of it."""
-    config = RunConfig()
-    config.model.path, config.model.num_crops = str(model_dir), data.num_crops
-    config.training.batch_size, config.training.max_steps = batch_size, steps + 1
-    config.training.logging_steps = steps + 1
-    packing: Packing = "samples" if way == "samples" else "shared-image" if way == "shared-image" else "none"
-    config.data.packing, config.data.pack_tokens = packing, data.pack_tokens
-    config.data.shared_image_max = 16
-    if way == "recipe":
-        config.model.attention = recipe_attention
-    if way == "padded":
-        config.training.micro_batch_size = data.micro_batch_size
-    compute = choose_compute("auto")
-    processor = Phi3VProcessor.from_pretrained(model_dir, num_crops=data.num_crops)
-    table = open_table(data.file, progress=False)
-    facts = inspect_model(config, compute)
-    model = load_for_training(config, facts, compute)
-    if way == "recipe":
-        apply_checkpointing(model, "full")
-        run_padded_crops(model, data.num_crops)
-    plan = make_plan(config, compute, model, table, processor)
-    dataset = ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(
-            config,
-            Path(folder),
-            precision=compute.precision,
-            use_cpu=compute.device.type == "cpu",
-            accumulation=config.accumulation_steps(1),
-            num_workers=0,
-        )
-        arguments.report_to = []
-        trainer = (RecipeTrainer if way == "recipe" else Phi3VTrainer)(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            data_collator=Collator(processor.tokenizer.pad_token_id),
-            config=config,
-            engine=DataParallel(0, 1),
-            plan=plan,
-        )
-        clock = Clock(limit)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock)
-        trainer.train()
-    counted = clock.seconds[1:] or clock.seconds
-    questions = trainer.seen["questions"] / len(clock.seconds)
+    row = measure_row(Row("full", way), settings, model_dir, data.file)
+    if "error" in row:
+        return row
     return {
-        "attention": facts.attention,
-        "steps": len(counted),
-        "questions_per_second": round(questions / statistics.median(counted), 3),
-        "tokens_per_question": round(trainer.seen["tokens"] / trainer.seen["questions"], 1),
-        "peak_memory_gb_so_far": round(peak_memory_gb(), 2),
+        "attention": row["attention"],
+        "steps": row["steps"],
+        "questions_per_second": round(row["questions_per_second"], 3),
+        "tokens_per_question": row["tokens_per_sample"],  # a question a sample
+        "peak_memory_gb_so_far": row["peak_gb"],
     }
 
 
@@ -246,7 +140,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--pages", type=int, default=96, help="pages of the stand-in of DocVQA, four questions each")
     parser.add_argument("--seconds", type=float, default=300, help="a way ends after so many, at the end of a step")
-    parser.add_argument("--recipe-attention", choices=("eager", "sdpa", "flash_attention_2"), default="eager")
+    parser.add_argument("--recipe-attention", choices=("eager", "flash"), default="eager")
     parser.add_argument("--attention", action="store_true", help="compare ways to attend on the CPU, and end")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "packing.json")
     given = parser.parse_args()
@@ -272,13 +166,24 @@ def main() -> None:
                 "pack_tokens": data.pack_tokens,
                 "micro_batch_size_padded": data.micro_batch_size,
             }
+            settings = Settings(
+                batch_size=given.batch_size,
+                steps=given.steps,
+                seconds=given.seconds,
+                num_crops=data.num_crops,
+                micro_batch=data.micro_batch_size,
+                pack_tokens=data.pack_tokens,
+                shared_image_max=16,
+                optimizer="adamw",
+            )
             for way in given.ways:
-                limits = (given.batch_size, given.steps, given.seconds)
-                result[way] = measure(way, data, model, *limits, given.recipe_attention)
+                kind: Way = "recipe-flash" if way == "recipe" and given.recipe_attention == "flash" else way
+                result[way] = measure(kind, data, model, settings)
                 print(f"{data.name} {way}: {json.dumps(result[way])}", flush=True)
             for base in ("recipe", "padded"):
-                if {base, "shared-image"} <= result.keys():
-                    ours, theirs = (result[way]["questions_per_second"] for way in ("shared-image", base))
+                speeds = [result.get(way, {}).get("questions_per_second") for way in ("shared-image", base)]
+                if all(speeds):
+                    ours, theirs = speeds
                     result[f"shared_image_over_{base}"] = round(ours / theirs, 2)
             figures[data.name] = result
     print(json.dumps(write_result("packing", figures, given.out), indent=2))

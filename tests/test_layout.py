@@ -15,6 +15,7 @@ ROOMS = [
     "azure",
     "report",
     "serve",
+    "bench",
     "doctor",
     "export",
     "plan",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -21,11 +22,13 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__
+from phi3v.bench.settings import WAYS, Settings
 from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, known_keys, load_config
 from phi3v.config import build_parser as config_parser
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.model.preset_fields import PRESET_FIELDS
+from phi3v.plan.inputs import METHODS
 
 SHELLS = ("bash", "zsh", "tcsh")
 SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
@@ -369,6 +372,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     completion.add_argument("shell", choices=SHELLS, help="which shell")
     completion.set_defaults(handler=_completion)
+    _add_bench(
+        verbs.add_parser("bench", help="measure speed and memory here").add_subparsers(dest="action", required=True)
+    )
     return parser
 
 
@@ -502,6 +508,77 @@ def _add_chat(verbs: Any) -> None:
         default=os.environ.get("PHI3V_PASSWORD"),
         help="ask for it, with the user name phi3v (default: $PHI3V_PASSWORD)",
     )
+
+
+def _add_bench(bench: Any) -> None:
+    usual = Settings()
+    train = _command(
+        bench,
+        "train",
+        _bench_train,
+        "speed and memory of training, beside the public recipe's way in the same call; also under torchrun",
+        "phi3v bench train --methods lora --ways recipe samples shared-image --out lora.json",
+    )
+    train.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    train.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
+    train.add_argument("--steps", type=int, default=usual.steps, help="steps timed, after one (default: %(default)s)")
+    train.add_argument(
+        "--seconds", type=float, default=usual.seconds, help="a row ends after so many (default: %(default)s)"
+    )
+    numbers = {
+        "batch_size": "samples of an optimizer step, over all devices",
+        "num_crops": "crops of a page at most",
+        "micro_batch": "samples at a time of the way padded",
+        "lean_batch": "samples of a step of the way lean",
+        "pack_tokens": "tokens of a packed row",
+        "shared_image_max": "questions of a page that share a step at most",
+        "rank": "of the adapters",
+    }
+    for field, text in numbers.items():
+        option, value = f"--{field.replace('_', '-')}", getattr(usual, field)
+        train.add_argument(option, type=int, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+    train.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default=usual.precision)
+    train.add_argument(
+        "--optimizer",
+        choices=("auto", "adamw", "adamw_8bit", "adamw_bf16"),
+        default=usual.optimizer,
+        help="of all ways but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
+    )
+    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="of our ways")
+    train.add_argument("--fp8", action="store_true", help="our ways multiply in float8 in the decoder; not exact")
+    preprocess = _command(
+        bench,
+        "preprocess",
+        _bench_preprocess,
+        "what a page costs a core, beside the official way",
+        "phi3v bench preprocess --pages 4",
+    )
+    preprocess.add_argument("--images", type=Path, metavar="DIR", help="pictures in place of drawn pages of 1275x1650")
+    preprocess.add_argument("--pages", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    preprocess.add_argument("--repeats", type=int, default=9, metavar="N", help="(default: %(default)s)")
+    preprocess.add_argument("--num-crops", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    generate = _command(
+        bench,
+        "generate",
+        _bench_generate,
+        "answering questions in batches, beside one at a time",
+        "phi3v bench generate --model output/first/final --data data/test.jsonl",
+    )
+    generate.add_argument("--questions", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--num-crops", type=int, metavar="N", help="(default: as the model says)")
+    for command in (train, generate):
+        which = command.add_mutually_exclusive_group()
+        which.add_argument(
+            "--preset",
+            choices=tuple(PRESET_FIELDS),
+            help="random weights (default: phi-3.5-vision on a GPU, else tiny)",
+        )
+        which.add_argument("--model", type=Path, metavar="DIR", help="a model in place of random weights")
+        command.add_argument("--data", type=Path, metavar="FILE.jsonl", help="in place of drawn pages")
+    for command in (train, preprocess, generate):
+        command.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there")
 
 
 def _add_source_options(convert: argparse.ArgumentParser) -> None:
@@ -783,6 +860,36 @@ def _chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.model, arguments.prompt, arguments.media or [], console, **model, **asked, stream=not arguments.json
     )
     return {"model": arguments.model, "prompt": arguments.prompt} | answers
+
+
+def _bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.training import bench_train
+
+    settings = Settings(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(Settings)})
+    return bench_train(
+        arguments.methods,
+        arguments.ways,
+        settings,
+        console,
+        preset=arguments.preset,
+        model=arguments.model,
+        data=arguments.data,
+        out=arguments.out,
+    )
+
+
+def _bench_preprocess(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.command import preprocess_command
+
+    names = ("images", "pages", "repeats", "num_crops", "out")
+    return preprocess_command(console, **{name: getattr(arguments, name) for name in names})
+
+
+def _bench_generate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.command import generate_command
+
+    names = ("preset", "model", "data", "questions", "batch_size", "max_new_tokens", "num_crops", "out")
+    return generate_command(console, **{name: getattr(arguments, name) for name in names})
 
 
 if __name__ == "__main__":

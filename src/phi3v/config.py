@@ -265,6 +265,9 @@ class TrainingConfig:
     """liger: Liger's fused norm, rotary embedding, MLP and loss (extra gpu); the same up to rounding."""
     compile: bool = False
     """Compile the layers with torch.compile; the first steps take minutes."""
+    fp8: bool = False
+    """The decoder's linear layers multiply in float8: faster, and not exact. Cards of compute capability 8.9 and newer
+    (extra gpu); not with qlora."""
     feature_cache: FeatureCache = "off"
     """With a frozen vision tower: compute each picture's features once and keep them, in memory or on the disk (in
     PHI3V_CACHE; safe to delete). Worth it over several epochs; says its size first."""

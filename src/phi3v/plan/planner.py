@@ -409,8 +409,8 @@ def _obstacle(setup: TrainSetup, machine: Machine) -> str | None:
     if setup.method.name == "qlora":
         if not machine.gpu.four_bit:
             return f"4-bit weights need Turing or newer, {machine.gpu.name} is older"
-        if setup.is_sharded:
-            return f"{setup.engine} does not divide 4-bit weights; ddp needs little anyway"
+        if setup.engine == "zero3":
+            return "zero3 does not divide 4-bit weights; fsdp2 does, and ddp needs little anyway"
     if setup.is_sharded and setup.optimizer != "adamw":
         return f"{setup.engine} divides the state of adamw, not of {setup.optimizer}"
     if setup.engine == "fsdp2" and setup.precision == "fp16":

@@ -27,6 +27,7 @@ from phi3v.train.device import Compute, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice, choose_engine
 from phi3v.train.feature_cache import cached_stage, vision_part
+from phi3v.train.float8 import apply_float8, check_float8
 from phi3v.train.kernels import apply_kernels, check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.optimizers import check_optimizer, state_bytes
@@ -95,6 +96,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     accumulation = config.accumulation_steps(compute.world_size)
     check_optimizer(config, compute, accumulation)
     check_kernels(config.training, compute.device, compute.precision)
+    check_float8(config, compute)
     check_trackers(config.training.report_to)
     folder = check_run_folder(config, resume=resume)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
@@ -110,6 +112,8 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     plan = make_plan(config, compute, model, train_table, processor)
     checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute, choice)
     apply_checkpointing(model, checkpointing)
+    if config.training.fp8:
+        apply_float8(model)
     apply_kernels(model, config.training)
     engine = make_engine(model, choice, config, compute)
     setup = Setup(

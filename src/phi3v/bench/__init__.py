@@ -1,0 +1,1 @@
+"""Benchmarks: what training, preprocessing and generating cost here, each beside the plain way in the same call."""

@@ -1,0 +1,122 @@
+"""What an optimizer step computed, counted from its batches; the floating-point operations are `plan.throughput`'s."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from phi3v.model.attention import Layout
+from phi3v.plan.throughput import SampleWork
+from phi3v.processing.conversation import IGNORE_INDEX
+from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, num_img_tokens
+from phi3v.train.trainer import Phi3VTrainer
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Sums over the batches of a step.
+
+    Attributes:
+        samples, questions: records, and turns of them.
+        tokens: without padding; a shared prefix counts once.
+        tokens_squared: twice the pairs of query and key.
+        pages: pictures that went through the tower; a page that records of a batch share counts once.
+        crops, image_tokens: of these pages, without padded crops.
+        answer_tokens: that are learnt.
+    """
+
+    samples: float = 0.0
+    questions: float = 0.0
+    tokens: float = 0.0
+    tokens_squared: float = 0.0
+    pages: float = 0.0
+    crops: float = 0.0
+    image_tokens: float = 0.0
+    answer_tokens: float = 0.0
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def divided(self, count: float) -> StepWork:
+        return StepWork(*(value / count for value in astuple(self)))
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> StepWork:
+        """Of one batch, or one packed row, as the collator made it."""
+        lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else []
+        squares = sum(length**2 for length in lengths) if lengths else pairs_of(batch["layout"])
+        grids = [(h // CROP_SIZE, w // CROP_SIZE) for h, w in batch["image_sizes"].tolist()]
+        samples, questions, tokens = (batch["counts"][index] for index in (1, 2, 3))
+        return cls(
+            samples=samples,
+            questions=questions,
+            tokens=tokens,
+            tokens_squared=squares,
+            pages=len(grids),
+            crops=sum(num_distinct_crops(*grid) for grid in grids),
+            image_tokens=sum(num_img_tokens(*grid) for grid in grids),
+            answer_tokens=int((batch["labels"] != IGNORE_INDEX).sum()),
+        )
+
+    def sample_work(self) -> SampleWork:
+        """The whole step in the form whose operations the planner counts."""
+        return SampleWork(self.tokens, self.tokens_squared, self.image_tokens, self.crops, self.answer_tokens)
+
+
+def pairs_of(layout: Layout) -> int:
+    """Twice the pairs of query and key in a packed row: p² of a prefix, b(b + 2p) of each of its branches."""
+    return sum(prefix**2 + sum(b * (b + 2 * prefix) for b in branches) for prefix, *branches in layout)
+
+
+class CountingTrainer(Phi3VTrainer):
+    """The trainer, keeping what each step of this rank computes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[StepWork] = []
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        work = StepWork()
+        for batch in batch_samples:
+            for row in batch.get("rows", [batch]):
+                work += StepWork.of(row)
+        self.steps.append(work)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def mean_step(self, steps: list[StepWork]) -> StepWork:
+        """The mean step over all ranks together."""
+        total = sum(steps, StepWork()).divided(len(steps))
+        if self.args.world_size == 1:
+            return total
+        device = self.args.device
+        values = torch.tensor([getattr(total, entry.name) for entry in fields(total)], device=device)
+        return StepWork(*self.accelerator.reduce(values, reduction="sum").tolist())
+
+
+class Clock(TrainerCallback):
+    """The seconds of every step, from the end of the one before: reading that a step waits for is part of it.
+
+    The first step has no beginning that could be compared and is not among them. Asks for the end when they add up to
+    ``limit``.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.seconds: list[float] = []
+        self.last: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+        over = torch.tensor(float(sum(self.seconds) > self.limit), device=args.device)
+        if args.world_size > 1:  # all ranks stop together
+            torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX)
+        control.should_training_stop = control.should_training_stop or bool(over)

@@ -1,0 +1,82 @@
+"""``phi3v bench generate``: evaluation in batches beside the library's ``generate`` on one question after the other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from phi3v.config import EvaluationConfig
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.images import load_image
+from phi3v.data.table import open_table
+from phi3v.evaluate.decoding import decode_answer, stop_token_ids
+from phi3v.evaluate.evaluation import evaluate
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.processing.processor import Phi3VProcessor
+
+
+def one_by_one(
+    model: Phi3VForCausalLM, processor: Phi3VProcessor, questions: QuestionDataset, max_new_tokens: int
+) -> list[str]:
+    """The answers, one ``generate`` a question, as the public recipe evaluates."""
+    stops = stop_token_ids(processor)
+    pad = processor.tokenizer.pad_token_id
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
+    answers = []
+    with torch.inference_mode():
+        for index in range(len(questions)):
+            names = questions.question(index).images
+            pictures = [load_image(name, root=questions.table.images_root) for name in names]
+            counts = processor.image_processor.calc_num_image_tokens(pictures)
+            inputs = {"input_ids": torch.tensor([questions.prompt(index, counts)])}
+            pixels = processor.image_processor(pictures)
+            inputs |= {name: pixels[name] for name in ("pixel_values", "image_sizes")}
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            output = model.generate(**inputs, generation_config=settings)
+            answers.append(decode_answer(processor, output[0, inputs["input_ids"].shape[1] :].tolist(), stops))
+    return answers
+
+
+def bench_generate(
+    model_path: Path,
+    data: Path,
+    *,
+    questions: int,
+    batch_size: int = 64,
+    max_new_tokens: int = 64,
+    num_crops: int | None = None,
+) -> dict[str, Any]:
+    """Answer the first ``questions`` of a file both ways, with the same model in one run.
+
+    Returns:
+        ``one_by_one_questions_per_second``, ``questions_per_second``, ``times_faster``; ``same_answers``, of
+        ``questions``; ``accuracy`` of the batches.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Phi3VForCausalLM.from_pretrained(model_path).to(device).eval()
+    processor = Phi3VProcessor.from_pretrained(model_path, num_crops=num_crops)
+    asked = QuestionDataset(open_table(data, progress=False), processor)
+    asked.index = asked.index[:questions]
+
+    began = time.perf_counter()
+    single = one_by_one(model, processor, asked, max_new_tokens)
+    seconds_single = time.perf_counter() - began
+    config = EvaluationConfig(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    result = evaluate(model, processor, asked, config)
+    together = [answer.text for answer in result.generated]
+    return {
+        "questions": len(asked),
+        "pages": len({asked.question(index).images for index in range(len(asked))}),
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "one_by_one_questions_per_second": round(len(asked) / seconds_single, 2),
+        "questions_per_second": round(len(asked) / result.seconds, 2),
+        "times_faster": round(seconds_single / result.seconds, 2),
+        "same_answers": sum(a == b for a, b in zip(single, together, strict=True)),
+        "accuracy": result.primary.value,
+    }

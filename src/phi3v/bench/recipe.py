@@ -1,0 +1,104 @@
+"""The public recipe's way to train, with our model: the baseline that ours is held against in the same call.
+
+One sample at a time; float crops from the host, every picture filled up to ``num_crops + 1`` of them which all go
+through the tower; logits of every position; everything recomputed in the backward pass. The result is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from phi3v.bench.counting import CountingTrainer
+from phi3v.data.collate import Collator, Sample, encode_record
+from phi3v.data.images import load_image
+from phi3v.data.table import RecordTable
+from phi3v.model.vision import Phi3VImageEmbedding
+from phi3v.processing.conversation import IGNORE_INDEX
+from phi3v.processing.processor import Phi3VProcessor
+
+
+@dataclass
+class CropSample(Sample):
+    """A sample with the official processor's float crops.
+
+    Attributes:
+        pixel_values: float32 (N, num_crops + 1, 3, 336, 336).
+        image_sizes: int64 (N, 2).
+    """
+
+    pixel_values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    image_sizes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class CropDataset(Dataset[CropSample]):
+    """Whole records, each picture decoded, cut and normalised on the host."""
+
+    def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
+        self.table = table
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> CropSample:
+        record = self.table[index]
+        names = [name for turn in record.turns for name in turn.images]
+        pictures = [load_image(name, root=self.table.images_root) for name in names]
+        made = self.processor.image_processor(pictures)
+        stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(pictures))
+        return CropSample(
+            stream.input_ids, stream.labels, [], len(record.turns), made["pixel_values"], made["image_sizes"]
+        )
+
+
+@dataclass
+class CropCollator:
+    """Batches of one sample."""
+
+    collator: Collator
+
+    def __call__(self, samples: list[CropSample]) -> dict[str, Any]:
+        (sample,) = samples
+        pixels = {"pixel_values": sample.pixel_values, "image_sizes": sample.image_sizes}
+        return self.collator(samples) | pixels
+
+
+class RecipeTrainer(CountingTrainer):
+    """The recipe's loss: logits of every position."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits
+        targets = inputs["labels"][:, 1:]
+        losses = functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        loss = (losses * inputs["loss_weights"][:, 1:].flatten()).sum() / num_items_in_batch
+        # The ranks' gradients are averaged, the weight is of all of them.
+        loss = loss * self.args.world_size
+        return (loss, logits) if return_outputs else loss
+
+
+def run_padded_crops(model: Any, num_crops: int) -> None:
+    """Let the tower compute ``num_crops + 1`` crops of every picture, as the recipe does, with the decoder's attention.
+
+    For batches of one picture.
+    """
+    embedding = next(module for module in model.modules() if isinstance(module, Phi3VImageEmbedding))
+    for layer in embedding.img_processor.vision_model.encoder.layers:
+        layer.self_attn.config._attn_implementation = model.config._attn_implementation
+    plain = embedding.img_processor.forward
+
+    def forward(crops: torch.Tensor) -> torch.Tensor:
+        blank = crops.new_zeros(num_crops + 1 - len(crops), *crops.shape[1:])
+        features: torch.Tensor = plain(torch.cat([crops, blank]))
+        return features[: len(crops)]
+
+    embedding.img_processor.forward = forward  # type: ignore[method-assign]

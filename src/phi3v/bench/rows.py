@@ -1,0 +1,188 @@
+"""One row of the table of training speed: a method in one way, through the set-up and the trainer of `phi3v train`."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback
+
+from phi3v.bench.counting import Clock, CountingTrainer, StepWork
+from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
+from phi3v.bench.settings import BASELINES, Row, Settings, Way
+from phi3v.config import Attention, Packing, RunConfig
+from phi3v.errors import UserError
+from phi3v.plan.hardware import this_machine
+from phi3v.plan.inputs import TrainSetup
+from phi3v.plan.shape import ModelShape
+from phi3v.plan.throughput import training_flops
+from phi3v.train.device import choose_compute
+from phi3v.train.loading import choose_attention
+from phi3v.train.optimizers import optimizer_factory
+from phi3v.train.progress import peak_memory_gb
+from phi3v.train.setup import Setup, prepare
+from phi3v.train.strategies import summarize
+from phi3v.train.trainer import training_arguments
+
+
+def row_config(row: Row, settings: Settings, model: Path, data: Path, folder: Path) -> RunConfig:
+    """The configuration of a row, as `phi3v train` would take it."""
+    config = RunConfig()
+    config.model.path, config.model.num_crops = str(model), settings.num_crops
+    config.model.attention = _attention(row.way)
+    config.data.train, config.data.image_check = str(data), "header"
+    config.method.name, config.method.lora.rank = row.method, settings.rank
+    packing: Packing = row.way if row.way == "samples" or row.way == "shared-image" else "none"
+    config.data.packing, config.data.pack_tokens = packing, settings.pack_tokens
+    config.data.shared_image_max = settings.shared_image_max
+    training = config.training
+    training.output_dir, training.progress_bar = str(folder), False
+    training.precision, training.batch_size = settings.precision, settings.batch_size
+    training.max_steps = training.logging_steps = settings.steps + 1
+    trained_whole = row.method in ("full", "frozen-vision")
+    auto: Any = "adamw_8bit" if trained_whole and torch.cuda.is_available() else "adamw"
+    training.optimizer = auto if settings.optimizer == "auto" else settings.optimizer
+    if row.way in BASELINES:
+        training.activation_checkpointing = "full"
+        return config
+    training.kernels, training.fp8 = settings.kernels, settings.fp8
+    if row.way == "padded":
+        training.micro_batch_size = min(settings.micro_batch, settings.batch_size)
+    if row.way == "lean":
+        training.lean, training.optimizer, training.max_grad_norm = True, "adamw_8bit", 0.0
+        training.batch_size = training.micro_batch_size = settings.lean_batch
+    return config
+
+
+def _attention(way: Way) -> Attention:
+    if way == "recipe":
+        return "eager"
+    if way != "recipe-flash":
+        return "auto"
+    if not torch.cuda.is_available():
+        return "sdpa"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return "sdpa" if choose_attention("auto", device, torch.bfloat16)[0] == "sdpa" else "flash_attention_2"
+
+
+def measure_row(row: Row, settings: Settings, model: Path, data: Path) -> dict[str, Any]:
+    """Measure a row; where it cannot run, ``error`` says why.
+
+    Returns:
+        ``attention`` and ``checkpointing`` as chosen; ``batch_size``; ``steps`` that were timed;
+        ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went through the tower) and
+        ``tokens_per_second`` of all devices; ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the
+        device's rate (None where the rate is not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU
+        the process's so far).
+    """
+    with _clean_memory():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                config = row_config(row, settings, model, data, Path(folder) / "run")
+                return _measure(config, row, settings.seconds)
+        except torch.OutOfMemoryError:
+            if torch.distributed.is_initialized():
+                raise  # the other ranks wait in a reduction; only a new launch can go on
+            return {"error": "out of memory"}
+        except UserError as error:
+            return {"error": str(error).splitlines()[0]}
+
+
+@contextmanager
+def _clean_memory() -> Iterator[None]:
+    """Begin with an empty device, so that the peak is the row's own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
+    setup = prepare(config, Console(quiet=True), choose_compute(config.training.precision))
+    trainer = _trainer(setup, row)
+    clock = Clock(limit)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+    if not clock.seconds:
+        return {"error": "the data has no second step"}
+    work = trainer.mean_step(trainer.steps[1 : 1 + len(clock.seconds)])
+    seconds = statistics.median(clock.seconds)
+    return {
+        "attention": setup.facts.attention,
+        "checkpointing": setup.checkpointing.split(" ")[0],
+        "optimizer": config.training.optimizer,
+        "gpus": setup.compute.world_size if setup.compute.device.type == "cuda" else 0,
+        "precision": setup.compute.precision,
+        "batch_size": config.training.batch_size,
+        "steps": len(clock.seconds),
+        "samples_per_second": _round(work.samples / seconds),
+        "questions_per_second": _round(work.questions / seconds),
+        "pages_per_second": _round(work.pages / seconds),
+        "tokens_per_second": round(work.tokens / seconds, 1),
+        "tokens_per_sample": round(work.tokens / work.samples, 1),
+        **_utilisation(setup, work, seconds),
+        "peak_gb": round(peak_memory_gb(), 2),
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _trainer(setup: Setup, row: Row) -> CountingTrainer:
+    config, compute = setup.config, setup.compute
+    arguments = training_arguments(
+        config,
+        setup.folder,
+        precision=compute.precision,
+        use_cpu=compute.device.type == "cpu",
+        accumulation=setup.accumulation,
+        num_workers=setup.num_workers,
+    )
+    arguments.report_to = []
+    common: dict[str, Any] = {
+        "model": setup.model,
+        "args": arguments,
+        "optimizer_cls_and_kwargs": optimizer_factory(config.training),
+        "config": config,
+        "engine": setup.engine,
+    }
+    if row.way in BASELINES:
+        run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
+        data = CropDataset(setup.train_table, setup.processor)
+        return RecipeTrainer(**common, train_dataset=data, data_collator=CropCollator(setup.collator()))
+    return CountingTrainer(
+        **common,
+        train_dataset=setup.dataset(),
+        data_collator=setup.collator(),
+        plan=setup.plan,
+    )
+
+
+def _utilisation(setup: Setup, work: StepWork, seconds: float) -> dict[str, Any]:
+    """Model operations of what was computed once: neither padded crops nor what is recomputed count."""
+    tower_trained = any(part.part == "vision" and part.trainable for part in summarize(setup.model))
+    shape = ModelShape.of(setup.model.config)
+    plan = TrainSetup(method=setup.config.method)
+    flops = training_flops(shape, plan, work.sample_work(), tower_trained=tower_trained).model
+    gpu = this_machine().gpu
+    known = gpu.tflops > 0 and not gpu.is_cpu
+    rate = gpu.tflops * 1e12 * setup.compute.world_size
+    return {
+        "tflop_per_sample": _round(flops / work.samples / 1e12),
+        "mfu": round(flops / seconds / rate, 3) if known else None,
+    }

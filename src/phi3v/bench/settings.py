@@ -1,0 +1,59 @@
+"""What `phi3v bench train` can measure: rows, and what they have in common. Light, for the command line reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from phi3v.config import Precision
+from phi3v.plan.inputs import MethodName
+
+Way = Literal["recipe", "recipe-flash", "padded", "samples", "shared-image", "lean"]
+WAYS: tuple[Way, ...] = get_args(Way)
+BASELINES: tuple[Way, ...] = ("recipe", "recipe-flash")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured.
+
+    Attributes:
+        way: ``recipe`` (eager attention) and ``recipe-flash`` (flash-attn, or torch's own flash kernel where that is
+            not installed) as the public recipe trains; ``padded`` batches; packed rows of ``samples`` or
+            ``shared-image``; ``lean``: padded in lean mode with 8-bit moments.
+    """
+
+    method: MethodName
+    way: Way
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.way}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows of a table have in common.
+
+    Attributes:
+        batch_size: samples of an optimizer step over all devices.
+        steps: steps that are timed, after one that is not.
+        seconds: a row ends after so many, at the end of a step.
+        micro_batch: samples at a time of ``padded``.
+        lean_batch: samples of a step of ``lean``, which takes them at once.
+        optimizer: of every way but ``lean``; ``auto``: adamw, and adamw_8bit for full and frozen-vision on a GPU.
+    """
+
+    batch_size: int = 64
+    steps: int = 5
+    seconds: float = 600.0
+    num_crops: int = 16
+    micro_batch: int = 2
+    lean_batch: int = 2
+    pack_tokens: int = 8192
+    shared_image_max: int = 8
+    rank: int = 64
+    precision: Precision = "auto"
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_bf16"] = "auto"
+    fp8: bool = False
+    kernels: Literal["torch", "liger"] = "torch"

@@ -1,0 +1,160 @@
+"""``phi3v bench train``: the public recipe's table of speed on this machine, with the recipe's own way beside ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from phi3v.bench.pages import QUESTIONS_PER_PAGE, pages_for, write_pages
+from phi3v.bench.result import with_environment, write_json
+from phi3v.bench.rows import measure_row
+from phi3v.bench.settings import BASELINES, Row, Settings, Way
+from phi3v.data.cache import cache_root
+from phi3v.data.table import open_table
+from phi3v.errors import UserError
+from phi3v.model.presets import init_model
+from phi3v.plan.hardware import this_machine
+from phi3v.plan.inputs import MethodName
+
+COLUMNS = ("method", "way", "GPUs", "attention", "batch", "samples/s", "pages/s", "tokens/s", "MFU", "peak GB")
+
+
+def bench_train(
+    methods: Sequence[MethodName],
+    ways: Sequence[Way],
+    settings: Settings,
+    console: Console,
+    *,
+    preset: str | None = None,
+    model: Path | None = None,
+    data: Path | None = None,
+    cache: Path | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure every method in every way; print the table.
+
+    Args:
+        preset: architecture with random weights, kept in ``cache``; by default phi-3.5-vision on a GPU, else tiny.
+        model: a model folder in place of ``preset``.
+        data: a JSONL file in place of drawn pages.
+        cache: where made models and pages are kept; by default in phi3v's cache.
+        out: written after every row; rows that it holds are not measured again, unless they failed.
+
+    Raises:
+        UserError: ``out`` holds a result of other settings or of another machine, or nothing is left to measure.
+    """
+    rows = [Row(method, way) for method in methods for way in ways if way != "lean" or method in ("full", "qlora")]
+    if not rows:
+        raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
+    folder = cache or cache_root() / "bench"
+    state = PartialState(cpu=not torch.cuda.is_available())
+    preset = preset or default_preset()
+    with state.main_process_first():
+        model_folder = model or random_model(preset, folder / f"model-{preset}")
+        pages = pages_for(settings.batch_size * (settings.steps + 1))
+        file = data or write_pages(folder / f"pages-{pages}", pages)
+        table = open_table(file, progress=False)
+    machine = this_machine()
+    facts = {
+        "machine": machine.gpu.name,
+        "devices": state.num_processes,
+        "model": str(model) if model else f"{preset}, random weights",
+        "data": _describe(file, table, is_drawn=data is None),
+        "settings": asdict(settings),
+    }
+    measured = _earlier_rows(out, facts)
+    result: dict[str, Any] = {}
+    for row in rows:
+        if "error" in measured.get(row.name, {"error": ""}):  # new, or to be tried again
+            measured[row.name] = asdict(row) | measure_row(row, settings, model_folder, file)
+        result = with_environment("train", facts | {"rows": list(measured.values())})
+        result["ratios"] = ratios(result["rows"])
+        console.print(f"{row.name}: {_short(measured[row.name])}", highlight=False, soft_wrap=True)
+        if out is not None and state.is_main_process:
+            write_json(result, out)
+    _show(console, result)
+    return result
+
+
+def default_preset() -> str:
+    """The real size on a GPU, the tiny one elsewhere."""
+    return "phi-3.5-vision" if torch.cuda.is_available() else "tiny"
+
+
+def random_model(preset: str, folder: Path) -> Path:
+    """A preset's random weights; made once."""
+    if not (folder / "complete").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        init_model(preset, folder)
+        (folder / "complete").touch()
+    return folder
+
+
+def _describe(file: Path, table: Any, *, is_drawn: bool) -> dict[str, Any]:
+    pages = {image for record in table for turn in record.turns for image in turn.images}
+    source = f"drawn pages, {QUESTIONS_PER_PAGE} questions a page (bench/pages.py)" if is_drawn else str(file)
+    return {"source": source, "samples": len(table), "pages": len(pages)}
+
+
+def _earlier_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier or interrupted measurement by name."""
+    if out is None or not out.is_file():
+        return {}
+    held = json.loads(out.read_text(encoding="utf-8"))
+    for key, value in facts.items():
+        if held.get(key) != value:
+            raise UserError(
+                f"holds a result with another {key}", where=str(out), hint="choose another --out, or remove it first"
+            )
+    return {Row(row["method"], row["way"]).name: row for row in held["rows"]}
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Samples a second of each way over the recipe's and, shared pages, over ``samples``, method by method."""
+    speed = {(row["method"], row["way"]): row["samples_per_second"] for row in rows if "error" not in row}
+    over = {
+        f"{method} {way} over {base}": value / speed[method, base]
+        for (method, way), value in speed.items()
+        for base in (*BASELINES, "padded", "samples")
+        if (method, base) in speed and way not in (*BASELINES, base) and (base != "samples" or way == "shared-image")
+    }
+    return {name: round(value, 2) for name, value in over.items()}
+
+
+def _short(row: dict[str, Any]) -> str:
+    return str(row["error"]) if "error" in row else f"{row['samples_per_second']} samples/s, {row['peak_gb']} GB"
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    title = f"{result['device']}: {result['model']}, {result['data']['source']}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in COLUMNS:  # a narrow terminal folds two of them
+        is_name = column in ("method", "way", "attention")
+        can_fold = column in ("way", "attention")
+        table.add_column(column, overflow="fold", no_wrap=not can_fold, justify="left" if is_name else "right")
+    for row in result["rows"]:
+        if "error" in row:
+            table.add_row(row["method"], row["way"], "", "–")
+            continue
+        mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        names = ("gpus", "attention", "batch_size", "samples_per_second", "pages_per_second", "tokens_per_second")
+        values = [str(row[name]).removeprefix("packed_") for name in names]
+        table.add_row(row["method"], row["way"], *values, mfu, str(row["peak_gb"]))
+    console.print(table)
+    for row in result["rows"]:
+        if "error" in row:
+            console.print(f"{row['method']} {row['way']}: {row['error']}", highlight=False, soft_wrap=True)
+    if all(row.get("mfu") is None for row in result["rows"]):
+        console.print("no MFU: this is a CPU, or a device whose rate is not in plan/hardware.yaml")
+    for name, value in result["ratios"].items():
+        console.print(f"{name}: {value}x", highlight=False)

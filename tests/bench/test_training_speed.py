@@ -1,0 +1,153 @@
+"""`phi3v bench`: what it counts, that its baseline trains the same, and that it says what it could not measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import gpu_table
+from phi3v.bench import rows as bench_rows
+from phi3v.bench import training
+from phi3v.bench.attention import compare_attention
+from phi3v.bench.counting import StepWork, pairs_of
+from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages
+from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
+from phi3v.bench.rows import row_config
+from phi3v.bench.settings import Row, Settings
+from phi3v.bench.training import bench_train
+from phi3v.cli import main
+from phi3v.errors import UserError
+from phi3v.model.attention import visible
+from phi3v.processing.hd_transform import page_geometry
+from phi3v.train.setup import prepare
+
+SMALL = Settings(batch_size=4, steps=1, num_crops=2, pack_tokens=1200, rank=2, optimizer="adamw", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pages(tmp_path_factory.mktemp("bench") / "pages", 3, sizes=((40, 60),))
+
+
+def bench(model: Path, data: Path, out: Path | None, *ways: Any, settings: Settings = SMALL) -> dict[str, Any]:
+    console = Console(quiet=True)
+    return bench_train(["full"], ways, settings, console, model=model, data=data, cache=data.parent, out=out)
+
+
+def test_the_drawn_pages_are_as_long_as_docvqa() -> None:
+    """34 tokens of text are what a record of the drawn pages has with the small tokenizer."""
+    mean = np.mean([page_geometry(*size, 16).num_img_tokens for size in SIZES]) + 34
+    assert mean == pytest.approx(2443, rel=0.01)
+    assert QUESTIONS_PER_PAGE == 3.9
+
+
+def test_pairs_are_those_that_the_mask_shows() -> None:
+    """A causal triangle of T tokens has T diagonal pairs, each counted once and not twice."""
+    layout = ((7, 2, 3), (0, 5), (4, 1))
+    tokens = sum(map(sum, layout))
+    assert pairs_of(layout) == 2 * int(visible(layout).sum()) - tokens
+
+
+def test_every_way_is_measured_once(
+    small_model_dir: Path, pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "train.json"
+    result = bench(small_model_dir, pages, out, "recipe", "shared-image", "lean")
+    recipe, shared, lean = result["rows"]
+    assert (recipe["attention"], recipe["checkpointing"]) == ("eager", "full")
+    assert shared["attention"] == "packed_segments"
+    assert shared["tokens_per_sample"] < 0.5 * recipe["tokens_per_sample"]
+    assert shared["tflop_per_sample"] < 0.5 * recipe["tflop_per_sample"]
+    assert recipe["mfu"] is None
+    assert recipe["peak_gb"] > 0
+    assert "bf16" in lean["error"]
+    assert result["data"]["samples"] == 12
+    assert result["ratios"].keys() == {"full shared-image over recipe"}
+    assert json.loads(out.read_text())["rows"] == result["rows"]
+
+    # A second call takes up what there is, and tries again what failed.
+    tried: list[str] = []
+    monkeypatch.setattr(training, "measure_row", lambda row, *rest: tried.append(row.way) or {"error": "no"})
+    again = bench(small_model_dir, pages, out, "recipe", "lean")
+    assert tried == ["lean"]
+    assert again["rows"][:2] == [recipe, shared]
+    with pytest.raises(UserError, match="another settings"):
+        bench(small_model_dir, pages, out, "recipe", settings=Settings())
+
+
+def test_a_row_without_memory_says_so(small_model_dir: Path, pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_rows, "_measure", fail)
+    (row,) = bench(small_model_dir, pages, None, "samples")["rows"]
+    assert row["error"] == "out of memory"
+
+
+def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: Path, tmp_path: Path) -> None:
+    """float32, 1e-4 of the largest entry: eager attention and 3 crops at once sum in another order, and the recipe's
+    global view is shrunk on the host."""
+    gradients, losses = [], []
+    for way in ("recipe", "padded"):
+        config = row_config(Row("full", way), SMALL, small_model_dir, pages, tmp_path / way)  # type: ignore[arg-type]
+        setup = prepare(config, Console(quiet=True))
+        setup.model.train()
+        if way == "recipe":
+            run_padded_crops(setup.model, SMALL.num_crops)
+            batch = CropCollator(setup.collator())([CropDataset(setup.train_table, setup.processor)[0]])
+            trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
+            loss = RecipeTrainer.compute_loss(trainer, setup.model, batch, num_items_in_batch=1.0)
+        else:
+            batch = setup.collator()([setup.dataset()[0]])  # type: ignore[index,list-item]
+            assert StepWork.of(batch).pages == 1
+            inputs = {name: value for name, value in batch.items() if name != "counts"}
+            loss = setup.model(**inputs, logits_to_keep=None, use_cache=False, loss_normalizer=1.0).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys()
+    for name, gradient in ours.items():
+        atol = 1e-4 * float(gradient.abs().max()) + 1e-9
+        torch.testing.assert_close(theirs[name], gradient, atol=atol, rtol=0, msg=name)
+
+
+def test_attention_is_compared_where_it_runs() -> None:
+    layouts = {"samples": ((0, 20), (0, 7)), "shared-image": ((30, 5, 9), (0, 11))}
+    rows = compare_attention(layouts, heads=2, width=8, repeats=1)
+    agreeing = [row for row in rows if "error" not in row]
+    assert len(agreeing) == 4
+    assert all(row["agrees"] for row in agreeing)
+    assert all("need a GPU" in row["error"] for row in rows if "error" in row)
+
+
+def test_targets_stand_beside_what_was_measured() -> None:
+    rows = [
+        {"method": "lora", "way": way, "samples_per_second": speed, "peak_gb": 41.0}
+        for way, speed in (("recipe", 2.0), ("samples", 8.0), ("shared-image", 16.0))
+    ]
+    found = {line["figure"]: (line["measured"], line["met"]) for line in gpu_table.targets(rows)}
+    assert found["lora samples samples/s, at least"] == (8.0, True)
+    assert found["lora samples GB, at most"] == (41.0, False)
+    assert found["lora samples over recipe, at least"] == (4.0, True)
+    assert found["lora shared-image over samples, at least"] == (2.0, False)
+    assert found["full lean GB, at most"] == (None, None)
+
+
+def test_generating_is_compared(
+    small_model_dir: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "generate.json"
+    options = ["--questions", "2", "--max-new-tokens", "2", "--num-crops", "1", "--out", str(out), "--json"]
+    assert main(["bench", "generate", "--model", str(small_model_dir), "--data", str(pages), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(out.read_text())
+    assert (result["questions"], result["pages"], result["same_answers"]) == (2, 1, 2)
