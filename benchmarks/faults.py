@@ -96,8 +96,8 @@ def train_command(work: Path, out: Path, steps: int) -> list[str]:
         "method.lora.also_train": "[projector]",
         "training.output_dir": out,
         "training.max_steps": steps,
-        "training.batch_size": 4,
-        "training.micro_batch_size": 2,
+        "training.batch_size": 2,
+        "training.micro_batch_size": 1,
         "training.learning_rate": 1e-3,
         "training.warmup_steps": 5,
         "training.logging_steps": 1,
@@ -137,29 +137,26 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
     """
     tally = Tally()
     newest = -1
-    until_steps = 1.0  # seconds from the start of a process to its first new checkpoint; as last seen
+    until_step = 1.0  # seconds from the start of a process to its first new checkpoint, as far as was seen
     while True:
         log = work / f"log-{tally.kills}.txt"
         before = newest
         process = start(command, log)
         began = time.monotonic()
         if tally.kills < kills:
-            aims = dice.randrange(SAVE_SHARE) == 0
+            aims = tally.kills % SAVE_SHARE == 0
             if aims:
                 _wait_for_save(process, out, dice.randrange(1, 4))
                 time.sleep(dice.uniform(0, 0.15))
             else:
-                end = began + dice.uniform(0, 1.5 * until_steps)
+                end, first = began + dice.uniform(0, 1.3 * until_step), None
                 while time.monotonic() < end and process.exitcode is None:
-                    time.sleep(0.01)
+                    time.sleep(0.02)
+                    if first is None and any(step_of(path) > before for path in checkpoints(out)):
+                        first = time.monotonic() - began
+                until_step = first if first is not None else max(until_step, 1.1 * (time.monotonic() - began))
             if process.exitcode is not None:
                 raise RuntimeError(f"the run ended after {tally.kills} kills; give it more --steps\n{_said(log)}")
-            seen = [path for path in checkpoints(out) if step_of(path) > before]
-            if seen:
-                first = min(path.stat().st_mtime for path in seen)
-                until_steps = max(0.5, first - (time.time() - (time.monotonic() - began)))
-            elif not aims:
-                until_steps *= 1.5
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             tally.kills += 1
@@ -262,11 +259,11 @@ def _equal(one: Any, two: Any) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill one run again and again, and see that nothing is lost.")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, help="of the run (default: 1.5 a kill)")
+    parser.add_argument("--steps", type=int, help="of the run (default: 0.8 a kill)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     arguments = parser.parse_args()
-    steps = arguments.steps or max(8, arguments.kills * 3 // 2)
+    steps = arguments.steps or max(8, arguments.kills * 4 // 5)
     _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "phi3v.doctor", "bench_result"])
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -37,6 +37,8 @@ def agents(work: Path, launch: list[list[str]], settings: dict[str, object]) -> 
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *own]
         command += ["-m", "phi3v", "train", *options, "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PHI3V_CACHE": str(folder / "cache")}
+        # docs/resume.md says why.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with (work / f"printed-{node}").open("a") as log:
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True

@@ -18,8 +18,8 @@ def random_state() -> dict[str, Any]:
         "numpy": torch.from_numpy(np.asarray(words).astype(np.int64)),
         "python": torch.tensor(own_words, dtype=torch.int64),
     }
-    for index in range(torch.cuda.device_count()):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()  # of this rank's device; the others' would cost memory there
     plain = {"numpy": [name, position, has_gauss, gauss], "python": [version, own_gauss]}
     return {"tensors": tensors, "plain": plain}
 
@@ -32,6 +32,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
     version, own_gauss = plain["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), own_gauss))
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])

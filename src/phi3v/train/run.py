@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -59,10 +60,10 @@ def run_training(config: RunConfig, console: Console, resume: str | None = None)
         StoppedError: by a signal.
         LostRankError: another process ended or does not answer.
     """
-    compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
-    agreement = Agreement(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
     with Signals() as signals:
         try:
+            compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
+            agreement = Agreement(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
             point = find_resume_point(resume, config, compute, agreement, console)
             if isinstance(point, FinishedRun):
                 return point
@@ -72,7 +73,7 @@ def run_training(config: RunConfig, console: Console, resume: str | None = None)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
             result = _in_run_folder(setup, point, agreement, signals)
         except RuntimeError as error:
-            if compute.world_size > 1 and is_lost_rank(error):
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_lost_rank(error):
                 raise LostRankError(_lost(config, signals, error)) from error
             raise
     logger.info("result %s", json.dumps(result.to_json_dict()))
@@ -121,11 +122,12 @@ def _train_and_measure(setup: Setup, point: ResumePoint | None, agreement: Agree
     )
     signals.doing = "measuring before training; no step was taken"
     before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
-    signals.doing = "preparing to train; no step was taken"
+    signals.doing = "preparing to train; no step was taken by this process"
 
     trainer, progress, during, saves = _trainer(setup, features, point, agreement, signals)
     try:
         with signals.waiting():
+            signals.doing = "training"
             trainer.train()
             seconds = progress.seconds
             saves.wait()
