@@ -144,7 +144,7 @@ def soak(command: list[str], out: Path, kills: int, dice: random.Random, work: P
         process = start(command, log)
         began = time.monotonic()
         if tally.kills < kills:
-            aims = dice.randrange(SAVE_SHARE) == 0
+            aims = tally.kills % SAVE_SHARE == 0
             if aims:
                 _wait_for_save(process, out, dice.randrange(1, 4))
                 time.sleep(dice.uniform(0, 0.15))
@@ -259,11 +259,11 @@ def _equal(one: Any, two: Any) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill one run again and again, and see that nothing is lost.")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, help="of the run (default: 1.2 a kill)")
+    parser.add_argument("--steps", type=int, help="of the run (default: 0.8 a kill)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     arguments = parser.parse_args()
-    steps = arguments.steps or max(8, arguments.kills * 6 // 5)
+    steps = arguments.steps or max(8, arguments.kills * 4 // 5)
     _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "phi3v.doctor", "bench_result"])
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
