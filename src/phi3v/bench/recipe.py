@@ -52,7 +52,13 @@ class CropDataset(Dataset[CropSample]):
         made = self.processor.image_processor(pictures)
         stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(pictures))
         return CropSample(
-            stream.input_ids, stream.labels, [], len(record.turns), made["pixel_values"], made["image_sizes"]
+            stream.input_ids,
+            stream.labels,
+            [],
+            len(record.turns),
+            index,
+            pixel_values=made["pixel_values"],
+            image_sizes=made["image_sizes"],
         )
 
 
