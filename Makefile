@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := quickstart
 
-.PHONY: help quickstart test check style clean
+.PHONY: help quickstart test check style docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -33,6 +33,11 @@ check: $(VENV)/.installed  ## linter and type checker
 style: $(VENV)/.installed  ## put the code into form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed  ## the pages of docs/ as a site that opens without a server, in build/site
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 clean:  ## remove .venv and the quickstart's files
 	rm -rf $(VENV) $(QUICKSTART)

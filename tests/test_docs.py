@@ -1,0 +1,144 @@
+"""Every command of README and docs does what it says: run here in a folder as a reader would have it.
+
+Commands that need what a test has not are marked in their comment or start something else (`torchrun`, `srun`, a page);
+of those the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from sample_files import clip, picture
+
+from phi3v import cli
+from phi3v.config import load_config
+
+ROOT = Path(__file__).parents[1]
+HUB_MODEL = "microsoft/Phi-3.5-vision-instruct"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACEHOLDER = re.compile(r"\b(?:SOURCE|MODEL_OR_RUN|RECIPE\.yaml|recipe\.yaml)\b|\[--")
+ELSEWHERE = re.compile(r"needs a GPU|needs the hub|\(Azure\)")
+COUNTER = itertools.count()
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every ``phi3v`` command in a block of shell."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                if re.search(r"(?:^|\s)phi3v\s", line) and not line.lstrip().startswith("#"):
+                    found.append((page.name, line.strip()))
+    return found
+
+
+def arguments_of(line: str) -> list[str]:
+    """What comes after ``phi3v``."""
+    words = shlex.split(line.replace("$", ""), comments=True)
+    if "phi3v" in words:
+        return words[words.index("phi3v") + 1 :]
+    inner = next(word for word in words if "phi3v " in word)  # srun bash -c '…'
+    return shlex.split(inner)[shlex.split(inner).index("phi3v") + 1 :]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy_vqa: Path) -> Path:
+    """What the pages speak of: pictures, clips, tables, data, recipes, two runs."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("photos/cat/1.png", "photos/dog/2.png", "pictures/7.png", "7.png", "8.png", "page.png", "page2.png"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(len(name)))
+    for name in ("clips/run/1.avi", "clips/walk/2.avi", "clip.mp4"):
+        clip(folder / name)
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
+    (folder / "llava.json").write_text(json.dumps([{"id": "7", "image": "7.png", "conversations": turns}]))
+    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": chat, "images": ["7.png"]}) + "\n")
+    write_table(folder / "labels.csv", ",", ["image", "question", "answer"], ["7.png", "What is it?", "a dog"])
+    pairs = ["left", "right", "same", "fold", "key"]
+    write_table(folder / "pairs.tsv", "\t", pairs, ["7.png", "8.png", "no", "train", "k1"])
+    (folder / "data").mkdir()
+    shutil.copytree(easy_vqa / "images", folder / "data" / "images")
+    for name, source in (("train", "train"), ("val", "test"), ("test", "test")):
+        lines = (easy_vqa / f"{source}.jsonl").read_text().splitlines()[:4]
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("recipes/my.yaml", "my.yaml"):
+        (folder / name).write_text(f"model:\n  path: {small_model_dir}\ndata:\n  train: data/train.jsonl\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PHI3V_CACHE", str(folder / "cache"))
+        for run in ("mine", "other"):
+            command = ["train", *quick(small_model_dir), "--method.name", "lora", "--checkpoint.save_steps", "1"]
+            assert cli.main([*command, "--training.output_dir", f"output/{run}"]) == 0
+    (folder / "output/mine/checkpoint-1").rename(folder / "output/mine/checkpoint-200")
+    return folder
+
+
+def write_table(path: Path, delimiter: str, *rows: list[str]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+
+
+def quick(model: Path) -> list[str]:
+    """Keys that make any recipe a run of a moment."""
+    settings = {
+        "model.path": model,
+        "model.num_crops": 1,
+        "model.attention": "auto",
+        "data.train": "data/train.jsonl",
+        "data.eval": "data/test.jsonl",
+        "method.lora.rank": 4,
+        "training.max_steps": 1,
+        "training.batch_size": 2,
+        "training.micro_batch_size": 1,
+        "training.precision": "fp32",
+        "evaluation.max_questions": 2,
+        "evaluation.max_new_tokens": 2,
+    }
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
+def test_a_command_works(
+    page: str,
+    line: str,
+    folder: Path,
+    small_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PHI3V_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("webbrowser.open", lambda url: True)
+    if PLACEHOLDER.search(line):
+        return  # a form, not a command
+    arguments = [str(small_model_dir) if word == HUB_MODEL else word for word in arguments_of(line)]
+    verb = arguments[0]
+    is_page = verb == "chat" and "--prompt" not in arguments
+    if not line.startswith("phi3v") or ELSEWHERE.search(line) or is_page:
+        parsed = cli._parse(arguments)
+        if getattr(parsed, "recipe", None) is not None and verb == "train":
+            load_config(parsed.recipe, parsed.overrides)
+        return
+    if verb in ("train", "plan", "doctor"):
+        arguments += quick(small_model_dir)
+    if verb == "train":
+        arguments += ["--training.output_dir", f"output/run-{next(COUNTER)}"]
+    if verb == "eval":
+        arguments += ["--max-questions", "2", "--max-new-tokens", "2"]
+    if verb == "export" and "--out" in arguments:
+        arguments += ["--overwrite", "--samples", "1"]
+    assert cli.main(arguments) == 0
+
+
+def test_there_are_commands() -> None:
+    pages = {page for page, _ in commands()}
+    assert {"README.md", "data.md", "export.md", "planning.md", "report.md", "resume.md"} <= pages
