@@ -101,12 +101,14 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
 def _engine(config: RunConfig, machine: Machine) -> Engine:
     """As `phi3v train` chooses it."""
     wanted = config.distributed.engine
-    if machine.gpus == 1:
-        return "ddp"
-    if wanted != "auto":
+    if wanted != "auto" and machine.gpus > 1:
         return wanted
-    sharded = config.method.name in ("full", "frozen-vision") and config.training.optimizer == "adamw"
-    return "zero2" if sharded else "ddp"
+    return usual_engine(config.method.name, machine.gpus) if config.training.optimizer == "adamw" else "ddp"
+
+
+def usual_engine(method: MethodName, gpus: int) -> Engine:
+    """That of the public recipe: ZeRO-2 where whole weights are trained on several GPUs."""
+    return "zero2" if method in ("full", "frozen-vision") and gpus > 1 else "ddp"
 
 
 def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "fp32"]:

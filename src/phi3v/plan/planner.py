@@ -23,6 +23,7 @@ from phi3v.plan.inputs import (
     TrainSetup,
     recipe_changes,
     setup_from_config,
+    usual_engine,
 )
 from phi3v.plan.memory import Memory, predict_memory
 from phi3v.plan.parameters import Parameters, count_model, meta_model
@@ -127,9 +128,10 @@ class Plan:
         return self.samples / self.recommended.speed.samples_per_second / 3600
 
     def best(self, method: MethodName) -> Option:
-        """The option of a method that needs the fewest changes."""
+        """The option of a method that needs the fewest changes; of several, that on the recipe's usual engine."""
         own = [option for option in self.options if option.setup.method.name == method]
-        return min(own, key=lambda option: (not option.fits, len(option.changes)))
+        usual = usual_engine(method, self.machine.gpus)
+        return min(own, key=lambda option: (not option.fits, len(option.changes), option.setup.engine != usual))
 
     def to_json_dict(self) -> dict[str, Any]:
         return {
