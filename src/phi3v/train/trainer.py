@@ -118,11 +118,15 @@ class Phi3VTrainer(Trainer):
         return torch.tensor(totals[0] or 1.0, device=device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of this rank. It has a generator of its own to seed its readers, which need no seed: when they
+        start again must not tell in the numbers that training draws.
+        """
         if self.plan is None:
             loader = super().get_train_dataloader()
             # What iterates is below accelerate's wrapper.
             inner: Any = getattr(loader, "base_dataloader", loader)
             inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
+            inner.generator = torch.Generator()
             return loader
         assert isinstance(self.train_dataset, PackedDataset)
         # The plan deals rows to ranks already, so accelerate has nothing to share out.
@@ -135,6 +139,7 @@ class Phi3VTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=partial(ignore_in_worker, None),
+            generator=torch.Generator(),
         )
 
     def get_batch_samples(
