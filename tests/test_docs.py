@@ -18,6 +18,7 @@ import pytest
 from sample_files import clip, picture
 
 from phi3v import cli
+from phi3v.arguments import parse
 from phi3v.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_a_command_works(
     verb = arguments[0]
     is_page = verb == "chat" and "--prompt" not in arguments
     if not line.startswith("phi3v") or ELSEWHERE.search(line) or is_page:
-        parsed = cli._parse(arguments)
+        parsed = parse(arguments)
         if getattr(parsed, "recipe", None) is not None and verb == "train":
             load_config(parsed.recipe, parsed.overrides)
         return

@@ -12,6 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "phi3v"
 ROOMS = [
     "__main__",
     "cli",
+    "arguments",
+    "commands",
     "azure",
     "report",
     "serve",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from phi3v.config import RunConfig
-from phi3v.errors import UserError
 from phi3v.plan.hardware import GIB, this_machine
 from phi3v.plan.inputs import setup_from_config
 from phi3v.plan.planner import Planner
+
+logger = logging.getLogger("phi3v")
 
 MANY_RECORDS = 20_000  # reading the headers of more takes longer than a line is worth
 
@@ -27,7 +29,8 @@ def forecast(config: RunConfig, records: int, world_size: int) -> str | None:
         planner = Planner(config, progress=False)
         setup = setup_from_config(config, machine, planner.num_crops)
         memory, speed = planner.memory(setup, machine), planner.speed(setup, machine)
-    except UserError:
+    except Exception:  # a line less is no reason to stop a run
+        logger.warning("no forecast", exc_info=True)
         return None
     training = config.training
     samples = training.max_steps * training.batch_size if training.max_steps else math.ceil(records * training.epochs)

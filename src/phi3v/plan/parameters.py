@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -88,6 +88,8 @@ def meta_model(config: Phi3VConfig, method: MethodConfig, precision: str) -> nn.
     Raises:
         UserError: a LoRA target matches nothing.
     """
+    # PiSSA starts from the weights' values, which there are none of here; it has as many parameters as any start.
+    method = replace(method, lora=replace(method.lora, init="gaussian"))
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     with torch.device("meta"):
         model = Phi3VForCausalLM(config)

@@ -101,7 +101,9 @@ def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) 
         UserError: there is no such model, or it cannot be loaded here.
     """
     method = MethodConfig("qlora", lora=tuned.run.method.lora) if tuned.is_quantised else MethodConfig()
-    model = ModelConfig(tuned.base, num_crops=num_crops, attention=tuned.run.model.attention)
+    trained = tuned.run.model.attention
+    # Those two are for training: packed rows, and shared pages.
+    model = ModelConfig(tuned.base, num_crops=num_crops, attention="auto" if trained in ("varlen", "flex") else trained)
     config = RunConfig(model=model, method=method)
     facts = inspect_model(config, compute)
     own = tuned.adapter is not None and (tuned.adapter / "preprocessor_config.json").is_file()
