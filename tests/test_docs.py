@@ -15,11 +15,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from sample_files import clip, picture
 
 from phi3v import cli
 from phi3v.arguments import parse
 from phi3v.config import load_config
+from phi3v.export import make, proof
 
 ROOT = Path(__file__).parents[1]
 HUB_MODEL = "microsoft/Phi-3.5-vision-instruct"
@@ -71,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy
     for name, source in (("train", "train"), ("val", "test"), ("test", "test")):
         lines = (easy_vqa / f"{source}.jsonl").read_text().splitlines()[:4]
         (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.copytree(folder / "data", folder / "data" / "docvqa")
     shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("recipes/my.yaml", "my.yaml"):
         (folder / name).write_text(f"model:\n  path: {small_model_dir}\ndata:\n  train: data/train.jsonl\n")
@@ -108,6 +111,11 @@ def quick(model: Path) -> list[str]:
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
+def answer_here(folder: Path, probes: list[proof.Probe], work: Path) -> proof.Answers:
+    """Where tests/test_export.py starts a process that costs seconds."""
+    return proof.answer_probes(*proof.load_export(folder, torch.device("cpu")), probes)
+
+
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
 def test_a_command_works(
     page: str,
@@ -119,6 +127,7 @@ def test_a_command_works(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PHI3V_CACHE", str(folder / "cache"))
     monkeypatch.setattr("webbrowser.open", lambda url: True)
+    monkeypatch.setattr(make, "answer_in_fresh_process", answer_here)
     if PLACEHOLDER.search(line):
         return  # a form, not a command
     arguments = [str(small_model_dir) if word == HUB_MODEL else word for word in arguments_of(line)]
@@ -129,8 +138,12 @@ def test_a_command_works(
         if getattr(parsed, "recipe", None) is not None and verb == "train":
             load_config(parsed.recipe, parsed.overrides)
         return
-    if verb in ("train", "plan", "doctor"):
+    if verb in ("train", "doctor"):
         arguments += quick(small_model_dir)
+    if verb == "plan":
+        arguments += ["--model.path", str(small_model_dir), "--data.train", "data/train.jsonl"]
+    if arguments[:2] == ["data", "convert"]:
+        arguments[arguments.index("--out") + 1] = f"converted/{next(COUNTER)}"  # a reader has one set of data
     if verb == "train":
         arguments += ["--training.output_dir", f"output/run-{next(COUNTER)}"]
     if verb == "eval":
