@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def run_command(
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     console = Console(stderr=as_json, quiet=not is_first_rank)
