@@ -198,8 +198,9 @@ def test_weights_and_optimizer_go_out_and_come_back(
     run_ranks(2, keep_and_take_back, engine, small_model_dir, easy_vqa, tmp_path / "run", folder=tmp_path / "printed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3")), "fsdp2"]
+)
 def test_a_divided_run_goes_on_on_more_ranks(
     tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str
 ) -> None:
@@ -214,8 +215,7 @@ def test_a_divided_run_goes_on_on_more_ranks(
     assert "saved on 2 ranks, going on on 3" in shown
     one, more = read_metrics(tmp_path / "one"), read_metrics(out)
     assert [line["step"] for line in more] == [1, 2, 3, 4]
-    for a, b in zip(one, more, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+    assert [line["loss"] for line in more] == pytest.approx([line["loss"] for line in one], abs=1e-5)
 
 
 def test_another_engine_than_asked_for_is_noticed(tmp_path: Path, small_model_dir: Path, easy_vqa: Path) -> None:

@@ -138,6 +138,10 @@ class ShardedEngine(Engine):
         broadcast_object_list(facts)
         self.put_moments(trainer, facts[0]["steps"], self._from_rank_0(moments))
         trainer.lr_scheduler.load_state_dict(facts[0]["schedule"])
+        # A schedule tells its optimizer at its next step, which is one too late.
+        rates = trainer.lr_scheduler.get_last_lr()
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         if facts[0]["scaler"] is not None:
             self.put_scaler_state(trainer, facts[0]["scaler"])
 
