@@ -124,8 +124,12 @@ def _in_own_folder(arguments: list[str], root: Path) -> int:
 
 
 # With fewer than `pytest -m slow` runs.
-SHORT = (*LORA, "training.batch_size", 1, "training.micro_batch_size", 1, "training.max_steps", 4, "training.seed", 3)
-SHORT = (*COMMON, *SHORT, "checkpoint.save_steps", 1, "checkpoint.keep_last", 3)
+SHORT = (
+    *COMMON,
+    *LORA,
+    *("training.batch_size", 1, "training.micro_batch_size", 1, "training.max_steps", 4, "training.seed", 3),
+    *("checkpoint.save_steps", 1, "checkpoint.keep_last", 3),
+)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ class FsdpEngine(ShardedEngine):
     def shard(self, model: Any) -> None:
         if isinstance(model, FSDPModule):
             return
-        # Layers run in autocast's dtype, so they can be sent in it; not on the CPU, whose layer norm takes no weights of
-        # half precision with float32 input. The rest may be needed in float32.
+        # Layers run in autocast's dtype, so they can be sent in it; not on the CPU, whose layer norm takes no half-
+        # precision weights with float32 input. The rest may be needed in float32.
         dtype = self.compute.autocast_dtype if self.compute.device.type == "cuda" else None
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
