@@ -36,6 +36,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+WAYS = ("left", "right", "up", "down")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LABELS = (
     "name", "date", "total", "city", "number", "page", "address", "phone", "company", "title", "year", "month", "day",
@@ -268,8 +269,9 @@ def digits_scene(rng: Rng, level: int) -> Scene:
     if rng.random() < 0.3:
         turns = [("Which digits are shown?", " ".join(map(str, values)))]
     turns.append(("How many digits are there?", NUMBERS[count]))
-    asked = int(rng.integers(10)) if rng.random() < 0.5 else choose(rng, values)
-    turns.append((f"Is there a {asked}?", yes_no(asked in values)))
+    for form in ("Is there a {}?", "Is there no {}?", "Do you see a {}?"):
+        asked = int(rng.integers(10)) if rng.random() < 0.5 else choose(rng, values)
+        turns.append((form.format(asked), yes_no((asked in values) != ("no" in form))))
     return Scene([page], pick(rng, turns, len(turns)))
 
 
@@ -373,7 +375,7 @@ def shape_turns(rng: Rng, things: list[Thing]) -> list[Turn]:
 
 
 def one_scene(rng: Rng, level: int) -> Scene:
-    """One large coloured shape on a coloured ground: the first thing to see."""
+    """One coloured shape on a coloured ground: the first thing to see, asked about in many ways."""
     ground, colour = pick(rng, list(COLOURS), 2)  # type: ignore[arg-type]
     shape = choose(rng, SHAPES)
     page = Image.new("RGB", (SIDE, SIDE), COLOURS[ground])
@@ -382,10 +384,27 @@ def one_scene(rng: Rng, level: int) -> Scene:
     draw_shape(ImageDraw.Draw(page), shape, COLOURS[colour], x, y, radius)
     turns = [
         ("What color is the background?", ground),
-        ("What color is the shape?", colour),
-        ("What shape is shown?", shape),
+        (choose(rng, ["What color is the shape?", "What is the color?", f"What color is the {shape}?"]), colour),
+        (choose(rng, ["What shape is shown?", "Which shape is there?", f"What is {colour}?"]), shape),
+        ("What is shown?", f"{colour} {shape}"),
     ]
-    return Scene([page], pick(rng, turns, 3))
+    for _ in range(2):
+        asked = shape if rng.random() < 0.5 else choose(rng, SHAPES)
+        turns.append(
+            (choose(rng, ["Is there a {}?", "Is it a {}?", "Do you see a {}?"]).format(asked), yes_no(asked == shape))
+        )
+        asked = colour if rng.random() < 0.5 else choose(rng, list(COLOURS))
+        form = choose(rng, ["Is the shape {}?", "Is there a {} shape?"])
+        turns.append((form.format(asked), yes_no(asked == colour)))
+    asked = shape if rng.random() < 0.5 else choose(rng, SHAPES)
+    turns.append((f"Is there no {asked}?", yes_no(asked != shape)))
+    asked = colour if rng.random() < 0.5 else choose(rng, list(COLOURS))
+    turns.append((f"Is there no {asked} shape?", yes_no(asked != colour)))
+    asked = ground if rng.random() < 0.5 else choose(rng, list(COLOURS))
+    turns.append((f"Is the background {asked}?", yes_no(asked == ground)))
+    what, holds_true = statement(rng, [Thing(shape, colour, 4)])
+    turns.append((f"The picture shows {what}.", true_false(holds_true)))
+    return Scene([page], pick(rng, turns, len(turns)))
 
 
 def shapes_scene(rng: Rng, level: int) -> Scene:
@@ -446,7 +465,7 @@ def pair_scene(rng: Rng, level: int) -> Scene:
             ("The left digit is larger than the right digit.", true_false(values[0] > values[1])),
         ]
         return Scene(images, pick(rng, turns, 4))
-    groups = [some_things(rng, 2 + level) for _ in range(2)]
+    groups = [some_things(rng, (1, 2, 4)[level]) for _ in range(2)]
     if rng.random() < 0.4:  # something in common
         groups[1][0].shape = groups[0][0].shape
         if rng.random() < 0.5:
@@ -473,10 +492,14 @@ def pair_scene(rng: Rng, level: int) -> Scene:
     turns.append(("The left picture shows more shapes than the right picture.", true_false(more)))
     turns.append(("Both pictures show as many shapes.", true_false(len(groups[0]) == len(groups[1]))))
     left, right = (groups[index][0] for index in range(2))
+    for side_name, things in zip(("left", "right"), groups, strict=True):
+        if len(things) == 1:
+            turns.append((f"What shape is in the {side_name} picture?", things[0].shape))
+            turns.append((f"What color is the {side_name} shape?", things[0].colour))
     if len(groups[0]) == len(groups[1]) == 1:
         turns.append(("Both shapes are the same.", true_false(left.shape == right.shape)))
         turns.append(("Both colors are the same.", true_false(left.colour == right.colour)))
-    return Scene(images, pick_even(rng, list(dict(turns).items()), 6))
+    return Scene(images, pick_even(rng, list(dict(turns).items()), 10))
 
 
 def holds(what: str, things: list[Thing]) -> bool:
@@ -493,7 +516,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
     """Frames of something that moves, stays, is cut, or counts."""
     count = count or int(rng.integers(3, 5))
     side = int(choose(rng, [112, 168, 224]))
-    kind = int(rng.integers(4))
+    kind = int(rng.integers(5))
     if kind == 0:  # digits one after the other
         values = [int(value) for value in rng.integers(10, size=count)]
         frames = []
@@ -506,7 +529,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
         turns += [(f"What digit is in the {ORDINALS[k]} picture?", str(v)) for k, v in enumerate(values[:6])]
         return Scene(frames, pick(rng, turns, 4))
     if kind == 1:  # a shape on its way
-        way = choose(rng, ["left", "right", "up", "down", "not at all"])
+        way = choose(rng, [*WAYS, "not at all"])
         dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "not at all": (0, 0)}[way]
         shape, colour = choose(rng, SHAPES), choose(rng, list(COLOURS))
         page = Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(170, 245, size=3)))
@@ -523,10 +546,13 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
             ("Which way does the shape move?", way),
             ("What moves?" if way != "not at all" else "What is shown?", f"{colour} {shape}"),
             ("Does the shape move?", yes_no(way != "not at all")),
+            ("What shape is it?", shape),
+            ("What color is it?", colour),
+            *way_turns(rng, "shape", way),
         ]
-        return Scene(frames, turns)
+        return Scene(frames, pick(rng, turns, len(turns)))
     if kind == 2:  # a photograph that the camera pans over, slowly, fast or not at all
-        way = choose(rng, ["left", "right", "up", "down", "not at all"])
+        way = choose(rng, [*WAYS, "not at all"])
         dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "not at all": (0, 0)}[way]
         speed = choose(rng, ["slow", "fast"])
         step = int(side * (0.06 if speed == "slow" else 0.3))
@@ -539,16 +565,32 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
             y = k if dy > 0 else last - k if dy < 0 else last // 2
             frames.append(wide.crop((x, y, x + side, y + side)))
         turns = [("Which way does the camera move?", way), ("Does the picture change?", yes_no(way != "not at all"))]
+        turns += way_turns(rng, "camera", way)
         if way != "not at all":
             turns.append(("Is the motion slow or fast?", speed))
         return Scene(frames, turns)
+    if kind == 3:  # a photograph that turns dark, or light, or stays
+        end = choose(rng, ["dark", "light", None])
+        first = photo_crop(rng, (side, side))
+        goal = first if end is None else Image.new("RGB", first.size, "black" if end == "dark" else "white")
+        frames = [Image.blend(first, goal, 0.95 * index / (count - 1)) for index in range(count)]
+        turns = [(f"Does the picture turn {what}?", yes_no(end == what)) for what in ("dark", "light")]
+        turns += [("Is there a cut?", "no"), ("Does the picture change?", yes_no(end is not None))]
+        return Scene(frames, pick(rng, turns, len(turns)))
     cut = int(rng.integers(count)) if rng.random() < 0.8 else 0  # a cut before this picture; 0 is none
     first, second = photo_crop(rng, (side, side)), photo_crop(rng, (side, side))
     frames = [second if cut and index >= cut else first for index in range(count)]
     turns = [("Is there a cut?", yes_no(cut > 0)), ("Does the picture change?", yes_no(cut > 0))]
+    turns.append(("Does the picture turn dark?", "no"))
     if 0 < cut < len(ORDINALS):
         turns.append(("Which picture is the first after the cut?", ORDINALS[cut]))
     return Scene(frames, turns)
+
+
+def way_turns(rng: Rng, what: str, way: str) -> list[Turn]:
+    """Whether something moves one way and another."""
+    asked = pick(rng, WAYS, 2)  # type: ignore[arg-type]
+    return [(f"Does the {what} move {one}?", yes_no(one == way)) for one in asked]
 
 
 SINGLE: dict[str, Callable[[Rng, int], Scene]] = {

@@ -37,6 +37,7 @@ THREADS = {"tower": 2, "stages": 1}  # fixed: the order of sums, and so the last
 LEVELS = ("easy", "medium", "hard")
 TEST_SCENES = 25  # of each kind and level
 DESCRIPTIONS = {
+    "one": "one coloured shape: which, its colour, the ground",
     "text": "read words and numbers in many fonts, by place and in order",
     "fields": "find and read labelled fields",
     "digits": "read handwritten digits",

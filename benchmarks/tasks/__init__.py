@@ -41,7 +41,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "docvqa": Task("docvqa", docvqa.make, Sizes(300, 0, 90), "train.jsonl", "val.jsonl", steps=130),
     "hateful_memes": Task(
-        "hateful-memes", hateful_memes.make, Sizes(250, 20, 75), "train.jsonl", "test_seen.jsonl", steps=120
+        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=120
     ),
     "nlvr2": Task("nlvr2", nlvr2.make, Sizes(110, 10, 75), "train.jsonl", "test1.jsonl", steps=80),
     "ucf101": Task(

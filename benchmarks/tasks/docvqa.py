@@ -3,7 +3,7 @@
 Three kinds of page (a form, a receipt, a letter) with a title and four fields each, set a character a cell
 (`drawing.write`).
 Written as the dataset is distributed: ``{train,val}_v1.0.json`` and ``documents/ID.png``. A field's value is one of
-six or a number, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
+six, so a constant answer gets little, and no page of ``val`` has the four values of a page of ``train``.
 `make_tables` writes the same pages as the parquet files of the hub's ``nielsr/docvqa_1200_examples``.
 """
 
@@ -21,8 +21,6 @@ from PIL import ImageDraw
 from drawing import CELL, CELLS, choose, nudge, write
 from tasks.parts import Rng, Sizes, Split, any_font, background, generators
 
-PEOPLE = ("Anna", "Ben", "Clara", "Felix", "Grace", "Hugo")
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "Jun", "Aug")
 QUESTIONS_A_PAGE = 4
 SIDE = CELL * CELLS
 
@@ -31,18 +29,22 @@ def _one_of(*values: str) -> Callable[[Rng], list[str]]:
     return lambda rng: [choose(rng, values)]
 
 
-def _date(rng: Rng) -> list[str]:
-    day, month = rng.integers(1, 29), choose(rng, MONTHS)
-    return [f"{day} {month}", f"{month} {day}"]
+def _date(*days: str) -> Callable[[Rng], list[str]]:
+    """A day, printed one way; the month first is as right."""
+
+    def value(rng: Rng) -> list[str]:
+        day, month = choose(rng, days).split()
+        return [f"{day} {month}", f"{month} {day}"]
+
+    return value
 
 
-def _amount(rng: Rng) -> list[str]:
-    amount = rng.integers(10, 100)
-    return [f"${amount}", str(amount)]
+def _amount(*amounts: str) -> Callable[[Rng], list[str]]:
+    def value(rng: Rng) -> list[str]:
+        amount = choose(rng, amounts)
+        return [f"${amount}", amount]
 
-
-def _number(rng: Rng) -> list[str]:
-    return [str(rng.integers(10, 100))]
+    return value
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Field:
 
 PAGES: dict[str, tuple[Field, ...]] = {
     "Form": (
-        Field("Name", ("What is the name given in the form?", "Who filled in the form?"), _one_of(*PEOPLE)),
+        Field("Name", ("What is the name given in the form?", "Who filled in the form?"), _one_of(
+            "Anna", "Ben", "Clara", "Felix", "Grace", "Hugo")),
         Field("City", ("Which city is given in the form?",), _one_of(
             "Bonn", "Rome", "Oslo", "Paris", "Cairo", "Tokyo")),
-        Field("Room", ("What is the room number?",), _number),
+        Field("Room", ("What is the room number?",), _one_of("17", "23", "48", "56", "60", "92")),
         Field("Team", ("Which team is mentioned in the form?",), _one_of(
             "sales", "legal", "press", "design", "export", "audit")),
     ),
@@ -68,13 +71,16 @@ PAGES: dict[str, tuple[Field, ...]] = {
             "Miller", "Corner", "Garden", "Star", "Union", "Lake")),
         Field("Item", ("Which item was bought?", "What is the item on the receipt?"), _one_of(
             "tea", "bread", "milk", "soap", "shoes", "paper")),
-        Field("Total", ("What is the total amount on the receipt?",), _amount),
-        Field("Date", ("What is the date of the receipt?",), _date),
+        Field("Total", ("What is the total amount on the receipt?",), _amount("12", "25", "39", "47", "68", "80")),
+        Field("Date", ("What is the date of the receipt?",), _date(
+            "3 Jan", "14 Feb", "6 Mar", "21 Apr", "9 Jun", "5 Aug")),
     ),
     "Letter": (
-        Field("To", ("To whom is the letter addressed?",), _one_of(*PEOPLE)),
-        Field("From", ("Who is the sender of the letter?", "From whom is the letter?"), _one_of(*PEOPLE)),
-        Field("Date", ("What is the date mentioned in the letter?",), _date),
+        Field("To", ("To whom is the letter addressed?",), _one_of("Ida", "Jonas", "Karl", "Lena", "Mark", "Nora")),
+        Field("From", ("Who is the sender of the letter?", "From whom is the letter?"), _one_of(
+            "Otto", "Peter", "Rosa", "Sofia", "Tom", "Vera")),
+        Field("Date", ("What is the date mentioned in the letter?",), _date(
+            "2 May", "13 Jul", "8 Sep", "24 Oct", "7 Nov", "19 Dec")),
         Field("Re", ("What is the letter about?", "What is the subject of the letter?"), _one_of(
             "rent", "visit", "order", "repair", "school", "holiday")),
     ),

@@ -1,9 +1,10 @@
 """A stand-in of Hateful Memes in form only: nothing in it is hateful, and nothing is meant to be.
 
 The real set asks whether a captioned picture is a hateful meme, and is built so that neither picture nor caption
-decides it: the same caption is benign over one picture and not over another. Here a caption names a shape or a colour,
-and the label is 1 if it does not fit what is shown. Memes come in fours (two pictures, each under the two
-captions), so every caption and every picture has as many of either label. Written as the dataset is distributed:
+decides it: the same caption is benign over one picture and not over another. Here the label is 1 where a shout (a
+caption in capitals) stands over a picture of something pointed. Half of the memes have label 1; the others are as
+often a shout over something round, quiet over something pointed, or quiet over something round, so that one of the
+two alone gets five of six right at most. Written as the dataset is distributed:
 ``{train,dev_seen,test_seen}.jsonl`` and ``img/ID.png``.
 """
 
@@ -18,7 +19,6 @@ from PIL import Image, ImageDraw
 from drawing import CELL, CELLS, choose, write
 from tasks.parts import (
     COLOURS,
-    SHAPES,
     SPLITS,
     Rng,
     Sizes,
@@ -26,55 +26,40 @@ from tasks.parts import (
     any_font,
     background,
     draw_shape,
+    even_labels,
     generators,
 )
 
 SIDE = CELL * CELLS
 BAND = 3 * CELL  # the caption's strip above the picture
-CAPTIONS = ("my {}", "{} day", "so {}", "see {}")
-WORDS = {"shape": ("circle", "square", "triangle", "star"), "colour": ("red", "green", "blue", "yellow")}
+CAPTIONS = ("so good", "my day", "see this", "what now", "oh no", "for you")
+SHAPES = {True: ("triangle", "star"), False: ("circle", "ring")}  # by whether it is pointed
 NAMES = {"train": "train", "val": "dev_seen", "test": "test_seen"}
-MEMES_A_GROUP = 4
 
 
 def make(folder: Path, sizes: Sizes, seed: int) -> None:
-    """Write the stand-in into ``folder``; ``sizes`` counts groups of four memes."""
+    """Write the stand-in into ``folder``; ``sizes`` counts memes."""
     (folder / "img").mkdir(parents=True, exist_ok=True)
     first = 1000
     for split in SPLITS:
-        memes = []
-        for group, rng in zip(range(sizes.of(split)), generators(seed, split), strict=False):
-            memes += _group(folder, split, first + MEMES_A_GROUP * group, rng)
-        first += len(memes)
-        order = np.random.default_rng([seed, first]).permutation(len(memes))
+        labels = even_labels(np.random.default_rng([seed, first]), sizes.of(split), (0, 1))
         with (folder / f"{NAMES[split]}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(memes[index]) + "\n" for index in order)
+            for number, (label, rng) in enumerate(zip(labels, generators(seed, split), strict=False), start=first):
+                shout, pointed = (True, True) if label else choose(rng, [(True, False), (False, True), (False, False)])
+                text = choose(rng, CAPTIONS)
+                text = text.upper() if shout else text
+                image = _picture(rng, split, choose(rng, SHAPES[pointed]))
+                _captioned(image, text, any_font(rng), bool(rng.random() < 0.7)).save(folder / f"img/{number:05d}.png")
+                file.write(json.dumps({"id": number, "img": f"img/{number:05d}.png", "label": label, "text": text}))
+                file.write("\n")
+        first += sizes.of(split)
 
 
-def _group(folder: Path, split: Split, first: int, rng: Rng) -> list[dict[str, object]]:
-    """Two pictures, each under the caption that names it and under the other one's."""
-    words = WORDS[choose(rng, list(WORDS))]
-    form = choose(rng, CAPTIONS)
-    shown = [words[index] for index in rng.permutation(len(words))[:2]]
-    font, ink_on_light = any_font(rng), bool(rng.random() < 0.7)
-    memes = []
-    for picture, word in enumerate(shown):
-        image = _picture(rng, split, word)
-        for said in shown:
-            number = first + 2 * picture + shown.index(said)
-            text = form.format(said)
-            _captioned(image, text, font, ink_on_light).save(folder / "img" / f"{number:05d}.png")
-            memes.append({"id": number, "img": f"img/{number:05d}.png", "label": int(said != word), "text": text})
-    return memes
-
-
-def _picture(rng: Rng, split: Split, word: str) -> Image.Image:
+def _picture(rng: Rng, split: Split, shape: str) -> Image.Image:
     size = (SIDE, SIDE - BAND)
     page = background(rng, split, size, strength=rng.uniform(0.0, 0.4))
     x, y = (length / 2 + rng.uniform(-0.05, 0.05) * length for length in size)
-    shape = word if word in SHAPES else choose(rng, SHAPES)
-    colour = word if word in COLOURS else choose(rng, list(COLOURS))
-    draw_shape(page, shape, colour, (x, y), size[1] * rng.uniform(0.34, 0.46))
+    draw_shape(page, shape, choose(rng, list(COLOURS)), (x, y), size[1] * rng.uniform(0.34, 0.46))
     return page
 
 

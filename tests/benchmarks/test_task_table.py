@@ -30,7 +30,7 @@ def test_overrides_fit_the_recipes(name: str, method: str) -> None:
 def test_a_row_is_measured_once(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = dataclasses.replace(TASKS["hateful_memes"], sizes=Sizes(4, 1, 2))
+    small = dataclasses.replace(TASKS["hateful_memes"], sizes=Sizes(16, 4, 8))
     monkeypatch.setitem(TASKS, "hateful_memes", small)
     work, out = tmp_path / "work", tmp_path / "tasks.json"
     command = ["--tasks", "hateful_memes", "--methods", "lora", "--steps", "2", "--model", str(tiny_model_dir)]
