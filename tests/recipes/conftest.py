@@ -65,7 +65,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each task, with a stand-in of its original distribution."""
     folder = tmp_path_factory.mktemp("stand-ins")
     one, two = Sizes(1, 1, 1), Sizes(2, 2, 2)
-    for task, sizes in ((docvqa, one), (hateful_memes, one), (nlvr2, one), (ucf101, two)):
+    # Memes are measured by AUROC, which needs both answers.
+    for task, sizes in ((docvqa, one), (hateful_memes, two), (nlvr2, one), (ucf101, two)):
         task.make(folder / task.__name__.rsplit(".", 1)[-1], sizes, seed=0)
     return folder
 
