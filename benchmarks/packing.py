@@ -2,6 +2,7 @@
 
     python benchmarks/packing.py                      # all of it; the tiny model, on this machine's device
     python benchmarks/packing.py --steps 1 --batch-size 8 --pages 4 --seconds 20   # a small run, to see that it works
+    python benchmarks/packing.py --data docvqa     # one dataset; the result keeps what it holds of the other
     python benchmarks/packing.py --attention          # only: what SDPA on packed rows costs, three ways
 
 - ``recipe``: as the public recipe trains: one sample at a time, every picture padded to num_crops + 1 crops which all
@@ -11,9 +12,9 @@
 - ``samples`` and ``shared-image``: packed rows (docs/packing.md).
 
 Each way takes optimizer steps of the same number of questions, as ``phi3v bench train`` measures them; the first step
-is not counted. Reading is part of a step, and the recipe's way reads float crops; the committed result is older and had
-neither. A way is cut off after ``--seconds``, at the end of a step. Datasets: easy-vqa (9.6 questions a picture, 2
-crops) and the stand-in of DocVQA at num_crops=16 (4 questions a page, 17 crops).
+is not counted. Reading is part of a step, and the recipe's way reads float crops. A way is cut off after ``--seconds``,
+at the end of a step. Datasets: easy-vqa (9.6 questions a picture, 2 crops) and the stand-in of DocVQA at num_crops=16
+(4 questions a page, 17 crops).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ class Data:
     num_crops: int
     pack_tokens: int
     micro_batch_size: int  # of the padded batches
+    batch_size: int  # questions of an optimizer step
 
 
 def measure(way: Way, data: Data, model_dir: Path, settings: Settings) -> dict[str, Any]:
@@ -73,13 +76,13 @@ def measure(way: Way, data: Data, model_dir: Path, settings: Settings) -> dict[s
 def easy_vqa_data(folder: Path, batch: int, steps: int) -> Data:
     files = easy_vqa.convert(ConvertOptions(folder / "easy-vqa", progress=False)).files
     # The test file has a record a question, as the recipe takes it; the training file has a conversation a picture.
-    return Data("easy-vqa", _first(files["test"], batch * (steps + 1)), 1, 2048, 8)
+    return Data("easy-vqa", _first(files["test"], batch * (steps + 1)), 1, 2048, 8, batch)
 
 
-def docvqa_data(folder: Path, pages: int) -> Data:
+def docvqa_data(folder: Path, pages: int, batch: int) -> Data:
     tasks.docvqa.make(folder / "original", Sizes(train=pages, val=0, test=1), 0)
     options = ConvertOptions(folder / "docvqa", source=str(folder / "original"), progress=False)
-    return Data("docvqa", docvqa.convert(options).files["train"], 16, 8192, 2)
+    return Data("docvqa", docvqa.convert(options).files["train"], 16, 8192, 2, batch)
 
 
 def _first(file: Path, count: int) -> Path:
@@ -136,10 +139,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the tiny preset with random weights")
     parser.add_argument("--data", nargs="+", choices=("easy-vqa", "docvqa"), default=["easy-vqa", "docvqa"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--batch-size", type=int, default=64, help="questions of an optimizer step")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--pages", type=int, default=96, help="pages of the stand-in of DocVQA, four questions each")
-    parser.add_argument("--seconds", type=float, default=300, help="a way ends after so many, at the end of a step")
+    parser.add_argument("--batch-size", type=int, help="questions of an optimizer step (default: 64, docvqa 32)")
+    parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
+    parser.add_argument("--pages", type=int, default=24, help="pages of the stand-in of DocVQA, four questions each")
+    parser.add_argument("--seconds", type=float, default=240, help="a way ends after so many, at the end of a step")
     parser.add_argument("--recipe-attention", choices=("eager", "flash"), default="eager")
     parser.add_argument("--attention", action="store_true", help="compare ways to attend on the CPU, and end")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "packing.json")
@@ -147,7 +150,10 @@ def main() -> None:
     if given.attention:
         print(json.dumps(compare_attention(), indent=2))
         return
-    figures: dict[str, Any] = {"batch_size": given.batch_size}
+    figures: dict[str, Any] = {}
+    if given.out.exists():  # of a dataset that is not measured now
+        before = json.loads(given.out.read_text(encoding="utf-8"))
+        figures = {name: before[name] for name in ("easy-vqa", "docvqa") if name in before}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = given.model or folder / "model"
@@ -155,19 +161,21 @@ def main() -> None:
             init_model("tiny", model)
         for wanted in given.data:
             if wanted == "easy-vqa":
-                data = easy_vqa_data(folder, given.batch_size, given.steps)
+                data = easy_vqa_data(folder, given.batch_size or 64, given.steps)
             else:
-                data = docvqa_data(folder, given.pages)
+                data = docvqa_data(folder, given.pages, given.batch_size or 32)
             table = open_table(data.file, progress=False)
             result: dict[str, Any] = {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "questions": len(table),
                 "pages": pages_of(table),
                 "num_crops": data.num_crops,
+                "batch_size": data.batch_size,
                 "pack_tokens": data.pack_tokens,
                 "micro_batch_size_padded": data.micro_batch_size,
             }
             settings = Settings(
-                batch_size=given.batch_size,
+                batch_size=data.batch_size,
                 steps=given.steps,
                 seconds=given.seconds,
                 num_crops=data.num_crops,
