@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
 from torch import distributed
 from torch.nn import functional
 
@@ -98,6 +97,9 @@ class ZeroEngine(ShardedEngine):
 
     def _start(self, model: Any, optimizer: Any) -> None:
         deepspeed = import_deepspeed(self.compute.device.type)
+        # accelerate has them only where DeepSpeed is installed.
+        from accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+
         if self.stage == 3:
             base = base_of(model)
             base.model.meets_in_vision = True
