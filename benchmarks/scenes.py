@@ -8,7 +8,7 @@ from a few large things to many small ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,7 +36,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-WAYS = ("left", "right", "up", "down")
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 LABELS = (
     "name", "date", "total", "city", "number", "page", "address", "phone", "company", "title", "year", "month", "day",
@@ -374,6 +374,11 @@ def shape_turns(rng: Rng, things: list[Thing]) -> list[Turn]:
     return turns
 
 
+def this_or_any(rng: Rng, this: str, names: Sequence[str]) -> str:
+    """What to ask for, so that yes and no are about as often right."""
+    return this if rng.random() < 0.5 else choose(rng, names)
+
+
 def one_scene(rng: Rng, level: int) -> Scene:
     """One coloured shape on a coloured ground: the first thing to see, asked about in many ways."""
     ground, colour = pick(rng, list(COLOURS), 2)  # type: ignore[arg-type]
@@ -389,18 +394,18 @@ def one_scene(rng: Rng, level: int) -> Scene:
         ("What is shown?", f"{colour} {shape}"),
     ]
     for _ in range(2):
-        asked = shape if rng.random() < 0.5 else choose(rng, SHAPES)
+        asked = this_or_any(rng, shape, SHAPES)
         turns.append(
             (choose(rng, ["Is there a {}?", "Is it a {}?", "Do you see a {}?"]).format(asked), yes_no(asked == shape))
         )
-        asked = colour if rng.random() < 0.5 else choose(rng, list(COLOURS))
+        asked = this_or_any(rng, colour, list(COLOURS))
         form = choose(rng, ["Is the shape {}?", "Is there a {} shape?"])
         turns.append((form.format(asked), yes_no(asked == colour)))
-    asked = shape if rng.random() < 0.5 else choose(rng, SHAPES)
+    asked = this_or_any(rng, shape, SHAPES)
     turns.append((f"Is there no {asked}?", yes_no(asked != shape)))
-    asked = colour if rng.random() < 0.5 else choose(rng, list(COLOURS))
+    asked = this_or_any(rng, colour, list(COLOURS))
     turns.append((f"Is there no {asked} shape?", yes_no(asked != colour)))
-    asked = ground if rng.random() < 0.5 else choose(rng, list(COLOURS))
+    asked = this_or_any(rng, ground, list(COLOURS))
     turns.append((f"Is the background {asked}?", yes_no(asked == ground)))
     what, holds_true = statement(rng, [Thing(shape, colour, 4)])
     turns.append((f"The picture shows {what}.", true_false(holds_true)))
@@ -530,7 +535,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
         return Scene(frames, pick(rng, turns, 4))
     if kind == 1:  # a shape on its way
         way = choose(rng, [*WAYS, "not at all"])
-        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "not at all": (0, 0)}[way]
+        dx, dy = WAYS.get(way, (0, 0))
         shape, colour = choose(rng, SHAPES), choose(rng, list(COLOURS))
         page = Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(170, 245, size=3)))
         across = rng.uniform(0.25, 0.75, size=2)
@@ -553,7 +558,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
         return Scene(frames, pick(rng, turns, len(turns)))
     if kind == 2:  # a photograph that the camera pans over, slowly, fast or not at all
         way = choose(rng, [*WAYS, "not at all"])
-        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "not at all": (0, 0)}[way]
+        dx, dy = WAYS.get(way, (0, 0))
         speed = choose(rng, ["slow", "fast"])
         step = int(side * (0.06 if speed == "slow" else 0.3))
         wide = photo_crop(rng, (side + step * (count - 1), side + step * (count - 1)))
@@ -589,7 +594,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
 
 def way_turns(rng: Rng, what: str, way: str) -> list[Turn]:
     """Whether something moves one way and another."""
-    asked = pick(rng, WAYS, 2)  # type: ignore[arg-type]
+    asked = pick(rng, list(WAYS), 2)  # type: ignore[arg-type]
     return [(f"Does the {what} move {one}?", yes_no(one == way)) for one in asked]
 
 

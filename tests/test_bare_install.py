@@ -27,6 +27,7 @@ for name in sys.argv[1:]:
     except ModuleNotFoundError:
         print(name)
 """
+COMMAND = "from phi3v.cli import main\nraise SystemExit(main())"
 # Loaded only by the command whose error names the extra.
 NEED_AN_EXTRA = ["phi3v.serve.page", "phi3v.serve.server"]
 
@@ -55,11 +56,11 @@ def hidden() -> list[str]:
     )
 
 
-def run(program: str, *arguments: str) -> str:
+def run(program: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     program = HIDE.format(hidden=hidden()) + program
     result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
 
 
 def test_what_is_hidden() -> None:
@@ -74,7 +75,7 @@ def test_every_module_is_imported_without_extras() -> None:
         for path in sorted(SOURCE.rglob("*.py"))
         if path.name != "__main__.py"
     ]
-    assert run(IMPORT_EACH, *modules).splitlines() == NEED_AN_EXTRA
+    assert run(IMPORT_EACH, *modules).stdout.splitlines() == NEED_AN_EXTRA
 
 
 def test_an_adapter_is_trained_without_extras(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:
@@ -91,15 +92,12 @@ def test_an_adapter_is_trained_without_extras(small_model_dir: Path, easy_vqa: P
         "evaluation.max_new_tokens": 2,
     }
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    run("from phi3v.cli import main\nraise SystemExit(main())", "train", *options)
+    run(COMMAND, "train", *options)
     assert (out / "final" / "adapter_model.safetensors").is_file()
     assert (out / "report.html").is_file()
 
 
 def test_the_chat_page_names_its_extra(small_model_dir: Path) -> None:
-    program = HIDE.format(hidden=hidden()) + "from phi3v.cli import main\nraise SystemExit(main())"
-    command = [sys.executable, "-c", program, "chat", str(small_model_dir)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "serve" in result.stderr
-    assert "Traceback" not in result.stderr
+    said = run(COMMAND, "chat", str(small_model_dir), code=2).stderr
+    assert "serve" in said
+    assert "Traceback" not in said

@@ -176,13 +176,19 @@ class TestHatefulMemes:
                 assert meme.keys() == {"id", "img", "label", "text"}
                 assert (originals["hateful_memes"] / meme["img"]).is_file()
 
-    def test_neither_caption_nor_picture_decides(self, tmp_path: Path) -> None:
+    def test_neither_caption_nor_picture_decides(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes, draw = [], hateful_memes.draw_shape
+        monkeypatch.setattr(
+            hateful_memes, "draw_shape", lambda page, shape, *rest: shapes.append(shape) or draw(page, shape, *rest)
+        )
         hateful_memes.make(tmp_path, Sizes(120, 0, 0), 0)
         memes = json_lines(tmp_path / "train.jsonl")
         assert sum(meme["label"] for meme in memes) == 60
         shouts = [meme["text"].isupper() for meme in memes]
-        assert all(shout for meme, shout in zip(memes, shouts, strict=True) if meme["label"])
-        assert 10 < sum(shout for meme, shout in zip(memes, shouts, strict=True) if not meme["label"]) < 30
+        pointed = [shape in hateful_memes.SHAPES[True] for shape in shapes]
+        for signs in (shouts, pointed):
+            assert all(sign for meme, sign in zip(memes, signs, strict=True) if meme["label"])
+            assert 10 < sum(sign for meme, sign in zip(memes, signs, strict=True) if not meme["label"]) < 30
 
 
 class TestUCF101:
