@@ -17,6 +17,9 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.cli import main
 from phi3v.export import make, proof
 from phi3v.model.checkpoint import checkpoint_keys
+from phi3v.serve.conversation import Chat, Settings, Turn
+from phi3v.train.device import choose_compute
+from phi3v.train.tuned import find_tuned
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +95,25 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(make, "answer_in_fresh_process", answer_here)
         assert main(["export", str(runs["full"]), "--out", str(folder), "--samples", "1"]) == 0
     return folder
+
+
+def test_an_export_knows_what_to_compare_it_with(exported: Path, base: Path) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["tuned_from"] == str(base)
+    chat = Chat(find_tuned(str(exported)), choose_compute("fp32"))
+    assert chat.base == str(base)
+    turns, settings = [Turn("what is this?")], Settings(max_new_tokens=4)
+    *_, answer = chat.answer(turns, settings, "base")
+    *_, same = Chat(find_tuned(str(base)), choose_compute("fp32")).answer(turns, settings)
+    assert answer == same
+
+
+def test_damage_to_what_an_export_was_tuned_from_is_no_fault(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    for text in ("[]", "no json", '{"sha256": {}, "tuned_from": 3}'):
+        (folder / "manifest.json").write_text(text)
+        assert find_tuned(str(folder)).origin is None
 
 
 def export(source: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:

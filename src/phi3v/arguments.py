@@ -64,12 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
         model,
         "init",
         commands.model_init,
-        "write a model with random weights in the official layout, with processor and tokenizer",
+        "write a small or random model in the official layout, with processor and tokenizer",
         "phi3v model init --preset tiny --out tiny",
     )
     init.add_argument("--preset", choices=tuple(PRESET_FIELDS), required=True, help="which architecture")
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
-    init.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    init.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="tiny only: the small base model that comes with the package, in place of random weights",
+    )
+    init.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
     init.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

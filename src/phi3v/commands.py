@@ -20,15 +20,18 @@ from phi3v.errors import UserError
 def model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
-    from phi3v.model.presets import init_model
+    from phi3v.model.presets import copy_pretrained, init_model
 
-    parameters = init_model(
-        arguments.preset,
-        arguments.out,
-        seed=arguments.seed,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
-    )
+    if arguments.pretrained:
+        parameters = copy_pretrained(arguments.preset, arguments.out)
+    else:
+        parameters = init_model(
+            arguments.preset,
+            arguments.out,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            tokenizer=Path(arguments.tokenizer) if arguments.tokenizer and arguments.preset != "tiny" else None,
+        )
     console.print(f"{arguments.preset}: {parameters:,} parameters in {arguments.out}", highlight=False)
     return {"preset": arguments.preset, "parameters": parameters, "folder": str(arguments.out)}
 

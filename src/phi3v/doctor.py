@@ -28,7 +28,9 @@ from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.float8 import check_float8
 from phi3v.train.gradient_check import check_gradients
+from phi3v.train.kernels import check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.run_folder import check_run_folder, environment
 from phi3v.train.setup import probe_index
@@ -88,6 +90,11 @@ class Examination:
     def precision(self) -> None:
         self.compute = choose_compute(self.config.training.precision)
         self.say("precision", "pass", f"{self.compute.precision} ({self.compute.reason})")
+
+    def kernels(self) -> None:
+        assert self.compute is not None
+        check_kernels(self.config.training, self.compute.device, self.compute.precision)
+        check_float8(self.config, self.compute)
 
     def optional_parts(self) -> None:
         missing = False
@@ -288,6 +295,7 @@ def examine(config: RunConfig, console: Console) -> Report:
     patient.run("environment", patient.environment)
     patient.run("optional parts", patient.optional_parts)
     if patient.run("precision", patient.precision):
+        patient.run("kernels", patient.kernels)
         patient.run("configuration", patient.configuration)
         patient.run("model", patient.model)
     patient.run("disk", patient.disk)

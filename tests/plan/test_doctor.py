@@ -84,6 +84,14 @@ def test_a_lora_target_that_matches_nothing(examine: Examine) -> None:
     assert "q_proj" in findings["model"]["hint"]
 
 
+@pytest.mark.parametrize(("setting", "what"), [("fp8", "FP8 needs a GPU"), ("kernels", "Liger's kernels need a GPU")])
+def test_kernels_that_the_machine_lacks(examine: Examine, setting: str, what: str) -> None:
+    code, findings, _ = examine(**{f"training__{setting}": {"fp8": "true", "kernels": "liger"}[setting]})
+    assert code == 2
+    assert what in findings["kernels"]["what"]
+    assert findings["model"]["verdict"] == "pass"  # the rest is looked at all the same
+
+
 def test_an_all_masked_dataset(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = doctor.encode_record
 

@@ -61,6 +61,16 @@ def test_the_answer_is_alone_on_standard_output(small_model_dir: Path, capsys: p
     assert "asking" in captured.err
 
 
+def test_an_empty_answer_is_said(
+    small_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chat, "answer", lambda *_: iter([""]))
+    assert main(["chat", str(small_model_dir), "--prompt", "hello"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "\n"
+    assert "(an empty answer)" in captured.err
+
+
 def test_a_later_turn_is_read_as_in_a_data_file(chat: Chat, tuned_run: Path, easy_vqa: Path) -> None:
     record = json.loads((easy_vqa / "test.jsonl").read_text().splitlines()[0])
     name = record["conversations"][0]["images"][0]

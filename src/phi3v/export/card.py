@@ -19,7 +19,7 @@ tags: [phi3_v, vision, fine-tuned]
 ---
 # {title}
 
-{what} Made by phi3v {version} with method `{method}` from `{base}`.
+{what} Made by phi3v {version} with method `{method}` from {origin}.
 {scores}
 ## How it was checked
 
@@ -78,13 +78,12 @@ def write_card(folder: Path, result: ExportResult, tuned: Tuned) -> None:
     )
     load = ADAPTER_LOAD if is_adapter else MODEL_LOAD
     elsewhere = ADAPTER_ELSEWHERE if is_adapter else MODEL_ELSEWHERE
-    base = tuned.base if tuned.adapter is not None else tuned.run.model.path
     text = CARD.format(
         title=result.folder.name,
         what="A LoRA adapter in PEFT's layout." if is_adapter else f"A model in the official layout, {result.dtype}.",
         version=__version__,
         method=result.method,
-        base=base,
+        origin=f"`{tuned.origin}`" if tuned.origin else "a model of unknown origin",
         scores=_scores(tuned),
         count=result.files.num_texts,
         probes=result.probes,
@@ -94,7 +93,7 @@ def write_card(folder: Path, result: ExportResult, tuned: Tuned) -> None:
             if found is not None
         ),
         explanation=_explanation(result, tuned),
-        load=load.format(folder=result.folder, base=base),
+        load=load.format(folder=result.folder, base=tuned.base),
         elsewhere=elsewhere.format(folder=result.folder, code=code),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

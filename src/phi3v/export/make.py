@@ -155,7 +155,7 @@ def export(
         )
         _require_same(result)
         write_card(folder, result, tuned)
-        write_manifest(folder)
+        write_manifest(folder, tuned_from=tuned.origin)
         if out.exists():
             old = Path(made) / "old"
             out.rename(old)

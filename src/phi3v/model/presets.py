@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import set_seed
 
 from phi3v.errors import UserError
@@ -18,6 +20,9 @@ from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import TOKENIZER_FILES
 from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, save_tiny_tokenizer
+
+# Made by benchmarks/tiny_base.py.
+PRETRAINED_TINY = Path(__file__).parent / "tiny_base"
 
 
 def preset_config(preset: str, **overrides: Any) -> Phi3VConfig:
@@ -57,8 +62,7 @@ def init_model(
     Raises:
         UserError: unknown preset, ``out`` holds a model already, or ``tokenizer`` has no tokenizer.json.
     """
-    if (out / "config.json").exists():
-        raise UserError("there is a model already", where=str(out), hint="choose another --out, or remove it first")
+    _require_no_model(out)
     is_tiny = preset == "tiny"
     # Errors before anything is written.
     preset_config(preset)
@@ -97,6 +101,34 @@ def init_model(
     processor.processor_class = "Phi3VProcessor"
     processor.save_pretrained(out)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def copy_pretrained(preset: str, out: Path) -> int:
+    """Write the pretrained base that the package ships to ``out``; its card tells what it can do.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        UserError: the package ships none of this preset, or ``out`` holds a model already.
+    """
+    if preset != "tiny":
+        raise UserError(
+            f"no pretrained {preset} comes with the package",
+            where="--pretrained",
+            hint="Microsoft publishes the real weights: name microsoft/Phi-3.5-vision-instruct as model.path",
+        )
+    _require_no_model(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in PRETRAINED_TINY.iterdir():
+        shutil.copyfile(file, out / file.name)
+    with safe_open(out / "model.safetensors", framework="pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def _require_no_model(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise UserError("there is a model already", where=str(out), hint="choose another --out, or remove it first")
 
 
 def _token_id(folder: Path, token: str) -> int:

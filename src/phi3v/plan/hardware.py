@@ -13,7 +13,7 @@ from typing import Any
 
 from phi3v.config import read_yaml
 from phi3v.errors import UserError
-from phi3v.machine import available_cores
+from phi3v.machine import FLOAT8_CAPABILITY, available_cores
 
 GIB = 2**30
 
@@ -38,6 +38,7 @@ class Gpu:
     bf16: bool
     flash_attention: bool
     four_bit: bool
+    float8: bool
     source: str
 
     @property
@@ -123,6 +124,7 @@ def _gpu(key: str, entry: dict[str, Any]) -> Gpu:
         bf16=entry.get("bf16", version is not None and version >= (8, 0)),
         flash_attention=entry.get("flash_attention", version is not None and version >= (8, 0)),
         four_bit=entry.get("four_bit", version is not None and version >= (7, 5)),
+        float8=version is not None and version >= FLOAT8_CAPABILITY,
         source=entry["source"],
     )
 
@@ -147,6 +149,7 @@ def cpu_machine() -> Machine:
         bf16=False,
         flash_attention=False,
         four_bit=True,
+        float8=False,
         source=entry["source"],
     )
     return Machine(gpu, 1)
@@ -181,6 +184,7 @@ def this_machine() -> Machine:
         bf16=version >= (8, 0),
         flash_attention=version >= (8, 0),
         four_bit=version >= (7, 5),
+        float8=torch.version.hip is None and version >= FLOAT8_CAPABILITY,
         source=f"this machine; rates: {known.source}" if known else "this machine; its rates are not in the table",
     )
     return Machine(gpu, torch.cuda.device_count())

@@ -35,6 +35,7 @@ class TrainSetup:
         num_crops: crops of a page at most.
         fused_optimizer: no temporary copy of the second moments in a step (the library's plain AdamW makes one on a
             GPU).
+        float8: the decoder multiplies in float8; what it keeps is as large as without.
     """
 
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -51,6 +52,7 @@ class TrainSetup:
     accumulates: bool = True
     num_crops: int = 16
     fused_optimizer: bool = False
+    float8: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -95,6 +97,7 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
         accumulates=config.accumulation_steps(machine.gpus) > 1,
         num_crops=num_crops,
         fused_optimizer=machine.gpu.is_cpu,  # there the plain one works tensor by tensor
+        float8=_float8(config, machine),
     )
 
 
@@ -120,6 +123,12 @@ def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "
     if wanted == "fp16" and gpu.is_cpu:
         raise UserError("fp16 training needs a GPU", where="training.precision", hint="use fp32, or leave it at auto")
     return wanted
+
+
+def _float8(config: RunConfig, machine: Machine) -> bool:
+    if config.training.fp8 and not machine.gpu.float8:
+        raise UserError(f"{machine.gpu.name} has no products of float8", where="training.fp8", hint="set it to false")
+    return config.training.fp8
 
 
 def _attention(config: RunConfig, machine: Machine) -> Attention:

@@ -258,6 +258,8 @@ class Planner:
             basis = f"{CPU_UTILISATION:.0%} of the nominal rate, as measured with the tiny model"
             return predict_speed(flops, machine, CPU_UTILISATION, basis)
         utilisation, basis = assumed_utilisation(machine, setup.method.name)
+        if setup.float8:
+            basis += "; what fp8 gains has not been measured and is not counted"
         return predict_speed(flops, machine, utilisation, basis)
 
     def _mean_sample(self, num_crops: int) -> SampleWork:
@@ -411,6 +413,8 @@ def _obstacle(setup: TrainSetup, machine: Machine) -> str | None:
     if setup.method.name == "qlora":
         if not machine.gpu.four_bit:
             return f"4-bit weights need Turing or newer, {machine.gpu.name} is older"
+        if setup.float8:
+            return "training.fp8 and 4-bit weights exclude each other"
         if setup.engine == "zero3":
             return "zero3 does not divide 4-bit weights; fsdp2 does, and ddp needs little anyway"
     if setup.is_sharded and setup.optimizer != "adamw":

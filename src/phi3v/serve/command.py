@@ -93,6 +93,8 @@ def answer_once(
             answers[which] = text
         if stream:
             print("" if sys.stdout.isatty() else answers[which], flush=True)
+            if not answers[which].strip():
+                quiet.print("(an empty answer)")
     result = {"answer": answers["tuned"], "images": len(pictures)}
     return result | ({"base_answer": answers["base"]} if compare else {})
 

@@ -94,7 +94,7 @@ class Chat:
         self.tuned = tuned
         self.compute = compute
         self.limits = limits
-        self.base = tuned.base if tuned.adapter is not None else base or _base_of_run(tuned)
+        self.base = tuned.base if tuned.adapter is not None else base or _origin_at_hand(tuned)
         self._lock = threading.Lock()
         self._num_crops = num_crops
         if base is not None and tuned.adapter is None:  # found wrong now, not when it is first asked
@@ -180,13 +180,11 @@ class Chat:
         return Sample(stream.input_ids, [], pages)
 
 
-def _base_of_run(tuned: Tuned) -> str | None:
-    """What a run in full was tuned from, if it is still at hand."""
-    if tuned.run_folder is None:
-        return None
-    base = tuned.run.model.path
-    at_hand = Path(base).is_dir() or isinstance(_cached_config(base), str)
-    return base if at_hand else None
+def _origin_at_hand(tuned: Tuned) -> str | None:
+    """What a whole model was tuned from, if it is still at hand."""
+    origin = tuned.origin
+    at_hand = origin is not None and (Path(origin).is_dir() or isinstance(_cached_config(origin), str))
+    return origin if at_hand else None
 
 
 def _cached_config(hub_id: str) -> Any:

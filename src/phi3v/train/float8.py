@@ -13,10 +13,9 @@ from torch import nn
 
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
+from phi3v.machine import FLOAT8_CAPABILITY
 from phi3v.train.device import Compute
 from phi3v.train.strategies import PART_TARGETS
-
-SMALLEST_CAPABILITY = (8, 9)  # Ada and newer have products of float8
 
 
 def check_float8(config: RunConfig, compute: Compute) -> None:
@@ -34,7 +33,7 @@ def check_float8(config: RunConfig, compute: Compute) -> None:
         raise UserError(f"FP8 needs a GPU, this is {compute.device.type}", where=where, hint=hint)
     if torch.version.hip is not None:
         raise UserError("FP8 has not been tried on AMD GPUs, so it is refused", where=where, hint=hint)
-    if torch.cuda.get_device_capability(compute.device) < SMALLEST_CAPABILITY:
+    if torch.cuda.get_device_capability(compute.device) < FLOAT8_CAPABILITY:
         name = torch.cuda.get_device_name(compute.device)
         raise UserError(
             f"{name} has no products of float8; cards of compute capability 8.9 and newer do", where=where, hint=hint

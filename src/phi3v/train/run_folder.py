@@ -141,11 +141,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_manifest(folder: Path) -> None:
-    """``manifest.json``: the SHA-256 of every file of a saved model."""
+def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
+    """``manifest.json``: the SHA-256 of every file of a saved model, and which model it was tuned from."""
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "manifest.json":
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+    facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
+    (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tuned_from(folder: Path) -> str | None:
+    """Which model a saved one was tuned from, where its manifest says so."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("tuned_from")
+    except (OSError, ValueError, AttributeError):  # none, or none of ours
+        return None
+    return found if isinstance(found, str) else None

@@ -17,6 +17,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import Compute
 from phi3v.train.loading import inspect_model, keep_trainable_layout, load_processor, load_weights, quantization
+from phi3v.train.run_folder import read_tuned_from
 
 ADAPTER_CONFIG = "adapter_config.json"
 SAVES = ("final", "best")  # the folders of a run that hold a model or an adapter
@@ -39,6 +40,13 @@ class Tuned:
     run: RunConfig = field(default_factory=RunConfig)
     run_folder: Path | None = None
     is_checkpoint: bool = False
+
+    @property
+    def origin(self) -> str | None:
+        """What it was tuned from, as far as it is known: a folder or a hub id."""
+        if self.adapter is not None:
+            return self.base
+        return self.run.model.path if self.run_folder is not None else read_tuned_from(Path(self.base))
 
     @property
     def is_quantised(self) -> bool:
