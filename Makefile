@@ -16,9 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: tiny model, easy-vqa, before and after (10 minutes)
+quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: LoRA on a tiny model, easy-vqa, before and after (10 minutes)
 	rm -rf $(QUICKSTART)/model $(QUICKSTART)/run
-	$(BIN)/phi3v model init --preset tiny --out $(QUICKSTART)/model
+	$(BIN)/phi3v model init --preset tiny --pretrained --out $(QUICKSTART)/model
 	$(BIN)/phi3v data convert easy-vqa --out $(QUICKSTART)/data
 	$(BIN)/phi3v train recipes/easy_vqa_tiny.yaml
 

@@ -1,10 +1,10 @@
 """The table of methods and tasks: the tiny base model tuned on a small stand-in of every task, with every method.
 
-    python benchmarks/task_table.py [--tasks docvqa nlvr2] [--methods lora] [--markdown] [--docs docs/results.md]
+    python benchmarks/task_table.py [--tasks docvqa nlvr2] [--methods lora] [--packing none] [--docs docs/results.md]
 
 Makes the stand-ins (`tasks/`), converts them with ``phi3v data convert`` and runs ``phi3v train`` with the recipes as
-they are shipped, but for what a small model on a CPU needs (`overrides`). A row (task, method) that the result holds
-already, measured with the same model, data and settings, is not measured again.
+they are shipped, but for what a small model on a CPU needs (`overrides`), in padded batches and packed. A row (task,
+method, packing) that the result holds already, with the same model, data and settings, is not measured again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -29,6 +30,7 @@ SEED = 3
 BATCH_SIZE = 8
 LEARNING_RATES = {"full": 1e-3, "frozen_vision": 1e-3, "lora": 3e-3, "qlora": 3e-3}
 RANK, ALPHA_RATIO = 16, 2.0
+PACKINGS = ("none", "shared-image")
 BEGIN, END = "<!-- stand-ins: begin (written by benchmarks/task_table.py) -->", "<!-- stand-ins: end -->"
 
 
@@ -59,13 +61,14 @@ def made_from(task: Task) -> dict[str, Any]:
     }
 
 
-def overrides(name: str, method: str, task: Task, steps: int | None) -> dict[str, Any]:
+def overrides(method: str, packing: str, task: Task, steps: int | None) -> dict[str, Any]:
     """What differs from the recipe, but for paths: settings of a small model, few steps and a CPU."""
     settings: dict[str, Any] = {
         "model.num_crops": 1,
         "training.max_steps": steps or task.steps,
         "training.batch_size": BATCH_SIZE,
-        "training.micro_batch_size": BATCH_SIZE,
+        "data.packing": packing,
+        "training.micro_batch_size": BATCH_SIZE if packing == "none" else 1,
         "training.learning_rate": LEARNING_RATES[method],
         "training.warmup_steps": min(10, steps or task.steps),
         "training.activation_checkpointing": "none",
@@ -80,7 +83,8 @@ def overrides(name: str, method: str, task: Task, steps: int | None) -> dict[str
 
 def measure(name: str, method: str, settings: dict[str, Any], model: Path, data: Path, work: Path) -> dict[str, Any]:
     """Tune and measure; the row of the table."""
-    task, folder = TASKS[name], work / "runs" / f"{name}_{method}"
+    packing = settings["data.packing"]
+    task, folder = TASKS[name], work / "runs" / f"{name}_{method}_{packing}"
     paths = {
         "model.path": model,
         "data.train": data / task.train,
@@ -98,6 +102,7 @@ def measure(name: str, method: str, settings: dict[str, Any], model: Path, data:
     return {
         "task": name,
         "method": method,
+        "packing": packing,
         "metric": after["metric"],
         "n": after["num_questions"],
         "chance": round(chance(data / task.test, after["metric"]), 4),
@@ -134,22 +139,35 @@ def chance(file: Path, metric: str) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table: a row a task and method, scores in percent."""
+    """The result as a table: a line a task, method and metric, scores in percent with their interval."""
     lines = [
-        "| task (metric, n, chance) | method | before | after | 95 % interval | training | samples/s | memory |",
+        "| task (metric, n, chance) | method | before | after, padded | after, packed | steps | seconds | memory, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    rows: defaultdict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in result["rows"]:
-        score, low, high = (100 * value for value in row["after"][row["metric"]])
-        lines.append(
-            f"| {row['task']} ({row['metric']}, {row['n']}, {100 * row['chance']:.1f}) | {row['method']} "
-            f"| {100 * row['before'][row['metric']][0]:.1f} | **{score:.1f}** | {low:.1f} – {high:.1f} "
-            f"| {row['settings']['training.max_steps']} steps, {row['train_seconds']:.0f} s "
-            f"| {row['samples_per_second']:.1f} | {row['peak_memory_gb']:.2f} GB |"
-        )
-        for name, (value, *_) in list(row["after"].items())[1:]:
-            lines.append(f"| | {name} | {100 * row['before'][name][0]:.1f} | {100 * value:.1f} | | | | |")
+        rows[row["task"], row["method"]][row["packing"]] = row
+    for (name, method), by_packing in rows.items():
+        some = next(iter(by_packing.values()))
+        for metric in some["after"]:
+            is_main = metric == some["metric"]
+            cells = [f"{name} ({metric}, {some['n']}, {100 * some['chance']:.1f})" if is_main else f"– ({metric})"]
+            cells += [method, f"{100 * some['before'][metric][0]:.1f}"]
+            cells += [_interval(by_packing.get(packing), metric) for packing in PACKINGS]
+            cells += [str(some["settings"]["training.max_steps"])] if is_main else [""]
+            for key, form in (("train_seconds", ".0f"), ("peak_memory_gb", ".2f")):
+                both = " / ".join(format(by_packing[p][key], form) if p in by_packing else "–" for p in PACKINGS)
+                cells.append(both if is_main else "")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _interval(row: dict[str, Any] | None, metric: str) -> str:
+    if row is None:
+        return "–"
+    value, low, high = (100 * number for number in row["after"][metric])
+    score = f"**{value:.1f}**" if metric == row["metric"] else f"{value:.1f}"
+    return f"{score} ({low:.1f} to {high:.1f})"
 
 
 def write_between_marks(file: Path, table: str) -> None:
@@ -165,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--packing", nargs="+", choices=PACKINGS, default=list(PACKINGS), metavar="PACKING")
     parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: as the task needs)")
     parser.add_argument(
         "--model",
@@ -185,24 +204,22 @@ def main(argv: list[str] | None = None) -> None:
         )
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     if arguments.out.exists():
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
         if earlier["base"] == weights:
-            rows = {(row["task"], row["method"]): row for row in earlier["rows"]}
-    for name in arguments.tasks:
-        for method in arguments.methods:
-            settings = overrides(name, method, TASKS[name], arguments.steps)
-            held = rows.get((name, method), {})
-            if held.get("settings") == settings and held.get("data") == made_from(TASKS[name]):
-                continue
-            print(f"{name}, {method}", file=sys.stderr, flush=True)
-            data = prepare(name, TASKS[name], work)
-            rows[name, method] = measure(name, method, settings, model, data, work)
-            in_order = [
-                rows[key] for key in sorted(rows, key=lambda key: (list(TASKS).index(key[0]), METHODS.index(key[1])))
-            ]
-            write_result("tasks", {"base": weights, "rows": in_order}, arguments.out)
+            rows = {(row["task"], row["method"], row["packing"]): row for row in earlier["rows"]}
+    for key in itertools.product(arguments.tasks, arguments.methods, arguments.packing):
+        name, method, packing = key
+        settings = overrides(method, packing, TASKS[name], arguments.steps)
+        held = rows.get(key, {})
+        if held.get("settings") == settings and held.get("data") == made_from(TASKS[name]):
+            continue
+        print(f"{name}, {method}, packing {packing}", file=sys.stderr, flush=True)
+        data = prepare(name, TASKS[name], work)
+        rows[key] = measure(name, method, settings, model, data, work)
+        in_order = [rows[key] for key in itertools.product(TASKS, METHODS, PACKINGS) if key in rows]
+        write_result("tasks", {"base": weights, "rows": in_order}, arguments.out)
     result = json.loads(arguments.out.read_text(encoding="utf-8"))
     if arguments.docs:
         write_between_marks(arguments.docs, markdown(result))

@@ -17,12 +17,14 @@ from tasks.parts import Sizes
 RECIPES = task_table.ROOT / "recipes"
 
 
+@pytest.mark.parametrize("packing", task_table.PACKINGS)
 @pytest.mark.parametrize(("name", "method"), list(itertools.product(TASKS, METHODS)))
-def test_overrides_fit_the_recipes(name: str, method: str) -> None:
-    settings = task_table.overrides(name, method, TASKS[name], None)
+def test_overrides_fit_the_recipes(name: str, method: str, packing: str) -> None:
+    settings = task_table.overrides(method, packing, TASKS[name], None)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value).lower())]
     config = load_config(RECIPES / f"{name}_{method}.yaml", options)
     assert config.method.name == method.replace("_", "-")
+    assert config.data.packing == packing
     assert config.training.max_steps == TASKS[name].steps
     assert config.training.learning_rate == task_table.LEARNING_RATES[method]
 
@@ -37,7 +39,9 @@ def test_a_row_is_measured_once(
     command += ["--work", str(work), "--out", str(out)]
     task_table.main(command)
     result = json.loads(out.read_text(encoding="utf-8"))
-    (row,) = result["rows"]
+    row, packed = result["rows"]
+    assert [row["packing"], packed["packing"]] == ["none", "shared-image"]
+    assert row["before"] == packed["before"]
     assert (row["task"], row["method"], row["metric"], row["n"], row["chance"]) == (
         "hateful_memes", "lora", "accuracy", 8, 0.5
     )  # fmt: skip
@@ -53,7 +57,14 @@ def test_a_row_is_measured_once(
     capsys.readouterr()
     monkeypatch.setattr(task_table, "phi3v", lambda *arguments: pytest.fail(f"ran {arguments}"))
     task_table.main([*command, "--markdown"])
-    assert "| hateful_memes (accuracy, 8, 50.0) | lora |" in capsys.readouterr().out
+    main, auroc = capsys.readouterr().out.splitlines()[-2:]
+    cells = [cell.strip() for cell in main.strip("|").split("|")]
+    assert cells[:3] == ["hateful_memes (accuracy, 8, 50.0)", "lora", f"{100 * row['before']['accuracy'][0]:.1f}"]
+    for cell, measured in zip(cells[3:5], (row, packed), strict=True):
+        value, low, high = (100 * number for number in measured["after"]["accuracy"])
+        assert cell == f"**{value:.1f}** ({low:.1f} to {high:.1f})"
+    assert cells[5] == "2"
+    assert "(auroc)" in auroc
     assert json.loads(out.read_text(encoding="utf-8")) == result
 
 

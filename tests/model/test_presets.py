@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
-from phi3v.model.presets import init_model, preset_config
+from phi3v.model.presets import PRETRAINED_TINY, copy_pretrained, init_model, preset_config
 from phi3v.processing.conversation import user_prompt
 
 
@@ -128,3 +128,48 @@ def test_tiny_with_the_real_tokenizer(real_tokenizer_dir: Path, tmp_path: Path) 
     ids = processor(user_prompt("What is 2+2?"))["input_ids"]
     with torch.no_grad():
         assert model(ids).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    copy_pretrained("tiny", folder)
+    return folder
+
+
+def test_the_pretrained_base_is_complete_and_small(pretrained: Path, tiny_model_dir: Path) -> None:
+    held = {file.name for file in pretrained.iterdir()}
+    assert held == {file.name for file in tiny_model_dir.iterdir()} | {"README.md"}
+    weights = load_file(pretrained / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) < 5e6
+    assert (pretrained / "model.safetensors").stat().st_size < 12e6
+    # The official layout: the very keys of a new model of that size, and its tokenizer.
+    assert weights.keys() == load_file(tiny_model_dir / "model.safetensors").keys()
+    assert (pretrained / "tokenizer.json").read_bytes() == (tiny_model_dir / "tokenizer.json").read_bytes()
+    assert not (pretrained / "README.md").read_text().count("{rows}")
+
+
+def test_the_pretrained_base_sees(pretrained: Path) -> None:
+    """Colours of large shapes, of which the first stage of its training consists."""
+    model = Phi3VForCausalLM.from_pretrained(pretrained)
+    processor = Phi3VProcessor.from_pretrained(pretrained)
+    right = 0
+    colours = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
+    for name, colour in colours.items():
+        page = Image.new("RGB", (336, 336), (225, 220, 225))
+        ImageDraw.Draw(page).ellipse((90, 90, 246, 246), fill=colour)
+        inputs = processor(user_prompt("What color is the circle?", [1]), page)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += answer.strip() == name
+    assert right >= 3  # of four; guessing gives none or one
+
+
+def test_only_tiny_comes_pretrained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pretrained phi"):
+        copy_pretrained("phi-3.5-vision", tmp_path / "model")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a model already"):
+        copy_pretrained("tiny", tmp_path / "there")
+    assert PRETRAINED_TINY.is_dir()
