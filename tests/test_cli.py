@@ -94,6 +94,15 @@ def test_a_user_error_is_one_message_without_traceback(tmp_path: Path, capsys: p
     assert "Traceback" not in error
 
 
+def test_the_pretrained_base_is_copied_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model", "init", "--preset", "tiny", "--pretrained", "--out", str(tmp_path / "base"), "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 1_467_136
+    assert (tmp_path / "base" / "README.md").is_file()
+    assert main([*command, "--dtype", "float16"]) == 2
+    assert "--dtype: the pretrained base is copied as it is" in capsys.readouterr().err
+
+
 def test_convert_and_check_easy_vqa(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

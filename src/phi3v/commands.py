@@ -23,6 +23,8 @@ def model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any
     from phi3v.model.presets import copy_pretrained, init_model
 
     if arguments.pretrained:
+        if arguments.dtype:
+            raise UserError("the pretrained base is copied as it is", where="--dtype", hint="leave it out")
         parameters = copy_pretrained(arguments.preset, arguments.out)
     else:
         parameters = init_model(
