@@ -42,23 +42,6 @@ LABELS = (
     "name", "date", "total", "city", "number", "page", "address", "phone", "company", "title", "year", "month", "day",
     "time", "price", "amount", "country", "state", "field", "value", "form", "color", "class", "report",
 )  # fmt: skip
-# Fields with few values, which can be told apart before a word can be spelt.
-ENTRIES = {
-    "name": ("Alice", "Boris", "David", "Emma", "Frank", "Julia"),
-    "city": ("Berlin", "Lima", "Madrid", "Quito", "Vienna", "Zurich"),
-    "country": ("Chile", "Egypt", "France", "India", "Japan", "Spain"),
-    "company": ("Acme", "Bolt", "Delta", "Nova", "Orion", "Zenith"),
-    "day": ("Monday", "Tuesday", "Thursday", "Friday", "Sunday", "today"),
-    "month": ("April", "June", "August", "October", "winter", "spring"),
-    "year": ("1958", "1963", "1977", "1984", "1991", "2006"),
-    "number": ("11", "34", "52", "65", "73", "90"),
-    "price": ("$5", "$14", "$27", "$43", "$66", "$98"),
-    "phone": ("101", "243", "376", "459", "582", "867"),
-    "fruit": ("apple", "cherry", "lemon", "melon", "pear", "quince"),
-    "animal": ("cat", "dog", "fox", "horse", "mouse", "snail"),
-    "job": ("baker", "clerk", "doctor", "guard", "judge", "pilot"),
-    "color": ("red", "green", "blue", "black", "white", "yellow"),
-}
 BASE_DIGITS = 300  # of the 500 of each class; the tasks draw from the others
 
 Turn = tuple[str, str]
@@ -255,30 +238,6 @@ def fields_scene(rng: Rng, level: int) -> Scene:
     turns.append((f"Is there a {other}?", yes_no(other in labels)))
     if rng.random() < 0.3:
         turns.append(("How many fields are there?", NUMBERS[count]))
-    return Scene([page], pick(rng, turns, len(turns)))
-
-
-def entries_scene(rng: Rng, level: int) -> Scene:
-    """A form of fields of which each has one of few values."""
-    count = int(rng.integers(1, (2, 4, 5)[level] + 1))
-    labels = pick(rng, list(ENTRIES), count)  # type: ignore[arg-type]
-    values = [str(choose(rng, ENTRIES[label])) for label in labels]
-    page, ink = paper(rng, level)
-    lines = []
-    for label, value in zip(labels, values, strict=True):
-        line = f"{label.capitalize()}: {value}"
-        lines += [line] if len(line) <= CELLS else [f"{label.capitalize()}:", value]
-    write_lines(rng, page, lines, ink)
-    forms = ("What is the {}?", "Which {} is given?", "Which {} does the form show?", "Read the {}.")
-    turns = []
-    for label, value in zip(labels, values, strict=True):
-        if rng.random() < 0.8:  # not both: the one answer gives the other
-            turns.append((choose(rng, forms).format(label), value))
-        else:
-            asked = this_or_any(rng, value, ENTRIES[label])
-            turns.append((f"Is the {label} {asked}?", yes_no(asked == value)))
-    asked = choose(rng, list(ENTRIES))
-    turns.append((f"Is there a {asked}?", yes_no(asked in labels)))
     return Scene([page], pick(rng, turns, len(turns)))
 
 
@@ -643,7 +602,6 @@ SINGLE: dict[str, Callable[[Rng, int], Scene]] = {
     "one": one_scene,
     "text": text_scene,
     "fields": fields_scene,
-    "entries": entries_scene,
     "digits": digits_scene,
     "shapes": shapes_scene,
     "caption": caption_scene,

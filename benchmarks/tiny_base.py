@@ -48,7 +48,6 @@ DESCRIPTIONS = {
     "caption": "a picture with a caption that fits it or not",
     "pair": "compare two pictures",
     "frames": "order and motion in three or four frames",
-    "entries": "read fields of which each has one of six values",
 }
 
 
@@ -70,8 +69,6 @@ STAGES = (
     Stage("see", 4000, {"one": 1.0}, (1.0, 0.0, 0.0)),
     Stage("single", 14000, ONE_PICTURE, (0.7, 0.3, 0.0)),
     Stage("several", 5000, ONE_PICTURE | {"pair": 0.6, "frames": 0.4}, (0.6, 0.3, 0.1), schedule="linear"),
-    # Words that are one of few are told apart long before words are spelt.
-    Stage("read", 8000, ONE_PICTURE | {"entries": 1.5, "pair": 0.1, "frames": 0.1}, (0.5, 0.3, 0.2), schedule="linear"),
 )
 TOWER: dict[str, Any] = {"pages": 24000, "batch_size": 4, "learning_rate": 2e-3}
 
