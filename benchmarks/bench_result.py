@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from phi3v.bench.result import with_environment, write_json
 ROOT = Path(__file__).parents[1]
 
 
-def phi3v(*arguments: object) -> dict[str, Any]:
+def phi3v(*arguments: object, threads: int | None = None) -> dict[str, Any]:
     """Run a command of the package from the repository's root with ``--json``, and return its object."""
     command = [sys.executable, "-m", "phi3v", *map(str, arguments), "--json"]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     answer: dict[str, Any] = json.loads(result.stdout)
     return answer
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -46,6 +47,7 @@ BASE_DIGITS = 300  # of the 500 of each class; the tasks draw from the others
 
 Turn = tuple[str, str]
 Rng = np.random.Generator
+T = TypeVar("T")
 
 
 @dataclass
@@ -86,9 +88,9 @@ def true_false(value: bool) -> str:
     return "True" if value else "False"
 
 
-def pick(rng: Rng, turns: list[Turn], count: int) -> list[Turn]:
-    """``count`` of ``turns`` in random order."""
-    return [turns[index] for index in rng.permutation(len(turns))[:count]]
+def pick(rng: Rng, items: Sequence[T], count: int) -> list[T]:
+    """``count`` of ``items`` in random order."""
+    return [items[index] for index in rng.permutation(len(items))[:count]]
 
 
 def pick_even(rng: Rng, turns: list[Turn], count: int) -> list[Turn]:
@@ -165,8 +167,14 @@ def photo_crop(rng: Rng, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, box=(left, top, left + width, top + height))
 
 
-def write_lines(rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, int, int]) -> None:
-    """Lines of text, one below the other with gaps between, in one font or several, some twice as large."""
+def write_lines(
+    rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, int, int]
+) -> list[list[list[tuple[int, int]]]]:
+    """Lines of text, one below the other with gaps between, in one font or several, some twice as large.
+
+    Returns:
+        The (row, column) of the cells of every character of every line.
+    """
     draw, path = ImageDraw.Draw(page), choose(rng, font_files())
     several, shift = rng.random() < 0.4, nudge(rng)
     room = CELLS - len(lines)
@@ -174,7 +182,7 @@ def write_lines(rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, i
     for line in lines:
         sizes.append(2 if room and 2 * len(line) <= CELLS and rng.random() < 0.25 else 1)
         room -= sizes[-1] - 1
-    left_aligned, row = rng.random() < 0.4, 0
+    left_aligned, row, cells = rng.random() < 0.4, 0, []
     for line, size in zip(lines, sizes, strict=True):
         gap = int(rng.integers(min(room, 3) + 1))
         row, room = row + gap, room - gap
@@ -184,7 +192,14 @@ def write_lines(rng: Rng, page: Image.Image, lines: list[str], ink: tuple[int, i
         if left_aligned:
             column = min(column, 1)
         write(draw, line, column, row, path, ink, size=size, nudge=shift)
+        cells.append(
+            [
+                [(row + below, column + size * place + right) for below in range(size) for right in range(size)]
+                for place in range(len(line))
+            ]
+        )
         row += size
+    return cells
 
 
 def text_scene(rng: Rng, level: int) -> Scene:
@@ -366,7 +381,7 @@ def shape_turns(rng: Rng, things: list[Thing]) -> list[Turn]:
         else:
             turns.append((f"The picture shows {what}.", true_false(holds)))
     if len(things) > 1:
-        first, second = pick(rng, things, 2)  # type: ignore[arg-type]
+        first, second = pick(rng, things, 2)
         above = bool(rng.integers(2))
         holds = first.cell // 3 < second.cell // 3 if above else first.cell % 3 < second.cell % 3
         side = "above" if above else "left of"
@@ -381,7 +396,7 @@ def this_or_any(rng: Rng, this: str, names: Sequence[str]) -> str:
 
 def one_scene(rng: Rng, level: int) -> Scene:
     """One coloured shape on a coloured ground: the first thing to see, asked about in many ways."""
-    ground, colour = pick(rng, list(COLOURS), 2)  # type: ignore[arg-type]
+    ground, colour = pick(rng, list(COLOURS), 2)
     shape = choose(rng, SHAPES)
     page = Image.new("RGB", (SIDE, SIDE), COLOURS[ground])
     radius = rng.uniform(40, 150)
@@ -594,7 +609,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
 
 def way_turns(rng: Rng, what: str, way: str) -> list[Turn]:
     """Whether something moves one way and another."""
-    asked = pick(rng, list(WAYS), 2)  # type: ignore[arg-type]
+    asked = pick(rng, list(WAYS), 2)
     return [(f"Does the {what} move {one}?", yes_no(one == way)) for one in asked]
 
 

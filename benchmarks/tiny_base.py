@@ -3,10 +3,10 @@
     python benchmarks/tiny_base.py [--work build/tiny_base]
 
 LoRA, QLoRA and a frozen tower mean nothing on random weights, so the small runs of every task (`task_table.py`) start
-from this model. First the tower learns what single tokens show (`tiny_tower.py`). Then the decoder learns to answer,
-in stages, from one picture to several (`STAGES`); each stage draws its pictures (`scenes.py`) and is one run of
-``phi3v train`` on two processes that starts from the stage before. Interrupted and started again, it goes on from
-its newest checkpoint; the same versions on the same processor give the same weights.
+from this model. First the tower learns what single tokens show (`tiny_tower.py`), then the decoder where to look
+(`tiny_pointers.py`). After that it learns to answer in the stages of `STAGES`; each draws its pictures (`scenes.py`)
+and is one run of ``phi3v train`` on two processes. Interrupted and started again, it goes on from its newest
+checkpoint; the same versions on the same processor give the same weights.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import torch
 from bench_result import write_result
 from phi3v.data.jsonl import replacing, write_jsonl
 from scenes import SEVERAL, SINGLE, Scene
+from tiny_pointers import teach_pointers
 from tiny_tower import teach_tower
 
 ROOT = Path(__file__).parents[1]
 SEED = 35
 BATCH_SIZE = 8
 # Fixed: the order of sums, and so the last bits of the weights, depend on them.
-TOWER_THREADS = 2
+THREADS = 2  # of the tower and the pointers
 PROCESSES = 2  # of a stage, of one thread each
 LEVELS = ("easy", "medium", "hard")
 TEST_SCENES = 25  # of each kind and level
@@ -63,14 +64,26 @@ class Stage:
     schedule: str = "constant_with_warmup"
 
 
-# Mixed from the beginning, pictures are not looked at for thousands of steps: guessing is learnt first and stays.
-ONE_PICTURE = {"one": 0.15, "shapes": 0.2, "digits": 0.15, "text": 0.15, "fields": 0.2, "caption": 0.15}
 STAGES = (
-    Stage("see", 4000, {"one": 1.0}, (1.0, 0.0, 0.0)),
-    Stage("single", 14000, ONE_PICTURE, (0.7, 0.3, 0.0)),
-    Stage("several", 5000, ONE_PICTURE | {"pair": 0.6, "frames": 0.4}, (0.6, 0.3, 0.1), schedule="linear"),
+    Stage(
+        "answer",
+        7200,
+        {
+            "one": 0.3,
+            "text": 0.1,
+            "fields": 0.3,
+            "digits": 0.1,
+            "shapes": 0.2,
+            "caption": 0.15,
+            "pair": 0.15,
+            "frames": 0.15,
+        },
+        (0.6, 0.3, 0.1),
+        schedule="linear",
+    ),
 )
 TOWER: dict[str, Any] = {"pages": 24000, "batch_size": 4, "learning_rate": 2e-3}
+POINTERS: dict[str, Any] = {"steps": 1800, "batch_size": 8, "learning_rate": 1e-3}
 
 
 def draw(kind: str, level: int, rng: np.random.Generator) -> list[Scene]:
@@ -203,14 +216,15 @@ def main() -> None:
     if not (model / "config.json").exists():
         phi3v("model", "init", "--preset", "tiny", "--seed", str(SEED), "--out", str(model))
     seconds = 0.0
-    if not (work / "tower" / "config.json").exists():
-        torch.set_num_threads(TOWER_THREADS)
-        began = time.perf_counter()
-        teach_tower(model, work / "tower.new", seed=SEED, **TOWER)
-        (work / "tower.new" / "seconds").write_text(str(time.perf_counter() - began))
-        (work / "tower.new").rename(work / "tower")
-    model = work / "tower"
-    seconds += float((model / "seconds").read_text())
+    for name, teach, settings in (("tower", teach_tower, TOWER), ("pointers", teach_pointers, POINTERS)):
+        if not (work / name / "config.json").exists():
+            torch.set_num_threads(THREADS)
+            began = time.perf_counter()
+            teach(model, work / f"{name}.new", seed=SEED, **settings)
+            (work / f"{name}.new" / "seconds").write_text(str(time.perf_counter() - began))
+            (work / f"{name}.new").rename(work / name)
+        model = work / name
+        seconds += float((model / "seconds").read_text())
     for index, stage in enumerate(STAGES):
         folder = work / f"stage-{index}-{stage.name}"
         print(f"stage {index + 1} of {len(STAGES)}: {stage.name} in {folder}", flush=True)
@@ -220,6 +234,7 @@ def main() -> None:
     publish(model, scores, work / "base")
     details = {
         "tower": TOWER,
+        "pointers": POINTERS,
         "processes": PROCESSES,
         "batch_size": BATCH_SIZE,
         "stages": [asdict(stage) for stage in STAGES],

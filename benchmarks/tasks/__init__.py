@@ -39,11 +39,11 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "docvqa": Task("docvqa", docvqa.make, Sizes(300, 0, 90), "train.jsonl", "val.jsonl", steps=130),
+    "docvqa": Task("docvqa", docvqa.make, Sizes(600, 0, 90), "train.jsonl", "val.jsonl", steps=400),
     "hateful_memes": Task(
-        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=120
+        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=100
     ),
-    "nlvr2": Task("nlvr2", nlvr2.make, Sizes(110, 10, 75), "train.jsonl", "test1.jsonl", steps=80),
+    "nlvr2": Task("nlvr2", nlvr2.make, Sizes(160, 10, 75), "train.jsonl", "test1.jsonl", steps=120),
     "ucf101": Task(
         "ucf101",
         ucf101.make,

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from drawing import CELL, CELLS, choose, write
 from tasks.parts import (
+    BY_POINT,
     COLOURS,
     SPLITS,
     Rng,
@@ -33,7 +34,6 @@ from tasks.parts import (
 SIDE = CELL * CELLS
 BAND = 3 * CELL  # the caption's strip above the picture
 CAPTIONS = ("so good", "my day", "see this", "what now", "oh no", "for you")
-SHAPES = {True: ("triangle", "star"), False: ("circle", "ring")}  # by whether it is pointed
 NAMES = {"train": "train", "val": "dev_seen", "test": "test_seen"}
 
 
@@ -48,7 +48,7 @@ def make(folder: Path, sizes: Sizes, seed: int) -> None:
                 shout, pointed = (True, True) if label else choose(rng, [(True, False), (False, True), (False, False)])
                 text = choose(rng, CAPTIONS)
                 text = text.upper() if shout else text
-                image = _picture(rng, split, choose(rng, SHAPES[pointed]))
+                image = _picture(rng, split, choose(rng, BY_POINT[pointed]))
                 _captioned(image, text, any_font(rng), bool(rng.random() < 0.7)).save(folder / f"img/{number:05d}.png")
                 file.write(json.dumps({"id": number, "img": f"img/{number:05d}.png", "label": label, "text": text}))
                 file.write("\n")

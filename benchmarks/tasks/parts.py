@@ -32,6 +32,7 @@ COLOURS: dict[str, Colour] = {
     "orange": (240, 135, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+BY_POINT = {True: ("triangle", "star"), False: ("circle", "ring")}  # pointed shapes, round shapes
 
 # Of the width of a photograph.
 _PHOTO = {"train": (0.0, 0.55), "val": (0.55, 0.7), "test": (0.7, 1.0)}

@@ -71,6 +71,13 @@ def test_a_row_is_measured_once(
     assert json.loads(out.read_text(encoding="utf-8")) == result
 
 
+def test_the_base_is_measured_before_others_ask_for_it() -> None:
+    keys = list(itertools.product(("docvqa", "nlvr2"), METHODS, ("none",)))
+    first, then = task_table.in_waves(keys)
+    assert first == [(task, method, "none") for task in ("docvqa", "nlvr2") for method in ("full", "qlora")]
+    assert sorted(first + then) == sorted(keys)
+
+
 def test_the_table_goes_between_its_marks(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text(f"above\n{task_table.BEGIN}\nold\n{task_table.END}\nbelow\n", encoding="utf-8")

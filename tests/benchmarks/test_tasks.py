@@ -139,32 +139,38 @@ class TestDocVQA:
 class TestNLVR2:
     def test_schema(self, originals: Made) -> None:
         examples = json_lines(originals["nlvr2"] / "data" / "train.json")
-        assert len(examples) == 4 * nlvr2.PAIRS_A_STATEMENT["train"]
+        assert len(examples) == 4 * nlvr2.PAIRS_A_SET["train"]
         for example in examples:
             split, group, pair, sentence = example["identifier"].split("-")
             folder = originals["nlvr2"] / "images" / split / str(example["directory"])
             assert (folder / f"{split}-{group}-{pair}-img1.png").is_file()
             assert sentence == "0"
 
-    def test_every_statement_is_as_often_true_as_false(self, originals: Made) -> None:
+    def test_a_statement_is_true_of_half_of_the_pairs_of_its_set(self, originals: Made) -> None:
         for split, file in nlvr2.NAMES.items():
-            examples = json_lines(originals["nlvr2"] / "data" / f"{file}.json")
-            counts = Counter((example["sentence"], example["label"]) for example in examples)
-            assert set(counts.values()) == {nlvr2.PAIRS_A_STATEMENT[split] // 2}
+            sets: dict[str, list[dict[str, Any]]] = {}
+            for example in json_lines(originals["nlvr2"] / "data" / f"{file}.json"):
+                sets.setdefault(example["identifier"].split("-")[1], []).append(example)
+            for examples in sets.values():
+                assert len({example["sentence"] for example in examples}) == 1
+                counts = Counter(example["label"] for example in examples)
+                assert set(counts.values()) == {nlvr2.PAIRS_A_SET[split] // 2}
+        train = json_lines(originals["nlvr2"] / "data" / "train.json")
+        assert {example["sentence"] for example in train} == set(nlvr2.STATEMENTS)  # four sets, four statements
 
-    def test_no_statement_is_in_train_and_test(self, originals: Made) -> None:
-        sentences = [
-            {example["sentence"] for example in json_lines(originals["nlvr2"] / "data" / f"{file}.json")}
-            for file in ("train", "dev", "test1")
-        ]
-        assert sum(map(len, sentences)) == len(set().union(*sentences)) == 9
-
-    def test_statements_hold_of_what_is_drawn(self) -> None:
-        rng = np.random.default_rng(0)
-        for form, phrase in itertools.product(nlvr2.FORMS, nlvr2.PHRASES):
-            for label in (True, False):
-                left, right = nlvr2._pair(rng, form, phrase, label)
-                assert nlvr2.FORMS[form](left.fits(phrase), right.fits(phrase)) == label
+    def test_statements_hold_of_what_is_drawn(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes, draw = [], nlvr2.draw_shape
+        monkeypatch.setattr(
+            nlvr2, "draw_shape", lambda page, shape, *rest: shapes.append(shape) or draw(page, shape, *rest)
+        )
+        nlvr2.make(tmp_path, Sizes(8, 0, 0), 0)
+        examples = json_lines(tmp_path / "data" / "train.json")
+        pointed = [shape in parts.BY_POINT[True] for shape in shapes]
+        assert len(pointed) == 2 * len(examples)
+        for example, left, right in zip(examples, pointed[::2], pointed[1::2], strict=True):
+            where = example["sentence"]
+            expected = {"left": left, "right": right, "Each": left and right, "At least": left or right}
+            assert example["label"] == str(next(holds for words, holds in expected.items() if words in where))
 
 
 class TestHatefulMemes:
@@ -185,7 +191,7 @@ class TestHatefulMemes:
         memes = json_lines(tmp_path / "train.jsonl")
         assert sum(meme["label"] for meme in memes) == 60
         shouts = [meme["text"].isupper() for meme in memes]
-        pointed = [shape in hateful_memes.SHAPES[True] for shape in shapes]
+        pointed = [shape in parts.BY_POINT[True] for shape in shapes]
         for signs in (shouts, pointed):
             assert all(sign for meme, sign in zip(memes, signs, strict=True) if meme["label"])
             assert 10 < sum(sign for meme, sign in zip(memes, signs, strict=True) if not meme["label"]) < 30

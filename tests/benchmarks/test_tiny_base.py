@@ -87,6 +87,7 @@ def test_the_script_makes_a_model_and_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(tiny_base, "STAGES", (tiny_base.Stage("one", 4, {"one": 1.0}, (1.0, 0.0, 0.0)),))
     monkeypatch.setattr(tiny_base, "TOWER", {"pages": 4, "batch_size": 2, "learning_rate": 1e-3})
+    monkeypatch.setattr(tiny_base, "POINTERS", {"steps": 1, "batch_size": 1, "learning_rate": 1e-3})
     monkeypatch.setattr(tiny_base, "TEST_SCENES", 1)
     out = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["tiny_base.py", "--work", str(tmp_path / "work"), "--out", str(out)])
@@ -100,7 +101,8 @@ def test_the_script_makes_a_model_and_goes_on_where_it_was(
     assert "| shapes |" in (base / "README.md").read_text()
     # The second time nothing is taught again.
     weights = (base / "model.safetensors").read_bytes()
-    monkeypatch.setattr(tiny_base, "teach_tower", lambda *args, **kwargs: pytest.fail("taught again"))
+    for part in ("teach_tower", "teach_pointers"):
+        monkeypatch.setattr(tiny_base, part, lambda *args, **kwargs: pytest.fail("taught again"))
     monkeypatch.setattr(tiny_base, "measure", lambda model, folder: result["scores"])
     monkeypatch.setattr(tiny_base, "phi3v", lambda *arguments: pytest.fail(f"ran {arguments}"))
     tiny_base.main()

@@ -77,6 +77,12 @@ def test_hyperparameters_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_records_that_have_the_same_pictures_share_them(name: str) -> None:
+    packing = "shared-image" if task_of(name) in ("docvqa", "nlvr2") else "none"
+    assert read(name).data.packing == packing
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, workplace: Path, small_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the folder where its data was converted, with nothing overridden but what makes it small."""
     monkeypatch.chdir(workplace)
