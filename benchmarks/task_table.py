@@ -66,7 +66,9 @@ def made_from(task: Task) -> dict[str, Any]:
     return {
         "seed": SEED,
         "sizes": dataclasses.asdict(task.sizes),
-        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+        "code": hashlib.sha256(
+            b"".join([*map(Path.read_bytes, files), *map(str.encode, task.convert_options)])
+        ).hexdigest()[:16],
     }
 
 

@@ -71,7 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy
     (folder / "data").mkdir()
     shutil.copytree(easy_vqa / "images", folder / "data" / "images")
     for name, source in (("train", "train"), ("val", "test"), ("test", "test")):
-        lines = (easy_vqa / f"{source}.jsonl").read_text().splitlines()[:4]
+        count = 16 if name == "train" else 4  # a record for each of the GPUs that are planned for
+        lines = (easy_vqa / f"{source}.jsonl").read_text().splitlines()[:count]
+        assert len(lines) == count
         (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     shutil.copytree(folder / "data", folder / "data" / "docvqa")
     shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))

@@ -41,7 +41,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "docvqa": Task("docvqa", docvqa.make, Sizes(600, 0, 90), "train.jsonl", "val.jsonl", steps=400),
     "hateful_memes": Task(
-        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=100
+        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=150
     ),
     "nlvr2": Task("nlvr2", nlvr2.make, Sizes(160, 10, 75), "train.jsonl", "test1.jsonl", steps=120),
     "ucf101": Task(
@@ -50,9 +50,9 @@ TASKS: dict[str, Task] = {
         Sizes(300, 30, 120),
         "ucf101_train.jsonl",
         "ucf101_test.jsonl",
-        steps=80,
+        steps=50,
         original=ucf101.ARCHIVE,
-        # Every picture is 313 tokens of the tiny model, whatever its size: 4 frames a clip keep a run short.
-        convert_options=("--frames", "4"),
+        # Every picture is 313 tokens of the tiny model, whatever its size: 3 frames a clip keep a run short.
+        convert_options=("--frames", "3"),
     ),
 }
