@@ -25,8 +25,10 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
+    turn = {"user": "what is 1 + 1?", "assistant": "2"}
+    lines = [json.dumps({"id": str(number), "conversations": [turn]}) for number in range(16)]  # one a GPU
     for name in ("train.jsonl", "val.jsonl"):
-        (folder / name).write_text('{"id": "1", "conversations": [{"user": "what is 1 + 1?", "assistant": "2"}]}\n')
+        (folder / name).write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -154,7 +156,7 @@ def test_the_command_without_azure(
     assert load_job_file(Path(answer["job"])).display_name == "docvqa_lora"
     assert main([part for part in command if part != "--dry-run"]) == 2
     assert "is needed to send a job" in capsys.readouterr().err
-    assert main([*command, "--training.batch_size", "20"]) == 2
+    assert main([*command, "--data.packing", "none", "--training.batch_size", "20"]) == 2
     assert "cannot be split over 16 devices" in capsys.readouterr().err
 
 
