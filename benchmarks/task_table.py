@@ -259,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     def run(key: Key) -> None:
         name, method, packing = key
         print(f"{name}, {method}, packing {packing}", file=sys.stderr, flush=True)
-        known = [row["before"] for other, row in rows.items() if same_base(other, key)]
+        with one_at_a_time:
+            known = [row["before"] for other, row in rows.items() if same_base(other, key)]
         row = measure(name, method, wanted[key], model, data[name], work, known[0] if known else None)
         with one_at_a_time:
             rows[key] = row
