@@ -222,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=ROOT / "build" / "tiny_base" / "base",
-        help="the model to tune (default: what tiny_base.py makes, %(default)s)",
+        default=ROOT / "src" / "phi3v" / "model" / "tiny_base",
+        help="the model to tune (default: the base that is shipped, %(default)s)",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tasks", help="where data and runs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tasks.json")
@@ -233,9 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     work = arguments.work.resolve()
     model = arguments.model.resolve()
     if not model.exists():
-        raise SystemExit(
-            f"there is no model in {model}: make it with benchmarks/tiny_base.py, or name one with --model"
-        )
+        raise SystemExit(f"there is no model in {model}: name the folder of one with --model")
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
     rows: dict[Key, dict[str, Any]] = {}

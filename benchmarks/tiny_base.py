@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench_result import write_result
 from phi3v.data.jsonl import replacing, write_jsonl
@@ -36,7 +35,6 @@ ROOT = Path(__file__).parents[1]
 SEED = 35
 BATCH_SIZE = 8
 # Fixed: the order of sums, and so the last bits of the weights, depend on them.
-THREADS = 2  # of the tower and the pointers
 PROCESSES = 2  # of a stage, of one thread each
 LEVELS = ("easy", "medium", "hard")
 TEST_SCENES = 25  # of each kind and level
@@ -186,7 +184,7 @@ def test_records(kinds: list[str], images: Path) -> Iterator[dict[str, Any]]:
 
 
 def publish(model: Path, scores: dict[str, dict[str, Any]], out: Path) -> None:
-    """Put the model where `task_table.py` looks for it, with its card."""
+    """Put the model into the work folder's ``base``, with its card."""
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(model.iterdir()):
         if file.name != "manifest.json":
@@ -218,7 +216,6 @@ def main() -> None:
     seconds = 0.0
     for name, teach, settings in (("tower", teach_tower, TOWER), ("pointers", teach_pointers, POINTERS)):
         if not (work / name / "config.json").exists():
-            torch.set_num_threads(THREADS)
             began = time.perf_counter()
             teach(model, work / f"{name}.new", seed=SEED, **settings)
             (work / f"{name}.new" / "seconds").write_text(str(time.perf_counter() - began))

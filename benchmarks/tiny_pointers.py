@@ -48,7 +48,7 @@ from scenes import (
     write_lines,
     yes_no,
 )
-from tiny_tower import cells_in
+from tiny_tower import cells_in, reproducible
 
 SAVE_STEPS = 200
 COPYING = 0.15  # of what a head reads comes out
@@ -358,6 +358,7 @@ def attention_of(
     return scores.masked_fill(later[:, None], float("-inf")).softmax(-1)
 
 
+@reproducible()
 def teach_pointers(start: Path, out: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Teach the decoder of the model at ``start`` and save the whole model to ``out``.
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import string
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,20 @@ def smooth_filters(number: int) -> torch.Tensor:
     return filters * (scale / filters.flatten(1).norm(dim=1))[:, None, None, None]
 
 
+@contextmanager
+def reproducible(threads: int = 2) -> Iterator[None]:
+    """So many threads, and the same numbers every time: some gradients are sums in any order otherwise."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+@reproducible()
 def teach_tower(start: Path, out: Path, *, pages: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Teach the tower and the projector of the model at ``start`` and save the whole model to ``out``."""
     torch.manual_seed(seed)

@@ -41,7 +41,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "docvqa": Task("docvqa", docvqa.make, Sizes(600, 0, 90), "train.jsonl", "val.jsonl", steps=400),
     "hateful_memes": Task(
-        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=150
+        "hateful-memes", hateful_memes.make, Sizes(1000, 80, 300), "train.jsonl", "test_seen.jsonl", steps=220
     ),
     "nlvr2": Task("nlvr2", nlvr2.make, Sizes(160, 10, 75), "train.jsonl", "test1.jsonl", steps=120),
     "ucf101": Task(

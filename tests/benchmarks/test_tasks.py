@@ -146,17 +146,25 @@ class TestNLVR2:
             assert (folder / f"{split}-{group}-{pair}-img1.png").is_file()
             assert sentence == "0"
 
-    def test_a_statement_is_true_of_half_of_the_pairs_of_its_set(self, originals: Made) -> None:
+    def test_a_sentence_is_one_set_s_and_true_of_half_of_its_pairs(self, originals: Made) -> None:
+        sentences = []
         for split, file in nlvr2.NAMES.items():
             sets: dict[str, list[dict[str, Any]]] = {}
             for example in json_lines(originals["nlvr2"] / "data" / f"{file}.json"):
                 sets.setdefault(example["identifier"].split("-")[1], []).append(example)
             for examples in sets.values():
-                assert len({example["sentence"] for example in examples}) == 1
+                sentences.append(examples[0]["sentence"])
+                assert {example["sentence"] for example in examples} == {sentences[-1]}
                 counts = Counter(example["label"] for example in examples)
                 assert set(counts.values()) == {nlvr2.PAIRS_A_SET[split] // 2}
-        train = json_lines(originals["nlvr2"] / "data" / "train.json")
-        assert {example["sentence"] for example in train} == set(nlvr2.STATEMENTS)  # four sets, four statements
+        assert len(set(sentences)) == len(sentences) == 4 + 2 + 3
+
+    def test_wordings_suffice_and_too_many_sets_are_refused(self, tmp_path: Path) -> None:
+        words = [sentence for claim in nlvr2.CLAIMS for sentence in nlvr2.wordings(claim)]
+        assert "At least one photo shows a pointed figure." in words
+        assert len(set(words)) == len(words) == 4 * 80
+        with pytest.raises(ValueError, match="more sets than there are wordings"):
+            nlvr2.make(tmp_path, Sizes(321, 0, 0), 0)
 
     def test_statements_hold_of_what_is_drawn(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shapes, draw = [], nlvr2.draw_shape
