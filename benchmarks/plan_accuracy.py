@@ -30,16 +30,18 @@ from phi3v.data.collate import Collator, Sample
 from phi3v.data.packing import pack_row
 from phi3v.data.pages import Page
 from phi3v.model.presets import init_model
+from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import METHODS, TrainSetup
-from phi3v.plan.memory import MicroBatch, predict_memory
+from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import count_parameters, meta_model
+from phi3v.plan.planned_model import planned_config
 from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
-from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.activations import MicroBatch
 from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training

@@ -12,11 +12,13 @@ from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Sample
 from phi3v.data.pages import Page
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import ENGINES, METHODS, MethodName, TrainSetup
-from phi3v.plan.memory import MicroBatch, decoder_layer, predict_memory, tower_layer
+from phi3v.plan.memory import activations_of, predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
+from phi3v.plan.planned_model import planned_config
 from phi3v.plan.published import ROWS, compare_published
-from phi3v.plan.shape import ModelShape, planned_config
+from phi3v.train.activations import MicroBatch
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
 
@@ -74,11 +76,12 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
             model(**inputs, logits_to_keep=None, use_cache=False)
     batch = MicroBatch(1, len(sample.input_ids), picture, 1, text)
     setup = TrainSetup(method=choice, precision=precision, checkpointing="none")  # type: ignore[arg-type]
-    layers = shape.layers * decoder_layer(shape, setup, counts, batch)
-    if counts.tower_trained:
-        layers += shape.tower_layers * tower_layer(shape, setup, counts, batch)
+    activations, tower_trained = activations_of(shape, counts, setup), counts.gradients.tower_trained
+    layers = shape.layers * activations.decoder_layer(batch)
+    if tower_trained:
+        layers += shape.tower_layers * activations.tower_layer(batch)
     around = 4 * batch.tokens * shape.hidden * 2
-    if counts.tower_trained:
+    if tower_trained:
         around += picture * setup.compute_bytes * (4 * shape.tower_width + 2 * shape.hidden)
         if method == "full":
             around += 4 * 3 * 336**2 + 577 * 4 * shape.tower_width

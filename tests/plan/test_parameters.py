@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import METHODS, MethodName
 from phi3v.plan.parameters import count_parameters, meta_model
-from phi3v.plan.shape import ModelShape, planned_config
+from phi3v.plan.planned_model import planned_config
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import inspect_model, load_for_training
 

@@ -17,7 +17,6 @@ from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
-from phi3v.plan.memory import MicroBatch, mask_elements
 from phi3v.plan.planner import Planner, planned_recipe
 from phi3v.plan.rows import pack_workload, record_lengths
 from phi3v.plan.workload import LONG_CONTEXT, read_workload
@@ -101,15 +100,6 @@ def test_sharing_saves_tokens_and_crops(data: Path, tiny_model_dir: Path) -> Non
     machine = find_machine("a100-80gb", None)
     speeds = [planner.speed(replace(setup, packing=p), machine).samples_per_second for p in ("samples", "shared-image")]
     assert speeds[1] > 2 * speeds[0]
-
-
-def test_shared_prefixes_need_a_mask_where_no_kernel_takes_layouts() -> None:
-    batch = MicroBatch(1, 3000, 2000, 17, 40, branch_pairs=500 * 2800)
-    setup = TrainSetup(packing="shared-image")
-    assert mask_elements(setup, batch) == 500 * 2800
-    assert mask_elements(replace(setup, attention="flash_attention_2"), batch) == 0
-    assert mask_elements(replace(setup, attention="eager"), batch) == 3000**2
-    assert mask_elements(replace(setup, packing="none"), batch) == 0
 
 
 def test_the_recommendation_packs_and_says_so(data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

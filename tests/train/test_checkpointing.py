@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phi3v.config import LoraConfig, MethodConfig
 from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
-from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.presets import preset_config
+from phi3v.model.shape import ModelShape
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpointing import activation_bytes, apply_checkpointing, choose_checkpointing
+from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy
+from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing
 
-POLICIES = ("none", "vision", "selective", "full")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @pytest.fixture
@@ -78,26 +79,53 @@ def test_every_policy_gives_the_same_loss_and_gradients(
     assert forward_products["full"] > forward_products["selective"]
 
 
+PAGE = MicroBatch(rows=1, tokens=2509, image_tokens=2480, crops=17, answer_tokens=20)
+
+
+def activations(**settings: Any) -> Activations:
+    return Activations(
+        ModelShape.of(preset_config("phi-3.5-vision")),
+        **{
+            "gradients": Gradients(tower_trained=True, norms_trained=True, adapters=(0, 0)),
+            "compute_bytes": 2,
+            "residual_bytes": 4,
+            "attention": "flash_attention_2",
+            "packing": "none",
+            "adapter_rank": None,
+        }
+        | settings,
+    )
+
+
 def test_recomputing_more_needs_less() -> None:
-    config = preset_config("phi-3.5-vision")
-    needs = [activation_bytes(config, policy, tokens=2509, crops=17, bytes_per_value=2) for policy in POLICIES]  # type: ignore[arg-type]
+    needs = [activations().peak(policy, PAGE) for policy in POLICIES]
     assert needs == sorted(needs, reverse=True)
     assert needs[0] > 2 * needs[2] > 4 * needs[3]
+    frozen = activations(gradients=Gradients(tower_trained=False, norms_trained=True, adapters=(0, 0)))
+    assert frozen.peak("none", PAGE) < needs[0] < activations(attention="eager").peak("none", PAGE)
+
+
+def test_shared_prefixes_need_a_mask_where_no_kernel_takes_layouts() -> None:
+    batch = MicroBatch(1, 3000, 2000, 17, 40, branch_pairs=500 * 2800)
+    for attention, packing, expected in (
+        ("sdpa", "shared-image", 500 * 2800),
+        ("flash_attention_2", "shared-image", 0),
+        ("eager", "shared-image", 3000**2),
+        ("sdpa", "none", 0),
+    ):
+        assert activations(attention=attention, packing=packing).mask_elements(batch) == expected
 
 
 @pytest.mark.parametrize(("free", "expected"), [(200e9, "none"), (2e9, "full"), (-5e9, "full"), (0, "full")])
 def test_the_policy_that_fits_is_chosen(free: float, expected: str) -> None:
-    config: Phi3VConfig = preset_config("phi-3.5-vision")
-    policy, reason = choose_checkpointing("auto", config, tokens=2509, crops=17, bytes_per_value=2, free=int(free))
+    policy, reason = choose_checkpointing("auto", activations(), PAGE, int(free))
     assert policy == expected
     assert "2,509 tokens and 17 crops at a time need about" in reason
     assert f"{max(free, 0) / 1e9:.2f} GB are free" in reason
 
 
 def test_between_the_ends_as_little_as_possible_is_recomputed() -> None:
-    config = preset_config("phi-3.5-vision")
-    size = {"tokens": 2509, "crops": 17, "bytes_per_value": 2}
     for policy in ("vision", "selective"):
-        free = int(activation_bytes(config, policy, **size) / 0.79)  # type: ignore[arg-type]
-        assert choose_checkpointing("auto", config, free=free, **size)[0] == policy
-    assert choose_checkpointing("vision", config, free=0, **size) == ("vision", "as configured")
+        free = int(activations().peak(policy, PAGE) / 0.79)
+        assert choose_checkpointing("auto", activations(), PAGE, free)[0] == policy
+    assert choose_checkpointing("vision", activations(), PAGE, 0) == ("vision", "as configured")

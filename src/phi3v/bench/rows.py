@@ -19,9 +19,9 @@ from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_pad
 from phi3v.bench.settings import BASELINES, Row, Settings, Way
 from phi3v.config import Attention, Packing, RunConfig
 from phi3v.errors import UserError
+from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import TrainSetup
-from phi3v.plan.shape import ModelShape
 from phi3v.plan.throughput import training_flops
 from phi3v.train.device import choose_compute
 from phi3v.train.loading import choose_attention

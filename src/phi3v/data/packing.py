@@ -155,6 +155,15 @@ class PackingPlan:
         head: int = self._head[group[0]]
         return head + sum(self._tokens[index] - head for index in group)
 
+    def branch_pairs(self, row: Row) -> int:
+        """Queries of branches times the keys of their group, in all groups of a row that share a prefix."""
+        pairs = 0
+        for group in row:
+            if len(group) > 1 and (head := self._head[group[0]]):
+                tokens = self.tokens(group)
+                pairs += (tokens - head) * tokens
+        return pairs
+
     def epoch_tokens(self) -> int:
         """Tokens of the first epoch, but for groups that the end of a step cuts; others differ a little."""
         return int(self._costs(self._chunks(0)).sum())

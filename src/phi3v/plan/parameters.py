@@ -17,6 +17,7 @@ from phi3v.config import LoraConfig, MethodConfig
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.plan.inputs import Optimizer
+from phi3v.train.activations import Gradients
 from phi3v.train.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,9 +38,7 @@ class Parameters:
         cast_elements: elements of trainable matrices that half-precision products cast.
         decoder_layer_cast: those of one decoder layer.
         largest_matrix: elements of the largest trainable matrix.
-        tower_trained, decoder_trained: something in that part, or before it, needs a gradient.
-        norms_trained: the decoder's norms learn.
-        adapters: number of adapters a decoder layer and a tower layer has.
+        gradients: how far back they go.
     """
 
     parts: tuple[TrainablePart, ...]
@@ -48,9 +47,7 @@ class Parameters:
     cast_elements: int
     decoder_layer_cast: int
     largest_matrix: int
-    tower_trained: bool
-    norms_trained: bool
-    adapters: tuple[int, int]
+    gradients: Gradients
 
     @property
     def trainable(self) -> int:
@@ -119,20 +116,14 @@ def count_model(wrapped: nn.Module, method: MethodConfig) -> Parameters:
     )
     trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     matrices = {n: p.numel() for n, p in trained.items() if p.ndim > 1 and "embed_tokens.weight" not in n}
-    layer = "model.layers.0."
     return Parameters(
         parts=tuple(summarize(wrapped)),
         trainable_sizes=Counter(parameter.numel() for parameter in trained.values()),
         frozen_bytes=frozen,
         cast_elements=sum(matrices.values()),
-        decoder_layer_cast=sum(size for name, size in matrices.items() if layer in name),
+        decoder_layer_cast=sum(size for name, size in matrices.items() if "model.layers.0." in name),
         largest_matrix=max(matrices.values(), default=0),
-        tower_trained=any("img_processor" in name for name in trained),
-        norms_trained=any(f"{layer}input_layernorm" in name for name in trained),
-        adapters=(
-            sum(1 for name in trained if layer in name and ".lora_A." in name),
-            sum(1 for name in trained if "encoder.layers.0." in name and ".lora_A." in name),
-        ),
+        gradients=Gradients.of(wrapped),
     )
 
 

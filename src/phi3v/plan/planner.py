@@ -13,6 +13,7 @@ from torch import nn
 
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
+from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import GIB, Machine
 from phi3v.plan.inputs import (
     ENGINES,
@@ -27,9 +28,9 @@ from phi3v.plan.inputs import (
 )
 from phi3v.plan.memory import Memory, predict_memory
 from phi3v.plan.parameters import Parameters, count_model, meta_model
+from phi3v.plan.planned_model import planned_config
 from phi3v.plan.published import PublishedRow, assumed_utilisation, published_row
 from phi3v.plan.rows import PackedRows, pack_workload
-from phi3v.plan.shape import ModelShape, planned_config
 from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_speed, training_flops
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
 from phi3v.processing.processor import Phi3VProcessor
@@ -253,7 +254,7 @@ class Planner:
     def speed(self, setup: TrainSetup, machine: Machine) -> Speed:
         """The predicted speed of all ranks."""
         work = self._mean_sample(setup.num_crops) if setup.packing == "none" else self.rows(setup).work
-        flops = training_flops(self.shape, setup, work, tower_trained=self.counts(setup).tower_trained)
+        flops = training_flops(self.shape, setup, work, tower_trained=self.counts(setup).gradients.tower_trained)
         if machine.gpu.is_cpu:
             basis = f"{CPU_UTILISATION:.0%} of the nominal rate, as measured with the tiny model"
             return predict_speed(flops, machine, CPU_UTILISATION, basis)

@@ -10,9 +10,9 @@ import numpy as np
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackingPlan, RecordLengths, Row
 from phi3v.plan.inputs import TrainSetup
-from phi3v.plan.memory import MicroBatch
 from phi3v.plan.throughput import SampleWork
 from phi3v.plan.workload import LONG_CONTEXT, CropChoice, Workload
+from phi3v.train.activations import MicroBatch
 
 STEPS = 200  # of the first epoch that are looked at
 
@@ -60,8 +60,8 @@ def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> P
     ranks = [rank for step in islice(plan.steps(0), STEPS) for rank in step]
     rows = [row for rank in ranks for row in rank]
     measured = _Measures(lengths, workload, choice)
-    # (rows, 6): tokens, image tokens, crops, answer tokens, pairs under a mask, pairs that attention needs
-    figures = np.array([measured.of(row) for row in rows], dtype=np.int64)
+    # (rows, 6): tokens, image tokens, crops, answer tokens, pairs that attention needs, pairs under a mask
+    figures = np.array([(*measured.of(row), plan.branch_pairs(row)) for row in rows], dtype=np.int64)
     records = sum(len(group) for row in rows for group in row)
     most, total = figures.max(axis=0), figures.sum(axis=0) / records
     return PackedRows(
@@ -71,11 +71,11 @@ def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> P
             image_tokens=max(int(most[1]), int(choice.image_tokens.max())),
             crops=max(int(most[2]), int(choice.crops.max())),
             answer_tokens=int(most[3]),
-            branch_pairs=int(most[4]),
+            branch_pairs=int(most[5]),
         ),
         work=SampleWork(
             tokens=float(total[0]),
-            tokens_squared=float(total[5]),
+            tokens_squared=float(total[4]),
             image_tokens=float(total[1]),
             crops=float(total[2]),
             answer_tokens=float(total[3]),
@@ -110,9 +110,9 @@ class _Measures:
         self.answers = workload.answer_tokens.tolist()
         self.records = len(workload)
 
-    def of(self, row: Row) -> tuple[int, int, int, int, int, int]:
+    def of(self, row: Row) -> tuple[int, int, int, int, int]:
         crops: dict[int, int] = {}
-        tokens = images = answers = masked = needed = 0
+        tokens = images = answers = needed = 0
         for group in row:
             first = group[0] % self.records
             prefix = self.head[group[0]] if len(group) > 1 else 0
@@ -121,6 +121,5 @@ class _Measures:
             images += self.image_tokens[first]
             crops[self.page[group[0]]] = self.crops[first]  # a page of several groups is computed once
             answers += sum(self.answers[index % self.records] for index in group)
-            masked += sum(branches) * (prefix + sum(branches)) if prefix else 0
             needed += prefix**2 + sum(2 * branch * prefix + branch**2 for branch in branches)
-        return tokens, images, sum(crops.values()), answers, masked, needed
+        return tokens, images, sum(crops.values()), answers, needed

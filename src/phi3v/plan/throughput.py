@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import Machine
 from phi3v.plan.inputs import TrainSetup
-from phi3v.plan.shape import ModelShape
 
 # The CPU's share of its nominal rate: 14.74 samples/s of the tiny model, full training without recomputing, on 2 cores
 # (benchmarks/results/quickstart.json) are 0.5 of what `training_flops` counts.

@@ -1,14 +1,12 @@
 """Which activations are kept for the backward pass and which are computed again.
 
 Always torch's non-reentrant checkpointing: the reentrant kind gives no gradients behind frozen embeddings.
-
-Shapes: ``T`` tokens, ``H`` width of the decoder, ``I`` of its MLP, ``V`` width of the tower.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any, get_args
 
 import psutil
 import torch
@@ -18,10 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from phi3v.config import Checkpointing
-from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.vision import PATCHES
-
-Policy = Literal["none", "vision", "selective", "full"]
+from phi3v.train.activations import Activations, MicroBatch, Policy
 
 # What `selective` keeps in the decoder: products of matrices and attention. All else is cheap to compute again.
 KEPT = {
@@ -43,7 +38,6 @@ KEPT = {
 }
 # Fragmentation, the loss, and what kernels need for themselves.
 USABLE_SHARE = 0.8
-PATCHES_PER_CROP = PATCHES**2 + 1
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -75,35 +69,6 @@ def apply_checkpointing(model: nn.Module, policy: Policy) -> None:
         layer._gradient_checkpointing_func = _RECOMPUTE_ALL if recompute_all else _RECOMPUTE_CHEAP
 
 
-def activation_bytes(config: Phi3VConfig, policy: Policy, *, tokens: int, crops: int, bytes_per_value: int) -> int:
-    """About how much the activations of one forward pass take, counted from what each layer saves.
-
-    A decoder layer keeps its input; the input and output of two norms, which compute in float32; q, k and v before and
-    after rotation; attention's output; gate and up, their activation and product: 12 H + 4 I values and 2 H of float32.
-    ``selective`` keeps its input and the products' results: 7 H + 2 I. A layer of the tower keeps 14 V and twice its
-    MLP's width. Where a layer is recomputed, its whole activations exist once.
-
-    Args:
-        tokens: of the decoder, at a time.
-        crops: through the tower, at a time.
-        bytes_per_value: of the computation's dtype.
-    """
-    vision = config.vision_config()
-    size, hidden, inner = bytes_per_value, config.hidden_size, config.intermediate_size
-    layer = tokens * (size * (12 * hidden + 4 * inner) + 8 * hidden)
-    of_layer = {
-        "none": layer,
-        "vision": layer,
-        "selective": tokens * size * (7 * hidden + 2 * inner),
-        "full": tokens * size * hidden,
-    }[policy]
-    patches = crops * PATCHES_PER_CROP
-    vision_layer = patches * size * (14 * vision.hidden_size + 2 * vision.intermediate_size)
-    of_vision_layer = vision_layer if policy == "none" else patches * size * vision.hidden_size
-    once = (layer if policy in ("selective", "full") else 0) + (vision_layer if policy != "none" else 0)
-    return config.num_hidden_layers * of_layer + (vision.num_hidden_layers - 1) * of_vision_layer + once
-
-
 def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: int) -> int:
     """What is left for activations: free memory less gradients and optimizer state.
 
@@ -117,24 +82,21 @@ def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: 
 
 
 def choose_checkpointing(
-    wanted: Checkpointing, config: Phi3VConfig, *, tokens: int, crops: int, bytes_per_value: int, free: int
+    wanted: Checkpointing, activations: Activations, batch: MicroBatch, free: int
 ) -> tuple[Policy, str]:
     """The policy and the reason for it: of those that fit, the one that recomputes least.
 
     Args:
-        tokens, crops, bytes_per_value: as of `activation_bytes`.
+        batch: the largest of the run.
         free: bytes for activations, see `free_bytes`.
     """
     if wanted != "auto":
         return wanted, "as configured"
-    policies: tuple[Policy, ...] = ("none", "vision", "selective", "full")
-    needs = {
-        policy: activation_bytes(config, policy, tokens=tokens, crops=crops, bytes_per_value=bytes_per_value)
-        for policy in policies
-    }
+    policies: tuple[Policy, ...] = get_args(Policy)
+    needs = {policy: activations.peak(policy, batch) for policy in policies}
     fitting: list[Policy] = [policy for policy in policies if needs[policy] <= USABLE_SHARE * free]
     chosen = fitting[0] if fitting else "full"
-    reason = f"{tokens:,} tokens and {crops} crops at a time need about {needs[chosen] / 1e9:.2f} GB"
+    reason = f"{batch.tokens:,} tokens and {batch.crops} crops at a time need about {needs[chosen] / 1e9:.2f} GB"
     if chosen != "none":
         reason += f", {needs['none'] / 1e9:.2f} GB if all were kept"
     return chosen, f"{reason}; {max(free, 0) / 1e9:.2f} GB are free"

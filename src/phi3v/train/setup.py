@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_reco
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import check_references
+from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpointing import Policy, apply_checkpointing, choose_checkpointing, free_bytes
+from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy, residual_bytes
+from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.device import Compute, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice, choose_engine
@@ -37,6 +40,8 @@ from phi3v.train.tracking import check_trackers, prepare_trackers
 
 # Where memory is estimated before a text is tokenised.
 ASSUMED_TEXT_TOKENS = 512
+# Attention that makes a matrix of pairs, as it is called without packing; flash attention, flex and varlen make none.
+WITH_MASKS = {"eager": "eager", "sdpa": "sdpa", "packed_mask": "eager", "packed_segments": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     plan = make_plan(config, compute, model, train_table, processor)
-    checkpointing, reason = _choose_checkpointing(config, model, processor, train_table, plan, compute, choice)
+    checkpointing, reason = _choose_checkpointing(config, model, facts, processor, train_table, plan, compute, choice)
     apply_checkpointing(model, checkpointing)
     if config.training.fp8:
         apply_float8(model)
@@ -142,6 +147,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
 def _choose_checkpointing(
     config: RunConfig,
     model: Any,
+    facts: ModelFacts,
     processor: Phi3VProcessor,
     table: RecordTable,
     plan: PackingPlan | None,
@@ -151,31 +157,54 @@ def _choose_checkpointing(
     """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
     if config.training.lean:
         return "full", "lean mode"
-    num_crops = processor.image_processor.num_crops
-    crops_of_page = num_distinct_crops(1, num_crops)
-    most_images = int(table.image_counts().max())
-    if plan is None:
-        samples = config.training.micro_batch_size
-        images = most_images * samples
-        # A page of one column has the most row ends.
-        tokens = images * num_img_tokens(num_crops, 1) + samples * ASSUMED_TEXT_TOKENS
-        crops = images * crops_of_page
-    else:
-        tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
-        # A page of one row has the most crops for its tokens.
-        crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
     return choose_checkpointing(
         config.training.activation_checkpointing,
-        model.config,
-        tokens=tokens,
-        crops=crops,
-        bytes_per_value=compute.dtype.itemsize,
-        free=free_bytes(
+        _activations(config, model, facts, compute),
+        _largest_batch(config, processor.image_processor.num_crops, table, plan),
+        free_bytes(
             model,
             compute.device,
             compute.world_size,
             engine.state_bytes(state_bytes(config.training), compute.world_size),
         ),
+    )
+
+
+def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Compute) -> Activations:
+    is_adapter = config.method.name in ("lora", "qlora")
+    return Activations(
+        ModelShape.of(model.config),
+        Gradients.of(model),
+        compute_bytes=compute.dtype.itemsize,
+        residual_bytes=residual_bytes(compute.precision, config.method),
+        attention=WITH_MASKS.get(facts.attention, "flash_attention_2"),
+        packing=config.data.packing,
+        adapter_rank=config.method.lora.rank if is_adapter else None,
+    )
+
+
+def _largest_batch(config: RunConfig, num_crops: int, table: RecordTable, plan: PackingPlan | None) -> MicroBatch:
+    """A micro-batch of the largest records that the data may hold, or a full row."""
+    crops_of_page = num_distinct_crops(1, num_crops)
+    most_images = int(table.image_counts().max())
+    if plan is None:
+        samples = config.training.micro_batch_size
+        images, text = most_images * samples, samples * ASSUMED_TEXT_TOKENS
+        # A page of one column has the most row ends.
+        image_tokens = images * num_img_tokens(num_crops, 1)
+        return MicroBatch(
+            samples, image_tokens + text, image_tokens, images * crops_of_page, text, is_padded=samples > 1
+        )
+    tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
+    # A page of one row has the most crops for its tokens.
+    crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
+    return MicroBatch(
+        rows=1,
+        tokens=tokens,
+        image_tokens=tokens if most_images else 0,
+        crops=crops,
+        answer_tokens=tokens,
+        branch_pairs=max(plan.branch_pairs(row) for step in islice(plan.steps(0), 50) for rank in step for row in rank),
     )
 
 
