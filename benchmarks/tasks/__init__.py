@@ -50,7 +50,7 @@ TASKS: dict[str, Task] = {
         Sizes(300, 30, 120),
         "ucf101_train.jsonl",
         "ucf101_test.jsonl",
-        steps=120,
+        steps=80,
         original=ucf101.ARCHIVE,
         # Every picture is 313 tokens of the tiny model, whatever its size: 4 frames a clip keep a run short.
         convert_options=("--frames", "4"),
