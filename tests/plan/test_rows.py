@@ -90,16 +90,18 @@ def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: s
 
 
 def test_sharing_saves_tokens_and_crops(data: Path, tiny_model_dir: Path) -> None:
-    planner = Planner(config_of(data, tiny_model_dir), progress=False)
+    config = config_of(data, tiny_model_dir)
+    config.training.batch_size = 25  # all records, so that those of a page meet whatever the order
+    planner = Planner(config, progress=False)
     setup = TrainSetup(num_crops=4, pack_tokens=2048)
     alone, shared = (planner.rows(replace(setup, packing=packing)).work for packing in ("samples", "shared-image"))
     assert shared.tokens < 0.5 * alone.tokens
-    assert shared.crops < 0.7 * alone.crops  # of 25 records, eight a step, few of a page meet
+    assert shared.crops < 0.5 * alone.crops
     assert shared.answer_tokens == alone.answer_tokens
     assert shared.tokens_squared < alone.tokens_squared
     machine = find_machine("a100-80gb", None)
     speeds = [planner.speed(replace(setup, packing=p), machine).samples_per_second for p in ("samples", "shared-image")]
-    assert speeds[1] > 1.5 * speeds[0]
+    assert speeds[1] > 2 * speeds[0]
 
 
 def test_the_recommendation_packs_and_says_so(data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
