@@ -192,6 +192,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
     evaluate.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and predictions.jsonl there")
+    evaluate.add_argument(
+        "--submission",
+        type=Path,
+        metavar="FILE",
+        help="write what the official evaluator of docvqa (JSON), nlvr2 or hateful-memes (CSV) takes",
+    )
     own = "default: as the run was measured"
     evaluate.add_argument(
         "--metrics",

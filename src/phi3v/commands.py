@@ -214,8 +214,10 @@ def eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         num_crops=arguments.num_crops,
         precision=arguments.precision,
         out=arguments.out,
+        submission=arguments.submission,
     )
-    return {"model": arguments.model, "data": str(arguments.data)} | result.summary()
+    written = {"submission": str(arguments.submission)} if arguments.submission else {}
+    return {"model": arguments.model, "data": str(arguments.data)} | result.summary() | written
 
 
 def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -356,7 +356,7 @@ class EvaluationConfig:
     """Scores, the task's own first (it chooses the best weights): accuracy, anls, exact_match, relaxed_accuracy,
     token_f1, per_class_accuracy, auroc, consistency."""
     answer_words: list[str] = field(default_factory=list)
-    """Answers whose probabilities auroc compares, the positive one first, e.g. [yes, no]."""
+    """Answers whose probabilities are computed and auroc compares, the positive one first, e.g. [yes, no]."""
     max_questions: int | None = None
     """Measure on so many questions, drawn once by the seed from the whole file; default: all."""
     batch_size: int = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,14 @@ from PIL import Image
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_ids(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same, with the ids taken out of every JSONL file: forms of a dataset differ in them."""
+    return {
+        name: re.sub(rb'^{"id": "[^"]*", ', b"{", data, flags=re.MULTILINE) if name.endswith(".jsonl") else data
+        for name, data in files.items()
+    }
 
 
 def records(file: Path) -> list[dict[str, Any]]:

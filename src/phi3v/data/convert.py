@@ -28,6 +28,7 @@ then be any function.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
+from phi3v.data.faults import quote
 from phi3v.data.image_folder import ImageFolder, OutputError
 from phi3v.data.jsonl import TEMPORARY_SUFFIX, write_jsonl
 from phi3v.data.progress import LateProgress
@@ -103,6 +105,12 @@ class BadUnit:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}" + (f" ({self.hint})" if self.hint else "")
+
+    @classmethod
+    def of(cls, place: str, error: UserError) -> BadUnit:
+        """The part at ``place`` that an error is about; where in it, comes first."""
+        where = f"{error.where}: " if error.where and error.where != place else ""
+        return cls(place, where + error.what, error.hint)
 
     def to_json_dict(self) -> dict[str, str | None]:
         """Plain values for ``--json``."""
@@ -332,9 +340,11 @@ class Conversion:
     def _convert(self, units: Iterable[Unit | BadUnit], state: _Split, bar: LateProgress) -> Iterator[JsonRecord]:
         """The records of all units in order; raises at the end if they must not be written."""
         stop = self.options.on_bad == "stop"
-        for unit, outcome in _in_order(units, self.options.workers or available_cores()):
+        ids: set[int] = set()
+        for unit, parts in _in_order(units, self.options.workers or available_cores()):
             self._units += 1
             bar.advance(unit.amount)
+            outcome = [_repeated(part, unit.place, ids) or part for part in parts]
             state.bad += [part for part in outcome if isinstance(part, BadUnit)]
             if stop and len(self._bad) + len(state.bad) >= _HOPELESS:
                 self._stopped_early = True
@@ -383,8 +393,7 @@ def _do(unit: Unit) -> _Outcome:
     except OutputError:
         raise
     except UserError as error:
-        what = f"{error.where}: {error.what}" if error.where and error.where != unit.place else error.what
-        return [BadUnit(unit.place, what, error.hint)]
+        return [BadUnit.of(unit.place, error)]
     except OSError as error:  # of the source: what cannot be written is an `OutputError`
         return [BadUnit(unit.place, f"cannot be read: {error.strerror or error}", "check its permissions and the disk")]
 
@@ -393,6 +402,17 @@ def _checked(record: JsonRecord, place: str) -> JsonRecord | BadUnit:
     """The record if the reader that training uses takes it. What becomes of special text is a setting there."""
     faults = read_line(json.dumps(record), file=Path(place), line=2, special_text="escape").faults
     return BadUnit(place, f"{faults[0].field} {faults[0].what}", faults[0].hint) if faults else record
+
+
+def _repeated(part: JsonRecord | BadUnit, place: str, ids: set[int]) -> BadUnit | None:
+    """What is wrong with a record whose id an earlier one has, by the hash of it (8 bytes); else its id is kept."""
+    if isinstance(part, BadUnit):
+        return None
+    digest = hashlib.blake2b(part["id"].encode(), digest_size=8).digest()
+    if (key := int.from_bytes(digest, "big")) in ids:
+        return BadUnit(place, f"the id {quote(part['id'])} is that of an earlier record", "give each an id of its own")
+    ids.add(key)
+    return None
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -90,7 +90,7 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
     Raises:
         UserError: a reference is none of the words whose probabilities are compared, or all are on one side.
     """
-    if not _needed_words(config):
+    if not any(METRICS[name].needs_probabilities for name in config.metrics):
         return
     words = [normalize_answer(word) for word in config.answer_words]
     positives = 0
@@ -127,7 +127,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Answer every question and score the answers; all ranks return the same."""
     start = time.perf_counter()
-    words = _needed_words(config)
+    words = config.answer_words
     generated = generate_answers(
         model,
         processor,
@@ -153,8 +153,3 @@ def evaluate(
     )
     scores = [score_answers(name, answers) for name in config.metrics]
     return EvaluationResult(scores, seconds, asked, generated, words)
-
-
-def _needed_words(config: EvaluationConfig) -> list[str]:
-    """The answer words, where a metric compares their probabilities."""
-    return config.answer_words if any(METRICS[name].needs_probabilities for name in config.metrics) else []

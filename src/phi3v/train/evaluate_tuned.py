@@ -16,6 +16,7 @@ from phi3v.data.jsonl import require_file
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
+from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
 from phi3v.train.device import choose_compute, default_workers
 from phi3v.train.measuring import measure, show_scores
 from phi3v.train.progress import progress_bar
@@ -31,6 +32,7 @@ def evaluate_tuned(
     num_crops: int | None = None,
     precision: Precision | None = None,
     out: Path | None = None,
+    submission: Path | None = None,
 ) -> EvaluationResult:
     """Measure on ``data``; under ``torchrun`` all ranks share the questions.
 
@@ -40,6 +42,7 @@ def evaluate_tuned(
         num_crops: crops of a page at most; by default as the model was saved.
         precision: arithmetic; by default the run's own.
         out: folder for ``eval.json`` and ``predictions.jsonl``; nothing is written without one.
+        submission: file for the benchmark's official evaluator, of all questions of ``data``.
 
     Raises:
         UserError: the model, the data or a setting is wrong.
@@ -49,6 +52,11 @@ def evaluate_tuned(
     config = dataclasses.replace(tuned.run.evaluation, **settings)
     if out is not None and (out / "eval.json").exists():
         raise UserError("holds an evaluation already", where=str(out), hint="choose another --out")
+    benchmark = None
+    if submission is not None:
+        require_new_file(submission)
+        benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
+        config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
     compute = choose_compute(precision or tuned.run.training.precision)
     reading = tuned.run.data
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
@@ -80,4 +88,7 @@ def evaluate_tuned(
             out.mkdir(parents=True, exist_ok=True)
             result.write(out)
         show_scores(console, result)
+        if submission is not None and benchmark is not None:
+            write_submission(submission, benchmark, result.questions, result.generated)
+            console.print(f"submission: {submission}", highlight=False, markup=False, soft_wrap=True)
     return result

@@ -54,13 +54,13 @@ def test_the_tree_and_the_records_are_the_recipes(source: Path, tmp_path: Path) 
     images = {f"images/{stem}.{k}.jpg" for stem in stems for k in range(3)}
     assert set(tree(out)) == images | {f"ucf101_{split}.jsonl" for split in ("train", "val", "test")}
     assert [(line["id"], line["conversations"][0]["assistant"]) for line in records(out / "ucf101_train.jsonl")] == [
-        ("train-0000000000", "Archery"),
-        ("train-0000000001", "Biking"),
-        ("train-0000000002", "Biking"),
+        ("Archery/v_Archery_g10_c01", "Archery"),
+        ("Biking/v_Biking_g08_c01", "Biking"),
+        ("Biking/v_Biking_g08_c02", "Biking"),
     ]
     assert records(out / "ucf101_val.jsonl") == [
         {
-            "id": "val-0000000003",
+            "id": "Biking/v_Biking_g21_c04",
             "source": "ucf101",
             "conversations": [
                 {
@@ -71,7 +71,7 @@ def test_the_tree_and_the_records_are_the_recipes(source: Path, tmp_path: Path) 
             ],
         }
     ]
-    assert records(out / "ucf101_test.jsonl")[0]["id"] == "test-0000000004"
+    assert records(out / "ucf101_test.jsonl")[0]["id"] == "Archery/v_Archery_g01_c01"
     assert (result.records, result.images) == ({"train": 3, "val": 1, "test": 1}, 15)
     for file in result.files.values():
         assert check_file(file).ok

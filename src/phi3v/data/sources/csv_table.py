@@ -19,10 +19,11 @@ from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
 from phi3v.data.jsonl import require_file
 from phi3v.data.schema import MAX_LINE_BYTES
-from phi3v.data.sources.drafts import Draft, DraftTurn, Row, convert_rows, medium_of, record_id
+from phi3v.data.sources.drafts import Draft, DraftTurn, Row, convert_rows, medium_of
 from phi3v.data.sources.json_records import not_utf8
 from phi3v.data.sources.messages import table_rows
 from phi3v.data.sources.own_data import OwnDataOptions
+from phi3v.data.sources.questions import id_of
 from phi3v.data.sources.splits import split_files, split_name
 from phi3v.data.sources.tables import open_folder
 from phi3v.errors import UserError
@@ -71,7 +72,7 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     def make_draft(row: Row, _: Counter[str]) -> Draft:
         media = tuple(medium_of(_path(row[name]), "image", name) for name in columns.images if _filled(row[name]))
         question = options.question or ("" if columns.question is None else _text(row[columns.question]))
-        name = None if columns.id is None else record_id(row[columns.id])
+        name = None if columns.id is None else id_of(row, columns.id)
         return Draft(name, (DraftTurn(question, _text(row[columns.answer]), media),))
 
     def split_of(row: Row) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phi3v.data.faults import quote
-from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of, record_id
+from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of
+from phi3v.data.sources.questions import id_of
 from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
@@ -90,7 +91,7 @@ def dialogue_draft(
             raise UserError("must be an object", where=where, hint="write one message as {…}")
         messages.append(read_message(item, where))
     media = [*media_of(row, "image"), *media_of(row, "video")]
-    return Draft(record_id(row.get("id")), tuple(build_turns(messages, media, notes)))
+    return Draft(id_of(row, "id"), tuple(build_turns(messages, media, notes)))
 
 
 def build_turns(messages: Sequence[Message], media: Sequence[Medium], notes: Counter[str]) -> list[DraftTurn]:

@@ -10,8 +10,8 @@ Three forms give the same records for the same content:
 * The original distribution: ``{train,val}_v1.0*.json`` (``data`` is a list of ``question``, ``image``
   (``documents/….png``) and ``answers``) beside ``documents/``. Its test split has no answers and is not converted.
 
-The questions of a page are records one after the other that name the same file. ``assistant`` is the first answer;
-where there are several, all of them are ``answers``.
+The questions of a page are records one after the other that name the same file; their ids are the ``questionId``, where
+the form has it. ``assistant`` is the first answer; where there are several, all of them are ``answers``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.data.faults import quote
 from phi3v.data.sources import cauldron
-from phi3v.data.sources.questions import Group, Picture, Question, group_unit, question_or_bad, text_of
+from phi3v.data.sources.questions import Group, Picture, Question, group_unit, id_of, question_or_bad, text_of
 from phi3v.data.sources.tables import Table
 from phi3v.errors import UserError
 
@@ -96,11 +96,11 @@ def _read_pages(file: Path) -> tuple[dict[str, list[tuple[int, Question]]], list
         try:
             if not isinstance(entry, dict):
                 raise UserError("must be an object", hint="correct it")
-            question = _question(entry.get("question"), entry.get("answers"))
+            question = _question(entry.get("question"), entry)
             page = text_of(entry.get("image"), "image")
         except UserError as error:
             name = f" (questionId {entry['questionId']})" if isinstance(entry, dict) and "questionId" in entry else ""
-            bad.append(BadUnit(f"{file}: data[{k}]{name}", error.what, error.hint))
+            bad.append(BadUnit.of(f"{file}: data[{k}]{name}", error))
             continue
         pages.setdefault(page, []).append((k, question))
     return pages, bad
@@ -146,13 +146,17 @@ def _row_units(conversion: Conversion, split: str, table: Table) -> Iterator[Uni
 
 def _row_question(row: dict[str, Any]) -> Question:
     query = row.get("question", row.get("query"))
-    return _question(query.get("en") if isinstance(query, dict) else query, row["answers"])
+    return _question(query.get("en") if isinstance(query, dict) else query, row)
 
 
-def _question(text: object, answers: object) -> Question:
+def _question(text: object, entry: dict[str, Any]) -> Question:
+    answers = entry.get("answers")
     if not isinstance(answers, list) or not answers:
         raise UserError("has no answers", hint="there is nothing to learn from it")
     references = tuple(dict.fromkeys(text_of(answer, f"answers[{k}]") for k, answer in enumerate(answers)))
     return Question(
-        text_of(text, f"the question {quote(str(text))}" if text else "the question"), references[0], references
+        text_of(text, f"the question {quote(str(text))}" if text else "the question"),
+        references[0],
+        references,
+        id_of(entry, "questionId"),
     )

@@ -192,8 +192,7 @@ class DraftWriter:
                 split_of(row)
             return self.draft_unit(place, make_draft(row, self._notes))
         except UserError as error:
-            at = f"{error.where}: " if error.where and error.where != place else ""
-            return BadUnit(place, at + error.what, error.hint)
+            return BadUnit.of(place, error)
 
     def draft_unit(self, place: str, draft: Draft) -> Unit:
         """The unit of a draft. Called in the order of the records, from one thread."""
@@ -328,16 +327,3 @@ def _require_there(path: str, root: Path, kind: MediumKind) -> None:
 
 def _short_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def record_id(value: object) -> str | None:
-    """The id that a row names, as text; None if it names none.
-
-    Raises:
-        UserError: it is neither text nor a number.
-    """
-    if value is None or isinstance(value, str):
-        return value.strip() or None if value else None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"must be text or a number, not {quote(repr(value), 40)}", where="id", hint='write "id": "…"')

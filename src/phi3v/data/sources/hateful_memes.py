@@ -8,9 +8,9 @@ Two forms give the same records for the same content:
   ``{"id": 42953, "img": "img/42953.png", "label": 0, "text": "…"}`` beside ``img/``. Every file that is there becomes
   a split of its name, but for files without labels, as the challenge's test files once were.
 
-For the original distribution the question is `QUESTION` and the answer ``Yes`` (label 1) or ``No``. That wording is
-ours: the collection's own could not be looked up when this was written, so evaluate a model with data from the
-same form that it was trained on.
+For the original distribution ids are its own, the question is `QUESTION` and the answer ``Yes`` (label 1) or ``No``.
+That wording is ours: the collection's own could not be looked up when this was written, so evaluate a model with data
+from the same form that it was trained on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions, Uni
 from phi3v.data.jsonl import read_lines
 from phi3v.data.sources import cauldron
 from phi3v.data.sources.layouts import json_line
-from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
+from phi3v.data.sources.questions import Group, Picture, Question, group_unit, id_of, text_of
 from phi3v.errors import UserError
 
 SOURCE = "hateful-memes"
@@ -86,6 +86,6 @@ def _unit(conversion: Conversion, split: str, index: int, place: str, raw: bytes
             what = "has no label" if label is None else f"label is neither 0 nor 1: {json.dumps(label):.60}"
             raise UserError(what, hint="there is nothing to learn from it")
         picture = Picture(text_of(row.get("img"), "img"), root)
-        return [picture], [Question(QUESTION, "Yes" if label else "No")]
+        return [picture], [Question(QUESTION, "Yes" if label else "No", id=id_of(row, "id"))]
 
     return group_unit(conversion, SOURCE, split, index, place, read, amount=len(raw))

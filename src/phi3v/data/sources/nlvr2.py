@@ -11,9 +11,9 @@ Two forms give the same records for the same content:
   is tried for every split.
 
 Both pictures are in one turn, the left one first. The statements about a pair are records one after the other that
-name the same two files. For the original distribution the question is `QUESTION` and the answer the label. That
-wording is ours: the collection's own could not be looked up when this was written, so evaluate a model with data
-from the same form that it was trained on.
+name the same two files. For the original distribution ids are the ``identifier``, the question is `QUESTION` and the
+answer the label. That wording is ours: the collection's own could not be looked up when this was written, so evaluate
+a model with data from the same form that it was trained on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SOURCE = "nlvr2"
 QUESTION = "Is the following statement about the two images true or false? {sentence}"
 SPLITS = ("train", "dev", "test1", "test2")
 
-# (line, sentence, label) of every statement about a pair of pictures; the pair is its directory and its identifier
-_Pairs = dict[tuple[str, str], list[tuple[int, str, str]]]
+# (line, question) of every statement about a pair of pictures; the pair is its directory and its identifier
+_Pairs = dict[tuple[str, str], list[tuple[int, Question]]]
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
@@ -85,11 +85,10 @@ def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
     for line, raw in read_lines(file):
         try:
             row = json_line(raw)
-            name = text_of(row.get("identifier"), "identifier").split("-")
+            identifier = text_of(row.get("identifier"), "identifier")
+            name = identifier.split("-")
             if len(name) != 4:
-                raise UserError(
-                    f"identifier is not SPLIT-SET-PAIR-SENTENCE: {row['identifier']!r:.60}", hint="correct it"
-                )
+                raise UserError(f"identifier is not SPLIT-SET-PAIR-SENTENCE: {identifier!r:.60}", hint="correct it")
             sentence = text_of(row.get("sentence"), "sentence")
             label = str(row.get("label"))
             if label not in ("True", "False"):
@@ -97,10 +96,11 @@ def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
                     f"label is neither True nor False: {label!r:.60}", hint="there is nothing to learn from it"
                 )
         except UserError as error:
-            bad.append(BadUnit(f"{file}:{line}", error.what, error.hint))
+            bad.append(BadUnit.of(f"{file}:{line}", error))
             continue
         pair = (str(row.get("directory", "")), "-".join(name[:3]))
-        pairs.setdefault(pair, []).append((line, sentence, label))
+        question = Question(QUESTION.format(sentence=sentence), label, id=identifier)
+        pairs.setdefault(pair, []).append((line, question))
     return pairs, bad
 
 
@@ -124,12 +124,11 @@ def _unit(
     roots: list[Path],
     directory: str,
     name: str,
-    statements: list[tuple[int, str, str]],
+    statements: list[tuple[int, Question]],
 ) -> Unit:
     def read() -> Group:
         paths = [f"{directory}/{name}-img{k}.png" if directory else f"{name}-img{k}.png" for k in range(2)]
         root = next((root for root in roots if (root / paths[0]).is_file()), roots[0])
-        questions = [Question(QUESTION.format(sentence=sentence), label) for _, sentence, label in statements]
-        return [Picture(path, root) for path in paths], questions
+        return [Picture(path, root) for path in paths], [question for _, question in statements]
 
     return group_unit(conversion, SOURCE, split, index, f"{file}:{statements[0][0]}", read)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3v.data.convert import BadUnit, Conversion, JsonRecord, Unit
+from phi3v.data.faults import quote
 from phi3v.errors import UserError
 
 
@@ -26,11 +27,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, its answer, and all reference answers if there are several."""
+    """A question, its answer, all reference answers if there are several, and the dataset's own id if it has one."""
 
     user: str
     assistant: str
     answers: tuple[str, ...] = ()
+    id: str | None = None
 
 
 Group = tuple[Sequence[Picture], Sequence[Question | BadUnit]]
@@ -42,8 +44,9 @@ def group_unit(
     """The unit of pictures that belong together and of the questions about them.
 
     The pictures are written once, as ``SPLIT/INDEX.png`` (or ``.jpg``), several as ``SPLIT/INDEX.0.png`` …; every
-    question is a record that names them, ``SPLIT-INDEX-00``, ``SPLIT-INDEX-01`` … Names tell nothing of where the
-    dataset came from, so that the same content gives the same records from the hub and from its own distribution.
+    question is a record that names them. It keeps the dataset's own id, which official evaluators ask for; without one
+    it is ``SPLIT-INDEX-00``, ``SPLIT-INDEX-01`` … But for ids, the same content gives the same records from the hub and
+    from its own distribution.
 
     Args:
         conversion: that the unit belongs to.
@@ -75,7 +78,7 @@ def group_unit(
         return [
             question
             if isinstance(question, BadUnit)
-            else {"id": f"{name}-{k:02d}", "source": source, "conversations": [_turn(images, question)]}
+            else {"id": question.id or f"{name}-{k:02d}", "source": source, "conversations": [_turn(images, question)]}
             for k, question in enumerate(questions)
         ]
 
@@ -87,7 +90,22 @@ def question_or_bad(place: str, read: Callable[[], Question]) -> Question | BadU
     try:
         return read()
     except UserError as error:
-        return BadUnit(place, error.what, error.hint)
+        return BadUnit.of(place, error)
+
+
+def id_of(row: Mapping[str, Any], key: str) -> str | None:
+    """The id that a row names under ``key``, as text; None if it names none.
+
+    Raises:
+        UserError: it is neither text nor a whole number.
+    """
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    hint = f'write "{key}": "…"'
+    raise UserError(f"must be text or a number, not {quote(repr(value), 40)}", where=key, hint=hint)
 
 
 def text_of(value: object, name: str) -> str:

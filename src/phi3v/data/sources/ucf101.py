@@ -10,8 +10,8 @@ either, clips lie in one of three ways, below any folders:
   from one video. Of the groups of a class, in order, the first 7/25 are test, as in the original's first split, the
   next 3/25 val, the others train.
 
-Output as the recipe's: ``images/SPLIT/CLASS/NAME.K.jpg``, ``ucf101_SPLIT.jsonl``, ids that number the clips of all
-splits, sorted by class and name.
+Output as the recipe's: ``images/SPLIT/CLASS/NAME.K.jpg``, ``ucf101_SPLIT.jsonl``, sorted by class and name. Ids are the
+clips' own, ``CLASS/NAME``.
 """
 
 from __future__ import annotations
@@ -86,18 +86,17 @@ def convert(options: ConvertOptions) -> ConversionResult:
             raise unknown_layout(path, _KNOWN)
         labels = sorted({clip.label for clip in clips})
         prompt = f"Classify the video into one of the following classes: {', '.join(labels)}."
-        numbered = list(enumerate(clips))
         for split in SPLITS:
-            of_split = [(number, clip) for number, clip in numbered if clip.split == split]
+            of_split = [clip for clip in clips if clip.split == split]
             if of_split:
-                units = (_unit(conversion, files, path, number, clip, prompt) for number, clip in of_split)
+                units = (_unit(conversion, files, path, clip, prompt) for clip in of_split)
                 total = len(bad) + len(of_split)
                 conversion.write_split(split, chain(bad, units), total=total, file_name=f"ucf101_{split}.jsonl")
                 bad = []
         return conversion.result()
 
 
-def _unit(conversion: Conversion, files: _Files, path: Path, number: int, clip: _Clip, prompt: str) -> Unit:
+def _unit(conversion: Conversion, files: _Files, path: Path, clip: _Clip, prompt: str) -> Unit:
     place = f"{path}/{clip.path}" if path.is_dir() else f"{path}: {clip.path}"
 
     def work() -> list[dict[str, Any]]:
@@ -108,7 +107,7 @@ def _unit(conversion: Conversion, files: _Files, path: Path, number: int, clip: 
             name=place,
         )
         turn = {"images": frames, "user": prompt, "assistant": clip.label}
-        return [{"id": f"{clip.split}-{number:010d}", "source": SOURCE, "conversations": [turn]}]
+        return [{"id": f"{clip.label}/{clip.name}", "source": SOURCE, "conversations": [turn]}]
 
     return Unit(place, work)
 
