@@ -234,7 +234,11 @@ class Examination:
         learnt = sum(label != IGNORE_INDEX for label in shown.labels)
         self.say("labels", "pass", f"{learnt} of {len(shown.labels)} tokens of the sample are learnt (green above)")
         end, end_of_text = (processor.tokenize_text(name)[0] for name in END_TOKENS)
-        unended = [r for r, labels in streams if labels.count(end) < len(r.turns) or labels[-1] != end_of_text]
+        unended = [
+            record
+            for record, labels in streams
+            if labels.count(end) < record.num_questions or (record.turns[-1].weight and labels[-1] != end_of_text)
+        ]
         if unended:
             self.say(
                 "end of answers",

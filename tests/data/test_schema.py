@@ -18,6 +18,10 @@ def line_of(turn: dict[str, Any] | None = None, **keys: Any) -> str:
     return json.dumps({"id": "a", "conversations": [TURN if turn is None else turn], **keys})
 
 
+def placed(offsets: Any) -> dict[str, Any]:
+    return TURN | {"images": ["a.png", "b.png"], "image_offsets": offsets}
+
+
 def faults_of(text: str | bytes, line: int = 7, **options: Any) -> list[Fault]:
     return list(read_line(text, file=FILE, line=line, **options).faults)
 
@@ -46,9 +50,28 @@ def test_a_record_of_several_turns_is_read_whole() -> None:
     )
 
 
-@pytest.mark.parametrize("source", [{}, {"source": None}])
-def test_source_is_optional(source: dict[str, Any]) -> None:
-    assert parse_line(line_of(**source), file=FILE, line=1).source is None
+def test_what_is_optional_may_be_null() -> None:
+    keys = {"source": None, "system": None}
+    turn = TURN | {"images": None, "image_offsets": None, "weight": None, "answers": None}
+    for line in (line_of(), line_of(turn, **keys)):
+        assert parse_line(line, file=FILE, line=1) == Record("a", None, (Turn("what shape?", "circle"),), 1)
+
+
+def test_a_system_message_images_within_a_text_and_a_turn_of_weight_0() -> None:
+    turns = [placed([0, 11]), TURN | {"weight": 0}, TURN | {"weight": 1.0}]
+    record = parse_line(line_of(system="Be brief.", conversations=turns), file=FILE, line=1)
+    assert record.system == "Be brief."
+    assert [turn.image_offsets for turn in record.turns] == [(0, 11), None, None]
+    assert [turn.weight for turn in record.turns] == [1, 0, 1]
+    assert record.num_questions == 2
+
+
+def test_images_keep_their_places_beside_escaped_text() -> None:
+    user = "<|end|> is <s>: "
+    turn = {"user": user, "assistant": "A", "images": list("abcdef"), "image_offsets": [0, 3, 7, 11, 14, 16]}
+    (read,) = parse_line(line_of(turn), file=FILE, line=1, special_text="escape").turns
+    assert read.user == "< |end|> is < s>: "
+    assert read.image_offsets == (0, 4, 8, 12, 16, 18)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +111,21 @@ def test_source_is_optional(source: dict[str, Any]) -> None:
         (line_of(TURN | {"answers": [None]}), "conversations[0].answers[0]", "must be a string, not null", ""),
         (line_of(sorce="x"), "sorce", "is an unknown key", 'did you mean "source"?'),
         (line_of(TURN | {"Images": []}), "conversations[0].Images", "is an unknown key", '"images"'),
-        (line_of(TURN | {"xyz": 1}), "conversations[0].xyz", "is an unknown key", "the keys here are images, user"),
+        (line_of(TURN | {"xyz": 1}), "conversations[0].xyz", "is an unknown key", "the keys here are images, image"),
+        (line_of(system=[]), "system", "must be a string, not a list", "leave"),
+        (line_of(system=" "), "system", "is empty", "leave"),
+        (line_of(system="</s>"), "system", "reads as a special token: </s>", ""),
+        (line_of(TURN | {"weight": 0.5}), "conversations[0].weight", "must be 0 or 1", "context"),
+        (line_of(TURN | {"weight": False}), "conversations[0].weight", "must be 0 or 1", "context"),
+        (line_of(TURN | {"weight": 0}), "conversations", "has turns of weight 0 alone", "weight 1"),
+        (line_of(TURN | {"image_offsets": [0]}), "conversations[0].image_offsets", "1 given, images: 0", ""),
+        (line_of(placed([2, 1])), "conversations[0].image_offsets", "must not decrease: images are listed in", ""),
+        (line_of(placed([1])), "conversations[0].image_offsets", "1 given, images: 2", ""),
+        (line_of(placed([0, 12])), "conversations[0].image_offsets", "is beyond the end of the question", ""),
+        *[
+            (line_of(placed(value)), "conversations[0].image_offsets", "must be a list of whole numbers from 0", "")
+            for value in ("1", 1, [True, 1], [0, 1.5], [-1, 2], [None, 2])
+        ],
         (line_of().replace('"id": "a"', '"id": "a", "id": "b"'), "id", "is there twice", ""),
         (line_of().replace('"user"', '"user": "", "user"'), "conversations[0].user", "is there twice", ""),
         (line_of(TURN | {"user": "\ud800"}), "conversations[0].user", "half of a surrogate pair", ""),

@@ -68,13 +68,27 @@ def test_records_come_back_as_written(write: Any, record: MakeRecord) -> None:
     )
     assert opened[1] == opened[-1] == opened[np.int64(1)] == second
     assert list(opened) == [opened[0], second]
-    assert opened.turn_counts().tolist() == [1, 2]
+    assert opened.questions().tolist() == [[0, 0], [1, 0], [1, 1]]
     assert opened.image_counts().tolist() == [1, 3]
     assert opened.images_root == path.parent / "images"
     assert opened.path == path
     for index in (2, -3):
         with pytest.raises(IndexError):
             opened[index]
+
+
+def test_what_a_turn_and_a_record_may_say_more(tmp_path: Path) -> None:
+    path = tmp_path / "more.jsonl"
+    turns = [
+        {"user": "A : B: ", "assistant": "no", "weight": 0, "images": ["a.png", "b.png"], "image_offsets": [2, 7]},
+        {"user": "look again", "assistant": "yes"},
+    ]
+    write_jsonl(path, [{"id": "a", "system": "Be brief.", "conversations": turns}])
+    opened = open_table(path)
+    first = Turn("A : B: ", "no", ("a.png", "b.png"), image_offsets=(2, 7), weight=0)
+    assert opened[0] == Record("a", None, (first, Turn("look again", "yes")), 1, "Be brief.")
+    assert list(opened) == [opened[0]]
+    assert opened.questions().tolist() == [[0, 1]]  # a turn of weight 0 is neither learnt nor evaluated
 
 
 def test_the_second_opening_parses_nothing(tmp_path: Path, no_parser: Callable[[], None]) -> None:
@@ -90,7 +104,7 @@ def test_the_second_opening_parses_nothing(tmp_path: Path, no_parser: Callable[[
         assert (second[k].id, second[k].line) == (f"train-{k:06d}", k + 1)
         assert second[k].turns[0].user == f"is there shape {k}?"
     assert [read.id for read in second] == [written["id"] for written in records]
-    assert second.turn_counts().tolist() == [1 + k % 4 for k in range(20_000)]
+    assert np.bincount(second.questions()[:, 0]).tolist() == [1 + k % 4 for k in range(20_000)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,12 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
             [(["photo.png"], "what?", "a photograph of nothing"), (["small.png"], "and this?", "nothing")],
         ],
     )
+    turns = [
+        {"user": "A , B : same?", "assistant": "no", "images": ["page.png", "small.png"], "image_offsets": [2, 6]},
+        {"user": "why?", "assistant": "a guess", "weight": 0},
+    ]
+    with path.open("a") as file:
+        file.write(json.dumps({"id": "told", "system": "Be brief.", "conversations": turns}) + "\n")
     workload = read(path, Phi3VProcessor.from_pretrained(tiny_model_dir))
     for num_crops in (1, 4, 16):
         processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=num_crops)
@@ -81,6 +87,12 @@ def test_without_a_tokenizer_texts_are_estimated(folder: Path) -> None:
     workload = read(path, None)
     assert 10 < int(workload.text_tokens[0]) < 40
     assert "4 characters a token" in workload.basis
+    line = json.loads(path.read_text())
+    line["system"] = "Answer the question as briefly as you can."
+    path.write_text(json.dumps(line))
+    told = read(path, None)
+    assert 10 <= int(told.text_tokens[0] - workload.text_tokens[0]) <= 11
+    assert int(told.heads[0] - workload.heads[0]) == 10
 
 
 def test_num_crops_that_keeps_the_detail_and_no_more(folder: Path) -> None:
@@ -111,6 +123,11 @@ def test_blank_and_padding_crops_are_counted(folder: Path) -> None:
 def test_records_that_share_a_picture(folder: Path) -> None:
     path = write(folder, [[(["page.png"], f"question {k}", "b")] for k in range(4)], "shared.jsonl")
     assert read(path, None).shared_image_factor == 4
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["system"] = f"Answer in {number % 2 + 1} words."
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read(path, None).shared_image_factor == 2
 
 
 def test_a_missing_picture_is_named_with_its_line(folder: Path) -> None:

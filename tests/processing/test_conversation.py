@@ -46,54 +46,56 @@ def test_user_prompt(numbers: tuple[int, ...], text: str) -> None:
     assert user_prompt("What?", numbers) == text
 
 
-# The golden conversations that are of the data format's form: no system turn, tags before the question.
-FORMS: list[tuple[int, list[ChatTurn]]] = [
-    (0, [ChatTurn("What is 2+2?")]),
-    (1, [ChatTurn("What is shown in this image?", num_images=1)]),
+FORMS: list[tuple[list[ChatTurn], str | None]] = [
+    ([ChatTurn("What is 2+2?")], None),
+    ([ChatTurn("What is shown in this image?", num_images=1)], None),
+    (
+        [
+            ChatTurn(
+                '\n\nIs the sentence true: "both images contain dogs"? Answer True or False.',
+                num_images=2,
+                image_offsets=(0, 1),
+            )
+        ],
+        None,
+    ),
+    (
+        [ChatTurn("Read the total — in €.", "€ 12,50", num_images=1), ChatTurn("And the date?\n")],
+        "You are a helpful assistant.",
+    ),
+    ([ChatTurn("A  and  thenend", num_images=3, image_offsets=(2, 7, 12))], None),
 ]
 
 
-@pytest.mark.parametrize(("index", "turns"), FORMS)
+@pytest.mark.parametrize("index", range(len(FORMS)))
 def test_prompt_equals_the_reference(
-    index: int,
-    turns: list[ChatTurn],
-    golden_cases: dict[str, Any],
-    golden_images: GetImage,
-    real_processor: Phi3VProcessor,
+    index: int, golden_cases: dict[str, Any], golden_images: GetImage, real_processor: Phi3VProcessor
 ) -> None:
-    case = golden_cases["tokenizer"][index]
-    assert user_prompt(turns[0].user, range(1, turns[0].num_images + 1)) == case["text"]
+    """Every conversation of the golden cases: tags before, within and behind the text, and a system message."""
+    case, (turns, system) = golden_cases["tokenizer"][index], FORMS[index]
     images = [golden_images(name) for name in case["images"]]
-    stream = encode_conversation(real_processor, turns, real_processor.image_processor.calc_num_image_tokens(images))
+    counts = real_processor.image_processor.calc_num_image_tokens(images)
+    stream = encode_conversation(real_processor, turns, counts, system=system)
     assert stream.input_ids == [token for token, count in case["input_ids_rle"] for _ in range(count)]
-    assert set(stream.labels) == {IGNORE_INDEX}
+    first = user_prompt(turns[0].user, range(1, turns[0].num_images + 1), turns[0].image_offsets, system=system)
+    assert case["text"].startswith(first)
 
 
-def test_turns_equal_the_reference_behind_its_system_turn(
-    golden_cases: dict[str, Any], golden_images: GetImage, real_processor: Phi3VProcessor
-) -> None:
-    """The golden multi-turn conversation has a system turn, which the data format has not: the rest is equal."""
-    case = golden_cases["tokenizer"][3]
-    system, *messages = case["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-    first = messages[0]["content"].removeprefix("<|image_1|>\n")
-    turns = [ChatTurn(first, messages[1]["content"], num_images=1), ChatTurn(messages[2]["content"])]
-    counts = real_processor.image_processor.calc_num_image_tokens([golden_images(n) for n in case["images"]])
-    stream = encode_conversation(real_processor, turns, counts)
-    ids = [token for token, count in case["input_ids_rle"] for _ in range(count)]
-    prefix = real_processor.tokenize_text(f"<|system|>\n{system['content']}<|end|>\n", starts_text=True)
-    assert ids[: len(prefix)] == prefix
-    assert stream.input_ids == [1, *ids[len(prefix) :]]
-
-
-def official(processor: Phi3VProcessor, turns: list[ChatTurn], images: list[Image.Image]) -> list[int]:
+def official(
+    processor: Phi3VProcessor, turns: list[ChatTurn], images: list[Image.Image], system: str | None
+) -> list[int]:
     """Ids of the conversation's chat-template text, tokenised as one text by the processor."""
-    messages = []
+    messages = [] if system is None else [{"role": "system", "content": system}]
     number = 1
     for turn in turns:
-        tags = "".join(f"<|image_{number + offset}|>" for offset in range(turn.num_images))
+        tags = [f"<|image_{number + offset}|>" for offset in range(turn.num_images)]
         number += turn.num_images
-        messages.append({"role": "user", "content": f"{tags}\n{turn.user}" if tags else turn.user})
+        content = f"{''.join(tags)}\n{turn.user}" if tags else turn.user
+        if turn.image_offsets is not None:
+            content = turn.user
+            for offset, tag in reversed(list(zip(turn.image_offsets, tags, strict=True))):
+                content = content[:offset] + tag + content[offset:]
+        messages.append({"role": "user", "content": content})
         if turn.assistant is not None:
             messages.append({"role": "assistant", "content": turn.assistant})
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -114,6 +116,11 @@ CASES = {
     "one image": [ChatTurn("What is this?", "yes", num_images=1)],
     "images in several turns": LONG,
     "to be answered": [*LONG[:3], ChatTurn("the last", num_images=1)],
+    "images within texts": [
+        ChatTurn("Picture A: \nPicture B: \nWhich one is red?", "A", num_images=2, image_offsets=(11, 23)),
+        ChatTurn("and this?", "no", num_images=1, image_offsets=(9,), weight=0),
+        ChatTurn("", "yes", num_images=1, image_offsets=(0,)),
+    ],
 }
 
 
@@ -122,17 +129,19 @@ def pictures(turns: list[ChatTurn], image: GetImage) -> list[Image.Image]:
     return [image(name) for name, _ in zip(names, range(sum(turn.num_images for turn in turns)), strict=False)]
 
 
+@pytest.mark.parametrize("system", [None, " Antworte — auf Deutsch. "])
 @pytest.mark.parametrize("kind", ["real", "tiny"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_stream_equals_the_text_tokenised_as_one(
-    name: str, kind: str, golden_images: GetImage, request: pytest.FixtureRequest
+    name: str, kind: str, system: str | None, golden_images: GetImage, request: pytest.FixtureRequest
 ) -> None:
     """Cutting a conversation into prompts and answers changes no token and puts BOS where the official code does."""
     processor: Phi3VProcessor = request.getfixturevalue(f"{kind}_processor")
     turns = CASES[name]
     images = pictures(turns, golden_images)
-    stream = encode_conversation(processor, turns, processor.image_processor.calc_num_image_tokens(images))
-    assert stream.input_ids == official(processor, turns, images)
+    counts = processor.image_processor.calc_num_image_tokens(images)
+    stream = encode_conversation(processor, turns, counts, system=system)
+    assert stream.input_ids == official(processor, turns, images, system)
     check_labels_copy_the_inputs(stream)
     bos = processor.tokenizer.bos_token_id
     assert stream.input_ids.count(bos) == 1 + len(images)  # one at the start, one after each image
@@ -148,7 +157,7 @@ def test_learnt_tokens_are_the_answers(name: str, golden_images: GetImage, tiny_
     if turns[-1].assistant is not None:
         ends[-1] += "<|endoftext|>"
     expected = [tiny_processor.tokenize_text(answer + end) for answer, end in zip(answers, ends, strict=True)]
-    assert learnt(stream) == expected
+    assert learnt(stream) == [ids for ids, turn in zip(expected, turns, strict=False) if turn.weight]
 
 
 def test_answer_ids_are_the_references(golden_cases: dict[str, Any], real_processor: Phi3VProcessor) -> None:
@@ -187,6 +196,8 @@ def test_image_tag_in_a_question_is_an_error(tag: str, tiny_processor: Phi3VProc
     """It would stand for a picture (0: the last one): tags are the processor's to write."""
     with pytest.raises(ValueError, match=r"turn 1 .*image tag"):
         encode_conversation(tiny_processor, [ChatTurn(f"what is {tag}?", "a", num_images=1)], [3])
+    with pytest.raises(ValueError, match="system message has an image tag"):
+        encode_conversation(tiny_processor, [ChatTurn("what?", "a")], [], system=tag)
 
 
 def test_image_tag_in_an_answer_stays_text(tiny_processor: Phi3VProcessor) -> None:

@@ -119,6 +119,43 @@ def test_every_packing_gives_the_same_gradients(small_model_dir: Path, records: 
     assert_same(step.run(step.rows("shared-image", 800)), expected, "recomputed")
 
 
+def test_a_page_behind_other_text_is_another_page(small_model_dir: Path, records: Path) -> None:
+    """System messages and texts before an image are part of what is shared; a turn of weight 0 is only read."""
+    (line, *_) = (json.loads(line) for line in records.read_text().splitlines())
+    image = line["conversations"][0]["images"]
+
+    def turn(user: str, **keys: object) -> dict[str, object]:
+        return {"images": image, "user": user, "assistant": "yes"} | keys
+
+    made: list[tuple[str | None, list[dict[str, object]]]] = [
+        (None, [turn("is it red?")]),
+        ("Be brief.", [turn("is it red?")]),
+        ("Be brief.", [turn("is it a circle?", assistant="a wrong guess", weight=0), turn("no?", images=[])]),
+        ("Be exact.", [turn("is it red?")]),
+        (None, [turn("see : is it red?", image_offsets=[4])]),
+        (None, [turn("see : is it blue?", image_offsets=[4])]),
+        (None, [turn("look at : is it red?", image_offsets=[8])]),
+        (None, [turn("a  b  c", images=image * 2, image_offsets=[2, 5])]),
+        (None, [turn("a  b  c", images=image * 2, image_offsets=[5, 5])]),
+    ]
+    lines = [
+        {"id": str(k), "conversations": turns} | ({"system": system} if system else {})
+        for k, (system, turns) in enumerate(made)
+    ]
+    path = records.with_name("prefixes.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step = Step(small_model_dir, path, "sample", original_max_position_embeddings=SWITCH)
+    expected = step.run(step.batches(1))
+    assert_same(step.run(step.batches(len(made))), expected, "padded batch")
+    for packing, groups in (("samples", 9), ("shared-image", 7)):
+        (row,) = step.rows(packing, 100_000)
+        assert len(row["layout"]) == groups
+        assert row["counts"].questions == 9
+        # What is planned with is what is computed.
+        assert packing == "samples" or sum(1 for prefix, *_ in row["layout"] if prefix) == 2
+        assert_same(step.run([row]), expected, packing)
+
+
 def test_a_record_beyond_the_real_switch(small_model_dir: Path, records: Path) -> None:
     """Over 4096 tokens, beside short questions about the same page: each has the factors that it has alone."""
     short, other, long = (json.loads(line) for line in records.read_text().splitlines()[:3])

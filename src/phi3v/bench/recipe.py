@@ -47,15 +47,14 @@ class CropDataset(Dataset[CropSample]):
 
     def __getitem__(self, index: int) -> CropSample:
         record = self.table[index]
-        names = [name for turn in record.turns for name in turn.images]
-        pictures = [load_image(name, root=self.table.images_root) for name in names]
+        pictures = [load_image(name, root=self.table.images_root) for name in record.images]
         made = self.processor.image_processor(pictures)
         stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(pictures))
         return CropSample(
             stream.input_ids,
             stream.labels,
             [],
-            len(record.turns),
+            record.num_questions,
             index,
             pixel_values=made["pixel_values"],
             image_sizes=made["image_sizes"],

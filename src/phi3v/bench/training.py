@@ -101,7 +101,7 @@ def random_model(preset: str, folder: Path) -> Path:
 
 
 def _describe(file: Path, table: Any, *, is_drawn: bool) -> dict[str, Any]:
-    pages = {image for record in table for turn in record.turns for image in turn.images}
+    pages = {image for record in table for image in record.images}
     source = f"drawn pages, {QUESTIONS_PER_PAGE} questions a page (bench/pages.py)" if is_drawn else str(file)
     return {"source": source, "samples": len(table), "pages": len(pages)}
 

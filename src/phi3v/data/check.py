@@ -63,6 +63,7 @@ class CheckReport:
         records: lines that are not blank.
         turns: turns of all records.
         questions: turns with a text from the user (a turn may have images only).
+        context: turns of weight 0, which are read and not learnt.
         images: distinct image paths.
         user: lengths of the questions.
         assistant: lengths of the answers.
@@ -76,6 +77,7 @@ class CheckReport:
     records: int = 0
     turns: int = 0
     questions: int = 0
+    context: int = 0
     images: int = 0
     user: TextStats = field(default_factory=TextStats)
     assistant: TextStats = field(default_factory=TextStats)
@@ -97,6 +99,7 @@ class CheckReport:
             "records": self.records,
             "turns": self.turns,
             "questions": self.questions,
+            "context": self.context,
             "images": self.images,
             "user": asdict(self.user),
             "assistant": asdict(self.assistant),
@@ -115,10 +118,11 @@ class CheckReport:
             console.print(Text(shown + more, style="bold red"), soft_wrap=True)
             return
         seen = {"decode": "all decoded", "header": "headers read", "off": "not looked at"}[self.image_level]
+        context = f", {self.context:,} of weight 0" if self.context else ""
         lines = [
             f"{self.path}: no fault",
             f"  records    {self.records:,}",
-            f"  turns      {self.turns:,} ({self.questions:,} with a question)",
+            f"  turns      {self.turns:,} ({self.questions:,} with a question{context})",
             f"  images     {self.images:,} distinct, {seen}",
             f"  questions  {self.user.mean:.0f} characters on average, "
             f"at most {self.user.longest:,} (line {self.user.longest_line})",
@@ -271,6 +275,7 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
             records=int(known["records"]),
             turns=int(known["turns"]),
             questions=int(known["questions"]),
+            context=int(known["context"]),
             images=int(known["images"]),
             user=TextStats(**known["user"]),
             assistant=TextStats(**known["assistant"]),
@@ -283,5 +288,6 @@ def _count(report: CheckReport, record: Record) -> None:
     report.turns += len(record.turns)
     for turn in record.turns:
         report.questions += bool(turn.user.strip())
+        report.context += not turn.weight
         report.user.add(turn.user, record.line)
         report.assistant.add(turn.assistant, record.line)

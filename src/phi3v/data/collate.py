@@ -76,7 +76,7 @@ def make_sample(
     pages = reader.pages(record)
     counts = [processor.image_processor.num_tokens_of_page(page.size) for page in pages]
     stream = encode_record(record, processor, counts, question=question)
-    return Sample(stream.input_ids, stream.labels, pages, len(record.turns))
+    return Sample(stream.input_ids, stream.labels, pages, record.num_questions)
 
 
 def upto_question(record: Record, question: int | None) -> Record:
@@ -93,10 +93,16 @@ def encode_record(
         num_img_tokens: tokens of every picture of the record, in order.
     """
     chat = [
-        ChatTurn(turn.user, None if index == question else turn.assistant, len(turn.images))
+        ChatTurn(
+            turn.user,
+            None if index == question else turn.assistant,
+            len(turn.images),
+            turn.image_offsets,
+            turn.weight,
+        )
         for index, turn in enumerate(record.turns)
     ]
-    return encode_conversation(processor, chat, num_img_tokens)
+    return encode_conversation(processor, chat, num_img_tokens, system=record.system)
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -164,7 +170,7 @@ class Question:
 
 
 class QuestionDataset(Dataset[Sample]):
-    """Every question of every record as a prompt, to answer.
+    """Every question that is learnt from, as a prompt to answer.
 
     Args:
         limit: take so many questions, drawn by ``seed`` and kept in the order of the file.
@@ -176,11 +182,7 @@ class QuestionDataset(Dataset[Sample]):
         self.table = table
         self.processor = processor
         self.reader = PageReader(table, processor.image_processor)
-        counts = table.turn_counts()
-        records = np.repeat(np.arange(len(table)), counts)
-        turns = np.concatenate([np.arange(count) for count in counts])
-        # (questions, 2): record and turn of each question
-        self.index: npt.NDArray[np.int64] = np.stack([records, turns], axis=1).astype(np.int64)
+        self.index: npt.NDArray[np.int64] = table.questions()
         if limit is not None and limit < len(self.index):
             chosen = np.random.default_rng(seed).choice(len(self.index), size=limit, replace=False)
             self.index = self.index[np.sort(chosen)]
@@ -194,7 +196,7 @@ class QuestionDataset(Dataset[Sample]):
         record = self.table[int(record_index)]
         turn = record.turns[turn_index]
         name = record.id if len(record.turns) == 1 else f"{record.id}#{turn_index + 1}"
-        images = tuple(image for earlier in record.turns[: turn_index + 1] for image in earlier.images)
+        images = upto_question(record, int(turn_index)).images
         return Question(name, turn.user, turn.answers or (turn.assistant,), images)
 
     def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:

@@ -81,7 +81,7 @@ def measure_records(
     tokens, heads, page_of = (np.zeros(len(table), dtype=np.int64) for _ in range(3))
     with LateProgress("measuring records", len(table), enabled=progress) as bar:
         for index, record in enumerate(table):
-            images = tuple(image for turn in record.turns for image in turn.images)
+            images = record.images
             if images not in of_pictures:
                 of_pictures[images] = [count_tokens(width, height) for width, height in table.image_sizes(record)]
             # One token a picture here, and its own number added: the runs of a page would cost the most.
@@ -89,9 +89,9 @@ def measure_records(
             more = sum(of_pictures[images]) - len(images)
             tokens[index] = len(ids) + more
             key: Any = index
-            if images and len(images) == len(record.turns[0].images):
+            if record.page is not None:
                 heads[index] = max(place for place, token in enumerate(ids) if token < 0) + 1 + more
-                key = (images, bool(tokens[index] > long_context_start))
+                key = (record.page, bool(tokens[index] > long_context_start))
             page_of[index] = pages.setdefault(key, len(pages))
             bar.advance(1)
     return RecordLengths(tokens, heads, page_of)
@@ -365,9 +365,8 @@ class PackedDataset(Dataset[dict[str, Any]]):
         for index in group[1:]:
             record = self.table[index]
             stream = encode_record(record, self.processor, counts)
-            turns = len(record.turns)
-            sample = replace(first, input_ids=stream.input_ids, labels=stream.labels, num_questions=turns)
-            samples.append(replace(sample, index=index))
+            sample = replace(first, input_ids=stream.input_ids, labels=stream.labels, index=index)
+            samples.append(replace(sample, num_questions=record.num_questions))
         return samples
 
 

@@ -5,7 +5,9 @@ A line is one JSON object::
     {"id": "val-0300", "source": "ucf101", "conversations": [
         {"images": ["val/BabyCrawling/g21.0.jpg"], "user": "Which class?", "assistant": "BabyCrawling"}]}
 
-``source``, ``images`` and ``answers`` (all reference answers of the question, for evaluation) are optional.
+Optional are ``source`` and ``system`` (a system message) of the record, and of a turn ``images``, ``image_offsets``
+(where in ``user`` each image stands), ``weight`` (0: context, not learnt) and ``answers`` (all reference answers of the
+question, for evaluation).
 Nothing here touches the disk: whether an image can be read is the business of `images.py`.
 """
 
@@ -20,18 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.data.faults import DataFaultsError, Fault, quote
-from phi3v.processing.special_text import escape_special_text, find_special_text
+from phi3v.processing.special_text import escape_special_text, find_special_text, shift_by_escapes
 
 SpecialText = Literal["refuse", "escape"]
 
 # Part of the name of every cached table: raise it whenever the same file would give other records.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # A longer line is no conversation but a whole file without line breaks. The bound keeps memory flat.
 MAX_LINE_BYTES = 64 * 2**20
 
-_RECORD_KEYS = ("id", "source", "conversations")
-_TURN_KEYS = ("images", "user", "assistant", "answers")
+_RECORD_KEYS = ("id", "source", "system", "conversations")
+_TURN_KEYS = ("images", "image_offsets", "user", "assistant", "weight", "answers")
 _ONE_A_LINE = "write one object a line, e.g. `jq -c '.[]' old.json > new.jsonl`"
 _NO_LINE_BREAKS = "a record may not be spread over lines, e.g. `jq -c . old.json > new.jsonl` joins them"
 
@@ -45,12 +47,16 @@ class Turn:
         assistant: the answer to learn.
         images: paths relative to the data folder's ``images/``, with ``/``.
         answers: all reference answers, for evaluation; empty means that ``assistant`` is the only one.
+        image_offsets: where in ``user`` each image stands, in characters; None: all before it, in a line of their own.
+        weight: 1, or 0 for a turn that is context: its answer is neither learnt nor evaluated.
     """
 
     user: str
     assistant: str
     images: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    image_offsets: tuple[int, ...] | None = None
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +68,33 @@ class Record:
         source: the dataset it came from.
         turns: at least one (key ``conversations`` in JSON).
         line: 1-based line in the file.
+        system: the system message.
     """
 
     id: str
     source: str | None
     turns: tuple[Turn, ...]
     line: int
+    system: str | None = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Those of all turns, in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    @property
+    def num_questions(self) -> int:
+        """Turns that are learnt from."""
+        return sum(turn.weight for turn in self.turns)
+
+    @property
+    def page(self) -> tuple[object, ...] | None:
+        """Equal for records whose token streams are the same up to the last image; None if none can be."""
+        first, images = self.turns[0], self.images
+        if not images or len(images) > len(first.images):
+            return None
+        before = first.user[: first.image_offsets[-1]] if first.image_offsets else ""
+        return images, self.system, first.image_offsets, before
 
 
 @dataclass(slots=True)
@@ -229,10 +256,20 @@ class _LineReader:
         source = value.get("source")
         if source is not None:
             source = self.string(source, "source", 'name the dataset in quotes, or leave "source" out')
+        system = value.get("system")
+        if system is not None:
+            system = self.string(system, "system", 'write the text in quotes, or leave "system" out')
+        if system is not None:
+            if not system.strip():
+                self.fault("system", "is empty", 'write the system message, or leave "system" out')
+            system = self.special(system, "system")
         turns = self.turns(value)
+        if not self.result.faults and not any(turn.weight for turn in turns):
+            hint = "remove the line, or give a turn weight 1"
+            self.fault("conversations", "has turns of weight 0 alone: there is nothing to learn", hint)
         if not self.result.faults:
             assert self.result.id is not None
-            self.result.record = Record(self.result.id, source, turns, self.line)
+            self.result.record = Record(self.result.id, source, turns, self.line, system)
 
     def id(self, value: dict[str, Any]) -> str | None:
         if "id" not in value:
@@ -269,7 +306,14 @@ class _LineReader:
         faults_before = len(self.result.faults)
         self.keys(value, f"{where}.", _TURN_KEYS)
         images = self.images(value.get("images"), f"{where}.images")
+        offsets = self.offsets(value, f"{where}.image_offsets", len(images))
         user = self.text(value, "user", where)
+        if user is not None and offsets:
+            if offsets[-1] > len(value["user"]):
+                what = f"is beyond the end of the question, which has {len(value['user']):,} characters"
+                self.fault(f"{where}.image_offsets", what, "count characters from the start of the question, from 0")
+            if user != value["user"]:
+                offsets = tuple(shift_by_escapes(value["user"], offset) for offset in offsets)
         if user is not None and not user.strip() and not value.get("images"):
             self.fault(f"{where}.user", "is empty and the turn has no images", "ask something, or add images")
         assistant = self.text(value, "assistant", where)
@@ -280,11 +324,16 @@ class _LineReader:
                 "add the answer, or remove the turn",
             )
         answers = self.answers(value.get("answers"), f"{where}.answers")
+        weight = value.get("weight")
+        weight = 1 if weight is None else weight
+        if isinstance(weight, bool) or weight not in (0, 1):
+            hint = "1 to learn the answer, which is the default; 0 for a turn that is context"
+            self.fault(f"{where}.weight", "must be 0 or 1", hint)
         if len(self.result.faults) > faults_before:
             return None
         assert user is not None
         assert assistant is not None
-        return Turn(user, assistant, images, answers)
+        return Turn(user, assistant, images, answers, offsets, int(weight))
 
     def images(self, value: object, where: str) -> tuple[str, ...]:
         if value is None:
@@ -304,6 +353,19 @@ class _LineReader:
             paths.append(path)
             self.result.images.append((f"{where}[{k}]", path))
         return tuple(paths)
+
+    def offsets(self, value: dict[str, Any], where: str, num_images: int) -> tuple[int, ...] | None:
+        offsets = value.get("image_offsets")
+        if offsets is None:
+            return None
+        hint = 'write the place of each image in "user", in characters from 0, or leave it out: all come first'
+        if not isinstance(offsets, list) or not all(type(item) is int and item >= 0 for item in offsets):
+            self.fault(where, "must be a list of whole numbers from 0", hint)
+        elif offsets != sorted(offsets):
+            self.fault(where, "must not decrease: images are listed in the order in which they stand", hint)
+        elif len(offsets) != num_images:
+            self.fault(where, f"must have one offset for each image: {len(offsets)} given, images: {num_images}", hint)
+        return tuple(offsets) if isinstance(offsets, list) else None
 
     def answers(self, value: object, where: str) -> tuple[str, ...]:
         if value is None:

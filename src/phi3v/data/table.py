@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from PIL import Image
 
@@ -34,15 +35,18 @@ _TURN = pa.struct(
         ("assistant", pa.string()),
         ("images", pa.list_(pa.string())),
         ("answers", pa.list_(pa.string())),
+        ("image_offsets", pa.list_(pa.int32())),
+        ("weight", pa.int8()),
     ]
 )
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
+        ("system", pa.string()),
         ("line", pa.int64()),
         ("turns", pa.list_(_TURN)),
-        ("num_turns", pa.int32()),
+        ("questions", pa.list_(pa.int32())),
         ("num_images", pa.int32()),
     ]
 )
@@ -87,13 +91,15 @@ class RecordTable:
             for row in batch.to_pylist():
                 yield _record(row)
 
-    def turn_counts(self) -> npt.NDArray[np.int32]:
-        """(records,) number of turns of each record, without reading the texts."""
-        return self._column("num_turns").astype(np.int32)
+    def questions(self) -> npt.NDArray[np.int64]:
+        """(questions, 2) record and turn of every turn that is learnt from, without reading the texts."""
+        of_records = self._dataset.data.column("questions").combine_chunks()
+        records = np.repeat(np.arange(len(self)), np.asarray(pc.list_value_length(of_records)))
+        return np.stack([records, np.asarray(of_records.flatten())], axis=1).astype(np.int64)
 
     def image_counts(self) -> npt.NDArray[np.int32]:
         """(records,) number of images of each record, without reading the texts."""
-        return self._column("num_images").astype(np.int32)
+        return np.asarray(self._dataset.data.column("num_images")).astype(np.int32)
 
     def load_images(self, record: Record) -> list[Image.Image]:
         """The images of all turns of a record as RGB, in order.
@@ -110,9 +116,6 @@ class RecordTable:
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
         """``take(path, root=…, max_pixels=…)`` of every image of a record, in order; raises as `load_images`."""
         return read_images(record, take, path=self.path, images_root=self.images_root, max_pixels=self.max_pixels)
-
-    def _column(self, name: str) -> npt.NDArray[np.integer]:
-        return np.asarray(self._dataset.data.column(name))
 
 
 def read_images(
@@ -245,22 +248,21 @@ def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int
 
 
 def _row(record: Record) -> dict[str, Any]:
-    turns = [
-        {"user": turn.user, "assistant": turn.assistant, "images": turn.images, "answers": turn.answers}
-        for turn in record.turns
-    ]
     return {
         "id": record.id,
         "source": record.source,
+        "system": record.system,
         "line": record.line,
-        "turns": turns,
-        "num_turns": len(turns),
-        "num_images": sum(len(turn.images) for turn in record.turns),
+        "turns": [{name: getattr(turn, name) for name in _TURN.names} for turn in record.turns],
+        "questions": [index for index, turn in enumerate(record.turns) if turn.weight],
+        "num_images": len(record.images),
     }
 
 
 def _record(row: dict[str, Any]) -> Record:
-    turns = tuple(
-        Turn(turn["user"], turn["assistant"], tuple(turn["images"]), tuple(turn["answers"])) for turn in row["turns"]
-    )
-    return Record(row["id"], row["source"], turns, row["line"])
+    return Record(row["id"], row["source"], tuple(map(_turn, row["turns"])), row["line"], row["system"])
+
+
+def _turn(row: dict[str, Any]) -> Turn:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Turn(**values)

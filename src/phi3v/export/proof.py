@@ -111,7 +111,9 @@ def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], st
                 for k, picture in enumerate(table.load_images(record)[: len(turn.images)]):
                     names.append(str(folder / f"probe-{place}-{k}.png"))
                     picture.save(names[-1])
-                probes.append(Probe(user_prompt(turn.user, range(1, len(names) + 1)), tuple(names)))
+                numbers = range(1, len(names) + 1)
+                prompt = user_prompt(turn.user, numbers, turn.image_offsets, system=record.system)
+                probes.append(Probe(prompt, tuple(names)))
             return probes, data
     return [drawn_probe(folder, index) for index in range(count)], "drawn pictures"
 

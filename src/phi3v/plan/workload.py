@@ -222,19 +222,19 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
         UserError: the file has faults, or a picture cannot be read; names the line.
     """
     table = open_table(path, special_text=data.special_text, max_pixels=data.max_image_pixels, progress=progress)
-    text, answers, heads, owner, names, groups = [], [], [], [], [], []
-    known_groups: dict[tuple[str, ...], int] = {}
+    text, answers, heads, owner, groups = [], [], [], [], []
+    names: list[str] = []
+    known_groups: dict[tuple[object, ...], int] = {}
     first_use: dict[str, int] = {}
     for index, record in enumerate(table):
         count, learnt, head = _lengths(record, processor)
         text.append(count)
         answers.append(learnt)
         heads.append(head)
-        images = [name for turn in record.turns for name in turn.images]
-        owner += [index] * len(images)
-        names += images
-        groups.append(known_groups.setdefault(tuple(images), len(known_groups)))
-        for name in images:
+        owner += [index] * len(record.images)
+        names += record.images
+        groups.append(known_groups.setdefault(record.page or record.images, len(known_groups)))
+        for name in record.images:
             first_use.setdefault(name, record.line)
     sizes = _sizes(table, first_use)
     tokens = "the model's tokenizer" if processor is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
@@ -251,14 +251,16 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
 
 def _lengths(record: Record, processor: Phi3VProcessor | None) -> tuple[int, int, int]:
     """Text tokens of a record, those of its answers, and its head (see `Workload`)."""
-    pictures = sum(len(turn.images) for turn in record.turns)
-    shares = 0 < pictures == len(record.turns[0].images)
+    pictures = len(record.images)
+    shares = record.page is not None
     if processor is None:
-        asked = sum(len(turn.user) for turn in record.turns) / CHARACTERS_PER_TOKEN
-        answered = sum(len(turn.assistant) for turn in record.turns) / CHARACTERS_PER_TOKEN
-        learnt = int(answered) + 2 * len(record.turns) + 1
-        text = int(asked) + learnt + 6 * len(record.turns) + 3 * pictures + 1
-        return text, learnt, HEAD_TOKENS + 3 * (pictures - 1) if shares else -1
+        system, first = len(record.system or "") / CHARACTERS_PER_TOKEN, record.turns[0]
+        read = system + sum(len(turn.user) for turn in record.turns) / CHARACTERS_PER_TOKEN
+        answers = [(turn.weight, len(turn.assistant) / CHARACTERS_PER_TOKEN) for turn in record.turns]
+        learnt = int(sum(length for weight, length in answers if weight)) + 2 * record.num_questions + 1
+        text = int(read + sum(length for _, length in answers)) + 8 * len(record.turns) + 3 * pictures + 2
+        head = system + (first.image_offsets or [0])[-1] / CHARACTERS_PER_TOKEN
+        return text, learnt, int(head) + HEAD_TOKENS + 3 * (pictures - 1) if shares else -1
     stream = encode_record(record, processor, [1] * pictures)
     learnt = sum(label != IGNORE_INDEX for label in stream.labels)
     head = max(place for place, token in enumerate(stream.input_ids) if token < 0) + 1 - pictures if shares else -1

@@ -22,3 +22,8 @@ def escape_special_text(text: str) -> str:
     ``<|end|>`` becomes ``< |end|>``: readable for a person, and no special token for the tokenizer.
     """
     return SPECIAL_TEXT.sub(lambda match: "< " + match.group()[1:], text)
+
+
+def shift_by_escapes(text: str, offset: int) -> int:
+    """Where the place ``offset`` of ``text`` is after `escape_special_text`."""
+    return offset + sum(match.start() < offset for match in SPECIAL_TEXT.finditer(text))

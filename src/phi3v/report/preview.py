@@ -165,9 +165,9 @@ def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
         seen += 1
         contents.sources[record.source or "(none)"] += 1
         contents.turns_of_records[len(record.turns)] += 1
-        contents.pictures_of_records[sum(len(turn.images) for turn in record.turns)] += 1
+        contents.pictures_of_records[len(record.images)] += 1
         for turn in record.turns:
-            if turn.assistant in contents.answers or len(contents.answers) < COUNTED_ANSWERS:
+            if turn.weight and (turn.assistant in contents.answers or len(contents.answers) < COUNTED_ANSWERS):
                 contents.answers[turn.assistant] += 1
         if len(contents.records) < MEASURED:
             contents.records.append(record)

@@ -36,8 +36,9 @@ def sample_block(record: Record, file: Path, processor: Phi3VProcessor) -> dict[
     except UserError as error:
         return block | {"error": str(error)}
     side = PAGE_SIDE if len(images) <= 2 else PAGE_SIDE // 2
-    names = [name for turn in record.turns for name in turn.images]
-    pictures = [picture_block(name, image, image_processor, side) for name, image in zip(names, images, strict=True)]
+    pictures = [
+        picture_block(name, image, image_processor, side) for name, image in zip(record.images, images, strict=True)
+    ]
     stream = encode_record(record, processor, [picture["tokens"] for picture in pictures])
     return block | {
         "pictures": pictures,

@@ -32,7 +32,7 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
     console.print(table)
     planned = forecast(config, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
     for line in (
-        f"data: {len(train_table)} records, {int(train_table.turn_counts().sum())} questions to learn from"
+        f"data: {len(train_table)} records, {len(train_table.questions())} questions to learn from"
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",

@@ -64,7 +64,7 @@ def test_the_splits_are_the_packages_own(converted: Path) -> None:
             questions += [(turn.user, turn.assistant, image) for turn in record.turns]
         expected = sorted(zip(*read(), strict=True), key=lambda question: question[2])  # stable: order in the file
         assert questions == expected
-    assert sum(open_table(converted / f"{split}.jsonl").turn_counts().sum() for split in ("train", "test")) == 48_248
+    assert sum(open_table(converted / f"{split}.jsonl").questions().shape[0] for split in ("train", "test")) == 48_248
 
 
 def test_ids_are_those_of_image_and_question(converted: Path) -> None:
