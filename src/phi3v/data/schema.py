@@ -145,6 +145,10 @@ def image_path_fault(path: str) -> tuple[str, str] | None:
         return "is an empty path", 'name the file, or leave "images" out if the turn has none'
     if "\0" in path:
         return f"has a NUL character: {quote(path)}", relative
+    if not path.isascii() and (half := _surrogate(path)):
+        if "\udc80" <= half <= "\udcff":  # how Python reads such a name from the disk
+            return f"has bytes that are not UTF-8: {quote(path)}", "rename the file"
+        return f"has half of a surrogate pair: {quote(path)}", "correct the \\ud8… escape"
     if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", path):
         return f"is a URL, not a file: {quote(path)}", f"save the image in the data folder; {relative}"
     if path.startswith(("/", "\\\\")) or re.match(r"[A-Za-z]:[\\/]", path):
@@ -160,6 +164,11 @@ def image_path_fault(path: str) -> tuple[str, str] | None:
         if depth < 0:
             return f"leaves the data root: {quote(path)}", relative
     return None
+
+
+def _surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone."""
+    return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +419,7 @@ class _LineReader:
         if not isinstance(value, str):
             self.fault(where, f"must be a string, not {_kind(value)}", hint)
             return None
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and _surrogate(value):
             self.fault(where, f"has half of a surrogate pair: {quote(value)}", "correct the \\ud8… escape")
             return None
         return value

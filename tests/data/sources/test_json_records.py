@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,84 @@ def test_only_what_is_around_a_record_is_in_memory(tmp_path: Path, monkeypatch: 
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"a": "x" * 500}] * 1000))
     longest = 0
-    decode = json_records._decode
+    decode = json.JSONDecoder.raw_decode
 
-    def watch(text: str, begin: int) -> Any:
+    def watch(decoder: json.JSONDecoder, text: str, begin: int = 0) -> Any:
         nonlocal longest
         longest = max(longest, len(text))
-        return decode(text, begin)
+        return decode(decoder, text, begin)
 
-    monkeypatch.setattr(json_records, "_decode", watch)
+    monkeypatch.setattr(json_records._Decoder, "raw_decode", watch)
     assert len(read(file)) == 1000
     assert longest < 5000
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+@pytest.mark.parametrize("between", ["\n", "\n\n \t", ""])
+@pytest.mark.parametrize("end", ["", "\n", "\n" * 50])
+def test_objects_that_are_spread_over_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, between: str, end: str
+) -> None:
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
+    file = tmp_path / "a.json"
+    texts = [json.dumps(value, indent=2, ensure_ascii=False) for value in [*RECORDS[:1], *RECORDS[2:]]]
+    file.write_text("\ufeff" + between.join(texts) + end, encoding="utf-8")
+    found = list(read_json_records(file))
+    assert [value for _, value in found] == [*RECORDS[:1], *RECORDS[2:]]
+    if between == "\n":
+        assert [place for place, _ in found] == [f"{file}:{line}" for line in (1, 5, 20)]
+
+
+CONTAINERS: dict[str, tuple[Any, list[Any]]] = {
+    "data": ({"data": RECORDS}, RECORDS),
+    "beside other keys": ({"version": "1.0", "info": {"by": "me"}, "annotations": RECORDS[:1]}, RECORDS[:1]),
+    "by id": (
+        {"a": {"conversations": []}, "b": {"id": "c", "x": 1}},
+        [{"id": "a", "conversations": []}, {"id": "c", "x": 1}],
+    ),
+    "a record": ({"conversations": [{"from": "human"}]}, [{"conversations": [{"from": "human"}]}]),
+    "a record of messages": (
+        {"messages": [{"role": "user"}], "n": [{}]},
+        [{"messages": [{"role": "user"}], "n": [{}]}],
+    ),
+    "nothing": ({"data": []}, []),
+}
+
+
+@pytest.mark.parametrize("case", CONTAINERS)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_around_the_records(tmp_path: Path, case: str, indent: int | None) -> None:
+    value, expected = CONTAINERS[case]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(value, indent=indent))
+    assert read(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (json.dumps({"train": [{}], "val": [{}]}), "is one object with several lists: 'train', 'val'"),
+        (json.dumps({"data": RECORDS}, indent=1)[:300], "is not valid JSON"),
+        ('{\n "a": 1\n}\n{\n "a": \n}\n{\n "a": 2\n}', "is not valid JSON: Expecting value"),
+        (
+            "# a\n# b\n# c\n# d\n",
+            "is not valid JSON: Expecting value: line 1 column 1 (char 0); nor are the lines before",
+        ),
+        ("\ufeff{}".encode("utf-16-le"), "is not UTF-8 but UTF-16"),
+        ('{"a": "ü"}'.encode("utf-16-be"), "is not UTF-8 but UTF-16BE, if it is text at all"),
+    ],
+)
+def test_a_file_of_another_form_is_one_error(tmp_path: Path, text: str | bytes, what: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=re.escape(what)):
+        read(file)
+
+
+@pytest.mark.parametrize("form", ['{"a": {"b": 1, "b": 2}}\n{}', '[{"a": {"b": 1, "b": 2}}, {}]'])
+def test_a_key_that_is_there_twice_is_a_bad_record(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(form)
+    error, good = read(file)
+    assert "the key 'b' is there twice" in error.what
+    assert good == {}

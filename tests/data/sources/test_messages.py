@@ -123,7 +123,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "images[0]: is a URL, and nothing is downloaded",
     ),
     "no base64": (record([url("data:image/png,abc"), text("Q")], "A"), "is a data: URI that is not base64"),
-    "damaged base64": (record([url("data:image/png;base64,a"), text("Q")], "A"), "is a damaged data: URI"),
+    "damaged base64": (record([url("data:image/png;base64,a"), text("Q")], "A"), "is damaged base64"),
     "no picture": (record([url("data:image/png;base64,aGVsbG8="), text("Q")], "A"), "is not an image that can be read"),
     "two users": (
         {"messages": [{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}]},

@@ -1,16 +1,21 @@
 """A table of one's own, a record a row: CSV, TSV or parquet, with the columns named on the command line.
 
 Columns that are not named are chosen by their usual names, and what was chosen is said. The first row of a CSV holds
-the names; the delimiter is the one of ``, ; tab |`` that it has most of. Cells may be quoted and hold line breaks.
+the names; the delimiter is the one of ``, ; tab |`` that it has most of, or what Excel's ``sep=;`` before it says.
+Cells may be quoted and hold line breaks.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ from phi3v.data.faults import quote
 from phi3v.data.jsonl import require_file
 from phi3v.data.schema import MAX_LINE_BYTES
 from phi3v.data.sources.drafts import Draft, DraftTurn, Row, convert_rows, medium_of
-from phi3v.data.sources.json_records import not_utf8
+from phi3v.data.sources.json_records import not_utf8, require_text_encoding
 from phi3v.data.sources.messages import table_rows
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.questions import id_of
@@ -39,6 +44,18 @@ _USUAL = {
     "split": ("split",),
     "id": ("id",),
 }
+
+_SEPARATOR = re.compile(r"""["']?sep=(\\t|[^"'\n])["']?[,;|\t]*\s*""", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a CSV file is written: its encoding, its delimiter, the names of its columns and their line, from 1."""
+
+    encoding: str
+    delimiter: str
+    names: tuple[str, ...]
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,46 +120,61 @@ def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Iterabl
             table.require(names)
         return names, {split: table_rows(table) for split, table in tables.items()}
     files = split_files(source, SUFFIXES)
-    headers = {file: _header(file) for of_split in files.values() for file in of_split}
-    first, (names, _) = next(iter(headers.items()))
-    for file, (other, _) in headers.items():
-        if other != names:
+    forms = {file: _form(file) for of_split in files.values() for file in of_split}
+    first = next(iter(forms))
+    names = forms[first].names
+    for file, form in forms.items():
+        if form.names != names:
             raise UserError(f"has other columns than {first.name}", where=str(file), hint="give them one by one")
 
     def rows(of_split: list[Path]) -> Callable[[], Iterable[tuple[str, Row | UserError]]]:
-        return lambda: chain.from_iterable(_read(file, *headers[file]) for file in of_split)
+        return lambda: chain.from_iterable(_read(file, forms[file]) for file in of_split)
 
     return names, {split: rows(of_split) for split, of_split in files.items()}
 
 
-def _header(file: Path) -> tuple[tuple[str, ...], str]:
-    """(the names of the columns, the delimiter)."""
+def _form(file: Path) -> _Form:
+    """Raises `UserError` if it is no table of text."""
     require_file(file)
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        try:
-            first = text.readline()
-        except UnicodeDecodeError as error:
-            raise not_utf8(file, error) from None
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
-    names = tuple(name.strip() for name in next(csv.reader([first], delimiter=delimiter), []))
+    encoding = require_text_encoding(file, utf16=True)
+    try:
+        with file.open(encoding=encoding, newline="") as text:
+            first, line = text.readline(MAX_LINE_BYTES), 1
+            said = _SEPARATOR.fullmatch(first)
+            if said:
+                first, line = text.readline(MAX_LINE_BYTES), 2
+    except UnicodeDecodeError as error:
+        raise not_utf8(file, error) from None
+    if said:
+        delimiter = said[1].replace("\\t", "\t")
+    else:
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
+    where = f"{file}:{line}"
+    try:
+        names = tuple(name.strip() for name in next(csv.reader([first], delimiter=delimiter), []))
+    except csv.Error as error:
+        raise UserError(f"is not valid CSV: {error}", where=where, hint="it holds the names of the columns") from None
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not any(names):
         raise UserError("the first row is empty", where=str(file), hint="it holds the names of the columns")
     if repeated:
         what = f"two columns have the name {quote(repeated[0])}"
-        raise UserError(what, where=f"{file}:1", hint="give each column a name of its own")
-    return names, delimiter
+        raise UserError(what, where=where, hint="give each column a name of its own")
+    return _Form(encoding, delimiter, names, line)
 
 
-def _read(file: Path, names: Sequence[str], delimiter: str) -> Iterator[tuple[str, Row | UserError]]:
+def _read(file: Path, form: _Form) -> Iterator[tuple[str, Row | UserError]]:
     """(``file:line`` where the row begins, the row) of every row that is not blank."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    with file.open(encoding="utf-8-sig", newline="") as text:
+    names, delimiter = form.names, form.delimiter
+    with file.open(encoding=form.encoding, newline="") as text:
+        for _ in range(form.line - 1):
+            text.readline(MAX_LINE_BYTES)
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        line = 1
+        line = form.line
         try:
             for number, cells in enumerate(reader):
-                place, line = f"{file}:{line}", reader.line_num + 1
+                place, line = f"{file}:{line}", reader.line_num + form.line
                 if number == 0 or not any(cell.strip() for cell in cells):
                     continue
                 if len(cells) == len(names):
@@ -205,7 +237,13 @@ def _path(cell: object) -> object:
 
 
 def _text(cell: Any) -> str:
-    """A cell of text as it is; of a parquet file, a number or date as Python writes it."""
-    if isinstance(cell, bytes | list | Mapping):
-        raise UserError(f"a cell must be text, not {quote(repr(cell), 40)}", hint="is this the right column?")
-    return "" if cell is None else str(cell)
+    """A cell as text; numbers and dates of a parquet file as a person would write them."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None:
+        return ""
+    if isinstance(cell, Decimal) and cell.is_finite():
+        return f"{cell:f}"
+    if isinstance(cell, bool | int | date | time) or (isinstance(cell, float) and math.isfinite(cell)):
+        return str(cell)
+    raise UserError(f"a cell must be text, not {quote(repr(cell), 40)}", hint="is this the right column?")

@@ -87,7 +87,9 @@ def _read_pages(file: Path) -> tuple[dict[str, list[tuple[int, Question]]], list
     """(entry, question) by page, in the order of the pages' first questions; and the entries that cannot be used."""
     try:
         entries = json.loads(file.read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(entries, list):
+            raise ValueError('its "data" is no list')
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         hint = 'it is one JSON object whose "data" is a list; copy or download it again'
         raise UserError(f"cannot be read: {error}", where=str(file), hint=hint) from None
     pages: dict[str, list[tuple[int, Question]]] = {}

@@ -7,7 +7,7 @@ pictures, clips, special text, and places for what is wrong.
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, JsonRecord, Unit
 from phi3v.data.faults import quote
 from phi3v.data.images import near_name
 from phi3v.data.schema import SpecialText, image_path_fault, read_line
 from phi3v.data.sources.own_data import OwnDataOptions
-from phi3v.data.sources.splits import hash_share
+from phi3v.data.sources.splits import eval_limit, hash_share
 from phi3v.errors import UserError
 from phi3v.processing.special_text import escape_special_text
 
@@ -94,7 +95,8 @@ def convert_rows(
     Args:
         source: its name.
         options: if ``eval_share`` is above 0 and all rows are of the split train, so many records, chosen by a hash
-            of what they show, become the split eval; those about the same pictures go together.
+            of what they show, become the split eval; those about the same pictures go together, and neither split is
+            empty.
         rows: those of each split.
         make_draft: the draft of a row; raises `UserError` if the row is bad.
         image_root: the folder that media are relative to.
@@ -107,17 +109,27 @@ def convert_rows(
     if options.eval_share and (split_of or set(rows) != {"train"}):
         raise UserError("the data has splits already", where="--eval-share", hint="leave it out")
 
+    def share(row: Row | UserError) -> float | None:
+        """The `hash_share` of a row, where it matters; None also if the row is bad."""
+        if not options.eval_share or isinstance(row, UserError):
+            return None
+        with contextlib.suppress(UserError):  # met again, and reported, where the row is converted
+            return hash_share(_key(make_draft(row, Counter())))
+        return None
+
+    lowest, highest, limit = 1.0, 0.0, 0.0
+    if options.eval_share:
+        for found in (share(row) for read in rows.values() for _, row in read()):
+            if found is not None:
+                lowest, highest = min(lowest, found), max(highest, found)
+        if lowest <= highest:
+            limit = eval_limit(lowest, highest, options.eval_share)
+
     def split(of_file: str, row: Row | UserError) -> str:
-        if isinstance(row, UserError):
-            return of_file
-        try:
-            if split_of:
+        if split_of and not isinstance(row, UserError):
+            with contextlib.suppress(UserError):
                 return split_of(row)
-            if options.eval_share and hash_share(_key(make_draft(row, Counter()))) < options.eval_share:
-                return "eval"
-        except UserError:  # met again, and reported, where the row is converted
-            pass
-        return of_file
+        return "eval" if (found := share(row)) is not None and found < limit else of_file
 
     totals: Counter[str] = Counter()
     for of_file, read in rows.items():
@@ -147,7 +159,10 @@ def _key(draft: Draft) -> str:
     media = [medium for turn in draft.turns for medium in turn.media]
     if not media:
         return draft.turns[0].user
-    return "\n".join(medium.path or hashlib.blake2b(medium.data or b"").hexdigest() for medium in media)
+    return "\n".join(
+        hashlib.blake2b(medium.data or b"").hexdigest() if medium.path is None else posixpath.normpath(medium.path)
+        for medium in media
+    )
 
 
 class DraftWriter:
@@ -235,6 +250,9 @@ class DraftWriter:
             return [images.add(f"embedded/{name}", medium.data, name="the embedded picture")]
         assert medium.path is not None
         path = _local_path(medium.path, self._image_root)
+        if "%" in path and not (self._image_root / path).is_file():  # a%20b.png, unless that is its name
+            plain = _local_path(unquote(medium.path), self._image_root)
+            path = plain if (self._image_root / plain).is_file() else path
         _require_there(path, self._image_root, medium.kind)
         if medium.kind == "image":
             return [images.copy_file(path, root=self._image_root)]
@@ -243,7 +261,8 @@ class DraftWriter:
 
 
 def medium_of(value: object, kind: MediumKind, where: str) -> Medium:
-    """The picture or clip that a record names: a path, a ``data:`` URI, or ``{"bytes": …, "path": …}`` of a table.
+    """The picture or clip that a record names: a path, a ``file:`` or ``data:`` URI, base64, or the
+    ``{"bytes": …, "path": …}`` of a table.
 
     Raises:
         UserError: it is none of these, or a URL.
@@ -255,17 +274,49 @@ def medium_of(value: object, kind: MediumKind, where: str) -> Medium:
     if not isinstance(value, str) or not value.strip():
         what = "is no file" if value is None or value == "" else f"is no file: {quote(repr(value), 40)}"
         raise UserError(what, where=where, hint=f"name the {kind}'s file, relative to the data's folder")
-    if re.match(r"https?://", value, re.IGNORECASE):
+    text = value.strip()
+    scheme = text[:20].partition(":")[0].lower()
+    head, comma, content = text.partition(",") if ";base64," in text[:100] or scheme == "data" else ("", "", text)
+    if head or _is_base64_image(text):
+        if kind != "image":
+            raise UserError("is a data: URI", where=where, hint="save the clip and name its file")
+        if head and (not comma or not head.lower().endswith(";base64")):
+            what = f"is a data: URI that is not base64: {quote(text, 40)}"
+            raise UserError(what, where=where, hint="write data:image/png;base64,…")
+        return Medium(kind, data=_base64(content, where))
+    if scheme == "file":
+        return Medium(kind, path=_file_of_uri(text))
+    if re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
         raise UserError(
-            f"is a URL, and nothing is downloaded here: {quote(value)}",
+            f"is a URL, and nothing is downloaded here: {quote(text)}",
             where=where,
             hint=f"download the {kind} and name its file",
         )
-    if value.startswith("data:"):
-        if kind != "image":
-            raise UserError("is a data: URI", where=where, hint="save the clip and name its file")
-        return Medium(kind, data=_data_uri(value, where))
     return Medium(kind, path=value)
+
+
+def _file_of_uri(uri: str) -> str:
+    """The path of a ``file:`` URI; of ``file://a.png``, which names a host, what was meant."""
+    path = uri[len("file:") :]
+    if path.startswith("//"):
+        host, slash, inner = path[2:].partition("/")
+        path = slash + inner if host.lower() in ("", "localhost") else host + slash + inner
+    return re.sub(r"^/(?=[A-Za-z]:[\\/])", "", unquote(path))  # file:///C:/a.png
+
+
+def _is_base64_image(text: str) -> bool:
+    """Whether a text is no path but the base64 of an image file: by how that begins, and what else is in it."""
+    if len(text) < 64:
+        return False
+    with contextlib.suppress(ValueError):
+        start = base64.b64decode(text[:32].translate(_URL_SAFE), validate=True)
+        if start.startswith(_SIGNATURES) or start[4:8] == b"ftyp":
+            return len(text) > 1024 or re.fullmatch(r"[\w+/\s-]+={0,2}", text, re.ASCII) is not None
+    return False
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 def media_of(row: Row, kind: MediumKind) -> list[Medium]:
@@ -280,15 +331,17 @@ def media_of(row: Row, kind: MediumKind) -> list[Medium]:
     return [medium_of(item, kind, f"{where}[{k}]") for k, item in enumerate(items)]
 
 
-def _data_uri(value: str, where: str) -> bytes:
-    head, comma, content = value.partition(",")
-    if not comma or not head.endswith(";base64"):
-        what = f"is a data: URI that is not base64: {quote(value, 40)}"
-        raise UserError(what, where=where, hint="write data:image/png;base64,…")
+def _base64(content: str, where: str) -> bytes:
+    if "%" in content:  # as in a URL
+        content = unquote(content)
+    plain = re.sub(r"\s+", "", content).translate(_URL_SAFE).rstrip("=")
     try:
-        return base64.b64decode(re.sub(r"\s+", "", content), validate=True)
-    except binascii.Error as error:
-        raise UserError(f"is a damaged data: URI: {error}", where=where, hint="encode the picture again") from None
+        data = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise UserError(f"is damaged base64: {error}", where=where, hint="encode the image again") from None
+    if not data:
+        raise UserError("is base64 of nothing", where=where, hint="encode the image again")
+    return data
 
 
 def _local_path(path: str, root: Path) -> str:

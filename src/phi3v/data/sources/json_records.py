@@ -1,4 +1,7 @@
-"""Objects of a file that is either one JSON array or one object a line, one at a time.
+"""Objects of a JSON file, one at a time, whichever way the file holds them.
+
+One object a line; a JSON array; objects one after the other that are spread over lines, as `jq .` prints them; or one
+object around them, such as ``{"data": [{…}, {…}]}``.
 
 LLaVA's annotation files are arrays of up to gigabytes. `json.load` would hold all of it as Python objects;
 here one record and what is buffered around it are in memory.
@@ -9,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,8 +24,25 @@ from phi3v.errors import UserError
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 _CHUNK = 2**20  # characters
+_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_HOPELESS = 2  # number of the line (from 0) up to which one must be JSON
+_FORMS = "write one object a line, or all of them as one JSON array: [{…}, {…}]"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_decode = json.JSONDecoder().raw_decode
+_RECORD_KEYS = ("conversations", "messages")  # an object that has one of these is a record, not what is around them
+
+
+class _Decoder(json.JSONDecoder):
+    """Notes the keys that an object names twice; plain dicts keep the last value without a word."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._make_object)
+        self.repeated: list[str] = []
+
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            self.repeated.append(next(key for k, (key, _) in enumerate(pairs) if key in dict(pairs[:k])))
+        return value
 
 
 def json_rows(files: Sequence[Path]) -> Callable[[], Iterable[tuple[str, dict[str, Any] | UserError]]]:
@@ -31,52 +51,144 @@ def json_rows(files: Sequence[Path]) -> Callable[[], Iterable[tuple[str, dict[st
 
 
 def read_json_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """(place, object) of each record of a JSON array or of a file of JSON lines.
+    """(place, object) of each record of a JSON file.
 
     The place is ``file:line``; in an array the record's 0-based index follows, because whole arrays are often
-    written as one line. A record that is no object, and a line that is not JSON, comes as the error that says
-    so, and the reading goes on.
+    written as one line. A record that is no object or names a key twice, and of one object a line a line that is not
+    JSON, comes as the error that says so, and the reading goes on.
 
     Raises:
-        UserError: the file cannot be read or is not UTF-8, or an array is broken, so that where its next record
+        UserError: the file cannot be read or is not UTF-8, or it is broken in such a way that where its next record
             begins is anybody's guess.
     """
     require_file(path)
-    with path.open("rb") as file:
-        start = file.read(4096)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        try:
-            with path.open(encoding="utf-8-sig") as text:
-                yield from _read_array(text, path)
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, error) from None
+    require_text_encoding(path, utf16=False)
+    first = [raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in islice(read_lines(path), 2)]
+    if first and first[0].startswith(b"["):
+        read = _read_array
+    elif first and _is_spread(first):
+        read = _read_spread
+    elif len(first) == 1:
+        yield from _unpacked(list(_read_json_lines(path)), path)
+        return
     else:
         yield from _read_json_lines(path)
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as text:
+            yield from read(text, path)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+
+
+def _is_spread(lines: Sequence[bytes]) -> bool:
+    """Whether the first object goes on after its line; ``lines`` are the first two that are not blank."""
+    if not lines[0].startswith(b"{") or (len(lines) > 1 and lines[1].startswith(b"{")):
+        return False
+    text = lines[0].decode("utf-8", "replace")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _unpacked(
+    records: Sequence[tuple[str, dict[str, Any] | UserError]], path: Path
+) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """What the only object of a file is around: a list of records under some key, or each under its id."""
+    value = records[0][1] if len(records) == 1 else None
+    if not isinstance(value, dict) or any(key in value for key in _RECORD_KEYS):
+        yield from records
+        return
+    lists = [key for key, items in value.items() if _is_list_of_objects(items) and (items or len(value) == 1)]
+    if len(lists) == 1:
+        for k, item in enumerate(value[lists[0]]):
+            yield f"{path}: {lists[0]}[{k}]", item
+    elif lists:
+        what = f"is one object with several lists: {', '.join(quote(key, 40) for key in lists[:8])}"
+        hint = f"write each to a file of its own, e.g. `jq -c '.{lists[0]}[]' {path.name} > {lists[0]}.jsonl`"
+        raise UserError(what, where=str(path), hint=hint)
+    elif len(value) > 1 and all(isinstance(item, dict) for item in value.values()):
+        for key, item in value.items():
+            yield f"{path}: {quote(key, 40)}", {"id": key} | item
+    else:
+        yield from records
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def require_text_encoding(path: Path, *, utf16: bool) -> str:
+    """The encoding of a text file by its first bytes: UTF-8, or what its byte order mark says.
+
+    Args:
+        utf16: UTF-16 and UTF-32 with a mark are taken.
+
+    Raises:
+        UserError: it is in one of them and that is not taken, or without a mark.
+    """
+    with path.open("rb") as file:
+        start = file.read(4096)
+    encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+    if encoding is not None and utf16:
+        return encoding
+    if encoding is None:
+        if start.count(0) < len(start) / 4 or not start:
+            return "utf-8-sig"
+        encoding = "utf-16le" if start[1::2].count(0) > start[::2].count(0) else "utf-16be"
+    hint = f"save the file as UTF-8, e.g. `iconv -f {encoding.upper()} -t UTF-8 {path.name} > new{path.suffix}`"
+    raise UserError(f"is not UTF-8 but {encoding.upper()}, if it is text at all", where=str(path), hint=hint)
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     """The error for a text file in another encoding."""
     hint = f"save the file as UTF-8, e.g. `iconv -f ENCODING -t UTF-8 {path.name} > new{path.suffix}`"
-    return UserError(f"is not UTF-8: byte 0x{error.object[error.start]:02x}", where=str(path), hint=hint)
+    return UserError(
+        f"is not {error.encoding.upper()}: byte 0x{error.object[error.start]:02x}", where=str(path), hint=hint
+    )
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    for line, raw in read_lines(path):
+    decoder = _Decoder()
+    records = 0
+    for number, (line, raw) in enumerate(read_lines(path)):
         place = f"{path}:{line}"
         try:
             if len(raw) > MAX_LINE_BYTES:
                 raise ValueError(f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB")
-            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            decoder.repeated.clear()
+            value = decoder.decode(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:  # both not UTF-8 and not JSON are ValueErrors
-            hint = "write one object a line, or all of them as one JSON array: [{…}, {…}]"
-            yield place, UserError(f"is not valid JSON: {error}", where=place, hint=hint)
+            fault = UserError(f"is not valid JSON: {error}", where=place, hint=_FORMS)
+            if not records and number == _HOPELESS:
+                raise UserError(f"{fault.what}; nor are the lines before it", where=place, hint=_FORMS) from None
+            yield place, fault
         else:
-            yield place, _object(value, place)
+            records += 1
+            yield place, _object(value, place, decoder)
+
+
+def _read_spread(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """Objects that follow each other with nothing between them but space."""
+    records = _read_values(file, path, "")
+    first = list(islice(records, 2))
+    yield from _unpacked(first, path)
+    yield from records
 
 
 def _read_array(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    return _read_values(file, path, "[")
+
+
+def _read_values(file: TextIO, path: Path, bracket: str) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """The values of an array (``bracket`` is ``[``), or of a text of nothing else (it is empty)."""
+    decoder = _Decoder()
     text = file.read(_CHUNK)
-    position = text.index("[") + 1  # read up to there, in `text`
+    position = text.index(bracket) + len(bracket)  # read up to there, in `text`
     line = 1 + text.count("\n", 0, position)
     index = 0
     while True:
@@ -86,11 +198,14 @@ def _read_array(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] 
             if index == 0 and text[begin : begin + 1] == "]":
                 end = after = begin
                 break
-            value, end, fault = _decode_at(text, begin)
+            value, end, fault = _decode_at(decoder, text, begin)
             after = _end_of_space(text, end)
-            if fault is None and after < len(text):  # what follows the value is there, so it is there in full
+            # What follows the value is there, so it is there in full; an object ends itself.
+            if fault is None and (after < len(text) or not bracket):
                 break
             more = file.read(chunk)
+            if not more and not bracket and begin == len(text):
+                return
             if not more or len(text) - position > MAX_LINE_BYTES:
                 why = fault or json.JSONDecodeError("the array has no end", text, len(text))
                 raise _broken(path, line, text, position, why)
@@ -98,16 +213,18 @@ def _read_array(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] 
             chunk *= 2  # a large record is tried again few times
         line += text.count("\n", position, begin)
         if end > begin:
-            place = f"{path}:{line}: [{index}]"
-            yield place, _object(value, place)
+            place = f"{path}:{line}" + f": [{index}]" * bool(bracket)
+            yield place, _object(value, place, decoder)
             index += 1
-        if text[after] == "]":
-            break
-        if text[after] != ",":
-            why = json.JSONDecodeError("Expecting ',' delimiter", text, after)
-            raise _broken(path, line, text, begin, why)
+        if bracket:
+            if text[after] == "]":
+                break
+            if text[after] != ",":
+                why = json.JSONDecodeError("Expecting ',' delimiter", text, after)
+                raise _broken(path, line, text, begin, why)
+            after += 1
         line += text.count("\n", begin, after)
-        position = after + 1
+        position = after
     rest = text[after + 1 :].strip() or file.read(_CHUNK).strip()
     if rest:
         line += text.count("\n", begin, after)
@@ -115,10 +232,11 @@ def _read_array(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] 
         raise UserError(f"something follows the array: {quote(rest, 40)}", where=f"{path}:{line}", hint=hint)
 
 
-def _decode_at(text: str, begin: int) -> tuple[Any, int, json.JSONDecodeError | None]:
+def _decode_at(decoder: _Decoder, text: str, begin: int) -> tuple[Any, int, json.JSONDecodeError | None]:
     """(value, its end, None), or (None, ``begin``, why there is none), perhaps only because ``text`` ends."""
+    decoder.repeated.clear()
     try:
-        value, end = _decode(text, begin)
+        value, end = decoder.raw_decode(text, begin)
     except json.JSONDecodeError as error:
         return None, begin, error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
@@ -143,7 +261,10 @@ def _broken(path: Path, line: int, text: str, counted_to: int, error: json.JSOND
     )
 
 
-def _object(value: object, place: str) -> dict[str, Any] | UserError:
-    if isinstance(value, dict):
-        return value
-    return UserError("the record must be an object", where=place, hint='write {"id": "…", …}')
+def _object(value: object, place: str, decoder: _Decoder) -> dict[str, Any] | UserError:
+    if not isinstance(value, dict):
+        return UserError("the record must be an object", where=place, hint='write {"id": "…", …}')
+    if decoder.repeated:
+        what = f"the key {quote(decoder.repeated[0], 40)} is there twice in one object"
+        return UserError(what, where=place, hint="keep one of the two")
+    return value

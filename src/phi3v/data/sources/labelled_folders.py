@@ -82,6 +82,8 @@ def convert_folders(
             writer = DraftWriter(source, conversion, folder, options.special_text, split=split, notes=Counter())
             units = (writer.unit(str(folder / file.path), {"file": file}, make_draft) for file in of_split)
             conversion.write_split(split, units, total=len(of_split))
+        if files[0].split is None and options.eval_share is None and "eval" not in splits:
+            conversion.note("there is one file a class at most, so none was held out for evaluation")
         used = {*ours, *(str(PurePosixPath(file.path).with_suffix(".txt")) for file in files if file.label is None)}
         if left := [path for path in paths if path not in used]:
             endings = ", ".join(sorted({PurePosixPath(path).suffix or "none" for path in left}))
@@ -150,6 +152,11 @@ def _splits(files: Sequence[_File], options: OwnDataOptions) -> dict[str, list[_
         for file in files:
             by_label.setdefault(file.label, []).append(file.path)
         held_out = set[str]().union(*(choose_eval(of_label, share) for of_label in by_label.values()))
+        if options.eval_share and not held_out:  # one file a class, and some were asked for
+            held_out = choose_eval([file.path for file in files], share)
+            if not held_out:
+                what = "there is one file only, so none can be held out"
+                raise UserError(what, where="--eval-share", hint="leave it out, or give it more data")
         splits["train"] = [file for file in files if file.path not in held_out]
         if held_out:
             splits["eval"] = [file for file in files if file.path in held_out]

@@ -34,7 +34,7 @@ def json_line(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is not valid JSON: {error}", hint="one JSON object a line") from None
     if not isinstance(value, dict):
         raise UserError(f"must be a JSON object, not {value!r:.60}", hint="one JSON object a line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,8 +66,23 @@ def hash_share(key: str) -> float:
 
     Choosing by it never moves a record because others were added.
     """
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=6).digest()
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
+
+
+def eval_limit(lowest: float, highest: float, share: float) -> float:
+    """The `hash_share` below which keys are held out: ``share``, moved where either side would be empty.
+
+    Args:
+        lowest, highest: of the hashes of all keys.
+
+    Raises:
+        UserError: they are one.
+    """
+    if lowest == highest:
+        what = "all records are about the same images, so none can be held out"
+        raise UserError(what, where="--eval-share", hint="leave it out, or give it more data")
+    return min(max(share, math.nextafter(lowest, 1)), highest)
 
 
 def choose_eval(keys: Sequence[str], share: float) -> set[str]:

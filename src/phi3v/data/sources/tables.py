@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from phi3v.data.sources.layouts import unknown_layout
@@ -18,6 +23,9 @@ from phi3v.errors import UserError
 
 _BATCH_ROWS = 16  # a row may hold scanned pages of a megabyte each
 _SPLITS = ("train", "val", "test")
+
+_Opened: TypeAlias = pq.ParquetFile | pa.RecordBatchReader | pa.ipc.RecordBatchFileReader
+_Cells = Mapping[str, Callable[[Any], Any]]  # by column, from what is stored to what was meant
 _SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 
 
@@ -42,7 +50,8 @@ class Table:
         name: for messages: a folder and split, or a hub id and split.
         columns: their names.
         num_rows: how many.
-        rows: an iterable over them as dicts; images are ``{"bytes": …, "path": …}``, not decoded.
+        rows: an iterable over them as dicts; images are ``{"bytes": …, "path": …}``, not decoded, and the cells of a
+            folder's files are those that a person put in (`_cells`, `_class_cells`).
     """
 
     name: str
@@ -53,7 +62,7 @@ class Table:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self.rows
-        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, OverflowError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise UserError(
                 f"cannot be read: {_first_line(error)}", where=self.name, hint="copy or download it again"
             ) from None
@@ -153,7 +162,8 @@ def open_folder(folder: Path) -> dict[str, Table]:
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file, folder), []).append(file)
-    return {split: _table(f"{folder}, {split}", by_split[split]) for split in _SPLITS if split in by_split}
+    cells = _cells(files)
+    return {split: _table(f"{folder}, {split}", by_split[split], cells) for split in _SPLITS if split in by_split}
 
 
 def _split_of(file: Path, folder: Path) -> str:
@@ -165,21 +175,16 @@ def _split_of(file: Path, folder: Path) -> str:
     return "train"
 
 
-def _table(name: str, files: list[Path]) -> Table:
+def _table(name: str, files: list[Path], cells: _Cells) -> Table:
     num_rows, columns = 0, ()
     for file in files:
-        try:
-            with _open(file) as opened:
-                if isinstance(opened, pq.ParquetFile):
-                    num_rows, columns = num_rows + opened.metadata.num_rows, tuple(opened.schema_arrow.names)
-                else:
-                    columns = tuple(opened.schema.names)
-                    num_rows += sum(batch.num_rows for batch in _arrow_batches(opened))
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"cannot be read: {_first_line(error)}", where=str(file), hint="copy or download it again"
-            ) from None
-    return Table(name, columns, num_rows, _Rows(files))
+        with _readable(file) as opened:
+            columns = tuple(_schema(opened).names)
+            if isinstance(opened, pq.ParquetFile):
+                num_rows += opened.metadata.num_rows
+            else:
+                num_rows += sum(batch.num_rows for batch in _batches(opened))
+    return Table(name, columns, num_rows, _Rows(files, cells))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,21 +192,99 @@ class _Rows:
     """The rows of files, as often as they are asked for."""
 
     files: list[Path]
+    cells: _Cells
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for file in self.files:
             with _open(file) as opened:
-                if isinstance(opened, pq.ParquetFile):
-                    batches = opened.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
-                else:
-                    batches = _arrow_batches(opened)
-                for batch in batches:
+                cells = {**self.cells, **_class_cells(file, _schema(opened))}
+                for batch in _batches(opened):
                     for start in range(0, batch.num_rows, _BATCH_ROWS):
-                        yield from batch.slice(start, _BATCH_ROWS).to_pylist()
+                        for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                            yield row | {name: cell(row[name]) for name, cell in cells.items()}
+
+
+def _cells(files: Sequence[Path]) -> _Cells:
+    """What gives the cell that a person put in, for columns of floats and times.
+
+    Where a cell is missing, libraries read whole numbers as 3.0 and none as NaN; days they read as midnights. A column
+    is of whole numbers or days if all its cells are, in all files.
+    """
+    cells: dict[str, Callable[[Any], Any]] = {}
+    is_whole: dict[str, bool] = {}
+    for file in files:
+        with _readable(file) as opened:
+            schema = _schema(opened)
+            types = {field.name: field.type for field in schema}
+            loose = [name for name, kind in types.items() if pa.types.is_floating(kind) or pa.types.is_timestamp(kind)]
+            undecided = [name for name in loose if is_whole.setdefault(name, True)]
+            for batch in _batches(opened, undecided) if undecided else ():
+                for name in undecided:
+                    is_whole[name] &= _is_whole(batch.column(batch.schema.get_field_index(name)))
+        for name in loose:
+            if pa.types.is_timestamp(types[name]):
+                cells[name] = _day if is_whole[name] else lambda cell: cell
+            else:
+                cells[name] = _whole_number if is_whole[name] else _shortest if types[name] == pa.float32() else _number
+    return cells
+
+
+def _is_whole(column: pa.Array) -> bool:
+    if pa.types.is_timestamp(column.type):
+        return bool(pc.all(pc.equal(pc.floor_temporal(column, unit="day"), column)).as_py() in (True, None))
+    values = column.drop_null().to_numpy(zero_copy_only=False).astype(np.float64)
+    values = values[~np.isnan(values)]
+    return bool((np.isfinite(values) & (values == np.floor(values))).all())
+
+
+def _number(cell: float | None) -> float | None:
+    return None if cell is None or cell != cell else cell
+
+
+def _shortest(cell: float | None) -> float | None:
+    """Of 32 bits: 0.1, not 0.10000000149."""
+    return None if cell is None or cell != cell else float(str(np.float32(cell)))
+
+
+def _whole_number(cell: float | None) -> int | None:
+    return None if cell is None or cell != cell else int(cell)
+
+
+def _day(cell: datetime | None) -> date | None:
+    return None if cell is None else cell.date()
+
+
+def _class_cells(file: Path, schema: pa.Schema) -> _Cells:
+    """What gives the names of class labels, which are stored as numbers, from what ``datasets`` says in the schema.
+
+    Raises:
+        UserError: that cannot be read.
+    """
+    said = (schema.metadata or {}).get(b"huggingface")
+    try:
+        features = json.loads(said)["info"]["features"] if said else {}
+        names = {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in schema.names
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        hint = "save the table again, with `datasets` or without its metadata"
+        raise UserError(f"the features in its schema cannot be read: {error}", where=str(file), hint=hint) from None
+    return {column: partial(_class_name, file, column, of_column) for column, of_column in names.items()}
+
+
+def _class_name(file: Path, column: str, names: Sequence[str], cell: object) -> object:
+    if cell is None or cell == -1 or isinstance(cell, str):  # -1 stands for no label
+        return None if cell == -1 else cell
+    if isinstance(cell, int) and 0 <= cell < len(names):
+        return names[cell]
+    what = f"{cell!r:.40} is no label of the column {column}, which has {len(names)} classes"
+    raise UserError(what, where=str(file), hint="save the table again")
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[pq.ParquetFile | pa.RecordBatchReader | pa.ipc.RecordBatchFileReader]:
+def _open(file: Path) -> Iterator[_Opened]:
     if file.suffix == ".parquet":
         # Read through a buffer. Left to itself the reader loads a whole row group, which some files consist of.
         with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as parquet:
@@ -215,10 +298,29 @@ def _open(file: Path) -> Iterator[pq.ParquetFile | pa.RecordBatchReader | pa.ipc
         yield reader
 
 
-def _arrow_batches(reader: Any) -> Iterator[pa.RecordBatch]:
-    if isinstance(reader, pa.ipc.RecordBatchFileReader):
-        return (reader.get_batch(k) for k in range(reader.num_record_batches))
-    return iter(reader)
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[_Opened]:
+    try:
+        with _open(file) as opened:
+            yield opened
+    except (OSError, ValueError, pa.ArrowException) as error:
+        hint = "copy or download it again"
+        raise UserError(f"cannot be read: {_first_line(error)}", where=str(file), hint=hint) from None
+
+
+def _schema(opened: _Opened) -> pa.Schema:
+    return opened.schema_arrow if isinstance(opened, pq.ParquetFile) else opened.schema
+
+
+def _batches(opened: _Opened, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """All of the file, of some columns or of each."""
+    if isinstance(opened, pq.ParquetFile):
+        size = _BATCH_ROWS if columns is None else 2**16
+        yield from opened.iter_batches(batch_size=size, columns=columns, use_threads=False)
+    elif isinstance(opened, pa.ipc.RecordBatchFileReader):
+        yield from (opened.get_batch(k) for k in range(opened.num_record_batches))
+    else:
+        yield from opened
 
 
 def _first_line(error: Exception) -> str:
