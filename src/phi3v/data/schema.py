@@ -197,14 +197,14 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _decode_json = json.JSONDecoder(object_pairs_hook=_make_object, parse_constant=_NotANumber).decode
 
 
-def _kind(value: object) -> str:
-    """What JSON calls ``value``."""
+def json_kind(value: object) -> str:
+    """What JSON calls ``value``: "a number", "null", "a list" …"""
     if isinstance(value, _NotANumber):
         return value.name
     if isinstance(value, bool):
         return "true" if value else "false"
     kinds = {str: "a string", int: "a number", float: "a number", list: "a list", type(None): "null"}
-    return kinds.get(type(value), "an object")
+    return kinds.get(type(value), "bytes" if isinstance(value, bytes) else "an object")
 
 
 class _LineReader:
@@ -255,7 +255,7 @@ class _LineReader:
             self.fault("", f"is not usable JSON: {error}", "no field of the format needs this; remove it")
             return None
         if not isinstance(value, dict):
-            self.fault("", f"must be an object, not {_kind(value)}", _ONE_A_LINE)
+            self.fault("", f"must be an object, not {json_kind(value)}", _ONE_A_LINE)
             return None
         return value
 
@@ -299,7 +299,7 @@ class _LineReader:
             return ()
         items = value["conversations"]
         if not isinstance(items, list):
-            self.fault("conversations", f"must be a list, not {_kind(items)}", shape)
+            self.fault("conversations", f"must be a list, not {json_kind(items)}", shape)
             return ()
         if not items:
             self.fault("conversations", "has no turn", f"remove the line, or {shape}")
@@ -310,7 +310,7 @@ class _LineReader:
     def turn(self, value: object, where: str) -> Turn | None:
         """None if the turn has a fault."""
         if not isinstance(value, dict):
-            self.fault(where, f"must be an object, not {_kind(value)}", 'write {"user": "…", "assistant": "…"}')
+            self.fault(where, f"must be an object, not {json_kind(value)}", 'write {"user": "…", "assistant": "…"}')
             return None
         faults_before = len(self.result.faults)
         self.keys(value, f"{where}.", _TURN_KEYS)
@@ -349,7 +349,7 @@ class _LineReader:
             return ()
         if not isinstance(value, list):
             hint = f'write a list: "images": ["{value}"]' if isinstance(value, str) else 'write "images": ["a.png"]'
-            self.fault(where, f"must be a list, not {_kind(value)}", hint)
+            self.fault(where, f"must be a list, not {json_kind(value)}", hint)
             return ()
         paths = []
         for k, item in enumerate(value):
@@ -380,7 +380,7 @@ class _LineReader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.fault(where, f"must be a list, not {_kind(value)}", 'write "answers": ["…", "…"]')
+            self.fault(where, f"must be a list, not {json_kind(value)}", 'write "answers": ["…", "…"]')
             return ()
         if not value:
             self.fault(where, "is an empty list", 'list the reference answers, or leave "answers" out')
@@ -417,7 +417,7 @@ class _LineReader:
 
     def string(self, value: object, where: str, hint: str) -> str | None:
         if not isinstance(value, str):
-            self.fault(where, f"must be a string, not {_kind(value)}", hint)
+            self.fault(where, f"must be a string, not {json_kind(value)}", hint)
             return None
         if not value.isascii() and _surrogate(value):
             self.fault(where, f"has half of a surrogate pair: {quote(value)}", "correct the \\ud8… escape")

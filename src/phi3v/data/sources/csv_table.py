@@ -23,7 +23,7 @@ from typing import Any
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
 from phi3v.data.jsonl import require_file
-from phi3v.data.schema import MAX_LINE_BYTES
+from phi3v.data.schema import MAX_LINE_BYTES, json_kind
 from phi3v.data.sources.drafts import Draft, DraftTurn, Row, convert_rows, medium_of
 from phi3v.data.sources.json_records import not_utf8, require_text_encoding
 from phi3v.data.sources.messages import table_rows
@@ -246,4 +246,4 @@ def _text(cell: Any) -> str:
         return f"{cell:f}"
     if isinstance(cell, bool | int | date | time) or (isinstance(cell, float) and math.isfinite(cell)):
         return str(cell)
-    raise UserError(f"a cell must be text, not {quote(repr(cell), 40)}", hint="is this the right column?")
+    raise UserError(f"a cell must be text, not {json_kind(cell)}", hint="is this the right column?")

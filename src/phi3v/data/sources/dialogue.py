@@ -1,32 +1,58 @@
-"""From other people's chat formats to ours: messages with pictures in their text become turns with pictures before it.
+"""From other people's chat formats to ours: messages with images in their text become turns with images.
 
-What `llava` and `messages` share: tags in texts, which picture belongs to which turn, and where a system
-message goes.
+What `llava` and `messages` share, and that is all but the key of the list: who speaks, what is learnt, which image
+belongs where, and what of a record has no use here. A message is ``{"from": "human", "value": …}`` or
+``{"role": "user", "content": …}``; a content is a text or a list of parts.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from phi3v.data.faults import quote
-from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of
+from phi3v.data.schema import json_kind
+from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of, medium_of, medium_size
+from phi3v.data.sources.grounding import BOX, Objects
 from phi3v.data.sources.questions import id_of
+from phi3v.data.sources.tags import Tag, like_a_tag, names_an_image, refuse_control_tokens, split_tags
 from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
 
-MOVED = "a picture tag was in the middle or at the end of a text; the picture comes before the text of its turn"
-SYSTEM = "a system message was put at the front of the first question, before a blank line"
-UNTAGGED = "a record had pictures and no tag; they are in its first turn"
+UNTAGGED = "a record had images and no tag; they are in its first turn"
+TAG_IN_ANSWER = "an answer holds an image tag, which is learnt as the text that it is"
+MARKUP = "a record has no image and a question with one in Markdown or HTML, which stays text"
 
-_TAG = re.compile(r"<(image|video)>")
-_LEADING_TAGS = re.compile(r"\s*(?:<(?:image|video)>\s*)+")
-# A tag goes with the space before it if what follows needs none; "see <image>, then" becomes "see, then".
-_LATER_TAG = re.compile(r"\s*<(?:image|video)>\s*\Z|\s+<(?:image|video)>(?=[\s.,;:?!)])|<(?:image|video)>")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+_TEXTS = ("text", "input_text", "output_text")
+_MEDIA: dict[str, MediumKind] = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+}
+# What says whether an answer is learnt, and which value says that it is.
+_LEARNT = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "mask": False}
+_NAMES_AN_IMAGE = re.compile(
+    r"(?:image|img|picture|photo|video|clip)s?(?:_?(?:path|file|file_?name|url|name)s?)?", re.I
+)
+
+Piece = str | Tag | Medium
 
 
 @dataclass(slots=True)
@@ -34,95 +60,227 @@ class Message:
     """What one side said.
 
     Attributes:
-        role: who.
-        text: what, without tags.
-        media: in order; a mere kind stands for the record's next picture or clip.
-        moved: how many of them stood behind some of the text.
         where: the field, for messages about it.
+        pieces: plain texts, and what stands between them; a tag stands for one of the record's images or clips.
+        weight: 0 if it is not to be learnt.
     """
 
     role: Role
-    text: str
     where: str
-    media: list[MediumKind | Medium] = field(default_factory=list)
-    moved: int = 0
+    pieces: list[Piece]
+    weight: int = 1
+
+    @property
+    def text(self) -> str:
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def tags(self) -> list[Tag]:
+        return [piece for piece in self.pieces if isinstance(piece, Tag)]
+
+    @property
+    def media(self) -> list[Medium]:
+        return [piece for piece in self.pieces if isinstance(piece, Medium)]
 
 
-def take_tags(text: str) -> tuple[str, list[MediumKind], int]:
-    """(the text without its ``<image>`` and ``<video>`` tags, what they stand for, how many stood after text).
-
-    Tags at the start or end go with the white space around them. Otherwise the text stays as it is.
-    """
-    kinds: list[MediumKind] = ["image" if kind == "image" else "video" for kind in _TAG.findall(text)]
-    if not kinds:
-        return text, [], 0
-    leading = _LEADING_TAGS.match(text)
-    rest = text[leading.end() :] if leading else text
-    later = len(_TAG.findall(rest))
-    return _LATER_TAG.sub("", rest), kinds, later
-
-
-def tagged_message(role: Role, text: str, where: str) -> Message:
-    """The message of a text with tags; in an answer they are text as any other, for it cannot bring a picture."""
-    if role != "user":
-        return Message(role, text, where)
-    plain, kinds, moved = take_tags(text)
-    return Message(role, plain, where, [*kinds], moved)
-
-
-def dialogue_draft(
-    row: Row, notes: Counter[str], *, key: str, read_message: Callable[[Mapping[str, object], str], Message]
-) -> Draft:
-    """The draft of a record that holds a list of messages, and its media beside them in ``image`` and ``video``.
+class DialogueReader:
+    """Makes the draft of a record that holds a list of messages, and its media beside them in ``image`` and ``video``.
 
     Args:
-        row: the record.
-        notes: as of `build_turns`.
         key: of the list.
-        read_message: makes a message of an item and the item's place.
+        image_root: the folder that media are relative to.
+    """
+
+    def __init__(self, key: str, image_root: Path) -> None:
+        self._key = key
+        self._image_root = image_root
+
+    def __call__(self, row: Row, notes: Counter[str]) -> Draft:
+        """
+        Args:
+            notes: counts what was decided on the way, and keys that have no use here.
+
+        Raises:
+            UserError: the record cannot be used.
+        """
+        decided: Counter[str] = Counter()  # not in `notes` yet: a record that is refused has decided nothing
+        media = [*media_of(row, "image"), *media_of(row, "video")]
+        images = [medium for medium in media if medium.kind == "image"]
+        objects = Objects(row.get("objects"), len(images), lambda index: medium_size(images[index], self._image_root))
+        messages = self._messages(row, objects, decided)
+        objects.require_all_used()
+        decided[BOX] += objects.boxes
+        used = {"id", "system", self._key, *(["objects"] if objects.used else []), *_media_keys(row)}
+        _weight(row, "", used)
+        system, messages = _system(row.get("system"), messages)
+        _require_alternating(messages)
+        _place_media(messages, media, decided)
+        _require_images(row, messages, used, decided)
+        _count_unused(row, used, "", decided)
+        pairs = zip(messages[::2], messages[1::2], strict=True)
+        turns = tuple(_turn(question, answer) for question, answer in pairs)
+        notes.update(+decided)
+        return Draft(id_of(row, "id"), turns, system)
+
+    def _messages(self, row: Row, objects: Objects, decided: Counter[str]) -> list[Message]:
+        items = row.get(self._key)
+        if not isinstance(items, list):
+            hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
+            what = "is missing" if items is None else f"must be a list, not {json_kind(items)}"
+            raise UserError(what, where=self._key, hint=hint)
+        messages = []
+        for k, item in enumerate(items):
+            where = f"{self._key}[{k}]"
+            if not isinstance(item, Mapping):
+                what = f"must be an object, not {json_kind(item)}"
+                raise UserError(what, where=where, hint="write one message as {…}")
+            messages.append(_message(item, where, f"{self._key}[].", objects, decided))
+        return messages
+
+
+def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, decided: Counter[str]) -> Message:
+    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
+    sender = item.get(role_key)
+    role = _ROLES.get(sender.lower()) if isinstance(sender, str) else None
+    if role is None:
+        what = "is missing" if sender is None else f"is no role known here: {quote(str(sender), 40)}"
+        hint = f"known are {', '.join(_ROLES)}; tools have no place in this model's chat format"
+        raise UserError(what, where=f"{where}.{role_key}", hint=hint)
+    if item.get("tool_calls") or item.get("function_call"):
+        hint = "tools have no place in this model's chat format: leave the record out"
+        raise UserError("calls a tool", where=where, hint=hint)
+    used = {role_key, content_key, "tool_calls", "function_call", *_media_keys(item)}
+    weight = _weight(item, where, used if role == "assistant" else set())
+    if role != "assistant" and not weight:  # what it asks for is what happens
+        used |= _LEARNT.keys()
+    content, at = item.get(content_key), f"{where}.{content_key}"
+    if isinstance(content, list):
+        pieces = _of_parts(content, role, at, f"{path}{content_key}[].", objects, decided)
+    else:
+        pieces = _of_text(content, role, at, objects, decided)
+    own = [*media_of(item, "image"), *media_of(item, "video")]
+    message = Message(role, where, pieces, weight)
+    if role == "user":
+        message.pieces = _with_own_media(message, own)
+    elif own or message.media or message.tags:
+        kind = "an answer" if role == "assistant" else "a system message"
+        raise UserError(f"is {kind} with an image", where=where, hint="images belong to the user's messages")
+    _count_unused(item, used, path, decided)
+    return message
+
+
+def _weight(item: Mapping[str, Any], where: str, used: set[str]) -> int:
+    """Whether something is learnt: 1, or 0 where a key says that it is not. Adds the keys to ``used``.
 
     Raises:
-        UserError: a message or a medium is wrong.
+        UserError: a weight is another number; or ``where`` is empty, the whole record, and that is not to be learnt.
     """
-    messages = []
-    for k, item in enumerate(require_list(row.get(key), key)):
-        where = f"{key}[{k}]"
-        if not isinstance(item, Mapping):
-            raise UserError("must be an object", where=where, hint="write one message as {…}")
-        messages.append(read_message(item, where))
-    media = [*media_of(row, "image"), *media_of(row, "video")]
-    return Draft(id_of(row, "id"), tuple(build_turns(messages, media, notes)))
+    weight = 1
+    for key, learnt in _LEARNT.items():
+        value = item.get(key)
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            used.add(key)
+            if bool(value) != learnt:
+                weight = 0
+                if not where:
+                    raise UserError("the record is marked as not to be learnt", where=key, hint="leave it out")
+        elif key == "weight" and value is not None and where:
+            hint = "an answer is learnt (1) or only read (0)"
+            raise UserError(f"must be 0 or 1, not {value!r:.20}", where=f"{where}.weight", hint=hint)
+    return weight
 
 
-def build_turns(messages: Sequence[Message], media: Sequence[Medium], notes: Counter[str]) -> list[DraftTurn]:
-    """Pair questions with answers and give each question the pictures whose tags stand in it.
+def _of_text(content: object, role: Role, where: str, objects: Objects, decided: Counter[str]) -> list[Piece]:
+    if not isinstance(content, str):
+        what = f"must be a string, not {json_kind(content)}"
+        raise UserError(what, where=where, hint="write the text in quotes")
+    text = objects.fill(content, where)
+    pieces = split_tags(text)
+    refuse_control_tokens("\n".join(piece for piece in pieces if isinstance(piece, str)), where)
+    tags = [piece for piece in pieces if isinstance(piece, Tag)]
+    if role == "user":
+        return [
+            piece if isinstance(piece, str) or piece.path is None else medium_of(piece.path, piece.kind, where)
+            for piece in pieces
+        ]
+    if role == "system" and tags:
+        hint = "images belong to the user's messages"
+        raise UserError(f"is a system message with an image: {quote(tags[0].written, 40)}", where=where, hint=hint)
+    for tag in tags:
+        if "|" in tag.written:
+            hint = "the model writes text only: remove the token from the answer"
+            raise UserError(f"is an answer with an image: {quote(tag.written, 40)}", where=where, hint=hint)
+    decided[TAG_IN_ANSWER] += bool(tags)
+    return [text]
 
-    Args:
-        messages: in order: at most one of the system, then user and assistant in turn.
-        media: the record's pictures and clips, in order, for the messages' bare kinds. If no message has one,
-            all of them go to the first question.
-        notes: counts what was decided on the way (`MOVED`, `SYSTEM`, `UNTAGGED`).
 
-    Raises:
-        UserError: roles are out of order, or the number of tags is not that of pictures; ``where`` is the field.
-    """
-    decided: Counter[str] = Counter()
-    system = ""
+def _of_parts(
+    parts: list[Any], role: Role, where: str, path: str, objects: Objects, decided: Counter[str]
+) -> list[Piece]:
+    """Parts are joined by line breaks, but for images side by side and where white space is beside an image already."""
+    joined: list[Piece] = []
+    for k, part in enumerate(parts):
+        at = f"{where}[{k}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str):
+            raise UserError("is no part of a message", where=at, hint='write {"type": "text", "text": "…"}')
+        if kind in _TEXTS:
+            pieces = _of_text(part.get("text"), role, f"{at}.text", objects, decided)
+            used = {"type", "text"}
+        elif kind in _MEDIA:
+            key, medium = _part_medium(part, _MEDIA[kind], at)
+            pieces, used = [medium], {"type", key}
+            if isinstance(value := part.get(key), Mapping):
+                _count_unused(value, {"url", "bytes", "path"}, f"{path}{key}.", decided)
+        else:
+            hint = f"known are text, {', '.join(_MEDIA)}"
+            raise UserError(f"is of a type unknown here: {quote(kind)}", where=at, hint=hint)
+        _count_unused(part, used, path, decided)
+        before, after = (joined or [""])[-1], (pieces or [""])[0]
+        texts = [beside for beside in (before, after) if isinstance(beside, str)]
+        at_white_space = len(texts) == 1 and bool(re.search(r"\s\Z" if texts[0] is before else r"\A\s", texts[0]))
+        if k and texts and not at_white_space:
+            joined.append("\n")
+        joined += pieces
+    return joined
+
+
+def _part_medium(part: Mapping[str, Any], kind: MediumKind, where: str) -> tuple[str, Medium | Tag]:
+    """The key that names a medium, and that; a tag if none does, then it takes the record's next."""
+    for key in (f"{kind}_url", kind, "url", "path"):
+        value = part.get(key)
+        if isinstance(value, Mapping) and "url" in value:
+            value = value["url"]
+        if value:  # tables fill the keys of other parts with nulls
+            return key, medium_of(value, kind, f"{where}.{key}")
+    if part.get("type") != kind:
+        hint = f'write {{"type": "{kind}_url", "{kind}_url": {{"url": "…"}}}}'
+        raise UserError("names no file", where=where, hint=hint)
+    return kind, Tag(kind, f"<{kind}>")
+
+
+def _with_own_media(message: Message, own: list[Medium]) -> list[Piece]:
+    """The pieces of a message; if it has images of its own, its tags stand for these."""
+    if not own or not message.tags:
+        return [*own, *message.pieces]
+    _require_count(len(message.tags), len(own), own[0].kind, message.where)
+    there = iter(own)
+    return [next(there) if isinstance(piece, Tag) else piece for piece in message.pieces]
+
+
+def _system(of_record: object, messages: list[Message]) -> tuple[str | None, list[Message]]:
+    """The system message, of the record or the first of its messages, and the other messages."""
+    if of_record is not None and not isinstance(of_record, str):
+        what = f"must be a string, not {json_kind(of_record)}"
+        raise UserError(what, where="system", hint="write the text in quotes")
+    told = [of_record] if of_record and of_record.strip() else []
     if messages and messages[0].role == "system":
-        system, messages = messages[0].text, messages[1:]
-        decided[SYSTEM] += bool(system.strip())
-    _require_alternating(messages)
-    _place_media(messages, media, decided)
-    turns = []
-    for question, answer in zip(messages[::2], messages[1::2], strict=True):
-        decided[MOVED] += question.moved
-        # What is a bare kind no more is a medium; `_place_media` saw to that.
-        of_turn = tuple(medium for medium in question.media if isinstance(medium, Medium))
-        turns.append(DraftTurn(question.text, answer.text, of_turn))
-    if system.strip():
-        turns[0] = DraftTurn(f"{system}\n\n{turns[0].user}".rstrip(), turns[0].assistant, turns[0].media)
-    notes.update(+decided)  # only now: a record that is refused has decided nothing
-    return turns
+        told += [messages[0].text] if messages[0].text.strip() else []
+        messages = messages[1:]
+    if len(set(told)) > 1:
+        what = "is another text than that of the system's message"
+        raise UserError(what, where="system", hint="a record has one system message")
+    return (told[0] if told else None), messages
 
 
 def _require_alternating(messages: Sequence[Message]) -> None:
@@ -136,60 +294,102 @@ def _require_alternating(messages: Sequence[Message]) -> None:
             raise UserError(what, where=message.where, hint=alternate)
     if len(messages) % 2:
         raise UserError("the last question has no answer", where=messages[-1].where, hint=alternate)
-    for message in messages[1::2]:
-        if message.media:
-            hint = "the model writes text only: remove the picture from the answer"
-            raise UserError("is an answer with a picture", where=message.where, hint=hint)
 
 
-def _place_media(messages: Sequence[Message], media: Sequence[Medium], decided: Counter[str]) -> None:
-    """Replace every bare kind by the record's next medium of that kind."""
-    open_kinds = [kind for message in messages for kind in message.media if not isinstance(kind, Medium)]
-    if media and not any(message.media for message in messages):
-        messages[0].media[:0] = media
+def _place_media(messages: Sequence[Message], media: list[Medium], decided: Counter[str]) -> None:
+    """Replace every tag by the medium of the record that it stands for.
+
+    Raises:
+        UserError: the number of tags is not that of media, or numbers in tags do not tell them apart.
+    """
+    questions = messages[::2]
+    tags = [tag for message in questions for tag in message.tags]
+    named = [medium for message in questions for medium in message.media]
+    if not tags and named == media:
+        return  # named twice, beside the text and in it
+    if media and not tags and not named:
+        if decided[TAG_IN_ANSWER]:
+            what = "the only image tag is in an answer, and the model writes text only"
+            raise UserError(what, hint="put the tag into a question")
+        for message in questions:
+            if found := like_a_tag(message.text):
+                raise _unknown_tag(found, message.where)
+        messages[0].pieces[:0] = media
         decided[UNTAGGED] += 1
         return
-    waiting: dict[MediumKind, list[Medium]] = {"image": [], "video": []}
+    there: dict[MediumKind, list[Medium]] = {"image": [], "video": []}
     for medium in media:
-        waiting[medium.kind].append(medium)
-    # LLaVA-Video marks its clips with <image>.
-    as_image = not waiting["image"] and "video" not in open_kinds and bool(waiting["video"])
-    if as_image:
-        waiting["image"], waiting["video"] = waiting["video"], []
-    for kind, there in waiting.items():
-        tags = open_kinds.count(kind)
-        if tags != len(there):
-            name = "video" if as_image or kind == "video" else "image"
-            raise UserError(
-                f"{_count(tags, f'<{kind}> tag')} for {_count(len(there), name)}",
-                hint=f"a tag for each {name} where it belongs; or no tag at all, then the first question gets them",
-            )
-    for message in messages:
-        message.media = [medium if isinstance(medium, Medium) else waiting[medium].pop(0) for medium in message.media]
+        there[medium.kind].append(medium)
+    if not there["image"] and all(tag.kind == "image" for tag in tags):
+        # LLaVA-Video marks its clips with <image>.
+        there = {"image": there["video"], "video": []}
+    taken: dict[MediumKind, Iterator[Medium]] = {}
+    for kind, of_kind in there.items():
+        numbers = [tag.number for tag in tags if tag.kind == kind]
+        _require_count(len(numbers), len(of_kind), "video" if of_kind and of_kind[0].kind == "video" else kind)
+        taken[kind] = iter(of_kind if set(numbers) <= {None} else _by_number(numbers, of_kind, kind))
+    for message in questions:
+        message.pieces = [next(taken[p.kind]) if isinstance(p, Tag) else p for p in message.pieces]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _by_number(numbers: Sequence[int | None], media: Sequence[Medium], kind: MediumKind) -> list[Medium]:
+    """The media in the order of tags that number them, from 1 or from 0."""
+    first = 0 if 0 in numbers else 1
+    if sorted(number if number is not None else -1 for number in numbers) != list(range(first, first + len(media))):
+        shown = ", ".join(f"<{kind}>" if number is None else f"<{kind}{number}>" for number in numbers)
+        hint = f"each {kind} has one tag; where a text speaks of one again, write so in words"
+        raise UserError(f"the tags {shown} do not name each of {len(media)} {kind}s once", hint=hint)
+    return [media[number - first] for number in numbers if number is not None]
 
 
-def require_list(value: object, where: str) -> list[object]:
-    """``value`` if it is a list.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(value, list):
-        what = "is missing" if value is None else f"must be a list, not {quote(repr(value), 40)}"
-        raise UserError(what, where=where, hint="is this the right source for the file?")
-    return value
+def _require_count(tags: int, there: int, kind: MediumKind, where: str | None = None) -> None:
+    if tags != there:
+        what = f"{tags} <{kind}> tag{'' if tags == 1 else 's'} for {there} {kind}{'' if there == 1 else 's'}"
+        hint = f"each tag stands for one {kind}, in order"
+        raise UserError(what, where=where, hint=hint)
 
 
-def require_text(value: object, where: str) -> str:
-    """``value`` if it is a string.
+def _require_images(row: Row, messages: Sequence[Message], used: set[str], decided: Counter[str]) -> None:
+    """Raise `UserError` if a record of text alone seems to be about an image."""
+    questions = messages[::2]
+    if any(message.media for message in questions):
+        return
+    for message in questions:
+        if found := like_a_tag(message.text):
+            raise _unknown_tag(found, message.where)
+    for key, value in row.items():
+        if key not in used and value and not isinstance(value, bool | int | float) and _NAMES_AN_IMAGE.fullmatch(key):
+            what = "the record has no image, and this key, which is not read, seems to name one"
+            raise UserError(what, where=key, hint='name it "image" (or "images", "video", "videos")')
+    decided[MARKUP] += any(names_an_image(message.text) for message in questions)
 
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"must be a string, not {quote(repr(value), 40)}", where=where, hint="write the text in quotes")
-    return value
+
+def _unknown_tag(found: str, where: str) -> UserError:
+    hint = "write <image> where an image stands; if it is meant as text, put it in other words"
+    return UserError(f"holds what may be an image tag and is not known: {quote(found, 40)}", where=where, hint=hint)
+
+
+def _media_keys(item: Mapping[str, Any]) -> list[str]:
+    """The keys that `media_of` reads."""
+    return [kind if item.get(kind) else f"{kind}s" for kind in ("image", "video")]
+
+
+def _count_unused(item: Mapping[str, Any], used: set[str], path: str, decided: Counter[str]) -> None:
+    """Count the keys of an object that nothing was made of; tables fill those that an object lacks with nulls."""
+    for key, value in item.items():
+        if key not in used and value is not None and value != [] and value != "":
+            decided[f"the key {path}{key} is not used"] += 1
+
+
+def _turn(question: Message, answer: Message) -> DraftTurn:
+    """Leading images come before the text in a line of their own; if there are others, all keep their places."""
+    media, text = tuple(question.media), ""
+    places: list[int] = []
+    for piece in question.pieces:
+        if isinstance(piece, str):
+            text += piece
+        else:
+            places.append(len(text))
+    if not text[: max(places, default=0)].strip():
+        return DraftTurn(text.lstrip() if media else text, answer.text, media, weight=answer.weight)
+    return DraftTurn(text, answer.text, media, tuple(places), answer.weight)

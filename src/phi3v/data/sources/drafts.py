@@ -23,12 +23,12 @@ from urllib.parse import unquote
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, JsonRecord, Unit
 from phi3v.data.faults import quote
-from phi3v.data.images import near_name
+from phi3v.data.images import decode_image, image_size, near_name
 from phi3v.data.schema import SpecialText, image_path_fault, read_line
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import eval_limit, hash_share
 from phi3v.errors import UserError
-from phi3v.processing.special_text import escape_special_text
+from phi3v.processing.special_text import escape_special_text, shift_by_escapes
 
 MediumKind = Literal["image", "video"]
 
@@ -52,11 +52,18 @@ class Medium:
 
 @dataclass(frozen=True, slots=True)
 class DraftTurn:
-    """A turn, before its pictures are copied."""
+    """A turn, before its pictures are copied.
+
+    Attributes:
+        places: where in ``user`` each medium stands; None: all before it.
+        weight: 0 for a turn that is context.
+    """
 
     user: str
     assistant: str
     media: tuple[Medium, ...]
+    places: tuple[int, ...] | None = None
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +73,12 @@ class Draft:
     Attributes:
         id: as the source names it; None for one that is made of its number.
         turns: at least one.
+        system: the system message.
     """
 
     id: str | None
     turns: tuple[DraftTurn, ...]
+    system: str | None = None
 
 
 Row = Mapping[str, Any]
@@ -226,15 +235,24 @@ class DraftWriter:
         return name
 
     def _records(self, place: str, record_id: str, draft: Draft) -> list[JsonRecord]:
-        escape = self._special_text == "escape"
-        turns = []
+        plain: Callable[[str], str] = escape_special_text if self._special_text == "escape" else str
+        turns: list[JsonRecord] = []
         for turn in draft.turns:
-            images = [name for medium in turn.media for name in self._add(medium)]
-            user, assistant = turn.user, turn.assistant
-            if escape:
-                user, assistant = escape_special_text(user), escape_special_text(assistant)
-            turns.append(({"images": images} if images else {}) | {"user": user, "assistant": assistant})
-        record = {"id": record_id, "source": self._source, "conversations": turns}
+            added = [self._add(medium) for medium in turn.media]
+            made: JsonRecord = {"images": [name for names in added for name in names]} if added else {}
+            if turn.places is not None:
+                places = [
+                    place if plain is str else shift_by_escapes(turn.user, place)
+                    for place, names in zip(turn.places, added, strict=True)
+                    for _ in names
+                ]
+                made["image_offsets"] = places
+            made |= {"user": plain(turn.user), "assistant": plain(turn.assistant)}
+            turns.append(made if turn.weight else made | {"weight": 0})
+        record: JsonRecord = {"id": record_id, "source": self._source}
+        if draft.system is not None:
+            record["system"] = plain(draft.system)
+        record["conversations"] = turns
         # As `phi3v data check` will read it. Line 2, because line 1 may begin with a byte order mark.
         faults = read_line(json.dumps(record), file=Path(place), line=2).faults
         if faults:
@@ -249,10 +267,7 @@ class DraftWriter:
             name = hashlib.blake2b(medium.data, digest_size=12).hexdigest()
             return [images.add(f"embedded/{name}", medium.data, name="the embedded picture")]
         assert medium.path is not None
-        path = _local_path(medium.path, self._image_root)
-        if "%" in path and not (self._image_root / path).is_file():  # a%20b.png, unless that is its name
-            plain = _local_path(unquote(medium.path), self._image_root)
-            path = plain if (self._image_root / plain).is_file() else path
+        path = _path_below(medium.path, self._image_root)
         _require_there(path, self._image_root, medium.kind)
         if medium.kind == "image":
             return [images.copy_file(path, root=self._image_root)]
@@ -342,6 +357,23 @@ def _base64(content: str, where: str) -> bytes:
     if not data:
         raise UserError("is base64 of nothing", where=where, hint="encode the image again")
     return data
+
+
+def medium_size(medium: Medium, root: Path) -> tuple[int, int]:
+    """Width and height of an image; raises `UserError` if it cannot be used."""
+    if medium.data is not None:
+        return decode_image(medium.data, "the embedded picture").size
+    assert medium.path is not None
+    return image_size(_path_below(medium.path, root), root=root)
+
+
+def _path_below(named: str, root: Path) -> str:
+    """`_local_path` of what a record names; of ``a%20b.png``, unless that is its name, of what it stands for."""
+    path = _local_path(named, root)
+    if "%" in path and not (root / path).is_file():
+        plain = _local_path(unquote(named), root)
+        path = plain if (root / plain).is_file() else path
+    return path
 
 
 def _local_path(path: str, root: Path) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.schema import json_kind
 from phi3v.errors import UserError
 
 
@@ -37,5 +38,5 @@ def json_line(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not valid JSON: {error}", hint="one JSON object a line") from None
     if not isinstance(value, dict):
-        raise UserError(f"must be a JSON object, not {value!r:.60}", hint="one JSON object a line")
+        raise UserError(f"must be a JSON object, not {json_kind(value)}", hint="one JSON object a line")
     return value

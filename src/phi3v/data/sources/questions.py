@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.data.convert import BadUnit, Conversion, JsonRecord, Unit
-from phi3v.data.faults import quote
+from phi3v.data.schema import json_kind
 from phi3v.errors import UserError
 
 
@@ -97,15 +97,17 @@ def id_of(row: Mapping[str, Any], key: str) -> str | None:
     """The id that a row names under ``key``, as text; None if it names none.
 
     Raises:
-        UserError: it is neither text nor a whole number.
+        UserError: it is neither text nor a number.
     """
     value = row.get(key)
     if value is None or isinstance(value, str):
         return (value or "").strip() or None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables keep whole numbers beside missing ones
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return str(value)
     hint = f'write "{key}": "…"'
-    raise UserError(f"must be text or a number, not {quote(repr(value), 40)}", where=key, hint=hint)
+    raise UserError(f"must be text or a number, not {json_kind(value)}", where=key, hint=hint)
 
 
 def text_of(value: object, name: str) -> str:
@@ -115,7 +117,8 @@ def text_of(value: object, name: str) -> str:
         UserError: it is not; ``name`` says what it should be.
     """
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name} is {'missing' if value is None else f'no text: {value!r:.60}'}", hint="complete it")
+        kind = "missing" if value is None else "empty" if isinstance(value, str) else f"{json_kind(value)}, not text"
+        raise UserError(f"{name} is {kind}", hint="complete it")
     return value
 
 
