@@ -14,19 +14,18 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
+from phi3v.data.batches import BatchPlan, Step, StepLoader, rows_of_rank
 from phi3v.data.collate import Sample
 from phi3v.data.packing import (
     PackedDataset,
-    PackedLoader,
     PackingPlan,
     RecordLengths,
-    Step,
     measure_records,
     pack_row,
     shared_tokens,
 )
+from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
-from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -44,7 +43,7 @@ def check_epoch(plan: PackingPlan, steps: list[Step]) -> None:
     for step in steps:
         assert len(step) == plan.world_size
         for rows in step:
-            assert rows  # every rank has something to do in every step
+            assert rows or len(groups_of(step)) < plan.world_size
             for row in rows:
                 assert sum(map(plan.tokens, row)) <= plan.pack_tokens or [len(group) for group in row] == [1]
                 for group in row:
@@ -56,8 +55,12 @@ def check_epoch(plan: PackingPlan, steps: list[Step]) -> None:
     assert set(seen.values()) == {1}  # every record once
 
 
+def groups_of(step: Step) -> list[Any]:
+    return [group for rows in step for row in rows for group in row]
+
+
 def samples(step: Step) -> int:
-    return sum(len(group) for rows in step for row in rows for group in row)
+    return sum(map(len, groups_of(step)))
 
 
 def rank_tokens(plan: PackingPlan, step: Step) -> list[int]:
@@ -85,7 +88,7 @@ def test_random_plans(packing: Any) -> None:
             check_epoch(plan, steps)
             if settings["batch_tokens"] is None:
                 assert all(samples(step) == batch for step in steps[:-1])
-                assert len(steps) == 1 or world <= samples(steps[-1]) < batch + world
+                assert 1 <= samples(steps[-1]) <= batch
         # Made again, the same; another epoch or seed, another order.
         assert epochs[0] == list(PackingPlan(lengths, packing, **settings).steps(0))
         if len(lengths.tokens) > 20:
@@ -154,10 +157,47 @@ def test_a_page_with_many_records_comes_no_earlier_than_others() -> None:
     assert np.mean(places) == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(2000))
 
 
-def test_fewer_records_than_ranks() -> None:
-    lengths = random_lengths(np.random.default_rng(0), 3)
-    with pytest.raises(UserError, match="3 records cannot be shared by 4 ranks"):
-        PackingPlan(lengths, "samples", batch_size=4, pack_tokens=100, shared_image_max=1, world_size=4)
+def plans(world: int) -> list[BatchPlan]:
+    lengths = random_lengths(np.random.default_rng(0), 7)
+    padded = BatchPlan(7, batch_size=4, micro_batch_size=2, world_size=world, seed=3)
+    common: dict[str, Any] = {"pack_tokens": 1500, "shared_image_max": 4, "world_size": world, "seed": 3}
+    packed: list[BatchPlan] = [
+        PackingPlan(lengths, packing, batch_size=4, batch_tokens=tokens, **common)
+        for packing in ("samples", "shared-image")
+        for tokens in (None, 1500)
+    ]
+    return [padded, *packed]
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_step_has_the_same_records_on_any_number_of_ranks(world: int, equal: bool) -> None:
+    """Each once, also where records, steps and ranks do not divide, or a step has fewer records than ranks."""
+    for one, several in zip(plans(1), plans(world), strict=True):
+        for epoch in range(2):
+            alone = [sorted(index for row in step[0] for group in row for index in group) for step in one.steps(epoch)]
+            ranks = [list(rows_of_rank(several, rank, epoch, equal=equal)) for rank in range(world)]
+            together: list[list[int]] = [[] for _ in alone]
+            for rows in ranks:
+                step = 0
+                for plan in rows:
+                    if not plan.fills:
+                        together[step] += [index for group in plan.row for index in group]
+                    step += plan.ends_step
+                assert step == len(alone)
+            assert [sorted(records) for records in together] == alone
+            assert sorted(sum(alone, [])) == list(range(7))
+            if equal:
+                assert len({len(rows) for rows in ranks}) == 1
+
+
+def test_padded_batches_come_in_the_order_of_the_librarys_sampler() -> None:
+    (step, *_) = BatchPlan(40, batch_size=8, micro_batch_size=2, world_size=2, seed=5).steps(1)
+    order = list(RandomSampler(range(40), generator=torch.Generator().manual_seed(5 + 1)))
+    assert step == [
+        [((order[0],), (order[1],)), ((order[4],), (order[5],))],
+        [((order[2],), (order[3],)), ((order[6],), (order[7],))],
+    ]
 
 
 def sample(ids: list[int], answer: int) -> Sample:
@@ -239,11 +279,10 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
     (step,) = plan.steps(3)
     tokens = 0
     for rank in range(2):
-        loader = PackedLoader(dataset, plan, rank)
+        loader = StepLoader(dataset, plan, rank, Readers(dataset.__getitem__))
         assert len(loader) == 1
         loader.set_epoch(3)
-        rows = list(loader)
-        assert [row["ends_step"] for row in rows] == [False] * (len(rows) - 1) + [True]
+        (rows,) = loader
         assert [len(row["layout"]) for row in rows] == [len(row) for row in step[rank]]
         for row in rows:
             assert row["input_ids"].shape == (1, sum(map(sum, row["layout"])))
@@ -257,8 +296,10 @@ def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_d
     lengths = measure_records(table, processor, 4096)
     plan = PackingPlan(lengths, "samples", batch_size=3, pack_tokens=1, shared_image_max=4, world_size=2)
     dataset = PackedDataset(table, processor)
-    uneven = [list(PackedLoader(dataset, plan, rank)) for rank in range(2)]
-    equal = [list(PackedLoader(dataset, plan, rank, equal=True)) for rank in range(2)]
+    uneven, equal = (
+        [[dataset[row] for row in rows_of_rank(plan, rank, 0, equal=equal)] for rank in range(2)]
+        for equal in (False, True)
+    )
     assert len(uneven[0]) != len(uneven[1])
     assert len(equal[0]) == len(equal[1]) == max(map(len, uneven))
     for before, after in zip(uneven, equal, strict=True):

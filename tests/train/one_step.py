@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from phi3v.config import Packing, RunConfig
+from phi3v.data.batches import PaddedDataset
 from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
 from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
@@ -53,18 +54,17 @@ def one_step(
         out.parent / "run",
         precision="fp32",
         use_cpu=True,
-        accumulation=config.accumulation_steps(compute.world_size),
-        num_workers=0,
     )
     table = open_table(Path(data))
     plan = make_plan(config, compute, model, table, processor)
+    dataset: Any = PackedDataset(table, processor, weighting)
+    if packing == "none":
+        collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting)
+        dataset = PaddedDataset(ConversationDataset(table, processor), collator)
     trainer = Phi3VTrainer(
         model=model,
         args=arguments,
-        train_dataset=(
-            ConversationDataset(table, processor) if plan is None else PackedDataset(table, processor, weighting)
-        ),
-        data_collator=Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting),
+        train_dataset=dataset,
         config=config,
         engine=DataParallel(compute.rank, compute.world_size),
         plan=plan,

@@ -50,7 +50,7 @@ def test_settings_reach_optimizer_schedule_and_loss(train: Train, trainers: list
     rates = [line["learning_rate"] for line in read_metrics(folder)]
     assert rates == pytest.approx([0.0, 0.002, 0.004, 0.003, 0.002, 0.001])
     assert trainer.args.max_grad_norm == 0.25
-    assert trainer.data_collator.loss_weighting == "token"
+    assert trainer.train_dataset.collate.loss_weighting == "token"
     layers = trainer.model.model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     assert trainer.args.n_gpu <= 1

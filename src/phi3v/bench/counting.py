@@ -79,13 +79,9 @@ class CountingTrainer(Phi3VTrainer):
         super().__init__(*args, **kwargs)
         self.steps: list[StepWork] = []
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        work = StepWork()
-        for batch in batch_samples:
-            for row in batch.get("rows", [batch]):
-                work += StepWork.of(row)
-        self.steps.append(work)
-        return super()._get_num_items_in_batch(batch_samples, device)
+    def _get_num_items_in_batch(self, steps: list[list[dict[str, Any]]], device: torch.device) -> torch.Tensor:
+        self.steps.append(sum((StepWork.of(row) for rows in steps for row in rows), StepWork()))
+        return super()._get_num_items_in_batch(steps, device)
 
     def mean_step(self, steps: list[StepWork]) -> StepWork:
         """The mean step over all ranks together."""

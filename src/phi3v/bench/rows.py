@@ -18,6 +18,8 @@ from phi3v.bench.counting import Clock, CountingTrainer, StepWork
 from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
 from phi3v.bench.settings import BASELINES, Row, Settings, Way
 from phi3v.config import Attention, Packing, RunConfig
+from phi3v.data.batches import PaddedDataset
+from phi3v.data.readers import Readers
 from phi3v.errors import UserError
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
@@ -116,7 +118,8 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
     clock = Clock(limit)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(clock)
-    trainer.train()
+    with trainer.readers:
+        trainer.train()
     if not clock.seconds:
         return {"error": "the data has no second step"}
     work = trainer.mean_step(trainer.steps[1 : 1 + len(clock.seconds)])
@@ -150,26 +153,23 @@ def _trainer(setup: Setup, row: Row) -> CountingTrainer:
         setup.folder,
         precision=compute.precision,
         use_cpu=compute.device.type == "cpu",
-        accumulation=setup.accumulation,
-        num_workers=setup.num_workers,
     )
     arguments.report_to = []
-    common: dict[str, Any] = {
-        "model": setup.model,
-        "args": arguments,
-        "optimizer_cls_and_kwargs": optimizer_factory(config.training),
-        "config": config,
-        "engine": setup.engine,
-    }
+    kind: type[CountingTrainer] = CountingTrainer
+    dataset: Any = setup.dataset()
     if row.way in BASELINES:
         run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
-        data = CropDataset(setup.train_table, setup.processor)
-        return RecipeTrainer(**common, train_dataset=data, data_collator=CropCollator(setup.collator()))
-    return CountingTrainer(
-        **common,
-        train_dataset=setup.dataset(),
-        data_collator=setup.collator(),
+        kind = RecipeTrainer
+        dataset = PaddedDataset(CropDataset(setup.train_table, setup.processor), CropCollator(dataset.collate))
+    return kind(
+        model=setup.model,
+        args=arguments,
+        optimizer_cls_and_kwargs=optimizer_factory(config.training),
+        config=config,
+        engine=setup.engine,
+        train_dataset=dataset,
         plan=setup.plan,
+        readers=Readers(dataset.__getitem__, setup.num_workers),
     )
 
 

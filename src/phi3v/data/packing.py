@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from phi3v.config import Packing
+from phi3v.data.batches import BatchPlan, Group, Row, RowPlan, Step, finish_row, without_weight
 from phi3v.data.collate import (
     Counts,
     LossWeighting,
@@ -43,9 +44,6 @@ from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
 
 Ints = npt.NDArray[np.int64]
-Group = tuple[int, ...]  # the records of a group
-Row = tuple[Group, ...]
-Step = list[list[Row]]  # the rows of each rank
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,13 @@ def measure_records(
     return RecordLengths(tokens, heads, page_of)
 
 
-class PackingPlan:
-    """The rows of every rank in every step of an epoch.
+class PackingPlan(BatchPlan):
+    """Packed rows of every rank in every step of an epoch.
 
     Args:
         lengths: of the records.
         packing: ``samples``: every record by itself; ``shared-image``: records of a page in groups.
-        batch_size: records of a step, over all ranks. The last step of an epoch has what is left; less than one a
-            rank joins the step before.
+        batch_size: records of a step, over all ranks. The last step of an epoch has what is left.
         batch_tokens: in place of ``batch_size``, about so many tokens a step.
         pack_tokens: tokens of a row at most, unless one record has more.
         shared_image_max: records of a group at most, when the pages are dealt. Two groups of a page that chance brings
@@ -112,9 +109,6 @@ class PackingPlan:
         world_size: ranks.
         seed: of the order, which is that of padded batches: records come in the places that they have there, and
             records of a page where one of them does.
-
-    Raises:
-        UserError: fewer records than ranks.
     """
 
     def __init__(
@@ -129,6 +123,8 @@ class PackingPlan:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
+        count = len(lengths.tokens)
+        super().__init__(count, batch_size=batch_size, world_size=world_size, seed=seed)
         self.lengths = lengths
         # Plain numbers: one at a time they are looked up far faster than out of an array.
         self._tokens, self._head, self._page = (
@@ -137,24 +133,17 @@ class PackingPlan:
         self.shares = packing == "shared-image"
         self.pack_tokens = pack_tokens
         self.shared_image_max = shared_image_max
-        self.world_size = world_size
-        self.seed = seed
-        count = len(lengths.tokens)
-        if count < world_size:
-            raise UserError(
-                f"{count} records cannot be shared by {world_size} ranks", where="data.train", hint="use fewer ranks"
-            )
-        self._batch_size = batch_size if batch_tokens is None else None
-        if batch_tokens is None:
-            # Too few for every rank to have one: the step before takes them.
-            self.num_steps = max(1, count // batch_size + (count % batch_size >= world_size))
-        else:
-            self.num_steps = min(max(1, round(self.epoch_tokens() / batch_tokens)), count // world_size)
+        self.by_tokens = batch_tokens is not None
+        if batch_tokens is not None:
+            self.num_steps = min(max(1, round(self.epoch_tokens() / batch_tokens)), count)
 
     def tokens(self, group: Group) -> int:
         """Tokens that a group has in a row."""
         head: int = self._head[group[0]]
         return head + sum(self._tokens[index] - head for index in group)
+
+    def size(self, row: Row) -> int:
+        return sum(map(self.tokens, row))
 
     def branch_pairs(self, row: Row) -> int:
         """Queries of branches times the keys of their group, in all groups of a row that share a prefix."""
@@ -170,7 +159,7 @@ class PackingPlan:
         return int(self._costs(self._chunks(0)).sum())
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[Step]:
-        """The steps of an epoch in order, from the ``first``; each has at least one row for each rank."""
+        """The steps of an epoch in order, from the ``first``. A rank may have no row in one with few records."""
         chunks = self._chunks(epoch)
         order = np.concatenate([np.array(chunk) for chunk in chunks])
         chunk_of = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
@@ -180,9 +169,7 @@ class PackingPlan:
 
     def _chunks(self, epoch: int) -> list[Group]:
         """All records in the order of the epoch; those of a page in chunks that come together."""
-        # As accelerate's sampler orders padded batches.
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.lengths.tokens), generator=generator).tolist()
+        order = self.order(epoch)
         if not self.shares:
             return [(index,) for index in order]
         pages: dict[int, list[int]] = {}
@@ -219,16 +206,16 @@ class PackingPlan:
 
     def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
         """Where each step starts and ends among the records in their order."""
-        count = len(self.lengths.tokens)
-        if self._batch_size is not None:
-            starts = [step * self._batch_size for step in range(self.num_steps)]
+        count = self.num_records
+        if not self.by_tokens:
+            starts = [step * self.batch_size for step in range(self.num_steps)]
         else:
             reached = np.cumsum(self._costs(chunks))
             wanted = reached[-1] / self.num_steps * np.arange(self.num_steps)
-            places = np.arange(self.num_steps) * self.world_size
-            # At least one record a rank, from the front and from the back.
+            places = np.arange(self.num_steps)
+            # At least one record a step, from the front and from the back.
             front = np.maximum.accumulate(np.searchsorted(reached, wanted, side="right") - places) + places
-            starts = np.minimum(front, count - places[::-1] - self.world_size).tolist()
+            starts = np.minimum(front, count - places[::-1] - 1).tolist()
         return starts, [*starts[1:], count]
 
     def _deal(self, groups: list[Group]) -> Step:
@@ -238,9 +225,8 @@ class PackingPlan:
             for group in groups:
                 pages.setdefault(self._page[group[0]], []).extend(group)
             groups = [group for records in pages.values() for group in self._cut(records)]
-        while len(groups) < self.world_size:
-            groups.sort(key=len)
-            largest = groups.pop()
+        while len(groups) < self.world_size and len(largest := max(groups, key=len)) > 1:
+            groups.remove(largest)
             groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
         sized = sorted(((self.tokens(group), group) for group in groups), key=lambda item: (-item[0], item[1]))
         shares: list[list[tuple[int, Group]]] = [[] for _ in range(self.world_size)]
@@ -265,48 +251,6 @@ class PackingPlan:
                 rows.append([group])
                 room.append(self.pack_tokens - tokens)
         return [tuple(row) for row in rows]
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """A row to make, whether it is its rank's last of a step, and whether nothing is to be learnt from it."""
-
-    row: Row
-    ends_step: bool
-    fills: bool = False
-
-
-class RowSampler(Sampler[RowPlan]):
-    """The rows of one rank, step by step; `set_epoch` chooses the epoch.
-
-    Attributes:
-        first_step: where the next epoch begins; those after it begin at 0.
-
-
-    Args:
-        equal: all ranks have equally many rows a step. Those with fewer run their smallest again, to no effect.
-    """
-
-    def __init__(self, plan: PackingPlan, rank: int, *, equal: bool = False) -> None:
-        self.plan = plan
-        self.rank = rank
-        self.equal = equal
-        self.epoch = 0
-        self.first_step = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[RowPlan]:
-        first, self.first_step = self.first_step, 0
-        for step in self.plan.steps(self.epoch, first):
-            *earlier, last = step[self.rank]
-            yield from (RowPlan(row, False) for row in earlier)
-            if self.equal:
-                smallest = min(step[self.rank], key=lambda row: sum(map(self.plan.tokens, row)))
-                for _ in range(max(map(len, step)) - len(step[self.rank])):
-                    yield RowPlan(smallest, False, fills=True)
-            yield RowPlan(last, True)
 
 
 class PackedDataset(Dataset[dict[str, Any]]):
@@ -354,9 +298,7 @@ class PackedDataset(Dataset[dict[str, Any]]):
             other = first_readable(self.reader, self.table, self.processor, after=after, error=wrong)
             row = without_weight(pack_row([[other]], self.loss_weighting))
         row["counts"] = row["counts"]._replace(skipped=tuple(skipped))
-        if plan.fills:
-            row = without_weight(row) | {"counts": Counts(0.0, 0, 0, 0)}
-        return row | {"ends_step": plan.ends_step}
+        return finish_row(row, plan)
 
     def _samples(self, group: Group) -> list[Sample]:
         first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
@@ -368,30 +310,6 @@ class PackedDataset(Dataset[dict[str, Any]]):
             sample = replace(first, input_ids=stream.input_ids, labels=stream.labels, index=index)
             samples.append(replace(sample, num_questions=record.num_questions))
         return samples
-
-
-class PackedLoader(DataLoader[dict[str, Any]]):
-    """Rows of one rank in the order of its plan. Its length is in steps, which is what an epoch is counted in.
-
-    Args:
-        equal: as of `RowSampler`.
-    """
-
-    def __init__(
-        self, dataset: PackedDataset, plan: PackingPlan, rank: int, *, equal: bool = False, **kwargs: Any
-    ) -> None:
-        self.rows = RowSampler(plan, rank, equal=equal)
-        super().__init__(dataset, batch_size=None, sampler=self.rows, collate_fn=_as_it_is, **kwargs)
-
-    def __len__(self) -> int:
-        return self.rows.plan.num_steps
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
-
-
-def _as_it_is(row: Any) -> Any:
-    return row
 
 
 def shared_tokens(samples: Sequence[Sample]) -> int:
@@ -454,9 +372,3 @@ def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting =
         ),
         **stack_pictures([samples[0] for samples in groups]),
     }
-
-
-def without_weight(row: dict[str, Any]) -> dict[str, Any]:
-    """A row that is computed as the others are and changes nothing, for ranks that must run one."""
-    counts = Counts(0.0, 0, 0, 0, row["counts"].records)
-    return row | {"loss_weights": torch.zeros_like(row["loss_weights"]), "counts": counts}

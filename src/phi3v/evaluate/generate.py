@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 
 from phi3v.data.collate import QuestionDataset
+from phi3v.data.readers import reading
 from phi3v.evaluate.batches import PromptBatch, PromptBatches, cut_batches, deal, measure_prompts, whole_prompts
 from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
 from phi3v.processing.conversation import END
@@ -67,8 +67,12 @@ def generate_answers(
     answers: dict[int, Generated] = {}
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), autocast:
-            for batch in DataLoader(batches, batch_size=None, num_workers=num_workers):
+        with (
+            reading(batches.__getitem__, range(len(batches)), num_workers) as made,
+            torch.inference_mode(),
+            autocast,
+        ):
+            for batch in made:
                 answers |= answerer.answer(batch, questions)
                 on_batch(len(batch.indices))
     finally:

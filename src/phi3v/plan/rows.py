@@ -8,7 +8,8 @@ from itertools import islice
 import numpy as np
 
 from phi3v.config import RunConfig
-from phi3v.data.packing import PackingPlan, RecordLengths, Row
+from phi3v.data.batches import Row
+from phi3v.data.packing import PackingPlan, RecordLengths
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import SampleWork
 from phi3v.plan.workload import LONG_CONTEXT, CropChoice, Workload

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from phi3v.config import RunConfig
+from phi3v.data.packing import PackingPlan
 from phi3v.train.setup import Setup
 from phi3v.train.strategies import summarize
 
@@ -50,15 +51,14 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
 
 
 def _steps_line(setup: Setup) -> str:
-    training, records = setup.config.training, len(setup.train_table)
-    an_epoch = setup.plan.num_steps if setup.plan is not None else max(1, -(-records // training.batch_size))
+    training, an_epoch = setup.config.training, setup.plan.num_steps
     steps = training.max_steps or math.ceil(an_epoch * training.epochs)
     return f"{steps:,}, {steps / an_epoch:.2f} epochs"
 
 
 def _step_line(setup: Setup) -> str:
     config, ranks = setup.config, setup.compute.world_size
-    if setup.plan is None:
+    if not isinstance(setup.plan, PackingPlan):
         return (
             f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
             f"{setup.accumulation} accumulated"

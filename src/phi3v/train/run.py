@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback as LibraryProgressCal
 
 from phi3v.config import RunConfig
 from phi3v.data.features import FeatureStore
+from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.train.agreement import Agreement
@@ -150,11 +151,12 @@ def _train_and_measure(
         trainer.add_callback(callback)
     try:
         with signals.waiting():
-            signals.doing = "training"
+            signals.doing = "training, within a step; start again with --resume"
             trainer.train()
             seconds = progress.seconds
             saves.wait()
     finally:
+        trainer.readers.close()
         progress.close()
     if saves.stopped_by is not None:
         raise _stopped(saves, trainer.state.global_step)
@@ -215,6 +217,7 @@ def _trainer(
         progress=progress,
         during=during,
     )
+    dataset = setup.dataset(features)
     trainer = Phi3VTrainer(
         model=setup.model,
         args=training_arguments(
@@ -222,11 +225,9 @@ def _trainer(
             setup.folder,
             precision=compute.precision,
             use_cpu=compute.device.type == "cpu",
-            accumulation=setup.accumulation,
-            num_workers=setup.num_workers,
         ),
-        train_dataset=setup.dataset(features),
-        data_collator=setup.collator(),
+        train_dataset=dataset,
+        readers=Readers(dataset.__getitem__, setup.num_workers, timeout=60 * config.distributed.timeout_minutes),
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
         config=config,
         engine=setup.engine,

@@ -13,11 +13,12 @@ from rich.console import Console
 from transformers import set_seed
 
 from phi3v.config import RunConfig
+from phi3v.data.batches import BatchPlan, PaddedDataset, RowPlan
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
 from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
-from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
+from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import check_references
@@ -59,7 +60,7 @@ class Setup:
     engine: Engine
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
-    plan: PackingPlan | None  # of packed rows
+    plan: BatchPlan
     checkpointing: str  # the policy and its reason
 
     @property
@@ -67,25 +68,18 @@ class Setup:
         wanted = self.config.data.num_workers
         return default_workers(self.compute) if wanted is None else wanted
 
-    def collator(self) -> Collator:
-        """Makes batches to learn from."""
-        pad = self.processor.tokenizer.pad_token_id
-        return Collator(pad, loss_weighting=self.config.training.loss_weighting)
-
-    def dataset(self, features: FeatureStore | None = None) -> ConversationDataset | PackedDataset:
-        """What is learnt from: records, or rows of them as the plan says; with their pictures' features, if kept."""
-        on_bad = self.config.data.on_bad_sample
-        if self.plan is None:
-            return ConversationDataset(self.train_table, self.processor, features=features, on_bad=on_bad)
+    def dataset(self, features: FeatureStore | None = None) -> PaddedDataset | PackedDataset:
+        """What makes the rows of the plan; with their images' features, if kept."""
+        table, processor, on_bad = self.train_table, self.processor, self.config.data.on_bad_sample
         weighting = self.config.training.loss_weighting
-        return PackedDataset(self.train_table, self.processor, weighting, features=features, on_bad=on_bad)
+        if isinstance(self.plan, PackingPlan):
+            return PackedDataset(table, processor, weighting, features=features, on_bad=on_bad)
+        collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting)
+        return PaddedDataset(ConversationDataset(table, processor, features=features, on_bad=on_bad), collator)
 
     def probe(self) -> dict[str, Any]:
-        """The batch of the gradient check: the first record with a picture, or the first, as training takes it."""
-        index, dataset = probe_index(self.train_table), self.dataset()
-        if isinstance(dataset, PackedDataset):
-            return dataset[RowPlan(((index,),), ends_step=True)]
-        return self.collator()([dataset[index]])
+        """The batch of the gradient check: the first record with an image, or the first, as training takes it."""
+        return self.dataset()[RowPlan(((probe_index(self.train_table),),), ends_step=True)]
 
 
 def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bool = False) -> Setup:
@@ -150,7 +144,7 @@ def _choose_checkpointing(
     facts: ModelFacts,
     processor: Phi3VProcessor,
     table: RecordTable,
-    plan: PackingPlan | None,
+    plan: BatchPlan,
     compute: Compute,
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
@@ -183,11 +177,11 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Comp
     )
 
 
-def _largest_batch(config: RunConfig, num_crops: int, table: RecordTable, plan: PackingPlan | None) -> MicroBatch:
+def _largest_batch(config: RunConfig, num_crops: int, table: RecordTable, plan: BatchPlan) -> MicroBatch:
     """A micro-batch of the largest records that the data may hold, or a full row."""
     crops_of_page = num_distinct_crops(1, num_crops)
     most_images = int(table.image_counts().max())
-    if plan is None:
+    if not isinstance(plan, PackingPlan):
         samples = config.training.micro_batch_size
         images, text = most_images * samples, samples * ASSUMED_TEXT_TOKENS
         # A page of one column has the most row ends.
@@ -269,10 +263,16 @@ def probe_index(table: RecordTable) -> int:
 
 def make_plan(
     config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
-) -> PackingPlan | None:
-    """How records are packed, if they are."""
+) -> BatchPlan:
+    """Which records each rank computes in which step."""
     if config.data.packing == "none":
-        return None
+        return BatchPlan(
+            len(table),
+            batch_size=config.training.batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            world_size=compute.world_size,
+            seed=config.training.seed,
+        )
     lengths = measure_records(
         table,
         processor,

@@ -6,19 +6,16 @@ import contextlib
 import math
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import accelerate
 import torch
 import transformers.trainer
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from phi3v.config import RunConfig
-from phi3v.data.packing import PackedDataset, PackedLoader, PackingPlan
+from phi3v.data.batches import BatchPlan, StepLoader
+from phi3v.data.readers import Readers
 from phi3v.errors import UserError
 from phi3v.train.agreement import Agreement
 from phi3v.train.engines import Engine
@@ -26,7 +23,6 @@ from phi3v.train.faults import StepFaults
 from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
-from phi3v.train.signals import ignore_in_worker
 from phi3v.train.tracking import PROJECT
 
 if TYPE_CHECKING:
@@ -55,8 +51,9 @@ class Phi3VTrainer(Trainer):
         engine: how the ranks hold model and optimizer.
         agreement: what the ranks tell each other.
         faults: watches the steps; without it nothing does.
-        plan: packs the rows of a `PackedDataset`; a step's rows differ in number, so the library counts each step as
+        plan: the rows that ``train_dataset`` makes. A step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
+        readers: fetch rows from ``train_dataset``; without them it is read here.
     """
 
     def __init__(
@@ -64,13 +61,15 @@ class Phi3VTrainer(Trainer):
         *args: Any,
         config: RunConfig,
         engine: Engine,
+        plan: BatchPlan,
+        readers: Readers | None = None,
         agreement: Agreement | None = None,
         faults: StepFaults | None = None,
-        plan: PackingPlan | None = None,
         **kwargs: Any,
     ) -> None:
         self.config = config
         self.plan = plan
+        self.readers = readers or Readers(kwargs["train_dataset"].__getitem__)
         self.engine = engine
         super().__init__(*args, **kwargs)
         engine.adopt(self)
@@ -102,12 +101,12 @@ class Phi3VTrainer(Trainer):
             optimizer.step_in_backward()
         return optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """The step's weight: the sum of the loss weights over its micro-batches on all ranks.
+    def _get_num_items_in_batch(self, steps: list[list[dict[str, Any]]], device: torch.device) -> torch.Tensor:
+        """The step's weight: the sum of the loss weights over its rows on all ranks.
 
         The counts come from the hosts and go over them, so no step waits for a device.
         """
-        counts = [row["counts"] for batch in batch_samples for row in batch.get("rows", [batch])]
+        counts = [row["counts"] for rows in steps for row in rows]
         skipped = [entry for own in counts for entry in own.skipped]
         sums = [sum(own[index] for own in counts) for index in range(4)]
         *totals, num_skipped = self.agreement.total([*sums, len(skipped)])
@@ -117,35 +116,22 @@ class Phi3VTrainer(Trainer):
         # Of a step in which no record could be read every loss is 0.
         return torch.tensor(totals[0] or 1.0, device=device)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader of this rank. It has a generator of its own to seed its readers, which need no seed: when they
-        start again must not tell in the numbers that training draws.
-        """
-        if self.plan is None:
-            loader = super().get_train_dataloader()
-            # What iterates is below accelerate's wrapper.
-            inner: Any = getattr(loader, "base_dataloader", loader)
-            inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
-            inner.generator = torch.Generator()
-            return loader
-        assert isinstance(self.train_dataset, PackedDataset)
-        # The plan deals rows to ranks already, so accelerate has nothing to share out.
-        return PackedLoader(
+    def get_train_dataloader(self) -> Any:
+        """The steps of this rank. The plan deals rows to ranks, so accelerate has nothing to share out."""
+        assert self.train_dataset is not None
+        return StepLoader(
             self.train_dataset,
             self.plan,
             self.args.process_index,
+            self.readers,
             equal=self.engine.meets_in_every_row,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            worker_init_fn=partial(ignore_in_worker, None),
-            generator=torch.Generator(),
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The next step: of packed rows, this rank's rows as one batch.
+        """The next step, as one batch that is the list of this rank's rows.
 
         Raises:
             UserError: a rank cannot read a record. All ranks raise it, after what was learnt so far has been saved.
@@ -153,9 +139,9 @@ class Phi3VTrainer(Trainer):
         if self.faults is not None:
             self.faults.begin_step()
         wrong: str | None = None
-        batches: list[Any] = []
+        steps: list[list[dict[str, Any]]] = []
         try:
-            batches = self._read_step(epoch_iterator, num_batches)
+            steps = [next(epoch_iterator)]
         except UserError as error:
             wrong = str(error)
         if self.agreement.total([wrong is not None])[0]:
@@ -164,22 +150,10 @@ class Phi3VTrainer(Trainer):
                 self.checkpoints.wait()
             what = next(text for text in self.agreement.gather(wrong) if text is not None)
             raise UserError(what)
-        return batches, self._get_num_items_in_batch(batches, device)
+        return steps, self._get_num_items_in_batch(steps, device)
 
-    def _read_step(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
-        if self.plan is None:
-            return list(islice(epoch_iterator, num_batches))
-        rows = []
-        for row in epoch_iterator:
-            rows.append(row)
-            if row.pop("ends_step"):
-                break
-        return [{"rows": rows}]
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if "rows" not in inputs:
-            return self._micro_step(model, inputs, num_items_in_batch)
-        *earlier, last = inputs["rows"]
+    def training_step(self, model: Any, rows: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        *earlier, last = rows
         loss = torch.zeros((), device=self.args.device)
         is_last = self.accelerator.gradient_state._set_sync_gradients  # as the library tells an engine
         is_last(False)
@@ -256,7 +230,7 @@ class Phi3VTrainer(Trainer):
                 hint="go on with the number of ranks that it was saved with",
             )
         self.state.global_step, self.state.epoch = step, state["epoch"]
-        return step // steps_per_epoch, step % steps_per_epoch * self.args.gradient_accumulation_steps
+        return step // steps_per_epoch, step % steps_per_epoch
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -282,8 +256,6 @@ class Phi3VTrainer(Trainer):
         if self.point is not None and (self.point.stopped_early or self.state.global_step >= self.state.max_steps):
             self.control.should_training_stop = True  # saved when all steps were taken
             return
-        # Before batches are skipped: below a loader that skips, the library does not find the sampler of several ranks.
-        kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
         with _skipping_our_way():
             super()._run_epoch(**kwargs)
 
@@ -311,8 +283,8 @@ class Phi3VTrainer(Trainer):
         else:
             self._tr_loss.zero_()  # the library subtracts it from itself, which of a NaN leaves a NaN
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs.get("rows", [inputs]))
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+        return sum(super(Phi3VTrainer, self).floating_point_ops(row) for row in inputs)
 
     def compute_loss(
         self,
@@ -331,17 +303,15 @@ class Phi3VTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
-def skip_first_steps(loader: Any, num_batches: int) -> Any:
-    """A loader that begins so many batches later, of packed rows so many steps."""
-    if isinstance(loader, PackedLoader):
-        loader.rows.first_step = num_batches
-        return loader
-    return accelerate.skip_first_batches(loader, num_batches)
+def skip_first_steps(loader: StepLoader, num_batches: int) -> StepLoader:
+    """A loader that begins so many steps later."""
+    loader.first_step = num_batches
+    return loader
 
 
 @contextlib.contextmanager
 def _skipping_our_way() -> Iterator[None]:
-    """The library's loop passes over batches with a function that would read the pictures of packed rows."""
+    """The library's loop passes over batches with a function that would read their images."""
     library = transformers.trainer.skip_first_batches
     transformers.trainer.skip_first_batches = skip_first_steps
     try:
@@ -350,9 +320,7 @@ def _skipping_our_way() -> Iterator[None]:
         transformers.trainer.skip_first_batches = library
 
 
-def training_arguments(
-    config: RunConfig, run_folder: Path, *, precision: str, use_cpu: bool, accumulation: int, num_workers: int
-) -> TrainingArguments:
+def training_arguments(config: RunConfig, run_folder: Path, *, precision: str, use_cpu: bool) -> TrainingArguments:
     """The configuration in the library's terms."""
     training = config.training
     arguments = TrainingArguments(
@@ -365,7 +333,6 @@ def training_arguments(
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         adam_beta1=training.adam_beta1,
@@ -384,8 +351,6 @@ def training_arguments(
         run_name=run_folder.resolve().name,
         project=PROJECT,
         remove_unused_columns=False,
-        dataloader_num_workers=num_workers,
-        dataloader_persistent_workers=num_workers > 0,
         dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
