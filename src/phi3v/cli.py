@@ -7,13 +7,15 @@ by a signal, with everything saved that there was to save; 130 interrupted at on
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +60,11 @@ def run_command(
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
+    with lasting_output():
+        return _run(work, as_json=as_json, is_first_rank=is_first_rank)
+
+
+def _run(work: Callable[[Console], dict[str, Any] | None], *, as_json: bool, is_first_rank: bool) -> int:
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
     voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -88,6 +95,57 @@ def run_command(
     if as_json and result is not None and is_first_rank:
         print(json.dumps(result))
     return code
+
+
+class _LastingStream(io.TextIOBase):
+    """A stream that takes text for good: into nothing once its reader is gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self.stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self.stream.fileno())
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            logging.getLogger("phi3v").warning("nobody reads the output any more; the command goes on")
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Standard output and error that end no command: neither by a closed pipe or terminal nor by their encoding."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _LastingStream(sys.stdout), _LastingStream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _is_error(record: logging.LogRecord) -> bool:

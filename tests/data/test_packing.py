@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_a_step_has_the_same_records_on_any_number_of_ranks(world: int, equal: b
                     step += plan.ends_step
                 assert step == len(alone)
             assert [sorted(records) for records in together] == alone
-            assert sorted(sum(alone, [])) == list(range(7))
+            assert sorted(chain(*alone)) == list(range(7))
             if equal:
                 assert len({len(rows) for rows in ranks}) == 1
 

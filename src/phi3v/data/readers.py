@@ -1,8 +1,8 @@
 """Processes that read data ahead of what needs it.
 
 Torch's ``DataLoader`` passes tensors through shared memory, one file descriptor each, so Docker's 64 MB of ``/dev/shm``
-and a small ``ulimit -n`` are too little for pages of images; and at exit its processes are ended by SIGTERM, which those
-of a training job have to survive. Here batches come through pipes, and whoever reads ends the processes.
+and a small ``ulimit -n`` are too little for pages of images; and at exit SIGTERM ends its processes, which those of a
+training job have to survive. Here batches come through pipes, and whoever reads ends the processes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
@@ -32,11 +31,12 @@ from phi3v.train.checkpoint_folder import (
     write_state,
 )
 from phi3v.train.engines import Engine, Rest, to_host
+from phi3v.train.engines.sharded import without_weights
 from phi3v.train.optimizers import moment_bytes
 from phi3v.train.random_state import random_state
 from phi3v.train.resume import fingerprints
 from phi3v.train.run_folder import environment
-from phi3v.train.saving import IncompleteSaveError, save_final
+from phi3v.train.saving import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
 from phi3v.train.signals import Signals
 
 if TYPE_CHECKING:
@@ -50,9 +50,6 @@ logger = logging.getLogger("phi3v")
 WORTH_SAVING = 60.0
 # Of free memory that a copy of what is saved may take.
 MEMORY_SHARE = 0.8
-
-# What the file system, safetensors and torch raise where a file cannot be written.
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
 class Checkpointer(TrainerCallback):
@@ -88,6 +85,7 @@ class Checkpointer(TrainerCallback):
         self.agreement = agreement
         self.signals = signals
         self.model = model
+        self._skeleton = without_weights(model)  # for the thread that writes: it may touch nothing that trains
         self.processor = processor
         self.rank = rank
         self.folder = folder
@@ -168,7 +166,7 @@ class Checkpointer(TrainerCallback):
                 if self.progress.metrics_file.is_file():
                     shutil.copyfile(self.progress.metrics_file, unfinished / "metrics.jsonl")
         except OSError as error:
-            obstacle = _words(error)
+            obstacle = failure_text(error)
         obstacle = self.agreement.from_first(obstacle)
         if obstacle is not None:
             self._report_failure(step, obstacle)
@@ -216,7 +214,7 @@ class Checkpointer(TrainerCallback):
         started: float,
     ) -> None:
         try:
-            save_final(self.model, self.processor, unfinished / "model", tensors)
+            save_final(self._skeleton, self.processor, unfinished / "model", tensors)
             rest()
             write_state(unfinished, state, randoms)
             folder = publish(unfinished)
@@ -225,7 +223,7 @@ class Checkpointer(TrainerCallback):
             raise
         except WRITE_ERRORS as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            self._report_failure(state["step"], _words(error))
+            self._report_failure(state["step"], failure_text(error))
             return
         self.last_failure = None
         took = time.monotonic() - started
@@ -244,7 +242,7 @@ class Checkpointer(TrainerCallback):
         if self.rank == 0:
             text = f"checkpoint of step {step} not saved: {why}; {self.newest()}, and training goes on"
             logger.error("%s", text)
-            self.console.print(f"[bold red]{text}[/bold red]", highlight=False, soft_wrap=True)
+            self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
     def _needed(self, tensors: dict[str, torch.Tensor]) -> int:
         """Bytes of a checkpoint: as the last one, or weights and moments if there is none."""
@@ -283,10 +281,3 @@ class Checkpointer(TrainerCallback):
             "progress": self.progress.state(),
             "versions": environment()["versions"],
         }
-
-
-def _words(error: BaseException) -> str:
-    """What went wrong while writing, without the traceback."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return " ".join(str(error).split())[:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.agreement import Agreement
 from phi3v.train.device import Compute
 from phi3v.train.engines.base import Engine
 from phi3v.train.measuring import measure
 from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import save_replacing, saved_tensors
+from phi3v.train.saving import WRITE_ERRORS, IncompleteSaveError, failure_text, save_replacing, saved_tensors
+
+logger = logging.getLogger("phi3v")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class EvaluationCallback(TrainerCallback):
         questions: QuestionDataset,
         config: EvaluationConfig,
         compute: Compute,
+        agreement: Agreement,
         *,
         stored_dtype: torch.dtype,
         folder: Path,
@@ -60,6 +65,7 @@ class EvaluationCallback(TrainerCallback):
         self.questions = questions
         self.config = config
         self.compute = compute
+        self.agreement = agreement
         self.stored_dtype = stored_dtype
         self.folder = folder
         self.console = console
@@ -105,9 +111,10 @@ class EvaluationCallback(TrainerCallback):
                 bar=self.progress.bar,
                 description=f"evaluating step {state.global_step}",
             )
+            before = self.best
             improved = self._judge(state.global_step, result)
-            if improved and self.config.keep_best and self.compute.rank == 0:
-                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
+            if improved and self.config.keep_best and not self._keep(model, before):
+                self.best, improved = before, False
         took = time.perf_counter() - start
         self.progress.leave_out(took)
         if self.compute.rank == 0:
@@ -120,6 +127,29 @@ class EvaluationCallback(TrainerCallback):
                 f"stopping at step {state.global_step}: {patience} measurements without a better {result.primary.name}",
                 highlight=False,
             )
+
+    def _keep(self, model: Any, before: Best | None) -> bool:
+        """Save the best weights, or say why they are not kept; a collective.
+
+        Args:
+            before: whose weights are kept so far.
+        """
+        wrong: str | None = None
+        if self.compute.rank == 0:
+            try:
+                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
+            except IncompleteSaveError:
+                raise
+            except WRITE_ERRORS as error:
+                wrong = failure_text(error)
+        wrong = self.agreement.from_first(wrong)
+        if wrong is None:
+            return True
+        kept = f"best/ holds those of step {before.step}" if before is not None else "there is no best/ yet"
+        text = f"the best weights so far could not be kept: {wrong}; {kept}, and training goes on"
+        logger.error("%s", text)
+        self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
+        return False
 
     def _judge(self, step: int, result: EvaluationResult) -> bool:
         """Whether this is the best so far; of equal scores the first stays."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -63,11 +64,11 @@ def fill_features(
     *,
     show_bar: bool = True,
 ) -> FeatureStore | None:
-    """Run the frozen vision part over every picture of ``table`` that is not kept yet.
+    """Run the frozen vision part over every image of ``table`` that is not kept yet.
 
     How much room it takes is said, and looked for, before anything is computed. The features are those of a step, in
-    the same dtypes, but for the rounding of sums that are taken over other batches. On the disk, ranks share the work;
-    in memory each has its own.
+    the same dtypes, but for the rounding of sums that are taken over other batches. On the disk, all ranks share the
+    work, and those of a node without the others' disk then share what it still lacks; in memory each has its own.
 
     Raises:
         UserError: the tower trains, or there is not enough room.
@@ -110,13 +111,20 @@ def fill_features(
                 where="training.feature_cache",
                 hint="set PHI3V_CACHE to a larger disk" if folder is not None else "use disk, or off",
             )
-        mine = missing[compute.rank :: compute.world_size] if folder is not None else missing
+        # Shares are of all names, not of the missing ones: those grow fewer while ranks look, and differ by disk.
+        names = sorted(sizes)
+        shares = [names]
+        if folder is not None and compute.world_size > 1:
+            state, ranks_here = PartialState(), int(os.environ.get("LOCAL_WORLD_SIZE", compute.world_size))
+            shares = [names[compute.rank :: compute.world_size], names[state.local_process_index :: ranks_here]]
         with progress_bar(console, enabled=show_bar) as bar:
-            task = bar.add_task("features", total=len(mine), extra="")
-            for name in mine:
-                store.put(name, features(name))
-                bar.advance(task)
-    PartialState().wait_for_everyone()
+            for share in shares:
+                mine = [name for name in share if name not in store]
+                task = bar.add_task("features", total=len(mine), extra="", visible=bool(mine))
+                for name in mine:
+                    store.put(name, features(name))
+                    bar.advance(task)
+                PartialState().wait_for_everyone()
     return store
 
 

@@ -29,7 +29,7 @@ from phi3v.train.checkpointer import Checkpointer
 from phi3v.train.device import choose_compute
 from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.evaluation_callback import EvaluationCallback
-from phi3v.train.faults import StepFaults, is_lost_rank
+from phi3v.train.faults import StepFaults, is_lost_rank, is_out_of_memory
 from phi3v.train.feature_cache import fill_features
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.header import Forecast, print_header
@@ -82,7 +82,9 @@ def run_training(
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
             result = _in_run_folder(setup, point, agreement, signals, callbacks)
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(config, signals, error) from error
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_lost_rank(error):
                 raise LostRankError(_lost(config, signals, error)) from error
             raise
@@ -113,16 +115,30 @@ def _in_run_folder(
         raise
 
 
-def _lost(config: RunConfig, signals: Signals, error: RuntimeError) -> str:
+def _out_of_memory(config: RunConfig, signals: Signals, error: BaseException) -> UserError:
+    said = UserError(
+        f"out of memory while {signals.doing.split(';')[0]}: {' '.join(str(error).split())[:200]}",
+        where=config.training.output_dir,
+        hint=f"{_kept(config)}; lower training.micro_batch_size, data.pack_tokens or model.num_crops, or set "
+        "training.activation_checkpointing to full (`phi3v plan` tells what fits)",
+    )
+    said.one_rank = True
+    return said
+
+
+def _lost(config: RunConfig, signals: Signals, error: BaseException) -> str:
     """What to say where another process is gone."""
-    folder = Path(config.training.output_dir)
-    newest = next(iter(checkpoints(folder)), None)
-    kept = f"{newest} is the newest checkpoint" if newest is not None else f"there is no checkpoint in {folder} yet"
     why = " ".join(str(error).split())[:200]
     return (
         f"another process of this run ended, or did not answer within {config.distributed.timeout_minutes:g} minutes "
-        f"(while {signals.doing}: {why})\n  → {kept}; start again with --resume"
+        f"(while {signals.doing}: {why})\n  → {_kept(config)}; start again with --resume"
     )
+
+
+def _kept(config: RunConfig) -> str:
+    folder = Path(config.training.output_dir)
+    newest = next(iter(checkpoints(folder)), None)
+    return f"{newest} is the newest checkpoint" if newest is not None else f"there is no checkpoint in {folder} yet"
 
 
 def _train_and_measure(
@@ -203,7 +219,7 @@ def _trainer(
     config, compute, console = setup.config, setup.compute, setup.console
     transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
     progress = ProgressCallback(console, setup.folder / "metrics.jsonl", show_bar=config.training.progress_bar)
-    during = _during(setup, progress)
+    during = _during(setup, agreement, progress)
     saves = Checkpointer(
         config,
         setup.engine,
@@ -266,7 +282,7 @@ def _stopped(saves: Checkpointer, step: int) -> BaseException:
     )
 
 
-def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | None:
+def _during(setup: Setup, agreement: Agreement, progress: ProgressCallback) -> EvaluationCallback | None:
     """What measures while it trains, if that is wanted."""
     config = setup.config
     if setup.questions is None or config.evaluation.eval_steps is None:
@@ -281,6 +297,7 @@ def _during(setup: Setup, progress: ProgressCallback) -> EvaluationCallback | No
         questions,
         config.evaluation,
         setup.compute,
+        agreement,
         stored_dtype=setup.facts.stored_dtype,
         folder=setup.folder,
         console=setup.console,

@@ -10,13 +10,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of
 from phi3v.train.run_folder import write_manifest
+
+# What the file system, safetensors and torch raise where a file cannot be written.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+def failure_text(error: BaseException) -> str:
+    """What went wrong while writing, without the traceback."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return " ".join(str(error).split())[:300]
 
 
 class IncompleteSaveError(RuntimeError):
@@ -104,7 +114,11 @@ def save_replacing(model: Any, processor: Phi3VProcessor, folder: Path, tensors:
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_final(model, processor, new, tensors)
+    try:
+        save_final(model, processor, new, tensors)
+    except WRITE_ERRORS:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

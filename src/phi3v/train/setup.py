@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import set_seed
 
@@ -155,11 +156,18 @@ def _choose_checkpointing(
         config.training.activation_checkpointing,
         _activations(config, model, facts, compute),
         _largest_batch(config, processor.image_processor.num_crops, table, plan),
-        free_bytes(
-            model,
-            compute.device,
-            compute.world_size,
-            engine.state_bytes(state_bytes(config.training), compute.world_size),
+        # All ranks go by the fullest one: they must recompute alike.
+        min(
+            gather_object(
+                [
+                    free_bytes(
+                        model,
+                        compute.device,
+                        compute.world_size,
+                        engine.state_bytes(state_bytes(config.training), compute.world_size),
+                    )
+                ]
+            )
         ),
     )
 
