@@ -155,8 +155,12 @@ def _end_with(parent: int) -> None:
 
 
 def _run(key: Any) -> bytes:
+    try:
+        item = _fetch(key)
+    except UserError as error:  # one of its subclasses may not travel
+        raise UserError(str(error)) from None
     file = io.BytesIO()
-    _PlainPickler(file, protocol=5).dump(_fetch(key))
+    _PlainPickler(file, protocol=5).dump(item)
     return file.getvalue()
 
 
