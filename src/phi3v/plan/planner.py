@@ -275,11 +275,7 @@ class Planner:
         )
 
     def rows(self, setup: TrainSetup) -> PackedRows:
-        """The rows of a packed set-up.
-
-        Raises:
-            UserError: there are fewer records than ranks.
-        """
+        """The rows of a packed set-up."""
         key = (setup.num_crops, setup.packing, setup.pack_tokens, setup.gpus)
         if key not in self._rows:
             self._rows[key] = pack_workload(self.workload, setup, self.config)

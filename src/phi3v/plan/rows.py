@@ -40,11 +40,7 @@ class PackedRows:
 
 
 def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> PackedRows:
-    """The rows of a dataset as ``setup`` packs it.
-
-    Raises:
-        UserError: there are fewer records than ranks.
-    """
+    """The rows of a dataset as ``setup`` packs it."""
     repeats = -(-config.training.batch_size // len(workload)) if workload.is_assumed else 1
     choice = workload.at(setup.num_crops)
     lengths = record_lengths(workload, choice, repeats)
