@@ -14,7 +14,6 @@ from PIL import Image
 from phi3v.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, load_config
 from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
 from phi3v.data.table import open_table
-from phi3v.errors import UserError
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
 from phi3v.plan.planner import Planner, planned_recipe

@@ -115,7 +115,8 @@ def settings(case: Case, model: Path, data: Path, out: str, steps: int) -> list[
         "training.batch_size": BATCH,
         "training.max_steps": steps,
         "training.learning_rate": 1e-3,
-        "training.schedule": "constant",  # as long as the run may be
+        "training.schedule": "constant_with_warmup",  # as long as the run may be
+        "training.warmup_steps": 1,
         "training.logging_steps": 1,
         "checkpoint.save_steps": 2,
     }
