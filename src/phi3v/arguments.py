@@ -119,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
         "or leave them out and list them (default: %(default)s)",
     )
     convert.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    convert.add_argument(
+        "--max-pixels",
+        type=int,
+        default=DEFAULT_MAX_PIXELS,
+        help="refuse larger pictures unread (default: %(default)s)",
+    )
     _add_source_options(convert)
     check = _command(
         data,

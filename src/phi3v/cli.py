@@ -58,6 +58,7 @@ def run_command(
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
+    warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # of an image that is whole
     # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     with lasting_output():

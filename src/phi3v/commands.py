@@ -50,6 +50,7 @@ def data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, A
         source=arguments.location,
         on_bad=arguments.on_bad,
         workers=arguments.workers,
+        max_pixels=arguments.max_pixels,
         **given,
     )
     result = SOURCES[arguments.source](options)

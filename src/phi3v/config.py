@@ -118,6 +118,8 @@ class DataConfig:
     """How pictures are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
     max_image_pixels: int = DEFAULT_MAX_PIXELS
     """Larger pictures are refused unread."""
+    exif_orientation: bool = True
+    """Turn a photograph as its EXIF orientation says, as viewers do; false: take the pixels as they are stored."""
     special_text: Literal["refuse", "escape"] = "refuse"
     """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
     num_workers: int | None = None

@@ -18,6 +18,7 @@ from rich.text import Text
 from phi3v.config import RunConfig
 from phi3v.data.check import check_file
 from phi3v.data.collate import Collator, ConversationDataset, encode_record
+from phi3v.data.images import describe_kinds
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.findings import Finding, Report, Verdict
@@ -194,12 +195,14 @@ class Examination:
                 Path(name),
                 max_errors=SAMPLED_FAULTS,
                 max_pixels=self.config.data.max_image_pixels,
+                exif_orientation=self.config.data.exif_orientation,
                 image_level="header" if self.config.data.image_check == "decode" else self.config.data.image_check,
                 special_text=self.config.data.special_text,
             )
             if report.ok:
                 counts = f"{report.records:,} records, {report.turns:,} turns, {report.images:,} pictures"
-                self.say(key, "pass", f"{name}: {counts}, headers read")
+                kinds = f"; of these {describe_kinds(report.image_kinds)}" if report.image_kinds else ""
+                self.say(key, "pass", f"{name}: {counts}, headers read{kinds}")
             else:
                 for fault in report.faults:
                     what, _, hint = str(fault).partition("\n")
@@ -208,6 +211,7 @@ class Examination:
             Path(self.config.data.train),
             special_text=self.config.data.special_text,
             max_pixels=self.config.data.max_image_pixels,
+            exif_orientation=self.config.data.exif_orientation,
             progress=False,
         )
 

@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import io
 import os
 import struct
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.images import ImageLevel, check_image, image_size, load_image
+from phi3v.data.images import (
+    ImageLevel,
+    check_image,
+    decode_image,
+    describe_kinds,
+    find_file,
+    image_kinds,
+    image_size,
+    load_image,
+    read_image,
+)
 from phi3v.errors import UserError
 
 
@@ -53,24 +66,162 @@ def test_every_usual_format_is_read_as_pillow_reads_it(root: Path, drawing: Path
     assert np.array_equal(image, Image.open(root / f"a{suffix}").convert("RGB"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16"])
-def test_every_mode_becomes_rgb_as_in_the_reference(root: Path, drawing: Path, mode: str) -> None:
-    picture = Image.open(drawing).convert("L").convert(mode) if mode == "I;16" else Image.open(drawing).convert(mode)
-    picture.save(root / "a.png")
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
+def test_opaque_modes_become_rgb_as_in_the_reference(root: Path, drawing: Path, mode: str) -> None:
+    Image.open(drawing).convert(mode).save(root / "a.png")
     image = load_image("a.png", root=root)
     assert image.mode == "RGB"
     assert np.array_equal(image, Image.open(root / "a.png").convert("RGB"))
 
 
-def test_a_photograph_is_read_without_its_exif_rotation(root: Path) -> None:
-    skimage_data = pytest.importorskip("skimage.data", reason="scikit-image brings the photograph")
-    photo = Image.fromarray(skimage_data.astronaut()).crop((0, 0, 512, 300))
+ENCODINGS: list[tuple[str, dict[str, Any]]] = [
+    ("JPEG", {}),
+    ("PNG", {}),
+    ("WEBP", {"lossless": True}),
+    ("AVIF", {}),
+    ("MPO", {}),
+    ("TIFF", {}),  # which Pillow turns by itself, in two ways
+    ("TIFF", {"compression": "tiff_lzw"}),
+]
+
+
+def with_orientation(image: Image.Image, encoding: str, orientation: int, **options: Any) -> bytes:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(file, encoding, exif=exif, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied_or_left_by_pixels_and_sizes_alike(root: Path, orientation: int) -> None:
+    photo = Image.linear_gradient("L").resize((30, 20)).rotate(30).convert("RGB")
+    for encoding, options in ENCODINGS:
+        (root / "a").write_bytes(with_orientation(photo, encoding, 1, **options))
+        stored = load_image("a", root=root)
+        (root / "a").write_bytes(with_orientation(photo, encoding, orientation, **options))
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        marked = stored.copy()
+        marked.info["exif"] = tag.tobytes()
+        kinds: list[str] = []
+        assert check_image("a", root=root, kinds=kinds) is None
+        assert kinds == ["exif_orientation"] * (orientation != 1), encoding
+        for applied, expected in ((True, ImageOps.exif_transpose(marked)), (False, stored)):
+            image = load_image("a", root=root, exif_orientation=applied)
+            assert np.array_equal(image, expected), (encoding, applied)
+            assert image_size("a", root=root, exif_orientation=applied) == image.size, (encoding, applied)
+            assert np.array_equal(decode_image((root / "a").read_bytes(), "a", exif_orientation=applied), image)
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding(root: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by a quarter
-    photo.save(root / "a.jpg", exif=exif)
-    image = load_image("a.jpg", root=root)
-    assert image.size == image_size("a.jpg", root=root) == (512, 300)
-    assert np.array_equal(image, Image.open(root / "a.jpg").convert("RGB"))
+    exif[0x0112] = 6
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    plain = png_header(30, 20)
+    (root / "a.png").write_bytes(plain[:-12] + chunk + plain[-12:])
+    assert image_size("a.png", root=root) == (20, 30)
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "PNG")
+    (root / "a.png").write_bytes(file.getvalue()[:-12] + chunk + file.getvalue()[-12:])
+    assert load_image("a.png", root=root).size == image_size("a.png", root=root) == (20, 30)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nonsense"])
+def test_damaged_exif_data_does_no_harm(root: Path, exif: bytes) -> None:
+    for name in ("a.png", "a.jpg", "a.webp"):
+        Image.new("RGB", (30, 20)).save(root / name, exif=exif)
+        assert check_image(name, root=root) is None
+        assert load_image(name, root=root).size == image_size(name, root=root) == (30, 20)
+
+
+def test_kinds_of_images_are_told(root: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for name in ("pages.tif", "moving.gif", "moving.webp", "moving.png"):
+        pages[0].save(root / name, save_all=True, append_images=pages[1:])
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(root / "deep.png")
+    Image.new("CMYK", (8, 8)).save(root / "print.jpg")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 9)).save(root / "clear.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 255)).save(root / "opaque.png")
+    expected = {
+        **{name: ["several_pages"] for name in ("pages.tif", "moving.gif", "moving.webp", "moving.png")},
+        "deep.png": ["deep_grey"],
+        "print.jpg": ["cmyk"],
+        "clear.png": ["transparent"],
+        "opaque.png": [],
+        "train/0.png": [],
+    }
+    for name, of_image in expected.items():
+        kinds: list[str] = []
+        assert check_image(name, root=root, kinds=kinds) is None
+        assert kinds == image_kinds((root / name).read_bytes(), name) == of_image, name
+        if "several_pages" in kinds:
+            red, green, _ = np.asarray(load_image(name, root=root))[4, 4]
+            assert red > 240
+            assert green < 15
+    assert describe_kinds({"cmyk": 1, "several_pages": 1200}) == (
+        "1,200 of several pages or frames, the first one used; 1 CMYK, converted to RGB"
+    )
+
+
+def test_grey_of_no_known_range_is_a_fault(root: Path) -> None:
+    Image.fromarray(np.full((4, 4), -1, dtype=np.float32)).save(root / "a.tif")
+    message = what_is_wrong("a.tif", root)
+    assert "holds grey values from -1 to -1, and nothing says which is white: 'a.tif' → scale the values" in message
+
+
+UNREADABLE = {
+    "photo.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or HEIF photo", "heif-convert"),
+    "photo.heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC or HEIF photo", "JPEG"),
+    "photo.cr3": (b"\0\0\0\x18ftypcrx \0\0\0\1", "a camera's raw file", "develops"),
+    "photo.cr2": (b"II*\0\x10\0\0\0CR\2\0", "a camera's raw file", "develops"),
+    "photo.raf": (b"FUJIFILMCCD-RAW 0201", "a camera's raw file", "develops"),
+    "draw.svg": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing", "rsvg-convert"),
+    "scan.pdf": (b"%PDF-1.7\n", "a PDF document", "pdftoppm"),
+    "a.psd": (b"8BPS\0\1", "a Photoshop file", "export"),
+    "a.jxl": (b"\xff\x0a\0\0", "a JPEG XL image", "djxl"),
+    "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript file", "render"),
+    "gone.jpg": (b"<!DOCTYPE html><html>404</html>", "a web page", "download"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_other_formats_are_named_with_what_to_do(root: Path, name: str) -> None:
+    content, what, hint = UNREADABLE[name]
+    (root / name).write_bytes(content)
+    for level in ("decode", "header"):
+        message = what_is_wrong(name, root, level)
+        assert f"is {what}, which is not read here" in message
+        assert hint in message
+
+
+def test_the_thumbnail_of_a_raw_file_is_not_taken_for_the_photograph(root: Path) -> None:
+    """DNG, NEF and ARW are TIFFs, and their first image is a small preview."""
+    for name, tags in (("a.dng", {50706: b"\1\4\0\0"}), ("a.nef", {254: 1})):
+        Image.new("RGB", (16, 12)).save(root / name, "TIFF", tiffinfo=tags)
+        assert "is a camera's raw file, of which only a small preview can be read" in what_is_wrong(name, root)
+
+
+@pytest.mark.parametrize(("asked", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_another_unicode_form(root: Path, drawing: Path, asked: str, on_disk: str) -> None:
+    path = "Müller/Übersicht é.png"
+    stored = root / unicodedata.normalize(on_disk, path)
+    stored.parent.mkdir()
+    stored.write_bytes(drawing.read_bytes())
+    name = unicodedata.normalize(asked, path)
+    assert not (root / name).exists()
+    assert check_image(name, root=root) is None
+    assert load_image(name, root=root).size == image_size(name, root=root)
+    assert read_image(name, root=root) == drawing.read_bytes()
+    assert find_file(name, root) == stored
+    (stored.parent / unicodedata.normalize(on_disk, "später.png")).write_bytes(drawing.read_bytes())
+    assert check_image(unicodedata.normalize(asked, "Müller/später.png"), root=root) is None  # the folder has changed
+    assert "does not exist" in what_is_wrong(unicodedata.normalize(asked, "Müller/nö.png"), root)
+
+
+def test_a_name_in_another_unicode_form_may_not_leave_the_root(root: Path, drawing: Path) -> None:
+    (root / unicodedata.normalize("NFD", "ü.png")).symlink_to(drawing)
+    assert "leaves the data root through a link" in what_is_wrong("ü.png", root)
 
 
 def test_missing_files_suggest_what_was_meant(root: Path) -> None:
@@ -86,14 +237,12 @@ def test_missing_files_suggest_what_was_meant(root: Path) -> None:
 
 def test_what_is_no_image(root: Path) -> None:
     (root / "empty.png").touch()
-    (root / "text.png").write_text("<html>404 not found</html>")
-    (root / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (root / "text.png").write_text("404 not found")
     os.mkfifo(root / "pipe.png")
     for level in ("decode", "header"):
         assert "is a folder" in what_is_wrong("train", root, level)
         assert "is an empty file" in what_is_wrong("empty.png", root, level)
         assert "is not an image that can be read" in what_is_wrong("text.png", root, level)
-        assert "is not an image that can be read" in what_is_wrong("page.eps", root, level)
         assert "is not a regular file" in what_is_wrong("pipe.png", root, level)
 
 

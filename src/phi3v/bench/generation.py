@@ -30,7 +30,7 @@ def one_by_one(
     with torch.inference_mode():
         for index in range(len(questions)):
             names = questions.question(index).images
-            pictures = [load_image(name, root=questions.table.images_root) for name in names]
+            pictures = [questions.table.of_image(load_image, name) for name in names]
             counts = processor.image_processor.calc_num_image_tokens(pictures)
             inputs = {"input_ids": torch.tensor([questions.prompt(index, counts)])}
             pixels = processor.image_processor(pictures)

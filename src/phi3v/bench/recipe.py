@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from phi3v.bench.counting import CountingTrainer
 from phi3v.data.collate import Collator, Sample, encode_record
-from phi3v.data.images import load_image
 from phi3v.data.table import RecordTable
 from phi3v.model.vision import Phi3VImageEmbedding
 from phi3v.processing.conversation import IGNORE_INDEX
@@ -47,7 +46,7 @@ class CropDataset(Dataset[CropSample]):
 
     def __getitem__(self, index: int) -> CropSample:
         record = self.table[index]
-        pictures = [load_image(name, root=self.table.images_root) for name in record.images]
+        pictures = self.table.load_images(record)
         made = self.processor.image_processor(pictures)
         stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(pictures))
         return CropSample(

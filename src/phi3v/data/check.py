@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.images import ImageLevel, check_image
+from phi3v.data.images import ImageLevel, check_image, describe_kinds
 from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, read_line
@@ -65,6 +65,8 @@ class CheckReport:
         questions: turns with a text from the user (a turn may have images only).
         context: turns of weight 0, which are read and not learnt.
         images: distinct image paths.
+        image_kinds: how many of them are more than decoded, by kind (`IMAGE_KINDS`; ``header`` cannot tell which are
+            transparent).
         user: lengths of the questions.
         assistant: lengths of the answers.
     """
@@ -79,6 +81,7 @@ class CheckReport:
     questions: int = 0
     context: int = 0
     images: int = 0
+    image_kinds: dict[str, int] = field(default_factory=dict)
     user: TextStats = field(default_factory=TextStats)
     assistant: TextStats = field(default_factory=TextStats)
 
@@ -101,6 +104,7 @@ class CheckReport:
             "questions": self.questions,
             "context": self.context,
             "images": self.images,
+            "image_kinds": self.image_kinds,
             "user": asdict(self.user),
             "assistant": asdict(self.assistant),
         }
@@ -129,6 +133,8 @@ class CheckReport:
             f"  answers    {self.assistant.mean:.0f} characters on average, "
             f"at most {self.assistant.longest:,} (line {self.assistant.longest_line})",
         ]
+        if self.image_kinds:
+            lines.insert(4, f"             of these {describe_kinds(self.image_kinds)}")
         console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
@@ -137,6 +143,7 @@ def check_file(
     *,
     max_errors: int | None = 20,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    exif_orientation: bool = True,
     image_level: ImageLevel = "decode",
     special_text: SpecialText = "refuse",
     workers: int | None = None,
@@ -149,6 +156,7 @@ def check_file(
         path: the .jsonl file.
         max_errors: stop after that many faults; None for all of them.
         max_pixels: largest width x height of an image.
+        exif_orientation: whether images will be turned as their EXIF orientation says.
         image_level: ``decode`` reads every pixel, ``header`` format and size, ``off`` no image at all.
         special_text: whether literal special tokens in texts are faults.
         workers: threads that read images (decoding runs outside of Python's lock); default one a core.
@@ -171,6 +179,7 @@ def check_file(
     faults: list[Fault] = []
     ids = IdIndex()
     seen_images: set[str] = set()
+    kinds: list[str] = []
     workers = workers or min(8, available_cores())
     # Images in the hands of the threads, oldest first: short, so that stopping is quick and memory flat.
     pending: deque[tuple[int, str, Future[tuple[str, str] | None]]] = deque()
@@ -197,7 +206,9 @@ def check_file(
                     continue
                 seen_images.add(image)
                 if image_level != "off":
-                    future = pool.submit(check_image, image, root=root, max_pixels=max_pixels, level=image_level)
+                    future = pool.submit(
+                        check_image, image, root=root, max_pixels=max_pixels, level=image_level, kinds=kinds
+                    )
                     pending.append((number, where, future))
                     if len(pending) > 4 * workers:
                         collect_one()
@@ -215,6 +226,9 @@ def check_file(
     report.faults = faults[:max_errors]
     report.stopped_early = len(faults) > len(report.faults)
     report.images = len(seen_images)
+    report.image_kinds = dict(Counter(kinds))
+    if not exif_orientation and (turned := report.image_kinds.pop("exif_orientation", 0)):
+        report.image_kinds["exif_ignored"] = turned
     return report
 
 
@@ -223,6 +237,7 @@ def ensure_checked(
     *,
     max_errors: int = 20,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    exif_orientation: bool = True,
     image_level: ImageLevel = "decode",
     special_text: SpecialText = "refuse",
     images_root: Path | None = None,
@@ -238,7 +253,7 @@ def ensure_checked(
     """
     path = Path(path)
     root = images_root or path.parent / "images"
-    memory = cache_folder(path, special_text) / f"check-{image_level}-{max_pixels}.json"
+    memory = cache_folder(path, special_text) / f"check-{image_level}-{max_pixels}-{exif_orientation}.json"
     passed = _recall(memory, path, root, image_level)
     if passed is not None:
         return passed
@@ -246,6 +261,7 @@ def ensure_checked(
         path,
         max_errors=max_errors,
         max_pixels=max_pixels,
+        exif_orientation=exif_orientation,
         image_level=image_level,
         special_text=special_text,
         images_root=root,
@@ -277,10 +293,11 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
             questions=int(known["questions"]),
             context=int(known["context"]),
             images=int(known["images"]),
+            image_kinds={str(kind): int(count) for kind, count in known["image_kinds"].items()},
             user=TextStats(**known["user"]),
             assistant=TextStats(**known["assistant"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -42,8 +42,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
+from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import quote
 from phi3v.data.image_folder import ImageFolder, OutputError
+from phi3v.data.images import describe_kinds
 from phi3v.data.jsonl import TEMPORARY_SUFFIX, write_jsonl
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import read_line
@@ -68,10 +70,11 @@ class ConvertOptions:
             them out.
         workers: threads; None for one a core.
         progress: show a bar if it takes long and standard error is a terminal.
+        max_pixels: largest width x height of an image.
         num_frames: frames of a clip, where the dataset has clips.
 
     Raises:
-        UserError: ``workers`` or ``num_frames`` is below 1.
+        UserError: ``workers``, ``max_pixels`` or ``num_frames`` is below 1.
     """
 
     out: Path
@@ -79,10 +82,12 @@ class ConvertOptions:
     on_bad: OnBad = "stop"
     workers: int | None = None
     progress: bool = True
+    max_pixels: int = DEFAULT_MAX_PIXELS
     num_frames: int = 8
 
     def __post_init__(self) -> None:
-        for flag, number in (("--workers", self.workers), ("--frames", self.num_frames)):
+        options = (("--workers", self.workers), ("--max-pixels", self.max_pixels), ("--frames", self.num_frames))
+        for flag, number in options:
             if number is not None and number < 1:
                 raise UserError(f"must be at least 1, not {number}", where=flag)
 
@@ -175,6 +180,7 @@ class ConversionResult:
         records: how many each holds.
         images: image files that the records name: made now, or there from an earlier run.
         images_kept: those among them that an earlier run had made.
+        image_kinds: how many of them are more than decoded, by kind (`IMAGE_KINDS`).
         skipped: the bad units that were left out.
         notes: what else a person should know.
     """
@@ -184,6 +190,7 @@ class ConversionResult:
     records: dict[str, int]
     images: int
     images_kept: int
+    image_kinds: dict[str, int] = field(default_factory=dict)
     skipped: tuple[BadUnit, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -195,6 +202,7 @@ class ConversionResult:
             "records": self.records,
             "images": self.images,
             "images_kept": self.images_kept,
+            "image_kinds": self.image_kinds,
             "skipped": len(self.skipped),
             "skipped_units": [bad.to_json_dict() for bad in self.skipped],
             "notes": list(self.notes),
@@ -209,6 +217,8 @@ class ConversionResult:
             console.print(Text(line), soft_wrap=True)
         kept = f", {self.images_kept:,} of them from an earlier run" if self.images_kept else ""
         console.print(Text(f"images: {self.images:,}{kept}"), soft_wrap=True)
+        if self.image_kinds:
+            console.print(Text(f"  of these {describe_kinds(self.image_kinds)}"), soft_wrap=True)
         for note in self.notes:
             console.print(Text(f"note: {note}"), soft_wrap=True)
         if self.skipped:
@@ -251,7 +261,7 @@ class Conversion:
 
     def __init__(self, source: str, options: ConvertOptions) -> None:
         self.options = options
-        self.images = ImageFolder(options.out / "images")
+        self.images = ImageFolder(options.out / "images", options.max_pixels)
         self._source = source
         self._files: dict[str, Path] = {}
         self._records: dict[str, int] = {}
@@ -333,6 +343,7 @@ class Conversion:
             self._records,
             images=self.images.total,
             images_kept=self.images.kept,
+            image_kinds=self.images.kinds,
             skipped=tuple(self._bad),
             notes=tuple(self._notes),
         )

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from phi3v.data.images import find_file
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 
@@ -74,7 +75,7 @@ class FeatureStore:
 
     def _key(self, name: str) -> str:
         if name not in self._keys:
-            self._keys[name] = content_key(self.images_root / name)
+            self._keys[name] = content_key(find_file(name, self.images_root))
         return self._keys[name]
 
     def _file(self, key: str) -> Path:

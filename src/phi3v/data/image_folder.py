@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from phi3v.data.images import decode_image, read_image
+from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.data.images import decode_image, image_kinds, read_image
 from phi3v.data.jsonl import replacing
 from phi3v.data.schema import image_path_fault
 from phi3v.data.video import sample_frames
@@ -34,12 +36,15 @@ class ImageFolder:
 
     Args:
         root: the folder; need not exist.
+        max_pixels: largest width x height of an image.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
         self.root = root
+        self.max_pixels = max_pixels
         self._added: set[Path] = set()
         self._made: set[Path] = set()
+        self._kinds: dict[Path, list[str]] = {}
 
     @property
     def total(self) -> int:
@@ -50,6 +55,11 @@ class ImageFolder:
     def kept(self) -> int:
         """Those among them that were there before, complete and from the same source."""
         return len(self._added - self._made)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many of the images are more than decoded where they are read, by kind (`IMAGE_KINDS`)."""
+        return dict(Counter(kind for kinds in self._kinds.values() for kind in kinds))
 
     def add(self, stem: str, data: bytes, *, name: str | None = None) -> str:
         """Add the image that ``data`` encodes.
@@ -76,9 +86,9 @@ class ImageFolder:
                 same = not verbatim and _origin(path) == digest
             if not same:
                 raise _other_content(path)
-            self._added.add(path)
+            self._keep(path, data, name or stem)
         else:
-            image = decode_image(data, name or stem)
+            image = self._decode(path, data, name or stem)
             self._write(path, data if verbatim else _as_png(image, digest))
         return path.relative_to(self.root).as_posix()
 
@@ -87,10 +97,10 @@ class ImageFolder:
 
         Args:
             stem: its new path below the folder without extension.
-            path: the file's path as the dataset names it, relative to ``root``; may not leave it.
+            path: the file's path as the dataset names it, with ``/`` or ``\\``, relative to ``root``; may not leave it.
             root: the folder of the dataset's images.
         """
-        return self.add(stem, read_image(path, root=root), name=path)
+        return self.add(stem, read_image(path.replace("\\", "/"), root=root), name=path)
 
     def copy_file(self, path: str, *, root: Path) -> str:
         """Add an image file under its own name, byte by byte whatever its format is.
@@ -109,11 +119,12 @@ class ImageFolder:
         data = read_image(path, root=root)
         to = self._path(path)
         if not to.exists():
-            decode_image(data, path)
+            self._decode(to, data, path)
             self._write(to, data)
         elif to.stat().st_size != len(data) or to.read_bytes() != data:
             raise _other_content(to)
-        self._added.add(to)
+        else:
+            self._keep(to, data, path)
         return path
 
     def add_frames(self, stem: str, clip: Path | bytes, count: int, *, name: str | None = None) -> list[str]:
@@ -159,6 +170,19 @@ class ImageFolder:
                     self._write(path, _as_jpeg(frame, origin))
         return [path.relative_to(self.root).as_posix() for path in paths]
 
+    def _decode(self, path: Path, data: bytes, name: str) -> Image.Image:
+        """The image as it is stored, not turned: whether it is to be turned is a setting of those who read it."""
+        kinds: list[str] = []
+        image = decode_image(data, name, max_pixels=self.max_pixels, exif_orientation=False, kinds=kinds)
+        self._kinds[path] = kinds
+        return image
+
+    def _keep(self, path: Path, data: bytes, name: str) -> None:
+        """Account for an image that is there already."""
+        if path not in self._kinds:
+            self._kinds[path] = image_kinds(data, name, max_pixels=self.max_pixels)
+        self._added.add(path)
+
     def _path(self, name: str) -> Path:
         if wrong := image_path_fault(name):
             raise UserError(f"the image's name {wrong[0]}", hint=wrong[1])
@@ -183,7 +207,7 @@ def _digest(data: bytes) -> str:
 def _as_png(image: Image.Image, origin: str) -> bytes:
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     info.add_text(_SOURCE, origin)
-    image.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info, exif=image.info.get("exif"))
     return buffer.getvalue()
 
 

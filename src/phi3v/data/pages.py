@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,18 +73,18 @@ class PageReader:
         """
         return self.table.read_images(record, self._page)
 
-    def _page(self, name: str, *, root: Path, max_pixels: int) -> Page:
+    def _page(self, name: str, **settings: Any) -> Page:
         page = self._kept.pop(name, None)
         if page is None:
-            page = self._read(name, root, max_pixels)
+            page = self._read(name, **settings)
             if len(self._kept) == KEPT_PAGES:
                 self._kept.popitem(last=False)
         self._kept[name] = page
         return page
 
-    def _read(self, name: str, root: Path, max_pixels: int) -> Page:
+    def _read(self, name: str, **settings: Any) -> Page:
         if self.features is not None:
-            size = image_size(name, root=root, max_pixels=max_pixels)
+            size = image_size(name, **settings)
             return Page(name, page_geometry(*size, self.image_processor.num_crops).size, self.features.get(name))
-        pixels = self.image_processor.page(load_image(name, root=root, max_pixels=max_pixels))
+        pixels = self.image_processor.page(load_image(name, **settings))
         return Page(name, (pixels.shape[0], pixels.shape[1]), pixels)

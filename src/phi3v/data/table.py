@@ -65,13 +65,23 @@ class RecordTable:
         path: the data file.
         images_root: the folder that image paths are relative to.
         max_pixels: the limit of `load_images`.
+        exif_orientation: whether images are turned as their EXIF orientation says.
     """
 
-    def __init__(self, dataset: datasets.Dataset, path: Path, images_root: Path, max_pixels: int) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        path: Path,
+        images_root: Path,
+        max_pixels: int,
+        *,
+        exif_orientation: bool = True,
+    ) -> None:
         self._dataset = dataset
         self.path = path
         self.images_root = images_root
         self.max_pixels = max_pixels
+        self.exif_orientation = exif_orientation
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -114,14 +124,21 @@ class RecordTable:
         return self.read_images(record, image_size)
 
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
-        """``take(path, root=…, max_pixels=…)`` of every image of a record, in order; raises as `load_images`."""
-        return read_images(record, take, path=self.path, images_root=self.images_root, max_pixels=self.max_pixels)
+        """``take(path, root=…, max_pixels=…, exif_orientation=…)`` of every image of a record, in order.
+
+        Raises:
+            UserError: as `load_images`.
+        """
+        settings = {"max_pixels": self.max_pixels, "exif_orientation": self.exif_orientation}
+        return read_images(record, take, path=self.path, images_root=self.images_root, **settings)
+
+    def of_image(self, take: Callable[..., T], name: str) -> T:
+        """``take`` of one image, as in `read_images`."""
+        return take(name, root=self.images_root, max_pixels=self.max_pixels, exif_orientation=self.exif_orientation)
 
 
-def read_images(
-    record: Record, take: Callable[..., T], *, path: Path, images_root: Path, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> list[T]:
-    """``take(name, root=…, max_pixels=…)`` of every image of a record of ``path``, in order.
+def read_images(record: Record, take: Callable[..., T], *, path: Path, images_root: Path, **settings: Any) -> list[T]:
+    """``take(name, root=…, **settings)`` of every image of a record of ``path``, in order.
 
     Raises:
         UserError: an image cannot be used; names the line and the field.
@@ -130,7 +147,7 @@ def read_images(
     for t, turn in enumerate(record.turns):
         for k, name in enumerate(turn.images):
             try:
-                taken.append(take(name, root=images_root, max_pixels=max_pixels))
+                taken.append(take(name, root=images_root, **settings))
             except UserError as error:
                 where = f"{path}:{record.line}: conversations[{t}].images[{k}]"
                 raise UserError(error.what, where=where, hint=error.hint) from None
@@ -142,6 +159,7 @@ def open_table(
     *,
     special_text: SpecialText = "refuse",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    exif_orientation: bool = True,
     max_errors: int = 20,
     images_root: Path | None = None,
     progress: bool = True,
@@ -154,6 +172,7 @@ def open_table(
         path: the .jsonl file.
         special_text: whether literal special tokens in texts are faults or are escaped.
         max_pixels: limit for the images that the table loads.
+        exif_orientation: whether it turns them as their EXIF orientation says.
         max_errors: how many faults the error lists.
         images_root: default ``images/`` beside the file.
         progress: show a bar if parsing takes long and standard error is a terminal.
@@ -178,7 +197,8 @@ def open_table(
             raise cannot_write(folder, error) from None
         if dataset is None:
             raise RuntimeError(f"the table that was just written cannot be read: {folder}")
-    return RecordTable(dataset, path, images_root or path.parent / "images", max_pixels)
+    root = images_root or path.parent / "images"
+    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation)
 
 
 def _open_cached(folder: Path) -> datasets.Dataset | None:

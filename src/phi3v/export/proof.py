@@ -98,7 +98,14 @@ def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], st
     if data is not None:
         try:
             require_file(Path(data))
-            table = open_table(Path(data), special_text=tuned.run.data.special_text, progress=False)
+            reading = tuned.run.data
+            table = open_table(
+                Path(data),
+                special_text=reading.special_text,
+                max_pixels=reading.max_image_pixels,
+                exif_orientation=reading.exif_orientation,
+                progress=False,
+            )
         except UserError:
             table = None
         if table is not None:

@@ -221,7 +221,13 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
     Raises:
         UserError: the file has faults, or a picture cannot be read; names the line.
     """
-    table = open_table(path, special_text=data.special_text, max_pixels=data.max_image_pixels, progress=progress)
+    table = open_table(
+        path,
+        special_text=data.special_text,
+        max_pixels=data.max_image_pixels,
+        exif_orientation=data.exif_orientation,
+        progress=progress,
+    )
     text, answers, heads, owner, groups = [], [], [], [], []
     names: list[str] = []
     known_groups: dict[tuple[object, ...], int] = {}
@@ -272,7 +278,7 @@ def _sizes(table: RecordTable, first_use: dict[str, int]) -> dict[str, tuple[int
 
     def read(name: str) -> tuple[int, int]:
         try:
-            return image_size(name, root=table.images_root, max_pixels=table.max_pixels)
+            return table.of_image(image_size, name)
         except UserError as error:
             where = f"{table.path}:{first_use[name]}"
             raise UserError(error.what, where=where, hint=error.hint) from None

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, num_img_tokens, page_geometry
 from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, cut_pages
+from phi3v.processing.rgb import to_rgb
 
 Images = Image.Image | Sequence[Image.Image]
 
@@ -27,7 +28,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         num_crops: crops of a page at most; 16 for one picture, 4 for several is the model's advice.
         image_mean, image_std: of each channel, for values in 0..1.
         num_img_tokens: tokens of a crop; 144, kept because the official file carries it.
-        do_convert_rgb: convert pictures of another mode to RGB.
+        do_convert_rgb: convert pictures of another mode to RGB, as `to_rgb` does.
 
     Raises:
         ValueError: ``num_crops`` below 1.
@@ -70,9 +71,12 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
         Returns:
             uint8 (height, width, 3), both multiples of 336.
+
+        Raises:
+            ValueError: nothing says which of its grey values is white (`to_rgb`).
         """
         if self.do_convert_rgb:
-            image = image.convert("RGB")
+            image = to_rgb(image)
         return torch.from_numpy(np.array(hd_transform(image, self.num_crops)))
 
     def crops(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:

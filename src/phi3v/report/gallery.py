@@ -80,7 +80,14 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         if isinstance(line.get("probabilities"), dict):
             probabilities[index] = line["probabilities"]
     root = images_root(run)
-    complete = root is not None and _draw(columns, texts.all, root, thumbnails, seed)
+    complete = root is not None and _draw(
+        columns,
+        texts.all,
+        root,
+        thumbnails,
+        seed,
+        exif_orientation=run.setting("data", "exif_orientation") is not False,
+    )
     images = [
         [thumbnails.place(root, texts.all[name]) if root is not None else -1 for name in files]
         for files in columns["files"]
@@ -106,7 +113,15 @@ def images_root(run: RunFiles) -> Path | None:
     return root if root.is_dir() else None
 
 
-def _draw(columns: dict[str, list[Any]], texts: Sequence[str], root: Path, thumbnails: Thumbnails, seed: int) -> bool:
+def _draw(
+    columns: dict[str, list[Any]],
+    texts: Sequence[str],
+    root: Path,
+    thumbnails: Thumbnails,
+    seed: int,
+    *,
+    exif_orientation: bool,
+) -> bool:
     """Take pictures in turn for what was lost, is wrong, was gained and is right; whether all went in."""
     kinds: dict[str, list[int]] = {"lost": [], "wrong": [], "gained": [], "right": []}
     for index, (right, before) in enumerate(zip(columns["right"], columns["right_before"], strict=True)):
@@ -117,7 +132,10 @@ def _draw(columns: dict[str, list[Any]], texts: Sequence[str], root: Path, thumb
         generator.shuffle(kind)
     while any(kinds.values()):
         for kind in kinds.values():
-            if kind and not thumbnails.add(root, [texts[name] for name in columns["files"][kind.pop()]]):
+            if not kind:
+                continue
+            names = [texts[name] for name in columns["files"][kind.pop()]]
+            if not thumbnails.add(root, names, exif_orientation=exif_orientation):
                 return False
     return True
 

@@ -6,10 +6,10 @@ import base64
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.images import load_image
 from phi3v.errors import UserError
 
@@ -47,8 +47,12 @@ class Thumbnails:
     def bytes(self) -> int:
         return sum(map(len, self.encoded))
 
-    def add(self, root: Path, names: list[str], *, max_pixels: int = DEFAULT_MAX_PIXELS) -> bool:
-        """Take the pictures of one question, all or none; false once the budget is used up."""
+    def add(self, root: Path, names: list[str], **settings: Any) -> bool:
+        """Take the pictures of one question, all or none; false once the budget is used up.
+
+        Args:
+            settings: of `load_image`.
+        """
         new: dict[tuple[Path, str], str] = {}
         for name in names:
             key = (root, name)
@@ -58,7 +62,7 @@ class Thumbnails:
                 self.out_of_time = True
                 return False
             try:
-                new[key] = webp(load_image(name, root=root, max_pixels=max_pixels), self.side)
+                new[key] = webp(load_image(name, root=root, **settings), self.side)
             except UserError:
                 self.failed.add(key)
         size = sum(map(len, new.values()))

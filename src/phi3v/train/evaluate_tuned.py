@@ -63,10 +63,16 @@ def evaluate_tuned(
         ensure_checked(
             data,
             max_pixels=reading.max_image_pixels,
+            exif_orientation=reading.exif_orientation,
             image_level=reading.image_check,
             special_text=reading.special_text,
         )
-        table = open_table(data, special_text=reading.special_text, max_pixels=reading.max_image_pixels)
+        table = open_table(
+            data,
+            special_text=reading.special_text,
+            max_pixels=reading.max_image_pixels,
+            exif_orientation=reading.exif_orientation,
+        )
     model, processor = load_tuned(tuned, compute, num_crops=num_crops)
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)

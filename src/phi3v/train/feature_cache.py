@@ -77,7 +77,8 @@ def fill_features(
         return None
     vision = vision_part(model)
     stage = cached_stage(vision)
-    folder = cache_root() / "features" / _settings_key(vision, stage, processor, compute) if kind == "disk" else None
+    facts = [stage, processor.num_crops, table.exif_orientation, compute.precision, compute.device.type]
+    folder = cache_root() / "features" / _settings_key(vision, stage, facts) if kind == "disk" else None
     store = FeatureStore(table.images_root, folder)
     sizes = {
         name: size
@@ -87,7 +88,7 @@ def fill_features(
     missing = [name for name in sizes if name not in store]
 
     def features(name: str) -> torch.Tensor:
-        image = load_image(name, root=table.images_root, max_pixels=table.max_pixels)
+        image = table.of_image(load_image, name)
         page = processor.page(image).to(compute.device)
         size = (page.shape[0], page.shape[1])
         tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
@@ -153,11 +154,10 @@ def _computing(model: nn.Module, compute: Compute) -> Iterator[None]:
         yield
 
 
-def _settings_key(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProcessor, compute: Compute) -> str:
+def _settings_key(vision: Phi3VImageEmbedding, stage: Stage, facts: list[Any]) -> str:
     """A name for all that features depend on beside the picture, the weights' content among it."""
     digest = hashlib.blake2b(digest_size=16)
-    facts = ["features-2", stage, processor.num_crops, CROP_SIZE, compute.precision, compute.device.type]
-    digest.update(json.dumps(facts).encode())
+    digest.update(json.dumps(["features-3", CROP_SIZE, *facts]).encode())
     for name, value in vision.state_dict().items():
         if stage == "tower" and not name.startswith("img_processor."):
             continue

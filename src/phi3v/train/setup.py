@@ -221,6 +221,7 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
         ensure_checked(
             path,
             max_pixels=config.data.max_image_pixels,
+            exif_orientation=config.data.exif_orientation,
             image_level=config.data.image_check,
             special_text=config.data.special_text,
             progress=config.training.progress_bar,
@@ -229,6 +230,7 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
             path,
             special_text=config.data.special_text,
             max_pixels=config.data.max_image_pixels,
+            exif_orientation=config.data.exif_orientation,
             progress=config.training.progress_bar,
         )
         tables.append(table)

@@ -126,7 +126,7 @@ def test_other_files_are_left_out_and_counted(convert: Convert, classes: Path) -
         (classes / name).parent.mkdir(parents=True, exist_ok=True)
         (classes / name).write_text("x")
     result = convert("image-folder", classes)
-    assert result.said["notes"] == ["2 files are no images and were left out (endings: .db, .md)"]
+    assert result.said["notes"] == ["1 files are no images and were left out (endings: .md)"]
 
 
 def test_any_format_is_copied_as_it_is(convert: Convert, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, JsonRecord, Unit
 from phi3v.data.faults import quote
-from phi3v.data.images import decode_image, image_size, near_name
+from phi3v.data.images import decode_image, find_file, image_size, near_name
 from phi3v.data.schema import SpecialText, image_path_fault, read_line
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import eval_limit, hash_share
@@ -377,13 +377,13 @@ def _path_below(named: str, root: Path) -> str:
 
 
 def _local_path(path: str, root: Path) -> str:
-    """``path`` relative to ``root`` in normal form: the same file has one name.
+    """``path`` relative to ``root`` in normal form, as the disk spells it: the same file has one name.
 
     Raises:
         UserError: it lies elsewhere.
     """
     plain = path
-    if "/" not in plain and not re.match(r"[A-Za-z]:|\\\\", plain):
+    if not re.match(r"[A-Za-z]:|\\\\", plain):
         plain = plain.replace("\\", "/")  # written on Windows
     if os.path.isabs(plain):
         with_root = os.path.relpath(os.path.realpath(plain), os.path.realpath(root))
@@ -392,7 +392,7 @@ def _local_path(path: str, root: Path) -> str:
     if wrong := image_path_fault(plain):
         hint = f"paths are relative to {root} and may not leave it; --image-root names another folder"
         raise UserError(wrong[0], hint=hint)
-    return plain
+    return find_file(plain, root).relative_to(root).as_posix()
 
 
 def _require_there(path: str, root: Path, kind: MediumKind) -> None:

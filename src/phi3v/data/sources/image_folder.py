@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from phi3v.data.convert import ConversionResult
-from phi3v.data.images import FORMATS
+from phi3v.data.image_formats import FORMATS, UNREADABLE_SUFFIXES
 from phi3v.data.sources.labelled_folders import convert_folders
 from phi3v.data.sources.own_data import OwnDataOptions
 
@@ -15,4 +15,4 @@ SOURCE = "image-folder"
 def convert(options: OwnDataOptions) -> ConversionResult:
     """`convert_folders` of pictures."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    return convert_folders(SOURCE, "image", suffixes, options)
+    return convert_folders(SOURCE, "image", suffixes | UNREADABLE_SUFFIXES, options)

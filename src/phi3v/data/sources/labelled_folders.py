@@ -10,6 +10,7 @@ around it:
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from phi3v.data.sources.splits import choose_eval, split_name
 from phi3v.errors import UserError
 
 EVAL_SHARE = 0.1
+
+# What systems leave in folders without being asked.
+_SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 _SPLIT_FOLDERS = "all folders at the top are splits (train, val, eval, test), or none is"
 
@@ -92,12 +97,13 @@ def convert_folders(
 
 
 def _visible_files(folder: Path) -> list[str]:
-    """The files below ``folder`` that are not hidden, relative and with ``/``, sorted."""
+    """The files below ``folder`` that are neither hidden nor a system's, relative and with ``/``, sorted."""
     paths = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS]
         inner = Path(parent).relative_to(folder)
-        paths += [(inner / name).as_posix() for name in names if not name.startswith(".")]
+        visible = [name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM_FILES]
+        paths += [(inner / name).as_posix() for name in visible]
     return sorted(paths)
 
 
@@ -122,7 +128,9 @@ def _classify(folder: Path, paths: Sequence[str], kind: MediumKind) -> list[_Fil
     for path in paths:
         parts = PurePosixPath(path).parts
         inner = parts[1:] if has_splits else parts
-        files.append(_File(path, tops[parts[0]] if has_splits else None, inner[0] if len(inner) > 1 else None))
+        # A name of macOS may be in the decomposed form (NFD), which no text that a model reads is written in.
+        label = unicodedata.normalize("NFC", inner[0]) if len(inner) > 1 else None
+        files.append(_File(path, tops[parts[0]] if has_splits else None, label))
     labels = {file.label for file in files}
     if None in labels and len(labels) > 1:
         first = next(file.path for file in files if file.label is None)
