@@ -120,16 +120,25 @@ def _unit(
 
 
 def _read(place: str, row: dict[str, Any], num_images: int) -> Group:
-    images = [picture_of(image) for image in row["images"] or ()]
+    images = [picture_of(image) for image in _list(row, "images")]
     if len(images) != num_images:
         raise UserError(f"has {len(images)} pictures, not {num_images}", hint="complete it, or leave it out")
     questions = [
-        question_or_bad(f"{place}, texts[{k}]", partial(_question, text)) for k, text in enumerate(row["texts"] or ())
+        question_or_bad(f"{place}, texts[{k}]", partial(_question, text)) for k, text in enumerate(_list(row, "texts"))
     ]
     return images, questions
 
 
-def _question(text: dict[str, Any]) -> Question:
+def _list(row: dict[str, Any], column: str) -> list[Any]:
+    value = row[column] or []
+    if not isinstance(value, list):
+        raise UserError(f"{column} is no list: {value!r:.60}", hint="is this the dataset that the command names?")
+    return value
+
+
+def _question(text: object) -> Question:
+    if not isinstance(text, dict):
+        raise UserError(f"is no pair of texts: {text!r:.60}", hint='it holds "user" and "assistant"')
     return Question(text_of(text.get("user"), "user"), text_of(text.get("assistant"), "assistant"))
 
 

@@ -385,7 +385,7 @@ def _local_path(path: str, root: Path) -> str:
     plain = path
     if not re.match(r"[A-Za-z]:|\\\\", plain):
         plain = plain.replace("\\", "/")  # written on Windows
-    if os.path.isabs(plain):
+    if os.path.isabs(plain) and not image_path_fault(plain[1:]):  # of a NUL or half a surrogate pair there is no path
         with_root = os.path.relpath(os.path.realpath(plain), os.path.realpath(root))
         plain = plain if with_root.startswith("..") else with_root.replace(os.sep, "/")
     plain = posixpath.normpath(plain)
