@@ -19,6 +19,7 @@ from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds
 from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
+from phi3v.data.other_formats import other_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, read_line
 from phi3v.errors import UserError
@@ -176,6 +177,9 @@ def check_file(
     require_file(path)
     root = images_root or path.parent / "images"
     report = CheckReport(path, root, image_level)
+    if other := other_file(path):
+        report.faults = [other]
+        return report
     faults: list[Fault] = []
     ids = IdIndex()
     seen_images: set[str] = set()

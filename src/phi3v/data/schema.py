@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,17 @@ def _surrogate(text: str) -> str | None:
     return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
 
 
+def other_format(value: dict[str, Any], file: Path) -> tuple[str, str] | None:
+    """(what, hint) if an object is a record of LLaVA's or of OpenAI's format rather than one of ours."""
+    for key, name, source in (("conversations", "LLaVA's", "llava"), ("messages", "a chat", "messages")):
+        items = value.get(key)
+        first = items[0] if isinstance(items, list) and items else None
+        if isinstance(first, dict) and not {"user", "assistant"} & first.keys() and {"from", "role"} & first.keys():
+            hint = f"convert it first: `phi3v data convert {source} --source {shlex.quote(str(file))} --out DIR`"
+            return f"looks like {name} format", hint
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _NotANumber:
     """NaN, Infinity or -Infinity, which Python's JSON reader lets through. No field takes one."""
@@ -260,6 +272,9 @@ class _LineReader:
         return value
 
     def record(self, value: dict[str, Any]) -> None:
+        if other := other_format(value, self.file):
+            self.fault("", *other)
+            return
         self.keys(value, "", _RECORD_KEYS)
         self.result.id = self.id(value)
         source = value.get("source")

@@ -25,6 +25,7 @@ from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import no_record, read_lines, replacing
+from phi3v.data.other_formats import other_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, Turn, read_line
 from phi3v.errors import UserError
@@ -230,6 +231,8 @@ def _build(path: Path, folder: Path, special_text: SpecialText, max_errors: int,
 
 def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int, progress: bool) -> int:
     """Stream the lines into an Arrow file and return the number of records."""
+    if other := other_file(path):
+        raise DataFaultsError(path, [other], total=1)
     faults: list[Fault] = []
     total_faults = 0
     records = 0

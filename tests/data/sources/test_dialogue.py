@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from own_files import Convert, save_pictures
 from PIL import Image
+from sample_files import clip
 
 from phi3v.data.sources.tags import Tag, split_tags
 
@@ -150,8 +152,6 @@ def test_images_keep_their_places(convert: Convert, data: Path, source: str) -> 
 
 
 def test_frames_of_a_clip_stand_at_one_place(convert: Convert, data: Path) -> None:
-    from sample_files import clip
-
     clip(data / "a.mp4")
     result = convert("llava", write(data, llava("before <video> after", video="a.mp4")), "--frames", "2")
     assert result.turn()["image_offsets"] == [7, 7]
@@ -218,6 +218,16 @@ def test_keys_without_a_use_are_named_once(convert: Convert, data: Path) -> None
         "the key rejected_response is not used (2×)",
         "the key weight is not used (2×)",
     ]
+
+
+def test_either_source_takes_either_key_and_tables(convert: Convert, data: Path) -> None:
+    rows = [chat("<image>Who?", "A", images=["a.png"]), llava("Q", "B")]
+    for source in ("llava", "messages"):
+        assert [turn["assistant"] for turn in convert(source, write(data, *rows), out=source).turns()] == ["A", "B"]
+    datasets.Dataset.from_list([llava("<image>Who?", image="a.png", cut=None)]).to_parquet(data / "rows.parquet")
+    result = convert("llava", data / "rows.parquet")
+    assert result.turn() == {"images": ["a.png"], "user": "Who?", "assistant": "A"}
+    assert result.said["notes"] == []
 
 
 def test_boxes_are_filled_in(convert: Convert, data: Path) -> None:
@@ -290,7 +300,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no object": ({"messages": [1]}, "messages[0]: must be an object, not a number"),
     "preferences alone": (
         {"conversations": None, "prompt": "Q", "chosen": "A", "rejected": "B"},
-        "The record's keys are conversations, prompt, chosen, rejected",
+        "has neither messages nor conversations (is this the right source for the file? The record's keys are "
+        "conversations, prompt, chosen, rejected",
+    ),
+    "ours": (
+        {"conversations": [{"user": "Q", "assistant": "A"}]},
+        "conversations[0]: is a turn of the format that training reads",
     ),
     "two systems": (with_system(chat("Q", "A", system="One."), "Two."), "system: is another text than that of"),
     "system of a kind": (chat("Q", "A", system=1), "system: must be a string, not a number"),

@@ -91,7 +91,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nobody": ({"conversations": [{"from": "me", "value": "A"}]}, "conversations[0].from: is no role known here: 'me'"),
     "no text": ({"conversations": [{"from": "human"}]}, "conversations[0].value: must be a string"),
     "nothing said": (record(), "the conversation has no message"),
-    "no conversation": ({"id": "b"}, "conversations: is missing"),
+    "no conversation": ({"id": "b"}, "has neither messages nor conversations"),
     "missing": (record("What?", "A", image="1.png"), "there is no such image: '1.png'"),
     "case": (record("What?", "A", image="coco/Two Words.jpg"), "did you mean 'coco/two words.jpg'?"),
     "outside": (record("What?", "A", image="../other/0.png"), "leaves the data root: '../other/0.png'"),

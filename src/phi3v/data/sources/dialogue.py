@@ -23,6 +23,7 @@ from phi3v.data.sources.tags import Tag, like_a_tag, names_an_image, refuse_cont
 from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
+KEYS = ("messages", "conversations")  # of the list of messages
 
 UNTAGGED = "a record had images and no tag; they are in its first turn"
 TAG_IN_ANSWER = "an answer holds an image tag, which is learnt as the text that it is"
@@ -87,12 +88,10 @@ class DialogueReader:
     """Makes the draft of a record that holds a list of messages, and its media beside them in ``image`` and ``video``.
 
     Args:
-        key: of the list.
         image_root: the folder that media are relative to.
     """
 
-    def __init__(self, key: str, image_root: Path) -> None:
-        self._key = key
+    def __init__(self, image_root: Path) -> None:
         self._image_root = image_root
 
     def __call__(self, row: Row, notes: Counter[str]) -> Draft:
@@ -107,10 +106,14 @@ class DialogueReader:
         media = [*media_of(row, "image"), *media_of(row, "video")]
         images = [medium for medium in media if medium.kind == "image"]
         objects = Objects(row.get("objects"), len(images), lambda index: medium_size(images[index], self._image_root))
-        messages = self._messages(row, objects, decided)
+        key = next((key for key in KEYS if row.get(key) is not None), None)
+        if key is None:
+            hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
+            raise UserError(f"has neither {' nor '.join(KEYS)}", hint=hint)
+        messages = _messages(row[key], key, objects, decided)
         objects.require_all_used()
         decided[BOX] += objects.boxes
-        used = {"id", "system", self._key, *(["objects"] if objects.used else []), *_media_keys(row)}
+        used = {"id", "system", key, *(["objects"] if objects.used else []), *_media_keys(row)}
         _weight(row, "", used)
         system, messages = _system(row.get("system"), messages)
         _require_alternating(messages)
@@ -122,20 +125,22 @@ class DialogueReader:
         notes.update(+decided)
         return Draft(id_of(row, "id"), turns, system)
 
-    def _messages(self, row: Row, objects: Objects, decided: Counter[str]) -> list[Message]:
-        items = row.get(self._key)
-        if not isinstance(items, list):
-            hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
-            what = "is missing" if items is None else f"must be a list, not {json_kind(items)}"
-            raise UserError(what, where=self._key, hint=hint)
-        messages = []
-        for k, item in enumerate(items):
-            where = f"{self._key}[{k}]"
-            if not isinstance(item, Mapping):
-                what = f"must be an object, not {json_kind(item)}"
-                raise UserError(what, where=where, hint="write one message as {…}")
-            messages.append(_message(item, where, f"{self._key}[].", objects, decided))
-        return messages
+
+def _messages(items: object, key: str, objects: Objects, decided: Counter[str]) -> list[Message]:
+    if not isinstance(items, list):
+        hint = "write one message after the other: […]"
+        raise UserError(f"must be a list, not {json_kind(items)}", where=key, hint=hint)
+    messages = []
+    for k, item in enumerate(items):
+        where = f"{key}[{k}]"
+        if not isinstance(item, Mapping):
+            what = f"must be an object, not {json_kind(item)}"
+            raise UserError(what, where=where, hint="write one message as {…}")
+        if "user" in item and "assistant" in item:
+            hint = "`phi3v data check` looks at it; it needs no conversion"
+            raise UserError("is a turn of the format that training reads", where=where, hint=hint)
+        messages.append(_message(item, where, f"{key}[].", objects, decided))
+    return messages
 
 
 def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, decided: Counter[str]) -> Message:

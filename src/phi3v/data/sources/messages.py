@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from phi3v.data.convert import ConversionResult
-from phi3v.data.sources.dialogue import DialogueReader
+from phi3v.data.sources.dialogue import KEYS, DialogueReader
 from phi3v.data.sources.drafts import Row, convert_rows
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.own_data import OwnDataOptions
@@ -36,18 +36,23 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     Raises:
         UserError: the data cannot be read, ``out`` holds other data, or records are bad and are not to be skipped.
     """
-    source = options.required_source("chats.jsonl")
+    return convert_chats(SOURCE, "chats.jsonl", options)
+
+
+def convert_chats(name: str, example: str, options: OwnDataOptions) -> ConversionResult:
+    """`convert`, under the name of a source; ``example`` is what its file may be called."""
+    source = options.required_source(example)
     root = options.image_root or (source.parent if source.is_file() else source)
     tables = open_folder(source)
     rows: dict[str, Callable[[], Iterable[tuple[str, Row | UserError]]]]
     if tables:
         for table in tables.values():
-            table.require(["messages"])
+            table.require([key for key in KEYS if key in table.columns] or KEYS[:1])
         rows = {split: table_rows(table) for split, table in tables.items()}
     else:
         files = split_files(source, (*JSON_SUFFIXES, ".parquet", ".arrow"))
         rows = {split: json_rows(of_split) for split, of_split in files.items()}
-    return convert_rows(SOURCE, options, rows, DialogueReader("messages", root), image_root=root)
+    return convert_rows(name, options, rows, DialogueReader(root), image_root=root)
 
 
 def table_rows(table: Table) -> Callable[[], Iterable[tuple[str, Row | UserError]]]:
