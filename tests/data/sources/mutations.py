@@ -213,6 +213,14 @@ def csv_table(folder: Path) -> None:
     pq.write_table(pa.table(table).replace_schema_metadata(metadata), folder / "a.parquet")
 
 
+def csv_arrow(folder: Path) -> None:
+    csv_table(folder)
+    table = pq.read_table(folder / "a.parquet")
+    (folder / "a.parquet").unlink()
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
 def image_folder(folder: Path) -> None:
     _write(folder, {"cat/0.png": VALUES[0], "cat/1.jpg": picture(5, "JPEG"), "dog/2.png": VALUES[2]})
 
@@ -243,6 +251,7 @@ FORMS: dict[Callable[[Path], None], str] = {
     csv_text: "csv",
     csv_split: "csv",
     csv_table: "csv",
+    csv_arrow: "csv",
     image_folder: "image-folder",
     image_captions: "image-folder",
     video_folder: "video-folder",
@@ -398,7 +407,7 @@ def break_files(rng: random.Random, folder: Path, file: Path) -> None:
 def break_source(rng: random.Random, folder: Path) -> str:
     """Break one file of a source; says how."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = [path for path in files if path.suffix in (".json", ".jsonl", ".csv", ".txt", ".parquet")]
+    texts = [path for path in files if path.suffix in (".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow")]
     file = rng.choice(texts * 4 + files) if texts else rng.choice(files)
     roll = rng.random()
     if roll < 0.1:

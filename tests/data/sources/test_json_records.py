@@ -104,9 +104,10 @@ def test_one_record_may_not_be_a_whole_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(json_records, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(json_records, "_CHUNK", 10)
     file = tmp_path / "a.json"
-    file.write_text(json.dumps([{"a": "x" * 5000}]))
-    with pytest.raises(UserError, match="is not valid JSON"):
-        read(file)
+    for value in ([{"a": "x" * 5000}], {"data": [{"a": "x" * 5000}]}):
+        file.write_text(json.dumps(value, indent=1))
+        with pytest.raises(UserError, match="is not valid JSON: one value is longer than"):
+            read(file)
 
 
 def test_only_what_is_around_a_record_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mutations import FORMS, docvqa, hateful_memes, image_folder, llava_array, try_mutation
+from mutations import FORMS, docvqa, easy_vqa, hateful_memes, image_folder, llava_array, try_mutation
 
 from phi3v.cli import main
 
@@ -45,6 +45,7 @@ FOUND = {
         'its "data" is no list',
     ),
     "no end of brackets": (docvqa, "val_v1.0.json", '"who?"', "[" * 9999 + "]" * 9999, "cannot be read"),
+    "no end of brackets, easy-vqa": (easy_vqa, "test/questions.json", "0", "[" * 9999 + "]" * 9999, "cannot be read"),
     "no end of brackets, memes": (hateful_memes, "train.jsonl", '"x"', "[" * 9999 + "]" * 9999, "is not valid JSON"),
 }
 

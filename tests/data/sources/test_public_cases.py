@@ -229,6 +229,7 @@ def test_what_cannot_be_read_says_why(convert: Convert, tmp_path: Path, case: st
 @pytest.mark.parametrize(
     "head",
     [
+        '"image";question;"answer"',
         "sep=;\nimage;question;answer",
         '"sep=;"\nimage;question;answer',
         "image;question;answer",
@@ -257,3 +258,11 @@ def test_a_table_in_utf16_without_a_mark_is_one_error(convert: Convert, tmp_path
     result = convert("csv", file)
     assert result.code == 2
     assert "is not UTF-8 but UTF-16LE" in result.error
+
+
+def test_a_delimiter_within_quotes_is_none(convert: Convert, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "in", "a.png")
+    file = tmp_path / "in" / "a.csv"
+    file.write_text('image;"question, answer, or both";answer\na.png;Q;A\n')
+    result = convert("csv", file, "--question-column", "question, answer, or both")
+    assert result.turns() == [{"images": ["a.png"], "user": "Q", "assistant": "A"}]

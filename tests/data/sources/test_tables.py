@@ -132,3 +132,16 @@ def test_without_the_hub_it_says_what_to_do() -> None:
     with pytest.raises(UserError, match=r"the_cauldron \(docvqa\): cannot be had from the hub") as caught:
         open_hub(None, DEFAULT)
     assert "--source" in str(caught.value)
+
+
+def test_a_damaged_arrow_file_is_refused_before_its_memory_is_read(tmp_path: Path) -> None:
+    """Its offsets point behind the bytes, at what else is mapped there: garbage, or the end of the process."""
+    file = tmp_path / "train.arrow"
+    table = pa.table({"a": [b"ab", b"cd", b"ef"]})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    offsets = np.array([0, 2, 4, 6], np.int32).tobytes()
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, np.array([0, 2, 4, 20], np.int32).tobytes()))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(open_folder(tmp_path)["train"])

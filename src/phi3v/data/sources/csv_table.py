@@ -148,7 +148,8 @@ def _form(file: Path) -> _Form:
     if said:
         delimiter = said[1].replace("\\t", "\t")
     else:
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
+        outside_quotes = re.sub(r'"[^"]*"', "", first)
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t|", key=outside_quotes.count)
     where = f"{file}:{line}"
     try:
         names = tuple(name.strip() for name in next(csv.reader([first], delimiter=delimiter), []))

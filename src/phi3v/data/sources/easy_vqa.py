@@ -80,7 +80,7 @@ def _read_questions(file: Path) -> Questions:
     except FileNotFoundError:
         hint = "--source is a folder with train/questions.json, train/images/, test/questions.json, test/images/"
         raise UserError("no such file", where=str(file), hint=hint) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         hint = "it is a JSON list of [question, answer, image id]"
         raise UserError(f"cannot be read: {error}", where=str(file), hint=hint) from None
     if not questions:

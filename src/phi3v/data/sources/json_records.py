@@ -206,7 +206,10 @@ def _read_values(file: TextIO, path: Path, bracket: str) -> Iterator[tuple[str, 
             more = file.read(chunk)
             if not more and not bracket and begin == len(text):
                 return
-            if not more or len(text) - position > MAX_LINE_BYTES:
+            if len(text) - position > MAX_LINE_BYTES:
+                what = f"is not valid JSON: one value is longer than {MAX_LINE_BYTES // 2**20} MiB"
+                raise UserError(what, where=f"{path}:{line}", hint=f"{_FORMS}, e.g. `jq -c '.data[]' {path.name}`")
+            if not more:
                 why = fault or json.JSONDecodeError("the array has no end", text, len(text))
                 raise _broken(path, line, text, position, why)
             text, position = text[position:] + more, 0

@@ -317,10 +317,11 @@ def _batches(opened: _Opened, columns: Sequence[str] | None = None) -> Iterator[
     if isinstance(opened, pq.ParquetFile):
         size = _BATCH_ROWS if columns is None else 2**16
         yield from opened.iter_batches(batch_size=size, columns=columns, use_threads=False)
-    elif isinstance(opened, pa.ipc.RecordBatchFileReader):
-        yield from (opened.get_batch(k) for k in range(opened.num_record_batches))
-    else:
-        yield from opened
+        return
+    is_file = isinstance(opened, pa.ipc.RecordBatchFileReader)
+    for batch in map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened:
+        batch.validate(full=True)  # what is damaged is mapped as it is, and reading it would end the process
+        yield batch
 
 
 def _first_line(error: Exception) -> str:
