@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,36 @@ def test_help_fits_a_screen_and_needs_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", "import sys\n" + probe], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) <= 24
+
+
+def test_a_closed_pipe_ends_no_command(tmp_path: Path) -> None:
+    """Nor does an encoding that lacks a character; in a process of its own, whose output is the pipe."""
+    script = """
+import sys
+from phi3v.cli import run_command
+def work(console):
+    for _ in range(20_000):
+        console.print("× line")
+        print("more ×")
+    open(sys.argv[1], "w").write("done")
+    return {"exit_code": 2}
+sys.exit(run_command(work))
+"""
+    done = tmp_path / "done"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(done)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"? line\n"
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == 2, errors
+    assert b"Traceback" not in errors
+    assert done.read_text() == "done"
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:

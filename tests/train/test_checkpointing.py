@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from ranks import run_ranks
+from rich.console import Console
 from run_helpers import load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phi3v.config import LoraConfig, MethodConfig
+from phi3v.config import LoraConfig, MethodConfig, load_config
 from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train import setup as setup_module
 from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy
 from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing
+from phi3v.train.device import choose_compute
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -129,3 +134,21 @@ def test_between_the_ends_as_little_as_possible_is_recomputed() -> None:
         free = int(activations().peak(policy, PAGE) / 0.79)
         assert choose_checkpointing("auto", activations(), PAGE, free)[0] == policy
     assert choose_checkpointing("vision", activations(), PAGE, 0) == ("vision", "as configured")
+
+
+def _prepare(arguments: list[str], folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    setup_module.free_bytes = lambda *args: 10**12 if rank == 0 else 1000
+    config = load_config(None, arguments)
+    prepared = setup_module.prepare(config, Console(quiet=True), choose_compute("fp32"))
+    (folder / str(rank)).write_text(prepared.checkpointing)
+
+
+def test_ranks_recompute_alike(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:
+    """Also where one has less memory left than the others."""
+    keys = ("--model.path", str(small_model_dir), "--data.train", str(easy_vqa / "train.jsonl"))
+    keys += ("--distributed.engine", "ddp", "--training.output_dir", str(tmp_path / "run"))
+    run_ranks(2, _prepare, list(keys), tmp_path, folder=tmp_path / "printed")
+    policies = [(tmp_path / rank).read_text() for rank in "01"]
+    assert policies[0] == policies[1]
+    assert policies[0].startswith("full (")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from phi3v.cli import main
 from phi3v.data.table import open_table
-from phi3v.train import checkpointer
+from phi3v.train import checkpointer, evaluation_callback, signals
 from phi3v.train import run as run_module
 from phi3v.train.checkpoint_folder import damage, find_checkpoint
 from phi3v.train.checkpointer import Checkpointer
@@ -110,6 +111,86 @@ def test_a_second_interrupt_does_not_wait(
     assert code == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_second_signal_ends_a_step_that_does_not_end(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher repeats the first at once; that one says nothing."""
+
+    def hangs(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(signals, "SECONDS_TO_REPEAT", 60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(signals, "SECONDS_TO_REPEAT", 0.0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(600)
+
+    monkeypatch.setattr(Phi3VTrainer, "training_step", hangs)
+    code, folder = train(*SETTINGS)
+    assert code == 3
+    assert "stopped by a second SIGHUP while training, within a step" in capsys.readouterr().err
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_nohup_is_respected(train: Train) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.Signals() as held:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert held.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()], ids=["gpu", "host"]
+)
+def test_out_of_memory_names_the_newest_checkpoint(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    step = Phi3VTrainer.training_step
+
+    def grows(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise error
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Phi3VTrainer, "training_step", grows)
+    code, folder = train(*SETTINGS)
+    assert code == 2
+    shown = capsys.readouterr().err
+    assert "out of memory while training" in shown
+    assert f"{folder / 'checkpoint-2'} is the newest checkpoint; lower training.micro_batch_size" in shown
+
+
+def test_best_weights_on_a_full_disk(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = evaluation_callback.save_replacing
+
+    def full(model: Any, processor: Any, folder: Path, tensors: Any) -> None:
+        if len(saved) == 1:
+            raise OSError(28, "No space left on device")
+        saved.append(folder)
+        save(model, processor, folder, tensors)
+
+    saved: list[Path] = []
+    scores = iter((0.25, 0.5, 0.4))
+    result = SimpleNamespace(summary=dict, scores=[], questions=[])
+    monkeypatch.setattr(evaluation_callback, "save_replacing", full)
+    monkeypatch.setattr(
+        evaluation_callback,
+        "measure",
+        lambda *args, **kwargs: SimpleNamespace(**vars(result), primary=SimpleNamespace(name="x", value=next(scores))),
+    )
+    settings = (*SETTINGS, "training.max_steps", 3, "evaluation.eval_steps", 1, "evaluation.keep_best", "true")
+    code, _ = train(*settings)
+    assert code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    said = "the best weights so far could not be kept: No space left on device; best/ holds those of step 1"
+    assert shown.count(said) == 2  # step 3 is better than what is kept, and is tried again
+    assert "final/ holds the weights of step 1" in shown
 
 
 def _signalled(arguments: list[str], metrics: Path) -> int:

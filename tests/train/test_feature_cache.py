@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from run_helpers import Train, load, read_metrics
 
@@ -135,3 +139,30 @@ def test_no_room_is_an_error(
     table = open_table(easy_vqa / "train.jsonl")
     with pytest.raises(UserError, match=r"the features take .* GB and there is room for 0\.00 GB"):
         fill_features("disk", load(small_model_dir, FROZEN), table, processor, choose_compute("fp32"), Console())
+
+
+def _fill(model: Path, data: Path, caches: list[Path], ran: Path) -> None:
+    rank = int(os.environ["RANK"])
+    if len(caches) > 1:  # each rank is a node of its own
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ["PHI3V_CACHE"] = str(caches[rank % len(caches)])
+    compute = choose_compute("fp32")
+    if rank == 1:  # looks at the disk when the other has begun to fill it
+        time.sleep(2)
+    processor = Phi3VProcessor.from_pretrained(model).image_processor
+    table = open_table(data)
+    store = fill_features("disk", load(model, FROZEN), table, processor, compute, Console(quiet=True))
+    names = {name for record in table for turn in record.turns for name in turn.images}
+    assert store is not None
+    (ran / str(rank)).write_text(json.dumps([name in store for name in sorted(names)]))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_leave_no_image_to_nobody(small_model_dir: Path, easy_vqa: Path, tmp_path: Path, nodes: int) -> None:
+    caches = [tmp_path / f"cache-{node}" for node in range(nodes)]
+    arguments = (small_model_dir, easy_vqa / "train.jsonl", caches, tmp_path)
+    run_ranks(2, _fill, *arguments, folder=tmp_path / "printed")
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == [True] * 24
+    for cache in caches:
+        assert len(list(cache.rglob("*.safetensors"))) == 24

@@ -192,12 +192,16 @@ class Checkpointer(TrainerCallback):
         Raises:
             IncompleteSaveError: the one that was held other weights than were trained.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def join(self) -> None:
+        """As `wait`, without a word about how it went: another error is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def newest(self) -> str:
         """The newest checkpoint, in words."""

@@ -173,6 +173,7 @@ def _train_and_measure(
             saves.wait()
     finally:
         trainer.readers.close()
+        saves.join()
         progress.close()
     if saves.stopped_by is not None:
         raise _stopped(saves, trainer.state.global_step)
