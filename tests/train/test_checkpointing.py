@@ -20,7 +20,7 @@ from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train import setup as setup_module
+from phi3v.train import setup as run_setup
 from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy
 from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing
 from phi3v.train.device import choose_compute
@@ -138,9 +138,9 @@ def test_between_the_ends_as_little_as_possible_is_recomputed() -> None:
 
 def _prepare(arguments: list[str], folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    setup_module.free_bytes = lambda *args: 10**12 if rank == 0 else 1000
+    run_setup.free_bytes = lambda *args: 10**12 if rank == 0 else 1000
     config = load_config(None, arguments)
-    prepared = setup_module.prepare(config, Console(quiet=True), choose_compute("fp32"))
+    prepared = run_setup.prepare(config, Console(quiet=True), choose_compute("fp32"))
     (folder / str(rank)).write_text(prepared.checkpointing)
 
 
