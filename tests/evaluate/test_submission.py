@@ -53,7 +53,9 @@ def test_from_the_original_annotations_to_the_file_of_the_evaluator(
     file = tmp_path / "new" / "result"
     command = ["eval", str(small_model_dir), "--data", str(data), "--submission", str(file), "--num-crops", "1"]
     assert main([*command, "--out", str(tmp_path / "out"), "--max-new-tokens", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["submission"] == str(file)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["submission"] == str(file)
+    assert f"submission: {file}" in shown.err
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     if benchmark == "docvqa":
         assert json.loads(file.read_text()) == [
@@ -63,6 +65,7 @@ def test_from_the_original_annotations_to_the_file_of_the_evaluator(
         predictions = dict(line.strip().split(",") for line in file.read_text().splitlines())
         assert list(predictions) == IDS["nlvr2"]
         assert set(predictions.values()) <= {"True", "False"}
+        assert "2 answers are neither True nor False: the likelier counts" in shown.err
     else:
         rows = list(csv.DictReader(file.open()))
         assert [int(row["id"]) for row in rows] == IDS["hateful-memes"]

@@ -153,8 +153,11 @@ def require_new_file(path: Path) -> None:
 
 def write_submission(
     path: Path, benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Generated]
-) -> None:
+) -> str:
     """Write the file, complete or not at all.
+
+    Returns:
+        What to say about it.
 
     Raises:
         UserError: it cannot be written.
@@ -164,3 +167,9 @@ def write_submission(
             temporary.write_text(benchmark.text(questions, answers), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
+    words = {normalize_answer(word) for word in benchmark.answer_words}
+    other = sum(normalize_answer(answer.text) not in words for answer in answers) if words else 0
+    note = (
+        f" ({other:,} answers are neither {' nor '.join(benchmark.answer_words)}: the likelier counts)" if other else ""
+    )
+    return f"submission: {path}{note}"

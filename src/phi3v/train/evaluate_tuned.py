@@ -95,6 +95,6 @@ def evaluate_tuned(
             result.write(out)
         show_scores(console, result)
         if submission is not None and benchmark is not None:
-            write_submission(submission, benchmark, result.questions, result.generated)
-            console.print(f"submission: {submission}", highlight=False, markup=False, soft_wrap=True)
+            said = write_submission(submission, benchmark, result.questions, result.generated)
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
     return result
