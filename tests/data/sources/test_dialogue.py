@@ -296,6 +296,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "null": (llava("Q", None), "conversations[1].value: must be a string, not null"),
     "object": (chat({"a": 1}, "A"), "messages[0].content: must be a string, not an object"),
     "list": (llava("Q", ["A"]), "conversations[1].value[0]: is no part of a message"),
+    "image that is a number": (llava("<image>Q", image=[7]), "image[0]: must be a path, not a number"),
+    "image that is an object": (llava("<image>Q", image={"a": "b"}), "image[0]: must be a path, not an object"),
+    "role that is a number": (
+        {"messages": [{"role": 1, "content": "Q"}]},
+        "messages[0].role: is no role known here: a number",
+    ),
+    "no role": ({"messages": [{"content": "Q"}]}, "messages[0]: says neither role nor from"),
     "no list": ({"messages": "Q"}, "messages: must be a list, not a string"),
     "no object": ({"messages": [1]}, "messages[0]: must be an object, not a number"),
     "preferences alone": (
@@ -370,6 +377,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no box": (
         chat("<image>Q", "<bbox>", images=["a.png"], objects={"bbox": [["1", 2]]}),
         "objects.bbox[0]: is no box",
+    ),
+    "far away": (chat("<image>Q", "<bbox>", images=["a.png"], objects={"bbox": [[1, 10**400]]}), "[0]: is no box"),
+    "a placeholder again": (
+        chat("<ref-object>", "A", objects={"ref": ["<bbox>"]}),
+        "is no name of an object: '<bbox>'",
     ),
     "box type": (
         chat("<image>Q", "<bbox>", images=["a.png"], objects=BOX | {"bbox_type": "norm999"}),

@@ -147,8 +147,11 @@ def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, d
     role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
     sender = item.get(role_key)
     role = _ROLES.get(sender.lower()) if isinstance(sender, str) else None
+    if role is None and sender is None:
+        hint = 'a message is {"role": "user", "content": "…"} or {"from": "human", "value": "…"}'
+        raise UserError("says neither role nor from", where=where, hint=hint)
     if role is None:
-        what = "is missing" if sender is None else f"is no role known here: {quote(str(sender), 40)}"
+        what = f"is no role known here: {quote(sender, 40) if isinstance(sender, str) else json_kind(sender)}"
         hint = f"known are {', '.join(_ROLES)}; tools have no place in this model's chat format"
         raise UserError(what, where=f"{where}.{role_key}", hint=hint)
     if item.get("tool_calls") or item.get("function_call"):

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, JsonRecord, Unit
 from phi3v.data.faults import quote
 from phi3v.data.images import decode_image, find_file, image_size, near_name
-from phi3v.data.schema import SpecialText, image_path_fault, read_line
+from phi3v.data.schema import SpecialText, image_path_fault, json_kind, read_line
 from phi3v.data.sources.own_data import OwnDataOptions
 from phi3v.data.sources.splits import eval_limit, hash_share
 from phi3v.errors import UserError
@@ -282,12 +282,13 @@ def medium_of(value: object, kind: MediumKind, where: str) -> Medium:
     Raises:
         UserError: it is none of these, or a URL.
     """
+    named = value
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and kind == "image":
         return Medium(kind, data=value)
     if not isinstance(value, str) or not value.strip():
-        what = "is no file" if value is None or value == "" else f"is no file: {quote(repr(value), 40)}"
+        what = "is empty" if isinstance(named, str) else f"must be a path, not {json_kind(named)}"
         raise UserError(what, where=where, hint=f"name the {kind}'s file, relative to the data's folder")
     text = value.strip()
     scheme = text[:20].partition(":")[0].lower()

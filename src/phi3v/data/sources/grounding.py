@@ -12,7 +12,6 @@ models that have no form of their own for boxes.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +22,7 @@ from phi3v.errors import UserError
 BOX = "a <bbox> was filled in as [(x1,y1),(x2,y2)], in thousandths of the image's width and height"
 
 _PLACEHOLDER = re.compile(r"<(ref-object|bbox)>", re.IGNORECASE)
+_FAR = 10**9  # no coordinate: beyond every image
 _BY_HAND = "write the coordinates into the text"
 
 
@@ -82,8 +82,10 @@ class Objects:
             self.boxes += 1
             return self._box(items[index], index, at)
         self._refs += 1
-        if not isinstance(ref := items[index], str) or not ref.strip():
-            raise UserError(f"must be a text, not {json_kind(ref)}", where=at, hint="name the object")
+        if not isinstance(ref := items[index], str):
+            raise UserError(f"must be a string, not {json_kind(ref)}", where=at, hint="name the object")
+        if not ref.strip() or _PLACEHOLDER.search(ref):
+            raise UserError(f"is no name of an object: {quote(ref, 40)}", where=at, hint="name the object")
         return ref
 
     def _list(self, key: str) -> Sequence[object]:
@@ -96,7 +98,7 @@ class Objects:
         if (
             not isinstance(box, list)
             or len(box) not in (2, 4)
-            or not all(type(number) in (int, float) and math.isfinite(number) for number in box)
+            or not all(type(number) in (int, float) and abs(number) < _FAR for number in box)
         ):
             raise UserError("is no box", where=where, hint="write [x1, y1, x2, y2] or, for a point, [x, y]")
         width, height = self._scale(index, where)
