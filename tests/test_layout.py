@@ -28,6 +28,7 @@ ROOMS = [
     "model",
     "processing",
     "config",
+    "paths",
     "machine",
     "findings",
     "errors",

@@ -196,6 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
         brief="score a model, an adapter or a run",
     )
     evaluate.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
+    evaluate.add_argument(
+        "--model", "--base", dest="base", metavar="MODEL", help="the model that it was tuned from, where that has moved"
+    )
     evaluate.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and predictions.jsonl there")
     evaluate.add_argument(
@@ -240,7 +243,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the original model's)"
     )
     export.add_argument("--adapter", action="store_true", help="the adapter alone, in PEFT's layout")
-    export.add_argument("--base", metavar="MODEL", help="what an adapter goes on, where that has moved")
+    moved = "the model that it was tuned from, where that has moved"
+    export.add_argument("--model", "--base", dest="base", metavar="MODEL", help=moved)
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
     export.add_argument(
         "--samples", type=int, default=4, metavar="N", help="prompts to compare with (default: %(default)s)"
@@ -403,7 +407,9 @@ def _add_chat(verbs: Any) -> None:
     )
     chat.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
     chat.add_argument(
+        "--model",
         "--base",
+        dest="base",
         metavar="MODEL",
         help="what to compare with; of an adapter, what it goes on (default: what the run was tuned from)",
     )

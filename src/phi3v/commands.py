@@ -211,6 +211,7 @@ def eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.model,
         arguments.data,
         console,
+        base=arguments.base,
         settings=settings,
         num_crops=arguments.num_crops,
         precision=arguments.precision,

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from phi3v.errors import UserError
+from phi3v.paths import absolute, is_hub_id, now_at
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -461,6 +462,23 @@ class RunConfig:
                 hint=f"use a multiple of {share}, or change training.micro_batch_size",
             )
         return self.training.batch_size // share
+
+    def with_paths(self, change: Callable[[str], str]) -> RunConfig:
+        """The same with ``change`` made to the paths of model and data."""
+        train, evaluated = (change(path) if path else path for path in (self.data.train, self.data.eval))
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, path=change(self.model.path)),
+            data=dataclasses.replace(self.data, train=train, eval=evaluated),
+        )
+
+    def absolute(self) -> RunConfig:
+        """The same with absolute paths to model and data, so that what is made of it can be used from any folder."""
+        return self.with_paths(lambda path: path if not path or is_hub_id(path) else str(absolute(path)))
+
+    def now_in(self, folder: Path) -> RunConfig:
+        """The configuration that was read from a run folder, with model and data where they are now; see `now_at`."""
+        return self.with_paths(lambda path: now_at(path, self.training.output_dir, folder))
 
     def to_yaml(self) -> str:
         """The whole tree; reads back as the same configuration."""

@@ -299,7 +299,7 @@ class Examination:
 
 def examine(config: RunConfig, console: Console) -> Report:
     """Run every check of a recipe and return what they found."""
-    patient = Examination(config, console)
+    patient = Examination(config.absolute(), console)
     patient.run("environment", patient.environment)
     patient.run("optional parts", patient.optional_parts)
     if patient.run("precision", patient.precision):

@@ -136,7 +136,7 @@ def test_pictures_and_clips_come_in_their_order(
     [
         (["nowhere", "--prompt", "a"], "no model there"),
         (["MODEL", "--prompt", "a", "--image", "no.png"], "no.png: cannot be read"),
-        (["MODEL", "--prompt", "a", "--compare"], "name it with --base"),
+        (["MODEL", "--prompt", "a", "--compare"], "name it with --model"),
         (["MODEL", "--prompt", "a", "--compare", "--base", "nowhere"], "no model there"),
         (["MODEL", "--prompt", " "], "question is empty"),
         (["MODEL", "--image", "a.png"], "a picture without a question"),

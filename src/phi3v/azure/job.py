@@ -28,6 +28,7 @@ import phi3v
 from phi3v.azure.account import Account, explained, require_extra, sign_in
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
+from phi3v.paths import find_model, is_hub_id
 from phi3v.plan.hardware import Machine, find_machine
 from phi3v.plan.planner import Planner
 
@@ -169,8 +170,8 @@ def _inputs(config: RunConfig, settings: JobSettings) -> tuple[dict[str, Any], d
             ) from None
         keys["data.eval"] = f"${{{{inputs.data}}}}/{inner.as_posix()}"
     inputs = {"data": _folder_input(settings.data or str(home), "--data")}
-    model = settings.model or (config.model.path if Path(config.model.path).is_dir() else None)
-    if model is not None:
+    model = settings.model or find_model(config.model.path, f"model.path {config.model.path}")
+    if not is_hub_id(model):
         inputs["model"] = _folder_input(model, "--model")
         keys["model.path"] = "${{inputs.model}}"
     return inputs, keys

@@ -15,6 +15,7 @@ from phi3v.bench.result import with_environment, write_json
 from phi3v.bench.training import default_preset, random_model
 from phi3v.data.cache import cache_root
 from phi3v.errors import UserError
+from phi3v.paths import find_model
 
 
 def preprocess_command(
@@ -50,7 +51,9 @@ def generate_command(
     """Measure generating with a model, or with random weights, on a data file, or on drawn pages."""
     folder = cache_root() / "bench"
     preset = preset or default_preset()
-    path = model or random_model(preset, folder / f"model-{preset}")
+    path = (
+        Path(find_model(str(model), f"--model {model}")) if model else random_model(preset, folder / f"model-{preset}")
+    )
     pages = pages_for(questions)
     file = data or write_pages(folder / f"pages-{pages}", pages)
     figures = bench_generate(

@@ -23,6 +23,7 @@ from phi3v.data.cache import cache_root
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.model.presets import init_model
+from phi3v.paths import find_model
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import MethodName
 
@@ -56,6 +57,8 @@ def bench_train(
     rows = [Row(method, way) for method in methods for way in ways if way != "lean" or method in ("full", "qlora")]
     if not rows:
         raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
+    if model is not None:
+        find_model(str(model), f"--model {model}")
     folder = cache or cache_root() / "bench"
     state = PartialState(cpu=not torch.cuda.is_available())
     preset = preset or default_preset()

@@ -29,6 +29,7 @@ from phi3v.export.proof import (
 )
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.paths import find_model, is_hub_id
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute
 from phi3v.train.loading import load_weights
@@ -113,7 +114,7 @@ def export(
         name: a run, its ``best`` or ``final``, a checkpoint, an adapter, or a model.
         dtype: of the weights; default: that of the model which was tuned.
         adapter: write the adapter alone.
-        base: what an adapter goes on, where it has moved.
+        base: the model that it was tuned from, where that has moved.
         samples: prompts to compare with.
         overwrite: replace a folder.
 
@@ -128,8 +129,7 @@ def export(
         raise UserError("an adapter stays as it was trained", where="--dtype", hint="leave it out")
     _check_out(out, name, overwrite)
     compute = choose_compute("fp32")
-    stored = _stored_dtype(tuned)
-    wanted = DTYPES[dtype] if dtype else stored
+    wanted = DTYPES[dtype] if dtype else _stored_dtype(tuned)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
@@ -253,6 +253,8 @@ def _source_file(model: str, name: str) -> Path | None:
     """A file of a model folder, or of a hub model that was downloaded; nothing is fetched."""
     if Path(model).is_dir():
         return Path(model) / name if (Path(model) / name).is_file() else None
+    if not is_hub_id(model):
+        return None
     try:
         found = cached_file(model, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
@@ -264,11 +266,9 @@ def _stored_dtype(tuned: Tuned) -> torch.dtype:
     """Of the model that was tuned; a checkpoint's own is the one it trains in."""
     source = tuned.base
     if tuned.is_checkpoint and tuned.adapter is None:
-        source = tuned.run.model.path
-    try:
-        dtype = Phi3VConfig.from_pretrained(source).dtype
-    except (OSError, ValueError):
-        dtype = Phi3VConfig.from_pretrained(tuned.base).dtype
+        hint = "name it with --model, or the dtype of the export with --dtype"
+        source = find_model(tuned.run.model.path, f"{tuned.run.model.path}, which was tuned", hint=hint)
+    dtype = Phi3VConfig.from_pretrained(source).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -19,6 +19,7 @@ from phi3v.findings import Finding, Report, Verdict
 from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.paths import is_hub_id
 from phi3v.processing.processor import Phi3VProcessor
 
 INCOMPLETE = "the save was not complete: export the run again"
@@ -109,8 +110,8 @@ class _Inspection:
             self.say("adapter", "fail", "it does not say which model it goes on", hint)
         elif not (self.folder / "adapter_model.safetensors").is_file():
             self.say("adapter", "fail", "adapter_model.safetensors is missing", "export the run again")
-        elif "/" in base and not Path(base).is_dir() and len(Path(base).parts) != 2:
-            self.say("adapter", "fail", f"its base {base} is not here", "export it again with --base FOLDER")
+        elif not Path(base).is_dir() and not is_hub_id(base):
+            self.say("adapter", "fail", f"its base {base} is not here", "export it again with --model FOLDER")
         else:
             self.say("adapter", "pass", f"rank {fields.get('r')}, on {base}")
 

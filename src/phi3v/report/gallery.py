@@ -9,6 +9,7 @@ from typing import Any
 
 from phi3v.evaluate.metrics import confusion_matrix
 from phi3v.evaluate.text_scores import normalize_answer
+from phi3v.paths import now_at
 from phi3v.report.pictures import Thumbnails
 from phi3v.report.run_files import RunFiles
 
@@ -109,7 +110,7 @@ def images_root(run: RunFiles) -> Path | None:
     data = run.setting("data", "eval")
     if not isinstance(data, str):
         return None
-    root = Path(data).parent / "images"
+    root = Path(now_at(data, str(run.setting("training", "output_dir") or run.folder), run.folder)).parent / "images"
     return root if root.is_dir() else None
 
 

@@ -29,14 +29,14 @@ def load_chat(
 
     Args:
         name: a model folder, a hub id, an adapter or a run folder.
-        base: what to compare with, in place of what the run says.
+        base: what it was tuned from and is compared with, in place of what adapter or run say.
         precision: arithmetic; by default the run's own.
         num_crops: crops of a picture at most; by default as the model was saved.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded here.
     """
-    tuned = find_tuned(name)
+    tuned = find_tuned(name, base)
     compute = choose_compute(precision or tuned.run.training.precision)
     chat = Chat(tuned, compute, base=base, num_crops=num_crops)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
@@ -131,7 +131,7 @@ def open_page(
         if page.port != address.port:
             console.print(f"port {address.port} is taken, so it is {page.port}", highlight=False)
         if not chat.can_compare:
-            console.print("no model to compare with is known; --base names one", highlight=False)
+            console.print("no model to compare with is known; --model names one", highlight=False)
         for url in page.urls:
             console.print(f"open [bold]{url}[/bold]", highlight=False, soft_wrap=True)
         console.print("Ctrl-C ends it", highlight=False)
@@ -144,4 +144,4 @@ def open_page(
 
 def _require_base(chat: Chat) -> None:
     if not chat.can_compare:
-        raise UserError("there is no model to compare with", where="--compare", hint="name it with --base")
+        raise UserError("there is no model to compare with", where="--compare", hint="name it with --model")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from phi3v.data.collate import Sample
 from phi3v.data.pages import Page, require_clip_statistics
 from phi3v.errors import UserError
 from phi3v.evaluate.streaming import Sampling, stream_answer
+from phi3v.paths import is_hub_id
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
@@ -72,8 +72,7 @@ class Chat:
 
     Args:
         tuned: the model.
-        base: what to compare with, in place of what the run says: a model, an adapter or a run; for an adapter, the
-            model that it goes on.
+        base: what to compare a whole model with, in place of what its run says: a model, an adapter or a run.
         num_crops: crops of a picture at most; by default as the model was saved.
 
     Raises:
@@ -89,8 +88,6 @@ class Chat:
         num_crops: int | None = None,
         limits: Limits = LIMITS,
     ) -> None:
-        if tuned.adapter is not None and base is not None:
-            tuned = dataclasses.replace(tuned, base=base)
         self.tuned = tuned
         self.compute = compute
         self.limits = limits
@@ -152,7 +149,7 @@ class Chat:
         with self._lock:
             if which not in self._loaded:
                 if self.base is None:
-                    raise UserError("there is no model to compare with", hint="name it with --base")
+                    raise UserError("there is no model to compare with", hint="name it with --model")
                 self._loaded[which] = load_tuned(find_tuned(self.base), self.compute, num_crops=self._num_crops)
             return self._loaded[which]
 
@@ -183,12 +180,7 @@ class Chat:
 def _origin_at_hand(tuned: Tuned) -> str | None:
     """What a whole model was tuned from, if it is still at hand."""
     origin = tuned.origin
-    at_hand = origin is not None and (Path(origin).is_dir() or isinstance(_cached_config(origin), str))
+    if origin is None or Path(origin).is_dir():
+        return origin
+    at_hand = is_hub_id(origin) and isinstance(try_to_load_from_cache(origin, "config.json"), str)
     return origin if at_hand else None
-
-
-def _cached_config(hub_id: str) -> Any:
-    try:
-        return try_to_load_from_cache(hub_id, "config.json")
-    except ValueError:  # no hub id at all
-        return None

@@ -28,6 +28,7 @@ def evaluate_tuned(
     data: Path,
     console: Console,
     *,
+    base: str | None = None,
     settings: dict[str, Any],
     num_crops: int | None = None,
     precision: Precision | None = None,
@@ -38,6 +39,7 @@ def evaluate_tuned(
 
     Args:
         name: a model folder, a hub id, an adapter or a run folder.
+        base: the model that it was tuned from, where that has moved.
         settings: fields of ``EvaluationConfig`` in place of the run's own, or of the defaults.
         num_crops: crops of a page at most; by default as the model was saved.
         precision: arithmetic; by default the run's own.
@@ -48,7 +50,7 @@ def evaluate_tuned(
         UserError: the model, the data or a setting is wrong.
     """
     require_file(data)
-    tuned = find_tuned(name)
+    tuned = find_tuned(name, base)
     config = dataclasses.replace(tuned.run.evaluation, **settings)
     if out is not None and (out / "eval.json").exists():
         raise UserError("holds an evaluation already", where=str(out), hint="choose another --out")

@@ -17,6 +17,7 @@ from phi3v.model.attention import choose_packed_attention, flash_obstacle
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
 from phi3v.train.optimizers import keeps_bf16_weights
@@ -40,7 +41,7 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
             machine lacks, a LoRA target that matches nothing, or a missing optional library.
     """
     where = f"model.path {config.model.path}"
-    folder = Path(config.model.path)
+    folder = Path(find_model(config.model.path, where))
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise UserError(

@@ -70,6 +70,7 @@ def run_training(
         StoppedError: by a signal.
         LostRankError: another process ended or does not answer.
     """
+    config = config.absolute()
     with Signals() as signals:
         try:
             compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)

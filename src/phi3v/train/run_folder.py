@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from phi3v.config import RunConfig
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
+from phi3v.paths import absolute
 from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
@@ -113,7 +115,9 @@ def describe_again(config: RunConfig) -> None:
 
 
 def _describe(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    for name, text in (("config.yaml", config.to_yaml()), ("environment.json", json.dumps(facts, indent=2) + "\n")):
+    # As a place that is the same from any folder; what is in it is found from there even if both are moved.
+    named = replace(config, training=replace(config.training, output_dir=str(absolute(folder))))
+    for name, text in (("config.yaml", named.to_yaml()), ("environment.json", json.dumps(facts, indent=2) + "\n")):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError
 
 from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
+from phi3v.paths import find_model, now_at
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import Compute
@@ -58,40 +61,65 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
     """Find out what ``name`` is: a run folder (its ``final/`` is meant), a checkpoint, an adapter, a model, a hub id.
 
     Args:
-        base: what an adapter goes on, in place of what it says itself.
+        base: the model that it was tuned from, in place of what adapter or run say.
 
     Raises:
-        UserError: a run without a result, or an adapter that does not say what it goes on.
+        UserError: nothing is there, a run has no result, or the model that an adapter goes on is not where it was.
     """
-    folder = Path(name)
-    if folder.name == "model" and is_checkpoint(folder.parent):
-        folder = folder.parent
+    if base is not None:
+        base = find_model(base, f"--model {base}")
+    folder = Path(find_model(name, f"model.path {name}"))
+    if not folder.is_dir():
+        return Tuned(name)
+    folder, run_folder = _place_in_run(folder)
+    run = load_config(run_folder / "config.yaml").now_in(run_folder) if run_folder is not None else RunConfig()
+    if base is not None:
+        run = replace(run, model=replace(run.model, path=base))
+    if run_folder is not None and folder == run_folder:
+        folder = folder / "final"
+        if not folder.is_dir():
+            there = [run_folder / "best"] if (run_folder / "best").is_dir() else checkpoints(run_folder)
+            hint = f"take {there[0]}" if there else "did the run end early?"
+            raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
     of_checkpoint = is_checkpoint(folder)
-    of_run = folder.parent if folder.name in SAVES or of_checkpoint else folder
-    run, run_folder = RunConfig(), None
-    if (of_run / "config.yaml").is_file():
-        run, run_folder = load_config(of_run / "config.yaml"), of_run
-        if folder == of_run:
-            folder = folder / "final"
-            if not folder.is_dir():
-                there = [of_run / "best"] if (of_run / "best").is_dir() else checkpoints(of_run)
-                hint = f"take {there[0]}" if there else "did the run end early?"
-                raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
     if of_checkpoint:
         folder = folder / "model"
-    adapter_config = folder / ADAPTER_CONFIG
-    if not adapter_config.is_file():
-        return Tuned(str(folder) if folder.is_dir() else name, None, run, run_folder, of_checkpoint)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return Tuned(str(folder), None, run, run_folder, of_checkpoint)
     if base is None:
-        try:
-            base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except ValueError as error:
-            raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
-    if not base:
-        raise UserError(
-            "does not say which model the adapter goes on", where=str(adapter_config), hint="name it with --base"
-        )
+        base = _base_of(folder / ADAPTER_CONFIG)
+        if run_folder is not None:
+            base = now_at(base, run.training.output_dir, run_folder)
+        where, hint = f"{base}, which {folder} goes on", "name the folder or hub id where it is now: --model MODEL"
+        base = find_model(base, where, hint=hint)
+        # Before their paths were made absolute, runs may have named a folder as the hub names a model.
+        is_old = run_folder is not None and not os.path.isabs(run.training.output_dir)
+        if is_old and not os.path.isdir(base) and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+            raise UserError("no model there: no such folder, and none from the hub is at hand", where=where, hint=hint)
     return Tuned(base, folder, run, run_folder, of_checkpoint)
+
+
+def _place_in_run(folder: Path) -> tuple[Path, Path | None]:
+    """A folder, for the model in a checkpoint the checkpoint; and the run that it is or belongs to, if any."""
+    for place in (folder, folder.resolve()):  # a link of another name may lead into a run
+        place = place.parent if place.name == "model" and is_checkpoint(place.parent) else place
+        run = place.parent if place.name in SAVES or is_checkpoint(place) else place
+        if (run / "config.yaml").is_file():
+            return place, run
+    return place, None
+
+
+def _base_of(adapter_config: Path) -> str:
+    """The model that an adapter says it goes on."""
+    try:
+        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            "does not say which model the adapter goes on", where=str(adapter_config), hint="name it with --model"
+        )
+    return base
 
 
 def is_checkpoint(folder: Path) -> bool:

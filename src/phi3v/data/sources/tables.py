@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from phi3v.data.sources.layouts import unknown_layout
 from phi3v.errors import UserError
+from phi3v.paths import is_hub_id
 
 _BATCH_ROWS = 16  # a row may hold scanned pages of a megabyte each
 _SPLITS = ("train", "val", "test")
@@ -86,10 +88,10 @@ def local_source(source: str | None) -> Path | None:
     """
     if source is None:
         return None
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        return Path(path)
+    if is_hub_id(source):
         return None
     raise UserError("no such file or folder", where=source, hint="--source takes a path here or a hub id (owner/name)")
 
