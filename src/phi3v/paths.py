@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -85,6 +86,12 @@ def now_at(path: str, written_in: str, folder: Path) -> str:
     beside = os.path.normpath(Path(os.path.abspath(folder), os.path.relpath(path, written_in)))
     candidates = (path, beside) if os.path.isabs(path) else (beside, path)
     return next((os.path.abspath(found) for found in candidates if os.path.exists(found)), path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_writable(folder: Path, where: str, hint: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from phi3v.data import duplicates, table
-from phi3v.data.cache import cache_folder, cache_root
+from phi3v.data.cache import cache_folder, cache_root, content_hash
+from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
 from phi3v.data.jsonl import write_jsonl
 from phi3v.data.schema import Record, Turn
@@ -133,11 +134,23 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_edited_file_is_parsed_again(write: Any, record: MakeRecord) -> None:
+    """Whatever its size and time say: ``touch -d``, ``cp -p`` and ``mv`` of another file set them back."""
     path = write(record("a"))
+    status = path.stat()
     assert open_table(path)[0].id == "a"
     write(record("b"))
-    os.utime(path, ns=(1, 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
     assert open_table(path)[0].id == "b"
+    assert ensure_checked(path, image_level="off").sha256 == open_table(path).sha256
+
+
+def test_what_was_checked_is_what_is_opened(write: Any, record: MakeRecord) -> None:
+    path = write(record("a"))
+    checked = ensure_checked(path, image_level="off")
+    write(record("b"))
+    with pytest.raises(UserError, match="changed while it was read"):
+        open_table(path, sha256=checked.sha256)
 
 
 def test_refuse_and_escape_are_kept_apart(write: Any, record: MakeRecord) -> None:
@@ -151,7 +164,7 @@ def test_refuse_and_escape_are_kept_apart(write: Any, record: MakeRecord) -> Non
 def test_a_damaged_cache_is_built_again(write: Any, record: MakeRecord, damage: str) -> None:
     path = write(*[record(str(k)) for k in range(50)])
     open_table(path)
-    arrow = cache_folder(path, "refuse") / "records.arrow"
+    arrow = cache_folder(content_hash(path), "refuse") / "records.arrow"
     mark = arrow.with_name("records.json")
     whole = arrow.read_bytes()
     if damage == "truncate":
@@ -184,7 +197,7 @@ def test_an_interrupted_parse_leaves_nothing_that_looks_whole(
     monkeypatch.setattr(table, "read_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_table(path)
-    assert not list(cache_folder(path, "refuse").glob("*records*"))
+    assert not list(cache_folder(content_hash(path), "refuse").glob("*records*"))
     monkeypatch.setattr(table, "read_line", real)
     assert len(open_table(path)) == 2
 
@@ -238,7 +251,8 @@ def test_a_file_that_changes_while_it_is_read(write: Any, record: MakeRecord, mo
     real = table.read_line
 
     def append(*args: Any, **options: Any) -> Any:
-        os.utime(path, ns=(1, 1))
+        with path.open("a") as file:
+            file.write("\n")
         return real(*args, **options)
 
     monkeypatch.setattr(table, "read_line", append)

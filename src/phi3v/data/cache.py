@@ -10,6 +10,7 @@ from pathlib import Path
 from phi3v.data.jsonl import require_file
 from phi3v.data.schema import SCHEMA_VERSION, SpecialText
 from phi3v.errors import UserError
+from phi3v.paths import file_hash
 
 
 def cache_root() -> Path:
@@ -21,18 +22,28 @@ def cache_root() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "phi3v"
 
 
-def cache_folder(path: Path, special_text: SpecialText) -> Path:
-    """The folder of this version of a data file, made if need be.
-
-    Its name is a hash of the absolute path, size, modification time, schema version and ``special_text``, so
-    an edited file gets another one.
+def content_hash(path: Path) -> str:
+    """SHA-256 of a data file.
 
     Raises:
-        UserError: the file cannot be read, or the folder cannot be made.
+        UserError: it cannot be read.
     """
     require_file(path)
-    status = path.stat()
-    identity = [os.path.abspath(path), status.st_size, status.st_mtime_ns, SCHEMA_VERSION, special_text]
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint="check the disk") from None
+
+
+def cache_folder(sha256: str, special_text: SpecialText) -> Path:
+    """The folder of a data file with this content, made if need be.
+
+    By content, since neither size nor time tell: ``cp -p``, ``rsync -t`` and ``touch -d`` set them.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    identity = [sha256, SCHEMA_VERSION, special_text]
     name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     folder = cache_root() / name
     try:
@@ -40,6 +51,11 @@ def cache_folder(path: Path, special_text: SpecialText) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from None
     return folder
+
+
+def changed(path: Path) -> UserError:
+    """The error for a data file that became another while it was read."""
+    return UserError("changed while it was read", where=str(path), hint="start again when it is written")
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

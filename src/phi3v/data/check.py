@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter, deque
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds
@@ -70,6 +71,7 @@ class CheckReport:
             transparent).
         user: lengths of the questions.
         assistant: lengths of the answers.
+        sha256: of the file, where `ensure_checked` made sure that this is what was checked.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class CheckReport:
     image_kinds: dict[str, int] = field(default_factory=dict)
     user: TextStats = field(default_factory=TextStats)
     assistant: TextStats = field(default_factory=TextStats)
+    sha256: str = ""
 
     @property
     def ok(self) -> bool:
@@ -247,7 +250,7 @@ def ensure_checked(
     images_root: Path | None = None,
     progress: bool = True,
 ) -> CheckReport:
-    """`check_file`, once for each version of a data file: a passed check is remembered in the cache.
+    """`check_file`, once for each content of a data file: a passed check is remembered in the cache.
 
     What is remembered is the file, not its images: delete one later and only loading it will tell.
 
@@ -257,10 +260,13 @@ def ensure_checked(
     """
     path = Path(path)
     root = images_root or path.parent / "images"
-    memory = cache_folder(path, special_text) / f"check-{image_level}-{max_pixels}-{exif_orientation}.json"
-    passed = _recall(memory, path, root, image_level)
-    if passed is not None:
-        return passed
+    sha256 = content_hash(path)
+    place = hashlib.blake2b(os.path.abspath(root).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    memory = cache_folder(sha256, special_text) / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
+    report = _recall(memory, path, root, image_level)
+    if report is not None:
+        report.sha256 = sha256
+        return report
     report = check_file(
         path,
         max_errors=max_errors,
@@ -274,6 +280,9 @@ def ensure_checked(
     if not report.ok:
         total = len(report.faults) + report.stopped_early
         raise DataFaultsError(path, report.faults, total=total, exact=not report.stopped_early)
+    if content_hash(path) != sha256:
+        raise changed(path)
+    report.sha256 = sha256
     try:
         with replacing(memory) as temporary:
             temporary.write_text(json.dumps(report.to_json_dict() | {"images_root": os.path.abspath(root)}))

@@ -20,7 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import image_size, load_image
@@ -67,6 +67,7 @@ class RecordTable:
         images_root: the folder that image paths are relative to.
         max_pixels: the limit of `load_images`.
         exif_orientation: whether images are turned as their EXIF orientation says.
+        sha256: of the file's content, when it was parsed.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class RecordTable:
         max_pixels: int,
         *,
         exif_orientation: bool = True,
+        sha256: str = "",
     ) -> None:
         self._dataset = dataset
         self.path = path
+        self.sha256 = sha256
         self.images_root = images_root
         self.max_pixels = max_pixels
         self.exif_orientation = exif_orientation
@@ -163,6 +166,7 @@ def open_table(
     exif_orientation: bool = True,
     max_errors: int = 20,
     images_root: Path | None = None,
+    sha256: str | None = None,
     progress: bool = True,
 ) -> RecordTable:
     """Open a data file; the first time it is parsed and every line is validated (images are not looked at).
@@ -176,6 +180,7 @@ def open_table(
         exif_orientation: whether it turns them as their EXIF orientation says.
         max_errors: how many faults the error lists.
         images_root: default ``images/`` beside the file.
+        sha256: the content that is wanted, as `ensure_checked` found it; default: what the file has now.
         progress: show a bar if parsing takes long and standard error is a terminal.
 
     Raises:
@@ -184,7 +189,8 @@ def open_table(
             written.
     """
     path = Path(path)
-    folder = cache_folder(path, special_text)
+    sha256 = sha256 or content_hash(path)
+    folder = cache_folder(sha256, special_text)
     dataset = _open_cached(folder)
     if dataset is None:
         try:
@@ -192,14 +198,14 @@ def open_table(
             with FileLock(folder / "lock"):
                 dataset = _open_cached(folder)
                 if dataset is None:
-                    _build(path, folder, special_text, max_errors, progress)
+                    _build(path, sha256, folder, special_text, max_errors, progress)
                     dataset = _open_cached(folder)
         except OSError as error:
             raise cannot_write(folder, error) from None
         if dataset is None:
             raise RuntimeError(f"the table that was just written cannot be read: {folder}")
     root = images_root or path.parent / "images"
-    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation)
+    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation, sha256=sha256)
 
 
 def _open_cached(folder: Path) -> datasets.Dataset | None:
@@ -216,14 +222,12 @@ def _open_cached(folder: Path) -> datasets.Dataset | None:
     return dataset if whole else None
 
 
-def _build(path: Path, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
+def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
     """Write records.arrow, then records.json, which says that the first is complete."""
-    status = path.stat()
     with replacing(folder / "records.arrow") as temporary:
         records = _convert(path, temporary, special_text, max_errors, progress)
-        now = path.stat()
-        if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-            raise UserError("changed while it was read", where=str(path), hint="start again when it is written")
+        if content_hash(path) != sha256:
+            raise changed(path)
         size = temporary.stat().st_size
     with replacing(folder / "records.json") as temporary:
         temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from phi3v.findings import Finding, Report, Verdict
 from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.paths import is_hub_id
+from phi3v.paths import file_hash, is_hub_id
 from phi3v.processing.processor import Phi3VProcessor
 
 INCOMPLETE = "the save was not complete: export the run again"
@@ -66,7 +65,8 @@ class _Inspection:
             self.say("manifest", "warn", "there is none, so damage on the way would not be seen", "export it anew")
             return
         hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-        wrong = [name for name, expected in hashes.items() if _sha256(self.folder / name) != expected]
+        files = {name: self.folder / name for name in hashes}
+        wrong = [name for name, file in files.items() if not file.is_file() or file_hash(file) != hashes[name]]
         if wrong:
             what = f"{len(wrong)} files are missing or not what was written, first {wrong[0]}"
             self.say("manifest", "fail", what, "copy the folder again, or export it anew")
@@ -196,10 +196,3 @@ class _Inspection:
             with safe_open(path, framework="pt") as weights:
                 shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         return shapes
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,6 @@ All of it is written under another name in the run folder, flushed to the disk, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from phi3v.paths import file_hash
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -186,12 +187,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_bytes(value: Any) -> int:

@@ -34,7 +34,6 @@ from phi3v.train.engines import Engine, Rest, to_host
 from phi3v.train.engines.sharded import without_weights
 from phi3v.train.optimizers import moment_bytes
 from phi3v.train.random_state import random_state
-from phi3v.train.resume import fingerprints
 from phi3v.train.run_folder import environment
 from phi3v.train.saving import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
 from phi3v.train.signals import Signals
@@ -79,6 +78,7 @@ class Checkpointer(TrainerCallback):
         console: Console,
         progress: ProgressCallback,
         during: EvaluationCallback | None,
+        contents: dict[str, str],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -95,7 +95,7 @@ class Checkpointer(TrainerCallback):
         self.stopped_by: str | None = None
         self.failed = 0
         self.last_failure: str | None = None
-        self._files = fingerprints(config) if rank == 0 else {}
+        self._contents = contents
         self.last_step = -1
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -277,7 +277,7 @@ class Checkpointer(TrainerCallback):
             "world_size": self.agreement.world_size,
             "engine": self.engine.name,
             "config": dataclasses.asdict(self.config),
-            "data": self._files,
+            "data": self._contents,
             "counts": trainer.counts,
             "skipped": trainer.skipped,
             "loop": trainer.loop_state(self.agreement),

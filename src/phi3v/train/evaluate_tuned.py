@@ -62,7 +62,7 @@ def evaluate_tuned(
     compute = choose_compute(precision or tuned.run.training.precision)
     reading = tuned.run.data
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
-        ensure_checked(
+        checked = ensure_checked(
             data,
             max_pixels=reading.max_image_pixels,
             exif_orientation=reading.exif_orientation,
@@ -74,6 +74,7 @@ def evaluate_tuned(
             special_text=reading.special_text,
             max_pixels=reading.max_image_pixels,
             exif_orientation=reading.exif_orientation,
+            sha256=checked.sha256,
         )
     model, processor = load_tuned(tuned, compute, num_crops=num_crops)
     seed = tuned.run.training.seed

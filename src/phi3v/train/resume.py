@@ -17,12 +17,14 @@ from typing import Any
 from rich.console import Console
 
 from phi3v.config import RunConfig, load_config
+from phi3v.data.cache import content_hash
 from phi3v.errors import UserError
+from phi3v.model.checkpoint import model_content
+from phi3v.paths import find_model, now_at
 from phi3v.train.agreement import Agreement
 from phi3v.train.checkpoint_folder import (
     checkpoints,
     damage,
-    file_hash,
     find_checkpoint,
     link_tree,
     read_state,
@@ -54,8 +56,8 @@ CHANGEABLE = (
 )
 # These may grow.
 EXTENDABLE = ("training.epochs", "training.max_steps")
-# These may be at another place, with the same content.
-MOVABLE = {"data.train": "train", "data.eval": "eval"}
+# These may be at another place, with the same content; by their names in ``state.json``.
+MOVABLE = {"data.train": "train", "data.eval": "eval", "model.path": "model"}
 
 # Engines that hold everything on every rank, and save the optimizer alike; the others do so among themselves.
 WHOLE = ("none", "ddp")
@@ -242,18 +244,57 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                 hint=f"leave {key} at {old}, or start another run; docs/resume.md lists what may change",
             )
     for key, name in MOVABLE.items():
-        path, saved = now[key], state["data"].get(name)
-        if path is None or saved is None:
+        path, saved, old = now[key], state["data"].get(name), before.get(key)
+        if path is None or old is None:
             continue
-        if before.get(key) != path:
-            lines.append(f"{key}: {before.get(key)} → {path}")
-        if name == "train" and file_hash(Path(path)) != saved:
-            raise UserError(
-                f"{path} is not the file that the run began with (its SHA-256 differs)",
-                where=where,
-                hint="the order of records would be another; bring the file back, or start another run",
-            )
+        old = now_at(old, before["training.output_dir"], Path(config.training.output_dir))
+        if saved is None and path != old:  # of an older version, which did not look into it
+            raise UserError(f"{key} was {old} when it was saved and is {path} now", where=where, hint=f"leave {key}")
+        if path != old:
+            lines.append(f"{key}: {old} → {path}")
+        if saved is not None and _content_of(name, path) != saved:
+            raise _other_content(key, path, where)
     return lines
+
+
+def _content_of(name: str, path: str) -> str:
+    return model_content(find_model(path, f"model.path {path}")) if name == "model" else content_hash(Path(path))
+
+
+def _other_content(key: str, path: str, where: str) -> UserError:
+    what = "model" if key == "model.path" else "file"
+    return UserError(
+        f"{path} is not the {what} that the run began with (its content differs)",
+        where=where,
+        hint=f"{key} may be at another place, but must hold the same: bring it back, or start another run",
+    )
+
+
+def require_same_content(contents: Mapping[str, str], point: ResumePoint | None, agreement: Agreement) -> None:
+    """Look whether all ranks read the same model and data, and those that the run began with.
+
+    Args:
+        contents: what was checked and parsed, by the names of `MOVABLE`.
+
+    Raises:
+        UserError: another copy on a machine, or a file that was replaced a moment ago.
+    """
+    everywhere = agreement.gather((dict(contents), platform.node()))
+    first, machine = everywhere[0]
+    keys = {name: key for key, name in MOVABLE.items()}
+    for rank, (others, other_machine) in enumerate(everywhere):
+        for name, content in others.items():
+            if content != first.get(name):
+                raise UserError(
+                    f"is not the same on all machines: rank 0 on {machine} and rank {rank} on {other_machine} differ",
+                    where=keys[name],
+                    hint="copy it from one machine to the others",
+                )
+    if point is None:
+        return
+    for name, content in point.state["data"].items():
+        if first.get(name, content) != content:
+            raise _other_content(keys[name], f"{keys[name]}, replaced a moment ago,", str(point.folder))
 
 
 def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: Compute) -> list[str]:
@@ -289,12 +330,6 @@ def reopen_run_folder(config: RunConfig, point: ResumePoint) -> None:
         link_tree(point.folder / "best", run_folder / "best")
     else:
         shutil.rmtree(run_folder / "best", ignore_errors=True)
-
-
-def fingerprints(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of the data files by what they are for."""
-    files = {"train": config.data.train, "eval": config.data.eval}
-    return {name: file_hash(Path(path)) for name, path in files.items() if path is not None}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

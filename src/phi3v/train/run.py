@@ -37,7 +37,7 @@ from phi3v.train.measuring import measure, show_scores
 from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
-from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder
+from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder, require_same_content
 from phi3v.train.run_folder import claim_run_folder, describe_again
 from phi3v.train.saving import read_trained, save_replacing, saved_tensors
 from phi3v.train.setup import Setup, prepare, questions_of
@@ -79,6 +79,7 @@ def run_training(
             if isinstance(point, FinishedRun):
                 return point
             setup = prepare(config, console, compute, resume=resume is not None)
+            require_same_content(setup.contents, point, agreement)
             print_header(setup, forecast)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
@@ -234,6 +235,7 @@ def _trainer(
         console=console,
         progress=progress,
         during=during,
+        contents=setup.contents,
     )
     dataset = setup.dataset(features)
     trainer = Phi3VTrainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from phi3v.config import RunConfig
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
-from phi3v.paths import absolute
+from phi3v.paths import absolute, file_hash
 from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
@@ -150,8 +149,7 @@ def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "manifest.json":
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[path.name] = file_hash(path)
     facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
     (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import check_references
+from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
@@ -68,6 +69,12 @@ class Setup:
     def num_workers(self) -> int:
         wanted = self.config.data.num_workers
         return default_workers(self.compute) if wanted is None else wanted
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What model and data files hold, in short."""
+        tables = {"train": self.train_table} | ({"eval": self.questions.table} if self.questions is not None else {})
+        return {"model": model_content(self.config.model.path)} | {name: t.sha256 for name, t in tables.items()}
 
     def dataset(self, features: FeatureStore | None = None) -> PaddedDataset | PackedDataset:
         """What makes the rows of the plan; with their images' features, if kept."""
@@ -218,7 +225,7 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
     """
     tables: list[RecordTable] = []
     for path in data_files(config):
-        ensure_checked(
+        checked = ensure_checked(
             path,
             max_pixels=config.data.max_image_pixels,
             exif_orientation=config.data.exif_orientation,
@@ -231,6 +238,7 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
             special_text=config.data.special_text,
             max_pixels=config.data.max_image_pixels,
             exif_orientation=config.data.exif_orientation,
+            sha256=checked.sha256,
             progress=config.training.progress_bar,
         )
         tables.append(table)
