@@ -67,7 +67,7 @@ def make_run(
     truths = [generator.choice(answers) for _ in range(questions)]
     prompts = [" ".join(generator.choices(WORDS, k=9)) + "?" for _ in range(questions)]
     for when, skill in (("before", 0.2), ("after", 0.7)):
-        correct = 0
+        correct = cut = 0
         with (folder / f"predictions_{when}.jsonl").open("w", encoding="utf-8") as file:
             for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
                 answer = truth if generator.random() < skill else generator.choice(answers)
@@ -80,11 +80,15 @@ def make_run(
                     "prediction": answer,
                     "score": float(answer == truth),
                     "correct": answer == truth,
+                    "cut": number % 10 == 9 and answer != truth,
                 }
+                cut += bool(line["cut"])
                 file.write(json.dumps(line) + "\n")
         share = correct / questions
         score = {"value": share, "low": max(0.0, share - SPREAD), "high": min(1.0, share + SPREAD), "n": questions}
+        score["most_frequent"] = truths.count(max(truths, key=truths.count)) / questions
         summary = {"metric": metric, "score": share, "num_questions": questions, "scores": {metric: score}}
+        summary |= {"max_new_tokens": 64, "num_cut": cut, "most_frequent_answer": max(truths, key=truths.count)}
         (folder / f"eval_{when}.json").write_text(json.dumps(summary), encoding="utf-8")
     result = {"steps": steps, "train_seconds": steps * 1.5, "samples_per_second": 4.5, "peak_memory_gb": 2.5}
     (folder / "log.txt").write_text(f"2026-01-01 INFO phi3v: result {json.dumps(result)}\n", encoding="utf-8")

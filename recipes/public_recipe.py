@@ -193,6 +193,7 @@ def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunCon
         "training.progress_bar": flags.progress_bar,
         "evaluation.metrics": task.metrics,
         "evaluation.answer_words": task.answer_words,
+        "evaluation.max_new_tokens": 64,
     }
     return load_config(None, [f"--{key}={_plain(value)}" for key, value in settings.items()])
 

@@ -21,7 +21,7 @@ def test_defaults_are_the_public_recipes() -> None:
     assert (training.learning_rate, training.weight_decay, training.batch_size) == (4e-5, 0.01, 16)
     assert (lora.rank, lora.alpha, lora.dropout) == (64, 128, 0.0)
     assert config.training.loss_weighting == "sample"
-    assert config.evaluation.max_new_tokens == 64
+    assert config.evaluation.max_new_tokens is None
     assert config.model.path == "microsoft/Phi-3.5-vision-instruct"
 
 

@@ -222,7 +222,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--max-questions", type=int, metavar="N", help=f"draw so many ({own}, else all)")
     evaluate.add_argument("--batch-size", type=int, metavar="N", help=f"questions at a time ({own}, else 8)")
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer ({own}, else 64)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"longest answer ({own}, else by the references)"
+    )
     evaluate.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
     evaluate.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), help=f"arithmetic ({own}, else auto)"

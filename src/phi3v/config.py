@@ -366,8 +366,8 @@ class EvaluationConfig:
     """Questions answered at a time on a device."""
     batch_tokens: int = 32768
     """Prompt tokens of such a batch at most, padding included; of longer prompts fewer are answered at a time."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; default: a quarter more than the longest reference answer, from 64 to 2048."""
     eval_steps: int | None = None
     """Measure every so many optimizer steps, and at the last; default: never while it trains."""
     eval_steps_questions: int | None = None

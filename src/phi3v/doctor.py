@@ -21,6 +21,7 @@ from phi3v.data.collate import Collator, ConversationDataset, encode_record
 from phi3v.data.images import describe_kinds
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
+from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.findings import Finding, Report, Verdict
 from phi3v.machine import available_cores
 from phi3v.model.configuration import Phi3VConfig
@@ -34,7 +35,7 @@ from phi3v.train.gradient_check import check_gradients
 from phi3v.train.kernels import check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.run_folder import check_run_folder, environment
-from phi3v.train.setup import probe_index
+from phi3v.train.setup import probe_index, questions_of
 from phi3v.train.strategies import summarize
 
 SAMPLED_FAULTS = 5  # of a data file that are shown
@@ -61,9 +62,12 @@ class Examination:
         self.facts: ModelFacts | None = None
         self.processor: Phi3VProcessor | None = None
         self.table: RecordTable | None = None
+        self.eval_table: RecordTable | None = None
 
     def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
-        finding = Finding(check, verdict, what, hint)
+        self.add(Finding(check, verdict, what, hint))
+
+    def add(self, finding: Finding) -> None:
         self.report.findings.append(finding)
         if self.console is not None:
             finding.render(self.console)
@@ -207,11 +211,19 @@ class Examination:
                 for fault in report.faults:
                     what, _, hint = str(fault).partition("\n")
                     self.say(key, "fail", what, hint.strip().removeprefix("→ ") or None)
-        self.table = open_table(
-            Path(self.config.data.train),
-            special_text=self.config.data.special_text,
-            max_pixels=self.config.data.max_image_pixels,
-            exif_orientation=self.config.data.exif_orientation,
+        self.table = self._open(self.config.data.train)
+        if self.config.data.eval is not None and not any(
+            finding.check == "data.eval" and finding.verdict == "fail" for finding in self.report.findings
+        ):
+            self.eval_table = self._open(self.config.data.eval)
+
+    def _open(self, path: str) -> RecordTable:
+        data = self.config.data
+        return open_table(
+            Path(path),
+            special_text=data.special_text,
+            max_pixels=data.max_image_pixels,
+            exif_orientation=data.exif_orientation,
             progress=False,
         )
 
@@ -253,6 +265,15 @@ class Examination:
             )
         else:
             self.say("end of answers", "pass", f"{' and '.join(END_TOKENS)} are learnt in {len(streams)} records")
+
+    def answers(self) -> None:
+        """How long an answer may be, and which references are longer."""
+        assert self.processor is not None
+        questions = questions_of(self.config, self.eval_table, self.processor)
+        if questions is None:
+            return
+        limit = answer_limit(questions, self.config.evaluation.max_new_tokens)
+        self.add(limit.finding or Finding("answers", "pass", str(limit)))
 
     def _stream(self, index: int) -> TokenStream:
         """The tokens and labels of a record, its pictures not decoded."""
@@ -314,6 +335,7 @@ def examine(config: RunConfig, console: Console) -> Report:
     good = False
     if can_encode:
         good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
+        patient.run("answers", patient.answers)
     if patient.compute is not None and patient.facts is not None:
         patient.run("plan", patient.plan)
     if good and patient.facts is not None and patient.report.ok:

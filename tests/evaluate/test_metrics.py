@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from phi3v.config import METRIC_NAMES
-from phi3v.evaluate.metrics import METRICS, Answers, score_answers
+from phi3v.evaluate.metrics import METRICS, Answers, most_frequent_answer, score_answers
 
 
 def answers(predictions: list[str], references: list[Any], questions: list[str] | None = None) -> Answers:
@@ -119,3 +119,21 @@ def test_scores_are_the_same_at_every_call(name: str) -> None:
 def test_nothing_to_score_is_an_error(predictions: list[str], references: list[str]) -> None:
     with pytest.raises(ValueError, match="cannot score"):
         answers(predictions, references)
+
+
+def test_beside_each_score_stands_that_of_the_most_frequent_answer() -> None:
+    references = [*["no"] * 18, "No.", "yes"]
+    given = answers(["yes"] * 20, references)
+    score = score_answers("accuracy", given)
+    assert (score.value, score.most_frequent) == (pytest.approx(1 / 20), pytest.approx(19 / 20))
+    assert score.summary()["most_frequent"] == score.most_frequent
+    for name in ("anls", "exact_match", "token_f1", "per_class_accuracy", "consistency"):
+        constant = score_answers(name, answers(["no"] * 20, references))
+        assert score_answers(name, given).most_frequent == constant.value == constant.most_frequent
+    assert score_answers("auroc", ranked([0.9, 0.2, 0.4], [1, 0, 0])).most_frequent == pytest.approx(0.5)
+
+
+def test_the_most_frequent_answer_is_one_that_most_questions_have() -> None:
+    # Written in three ways; "red" is there more often, but in fewer questions.
+    references = [["Blue", "red", "red."], ["blue", "red", "red"], ["blue"]]
+    assert most_frequent_answer(references) == "blue"

@@ -37,6 +37,10 @@ def test_the_page_holds_the_run(run: Path, tmp_path: Path) -> None:
     assert held["status"] == "finished"
     assert held["config"]["training.learning_rate"] == 4e-5
     assert held["environment"]["command"] == "phi3v train"
+    measured = json.loads((run / "eval_after.json").read_text())
+    assert measured["num_cut"] > 0
+    for key in ("num_cut", "max_new_tokens", "most_frequent_answer", "scores"):
+        assert held["evaluations"]["after"][key] == measured[key]
     data = block(out, "predictions")
     [columns] = data["galleries"]
     assert len({len(columns[name]) for name in gallery_module.COLUMNS}) == 1
@@ -55,6 +59,7 @@ def test_columns_say_what_the_lines_say(run: Path) -> None:
         assert [texts[number] for number in columns["references"][index]] == after["references"]
         assert columns["right"][index] == after["correct"]
         assert columns["right_before"][index] == before["correct"]
+        assert columns["cut"][index] == after["cut"]
 
 
 def test_pictures_stay_in_their_budget_and_are_drawn_from_every_kind(run: Path) -> None:

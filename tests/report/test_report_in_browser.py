@@ -47,8 +47,11 @@ def test_predictions_are_filtered_sorted_and_searched(runs: list[Path], page_fil
         "changed": {name for name in was if was[name] != (name in right)},
         "gained": {name for name in right if not was[name]},
         "lost": {name for name in was if was[name] and name not in right},
+        "cut": {line["id"] for line in read["after"] if line["cut"]},
     }
     assert count(page) == 200
+    assert page.locator("#scores").get_by_text("always “").count() == 1
+    assert page.locator("#scores").get_by_text("were cut at 64 tokens").count() == 2
     assert not {"null", "undefined", "NaN"} & set(page.locator("main").inner_text().split())
     tabs = page.get_by_role("group", name="which predictions")
     for name, ids in expected.items():

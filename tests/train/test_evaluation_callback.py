@@ -33,7 +33,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
 
     def measure(*args: Any, **kwargs: Any) -> EvaluationResult:
         value = script.pop(0)
-        return EvaluationResult([Score("accuracy", value, value, value, 4)], 0.1, [], [], [])
+        return EvaluationResult([Score("accuracy", value, value, value, 4)], 0.1, [], [], [], 4)
 
     monkeypatch.setattr(evaluation_callback, "measure", measure)
     return script

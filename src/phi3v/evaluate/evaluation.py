@@ -16,29 +16,46 @@ from phi3v.config import EvaluationConfig
 from phi3v.data.collate import Question, QuestionDataset
 from phi3v.data.jsonl import write_jsonl
 from phi3v.errors import UserError
+from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.generate import Generated, generate_answers
-from phi3v.evaluate.metrics import METRICS, Answers, Score, score_answers
+from phi3v.evaluate.metrics import METRICS, Answers, Score, most_frequent_answer, score_answers
 from phi3v.evaluate.text_scores import is_correct, normalize_answer
 from phi3v.processing.processor import Phi3VProcessor
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores, the task's own first, and the answers behind them."""
+    """Scores, the task's own first, and the answers behind them.
+
+    Attributes:
+        max_new_tokens: where answers were cut.
+    """
 
     scores: list[Score]
     seconds: float
     questions: list[Question]
     generated: list[Generated]
     answer_words: list[str]
+    max_new_tokens: int
 
     @property
     def primary(self) -> Score:
         """The task's own score."""
         return self.scores[0]
 
+    @property
+    def num_cut(self) -> int:
+        """Answers that were cut at ``max_new_tokens``."""
+        return sum(answer.cut for answer in self.generated)
+
+    @property
+    def most_frequent_answer(self) -> str:
+        """The reference answer whose score stands beside each score."""
+        return most_frequent_answer([question.references for question in self.questions])
+
     def __str__(self) -> str:
-        return ", ".join(f"{score.name} {score}" for score in self.scores)
+        cut = f", {self.num_cut} of {len(self.generated)} answers cut" if self.num_cut else ""
+        return ", ".join(f"{score.name} {score}" for score in self.scores) + cut
 
     def write(self, folder: Path, suffix: str = "") -> None:
         """Write ``eval{suffix}.json`` and ``predictions{suffix}.jsonl``."""
@@ -53,6 +70,9 @@ class EvaluationResult:
             "score": self.primary.value,
             "num_questions": len(self.questions),
             "seconds": round(self.seconds, 2),
+            "max_new_tokens": self.max_new_tokens,
+            "num_cut": self.num_cut,
+            "most_frequent_answer": self.most_frequent_answer,
             "scores": {score.name: score.to_json_dict() for score in self.scores},
         }
 
@@ -78,6 +98,7 @@ class EvaluationResult:
                 "prediction": answer.text,
                 "score": of_answer(answer.text, question.references),
                 "correct": is_correct(answer.text, question.references),
+                "cut": answer.cut,
             }
             if answer.probabilities:
                 line["probabilities"] = dict(zip(self.answer_words, answer.probabilities, strict=True))
@@ -94,8 +115,7 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
         return
     words = [normalize_answer(word) for word in config.answer_words]
     positives = 0
-    for index in range(len(questions)):
-        question = questions.question(index)
+    for question in questions.questions():
         references = {normalize_answer(reference) for reference in question.references}
         if not references & set(words):
             raise UserError(
@@ -128,13 +148,14 @@ def evaluate(
     """Answer every question and score the answers; all ranks return the same."""
     start = time.perf_counter()
     words = config.answer_words
+    max_new_tokens = config.max_new_tokens or answer_limit(questions, None).tokens
     generated = generate_answers(
         model,
         processor,
         questions,
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         words=words,
         autocast_dtype=autocast_dtype,
         num_workers=num_workers,
@@ -143,7 +164,7 @@ def evaluate(
         on_batch=on_batch,
     )
     seconds = time.perf_counter() - start
-    asked = [questions.question(index) for index in range(len(questions))]
+    asked = list(questions.questions())
     answers = Answers(
         [question.text for question in asked],
         [question.references for question in asked],
@@ -152,4 +173,4 @@ def evaluate(
         np.array([answer.probabilities for answer in generated]) if words else None,
     )
     scores = [score_answers(name, answers) for name in config.metrics]
-    return EvaluationResult(scores, seconds, asked, generated, words)
+    return EvaluationResult(scores, seconds, asked, generated, words, max_new_tokens)

@@ -26,10 +26,16 @@ from phi3v.processing.processor import Phi3VProcessor
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer, and the probability of each candidate word if words were given."""
+    """An answer.
+
+    Attributes:
+        probabilities: of each candidate word, if words were given.
+        cut: it reached the limit before its end.
+    """
 
     text: str
     probabilities: list[float]
+    cut: bool = False
 
 
 def generate_answers(
@@ -113,7 +119,9 @@ class _Answerer:
             again = self.decode(prefill(self.model, self.processor, whole_prompts(rows, samples)), longer)
             crossing = [crossing[row] for row in again]
         return {
-            index: Generated(decode_answer(self.processor, ids[row], self.stops), probabilities[row])
+            index: Generated(
+                decode_answer(self.processor, ids[row], self.stops), probabilities[row], ids[row][-1] not in self.stops
+            )
             for row, index in enumerate(batch.indices)
         }
 

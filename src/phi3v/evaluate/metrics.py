@@ -6,8 +6,9 @@ score is in `bootstrap.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Score:
     Attributes:
         value: in 0..1, or None where the data has no such score; `note` says why.
         low, high: the interval.
+        most_frequent: what the most frequent reference answer would score, given to every question.
         n: how many units were averaged: questions, or groups of questions for consistency.
         details: more of what was measured, such as a confusion matrix, as plain values.
     """
@@ -69,6 +71,7 @@ class Score:
     n: int
     note: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    most_frequent: float | None = None
 
     def __str__(self) -> str:
         if self.value is None:
@@ -76,8 +79,9 @@ class Score:
         return f"{100 * self.value:.2f} % [{100 * (self.low or 0):.2f}, {100 * (self.high or 0):.2f}]"
 
     def summary(self) -> dict[str, Any]:
-        """Value, interval and n as plain values."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        """Value, interval, n and what the most frequent answer scores, as plain values."""
+        interval = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        return interval | {"most_frequent": self.most_frequent}
 
     def to_json_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -99,8 +103,22 @@ class Metric:
 
 
 def score_answers(name: str, answers: Answers) -> Score:
-    """The score of the metric called ``name``, a key of `METRICS`."""
-    return METRICS[name].measure(name, answers)
+    """The score of the metric called ``name``, a key of `METRICS`, with what the most frequent answer would score."""
+    measure = METRICS[name].measure
+    constant = [most_frequent_answer(answers.references)] * len(answers.predictions)
+    probabilities = answers.probabilities
+    if probabilities is not None:
+        probabilities = np.full_like(probabilities, 1 / probabilities.shape[1])
+    baseline = measure(name, replace(answers, predictions=constant, probabilities=probabilities))
+    return replace(measure(name, answers), most_frequent=baseline.value)
+
+
+def most_frequent_answer(references: Sequence[Sequence[str]]) -> str:
+    """The reference answer of the most questions, as it is mostly written; of equals the first."""
+    counts = Counter(text for of_question in references for text in dict.fromkeys(map(normalize_answer, of_question)))
+    most = counts.most_common(1)[0][0]
+    written = Counter(text for of_question in references for text in of_question if normalize_answer(text) == most)
+    return written.most_common(1)[0][0]
 
 
 def _score(

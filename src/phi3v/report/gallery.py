@@ -26,6 +26,7 @@ COLUMNS = (
     "before",
     "right",
     "right_before",
+    "cut",
     "scores",
     "scores_before",
     "files",
@@ -54,8 +55,8 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
 
     Returns:
         ``texts``, all distinct texts; ``ids``, ``prompts``, ``references`` (a list a question), ``answers`` and
-        ``before`` as numbers of texts (-1: not asked); ``right`` and ``right_before`` as 0, 1 or -1; ``scores`` and
-        ``scores_before``; ``probabilities``; ``images``: a list of places among the thumbnails a question (-1: not
+        ``before`` as numbers of texts (-1: not asked); ``right``, ``right_before`` and ``cut`` as 0, 1 or -1; ``scores``
+        and ``scores_before``; ``probabilities``; ``images``: a list of places among the thumbnails a question (-1: not
         taken along); ``files``: names of those, as numbers of texts.
     """
     lines = run.predictions.get("after") or run.predictions.get("before")
@@ -75,6 +76,7 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         columns["before"].append(texts.number(before["prediction"]) if before else -1)
         columns["right"].append(_flag(line.get("correct")))
         columns["right_before"].append(_flag(before.get("correct")))
+        columns["cut"].append(_flag(line.get("cut")))
         columns["scores"].append(_score(line.get("score")))
         columns["scores_before"].append(_score(before.get("score")))
         columns["files"].append([texts.number(name) for name in _texts(line.get("images"))[:MAX_IMAGES]])

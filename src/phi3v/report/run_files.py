@@ -135,8 +135,13 @@ def _read_evaluation(run: RunFiles, when: str, with_predictions: bool) -> None:
     scores = {str(name): score for name, score in _object(summary.get("scores")).items() if isinstance(score, dict)}
     if scores:
         metric = summary.get("metric")
-        kept: dict[str, Any] = {key: _number(summary.get(key)) for key in ("score", "num_questions", "seconds")}
-        kept |= {"metric": metric if isinstance(metric, str) else None}
+        numbers = ("score", "num_questions", "seconds", "max_new_tokens", "num_cut")
+        kept: dict[str, Any] = {key: _number(summary.get(key)) for key in numbers}
+        frequent = summary.get("most_frequent_answer")
+        kept |= {
+            "metric": metric if isinstance(metric, str) else None,
+            "most_frequent_answer": frequent if isinstance(frequent, str) else None,
+        }
         run.evaluations[when] = _plain(kept | {"scores": scores})
     elif _expects(run, when) and not summary:
         run.missing.append(f"eval_{when}.json is missing: there are no scores from {when} training")

@@ -15,6 +15,7 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
+from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
 from phi3v.train.device import choose_compute, default_workers
@@ -80,13 +81,18 @@ def evaluate_tuned(
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
     check_references(questions, config)
+    limit = answer_limit(questions, config.max_new_tokens)
+    config = dataclasses.replace(config, max_new_tokens=limit.tokens)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     for line in (
         f"[bold]evaluating[/bold] {tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
         f"device: {compute.device}, {compute.precision} ({compute.reason}), {compute.world_size} ranks",
         f"data: {len(questions)} questions of {data}",
+        f"answers: {limit}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+    if limit.finding is not None:
+        limit.finding.render(console)
     workers = default_workers(compute) if reading.num_workers is None else reading.num_workers
     with progress_bar(console) as bar:
         result = measure(

@@ -166,6 +166,7 @@ class EvaluationCallback(TrainerCallback):
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 4),
             "eval": {score.name: score.summary() for score in result.scores},
+            "num_cut": result.num_cut,
             "best": improved,
             "eval_seconds": round(seconds, 2),
         }

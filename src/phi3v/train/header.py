@@ -35,6 +35,7 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
     for line in (
         f"data: {len(train_table)} records, {len(train_table.questions())} questions to learn from"
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),
+        f"answers: {setup.limit}" if setup.limit is not None else None,
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
@@ -48,6 +49,8 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
         if line is not None:
             name, _, text = line.partition(": ")
             console.print(f"[bold]{name}:[/bold] {escape(text)}", highlight=False, soft_wrap=True)
+    for finding in setup.findings:
+        finding.render(console)
 
 
 def _steps_line(setup: Setup) -> str:

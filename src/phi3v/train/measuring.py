@@ -10,8 +10,11 @@ from rich.progress import Progress
 from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult, evaluate
+from phi3v.findings import Finding
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
+
+SHOWN_ANSWER = 40  # characters of the most frequent answer
 
 
 def measure(
@@ -45,10 +48,26 @@ def measure(
 
 
 def show_scores(console: Console, result: EvaluationResult, when: str = "") -> None:
-    """One line a score, with its interval, and the speed."""
+    """One line a score, with its interval and what the most frequent answer scores; the speed; and what was cut."""
     count = len(result.questions)
     for score in result.scores:
         units = "" if score.n == count else f" in {score.n} groups"
         name = f"{score.name} {when}".rstrip()
-        console.print(f"{name}: {score} on {count} questions{units}", highlight=False, markup=False)
+        line = f"{name}: {score} on {count} questions{units}"
+        if score.most_frequent is not None:
+            line += f"; {always(result)} scores {100 * score.most_frequent:.2f} %"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"  {count / max(result.seconds, 1e-9):.1f} questions/s", highlight=False)
+    if result.num_cut:
+        what = (
+            f"{result.num_cut:,} of {count:,} were cut at {result.max_new_tokens:,} tokens and are scored as they are"
+        )
+        Finding("answers", "warn", what, "where right answers are longer, raise max_new_tokens").render(console)
+
+
+def always(result: EvaluationResult) -> str:
+    """Whose score stands beside each score, in words."""
+    text = " ".join(result.most_frequent_answer.split())
+    if len(text) > SHOWN_ANSWER:
+        text = text[: SHOWN_ANSWER - 1] + "…"
+    return f"always {text!r}"

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.train.evaluation_callback import Best
+from phi3v.train.measuring import always
 from phi3v.train.progress import peak_memory_gb
 
 
@@ -92,6 +93,10 @@ def _print_scores(console: Console, result: RunResult) -> None:
     table.add_column("score")
     for when, _ in measured:
         table.add_column(when, justify="right")
-    for place, score in enumerate(measured[0][1].scores):
-        table.add_row(score.name, *(escape(str(of.scores[place])) for _, of in measured))
+    table.add_column(escape(always(measured[-1][1])), justify="right")
+    for place, score in enumerate(measured[-1][1].scores):
+        constant = "" if score.most_frequent is None else f"{100 * score.most_frequent:.2f} %"
+        table.add_row(score.name, *(escape(str(of.scores[place])) for _, of in measured), constant)
+    if any(of.num_cut for _, of in measured):
+        table.add_row("answers cut", *(f"{of.num_cut:,} of {len(of.generated):,}" for _, of in measured), "")
     console.print(table)

@@ -34,7 +34,7 @@ from phi3v.train.checkpoint_folder import (
 from phi3v.train.device import Compute
 from phi3v.train.engines.choice import choose_engine
 
-# Keys that may be others on resume, by name or by group: none changes what a step computes.
+# Keys that may be others on resume, by name, or by group with a dot at the end: none changes what a step computes.
 CHANGEABLE = (
     "checkpoint.",
     "data.image_check",
@@ -235,7 +235,7 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                     hint=f"leave {key} at {old}, or start another run",
                 )
             lines.append(f"{key}: {old} → {value}; from here the learning rate follows the longer schedule")
-        elif key.startswith(CHANGEABLE):
+        elif key in CHANGEABLE or f"{key.split('.', 1)[0]}." in CHANGEABLE:
             lines.append(f"{key}: {old} → {value}")
         else:
             raise UserError(

@@ -299,7 +299,7 @@ def _during(setup: Setup, agreement: Agreement, progress: ProgressCallback) -> E
         setup.engine,
         setup.processor,
         questions,
-        config.evaluation,
+        setup.evaluation,
         setup.compute,
         agreement,
         stored_dtype=setup.facts.stored_dtype,
@@ -319,15 +319,15 @@ def _measure(setup: Setup, model: Any, when: str) -> EvaluationResult | None:
             model,
             setup.processor,
             setup.questions,
-            setup.config.evaluation,
+            setup.evaluation,
             setup.compute,
             num_workers=setup.num_workers,
             bar=bar,
             description=f"evaluating {when}",
         )
     if setup.compute.rank == 0:
-        result.write(setup.folder, f"_{when}")
         show_scores(setup.console, result, when)
+        result.write(setup.folder, f"_{when}")
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import set_seed
 
-from phi3v.config import RunConfig
+from phi3v.config import EvaluationConfig, RunConfig
 from phi3v.data.batches import BatchPlan, PaddedDataset, RowPlan
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
@@ -22,7 +22,9 @@ from phi3v.data.jsonl import require_file
 from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
+from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
 from phi3v.evaluate.evaluation import check_references
+from phi3v.findings import Finding
 from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
@@ -62,8 +64,10 @@ class Setup:
     engine: Engine
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
+    limit: AnswerLimit | None  # of their answers
     plan: BatchPlan
     checkpointing: str  # the policy and its reason
+    findings: tuple[Finding, ...] = ()  # what is doubtful about the data
 
     @property
     def num_workers(self) -> int:
@@ -75,6 +79,12 @@ class Setup:
         """What model and data files hold, in short."""
         tables = {"train": self.train_table} | ({"eval": self.questions.table} if self.questions is not None else {})
         return {"model": model_content(self.config.model.path)} | {name: t.sha256 for name, t in tables.items()}
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How it is measured, with the answers' limit as a number: the same for every measurement."""
+        evaluation = self.config.evaluation
+        return replace(evaluation, max_new_tokens=self.limit.tokens) if self.limit is not None else evaluation
 
     def dataset(self, features: FeatureStore | None = None) -> PaddedDataset | PackedDataset:
         """What makes the rows of the plan; with their images' features, if kept."""
@@ -112,8 +122,10 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
     questions = questions_of(config, eval_table, processor)
+    limit = None
     if questions is not None:
         check_references(questions, config.evaluation)
+        limit = answer_limit(questions, config.evaluation.max_new_tokens)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     plan = make_plan(config, compute, model, train_table, processor)
@@ -135,8 +147,10 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
         engine,
         train_table,
         questions,
+        limit,
         plan,
         f"{checkpointing} ({reason})",
+        tuple(finding for finding in (limit.finding if limit is not None else None,) if finding is not None),
     )
     _check_pictures(model, train_table)
     if config.training.feature_cache != "off":

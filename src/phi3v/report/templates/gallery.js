@@ -1,7 +1,7 @@
 // The predictions: filtered, sorted and searched as columns; only the cards of one page exist at a time.
 
 const PAGE_SIZE = 48;
-const KINDS = [['all', 'All'], ['right', 'Right'], ['wrong', 'Wrong'], ['changed', 'Changed'], ['gained', 'Newly right'], ['lost', 'Newly wrong']];
+const KINDS = [['all', 'All'], ['right', 'Right'], ['wrong', 'Wrong'], ['changed', 'Changed'], ['gained', 'Newly right'], ['lost', 'Newly wrong'], ['cut', 'Cut']];
 const normal = (text) => text.trim().replace(/^\.+|\.+$/g, '').toLowerCase(); // as the scores compare answers
 
 class Gallery {
@@ -26,6 +26,7 @@ class Gallery {
   get nodes() { return [this.controls, this.note, this.count, this.cards, this.pager, this.dialog]; }
   kindOf(i) {
     const g = this.data, kinds = [g.right[i] === 1 ? 'right' : 'wrong'];
+    if (g.cut[i] === 1) kinds.push('cut');
     if (g.right_before[i] >= 0 && g.right[i] !== g.right_before[i]) kinds.push('changed', g.right[i] === 1 ? 'gained' : 'lost');
     return kinds;
   }
@@ -35,7 +36,7 @@ class Gallery {
     this.kinds = g.ids.map((_, i) => { const kinds = this.kindOf(i); kinds.forEach((kind) => counts[kind]++); return kinds; });
     this.haystack = null;
     this.state.cell = null;
-    const kinds = KINDS.filter(([kind]) => g.has_before || !['changed', 'gained', 'lost'].includes(kind));
+    const kinds = KINDS.filter(([kind]) => (g.has_before || !['changed', 'gained', 'lost'].includes(kind)) && (kind !== 'cut' || counts.cut));
     if (!kinds.some(([kind]) => kind === this.state.kind)) this.state.kind = 'all';
     this.kindTabs = tabs('which predictions', kinds.map(([kind, name]) => [kind, name, counts[kind]]), this.state.kind, (kind) => this.change({ kind }));
     let timer = 0;
@@ -126,6 +127,7 @@ class Gallery {
     const g = this.data, right = g.right[i] === 1, changed = this.kinds[i].includes('changed');
     return make('div', { class: 'badges' },
       make('span', { class: right ? 'badge right' : 'badge wrong' }, g.right[i] < 0 ? 'not judged' : right ? 'right' : 'wrong'),
+      g.cut[i] === 1 ? make('span', { class: 'badge wrong', title: 'the answer reached its limit of tokens before its end' }, 'cut') : null,
       changed ? make('span', {}, right ? 'was wrong' : 'was right') : null,
       isNumber(g.scores[i]) && g.scores[i] !== g.right[i] ? make('span', {}, `${words(g.metric || 'score')} ${g.scores[i].toFixed(2)}`) : null);
   }

@@ -1,8 +1,8 @@
 // Scores with their intervals, and how often each class was answered by each.
 
-// Rows of one track each. `entries`: [who, colour, [[kind, score], …], figures].
+// Rows of one track each. `entries`: [who, colour, [[kind, score], …], the most frequent reference answer].
 function intervals(name, entries) {
-  const rows = entries.map(([who, colour, measured]) => {
+  const rows = entries.map(([who, colour, measured, always]) => {
     const track = make('div', { class: 'track' });
     for (const [kind, score] of measured) {
       if (!isNumber(score?.value)) continue;
@@ -13,6 +13,12 @@ function intervals(name, entries) {
     const figures = measured.filter(([, score]) => score).map(([kind, score]) => make('div', {},
       make('span', { class: 'soft' }, kind + ' '), make('strong', {}, percent(score.value)),
       isNumber(score.low) ? make('span', { class: 'soft' }, ` [${(100 * score.low).toFixed(1)}, ${(100 * score.high).toFixed(1)}]`) : score.note ? ` (${score.note})` : ''));
+    const constant = measured.map(([, score]) => score?.most_frequent).find(isNumber);
+    if (constant !== undefined) {
+      const answer = `always “${always}”`;
+      track.append(make('span', { class: 'constant', title: `${answer}: ${percent(constant, 2)}`, css: { left: `${100 * constant}%` } }));
+      figures.push(make('div', { class: 'soft' }, `${answer} `, make('strong', {}, percent(constant))));
+    }
     return [make('div', { class: 'who' }, make('span', { class: 'dot', css: { background: colour } }), who), track, make('div', { class: 'figures' }, figures)];
   });
   return make('div', { class: 'metric', css: { 'margin-bottom': '1.2rem' } }, make('h3', {}, words(name)),
@@ -27,10 +33,16 @@ function scoreNames(runs) {
 }
 
 function scoreSection(runs) {
-  return scoreNames(runs).map((name) => intervals(name, runs.map((run, i) => [
-    runs.length > 1 ? run.name : 'this run', COLOURS[i % COLOURS.length],
-    ['before', 'after'].map((when) => [when, run.evaluations[when]?.scores?.[name]]).filter(([, score]) => score),
-  ])));
+  const brief = (text) => { const line = (text ?? '').replace(/\s+/g, ' '); return line.length > 40 ? line.slice(0, 39) + '…' : line; };
+  return [
+    ...runs.flatMap((run) => ['before', 'after'].map((when) => [when, run.evaluations[when]]).filter(([, e]) => e?.num_cut).map(([when, e]) =>
+      make('div', { class: 'note' }, `${runs.length > 1 ? run.name + ': ' : ''}${figure(e.num_cut)} of ${figure(e.num_questions)} answers ${when} training were cut at ${figure(e.max_new_tokens)} tokens, before their end, and are scored as they are.`))),
+    ...scoreNames(runs).map((name) => intervals(name, runs.map((run, i) => [
+      runs.length > 1 ? run.name : 'this run', COLOURS[i % COLOURS.length],
+      ['before', 'after'].map((when) => [when, run.evaluations[when]?.scores?.[name]]).filter(([, score]) => score),
+      brief((run.evaluations.after || run.evaluations.before)?.most_frequent_answer),
+    ]))),
+  ];
 }
 
 // `pick(run, truth, given)` shows those predictions in the gallery.
