@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from resume_helpers import assert_same_run, interrupted_copy, lines
 from run_helpers import Train
 
 from phi3v.cli import main
+from phi3v.config import RunConfig
+from phi3v.errors import UserError
+from phi3v.train.resume import CHANGEABLE, EXTENDABLE, MOVABLE, allowed_changes, flat
 
 PADDED = ("training.batch_size", 3, "training.micro_batch_size", 1)
 PACKED = ("training.micro_batch_size", 1, "training.batch_size", 5, "data.pack_tokens", 700)
@@ -202,6 +207,26 @@ def test_what_may_not_change(
     assert train(*SHORT, *changes, resume="auto")[0] == 2
     assert words in capsys.readouterr().err
     assert (short / "checkpoint-4").is_dir()
+
+
+def test_only_what_is_named_may_change() -> None:
+    """Not what merely begins like a key that may: eval_steps_questions like eval_steps."""
+    config = RunConfig()
+    for key in flat(asdict(config)):
+        tree = asdict(config)
+        *groups, leaf = key.split(".")
+        branch = tree
+        for group in groups:
+            branch = branch[group]
+        branch[leaf] = "another"
+        state = {"config": tree, "data": {}, "step": 0}
+        if key in EXTENDABLE:
+            continue
+        if key in (*CHANGEABLE, *MOVABLE) or groups == ["checkpoint"]:
+            allowed_changes(state, config, "here")
+        else:
+            with pytest.raises(UserError, match=re.escape(f"{key} was another")):
+                allowed_changes(state, config, "here")
 
 
 def test_nothing_to_go_on_from(train: Train, tmp_path: Path, short: Path, capsys: pytest.CaptureFixture[str]) -> None:

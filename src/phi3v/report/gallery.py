@@ -55,9 +55,9 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
 
     Returns:
         ``texts``, all distinct texts; ``ids``, ``prompts``, ``references`` (a list a question), ``answers`` and
-        ``before`` as numbers of texts (-1: not asked); ``right``, ``right_before`` and ``cut`` as 0, 1 or -1; ``scores``
-        and ``scores_before``; ``probabilities``; ``images``: a list of places among the thumbnails a question (-1: not
-        taken along); ``files``: names of those, as numbers of texts.
+        ``before`` as numbers of texts (-1: not asked); ``right``, ``right_before`` and ``cut`` as 0, 1 or -1;
+        ``scores`` and ``scores_before``; ``probabilities``; ``images``: a list of places among the thumbnails a
+        question (-1: not taken along); ``files``: names of those, as numbers of texts.
     """
     lines = run.predictions.get("after") or run.predictions.get("before")
     if not lines:
