@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, known_keys
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
 from phi3v.model.preset_fields import PRESET_FIELDS
 from phi3v.plan.inputs import METHODS
+from phi3v.serve.limits import Limits, limit_option
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -438,6 +440,12 @@ def _add_chat(verbs: Any) -> None:
     )
     how.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     how.add_argument("--num-crops", type=int, metavar="N", help="crops of a picture at most (default: as saved)")
+    most = chat.add_argument_group("limits, on the page too")
+    for entry in dataclasses.fields(Limits):
+        text = f"{entry.metadata['help']} (default: {entry.default:,})"
+        most.add_argument(
+            limit_option(entry.name), type=type(entry.default), default=entry.default, metavar="N", help=text
+        )
     page = chat.add_argument_group("the page (extra serve)")
     page.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; others than this machine's own need a password"

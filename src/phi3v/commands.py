@@ -227,14 +227,16 @@ def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.serve.address import Address
     from phi3v.serve.command import answer_once, open_page
     from phi3v.serve.conversation import Settings
+    from phi3v.serve.limits import Limits
 
+    limits = Limits(**{entry.name: getattr(arguments, f"max_{entry.name}") for entry in dataclasses.fields(Limits)})
     settings = Settings(
         arguments.max_new_tokens,
         Sampling(arguments.temperature, arguments.top_p, arguments.seed),
         arguments.num_crops,
     )
     model = {key: getattr(arguments, key) for key in ("base", "precision", "num_crops")}
-    asked = {"compare": arguments.compare, "frames": arguments.frames, "settings": settings}
+    asked = {"compare": arguments.compare, "frames": arguments.frames, "settings": settings, "limits": limits}
     if arguments.prompt is None:
         if arguments.media:
             raise UserError("a picture without a question", where="--image", hint='ask with --prompt "…"')

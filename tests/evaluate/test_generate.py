@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def test_generation_stops_at_end_whatever_the_checkpoint_says(questions: Questio
     assert calls == [4]  # one step, and nothing after it
 
 
+@pytest.mark.parametrize(("token", "cut"), [("<|end|>", False), ("<|endoftext|>", False), ("a", True)])
+def test_an_answer_that_reaches_the_limit_before_its_end_is_cut(
+    questions: QuestionDataset, tiny_model_dir: Path, token: str, cut: bool
+) -> None:
+    model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
+    number = questions.processor.tokenizer.convert_tokens_to_ids(token)
+    model.lm_head.register_forward_hook(lambda module, args, output: force(output, number))
+    for tokens in (1, 2):
+        assert [one.cut for one in answer(model, questions, 4, max_new_tokens=tokens)] == [cut] * 4
+
+
 def force(logits: torch.Tensor, token: int) -> torch.Tensor:
     forced = torch.full_like(logits, -1e9)
     forced[..., token] = 0.0
@@ -212,14 +224,19 @@ def test_a_limit_draws_the_same_questions_every_time(questions: QuestionDataset)
     assert sorted(drawn[0]) == drawn[0]
 
 
+def with_end(stream: Generator[str, None, bool]) -> Generator[Any, None, None]:
+    """What is streamed, and last what it returns."""
+    yield (yield from stream)
+
+
 def test_a_streamed_answer_grows_to_that_of_the_batch(pages: QuestionDataset, tiny_model_dir: Path) -> None:
     """Also where it crosses the length from which the long rotary factors hold."""
     pages.index = pages.index[:6]
     lengths = sorted(len(pages[index].input_ids) for index in range(6))
     for start in (4096, lengths[0], lengths[-1] + 3):
         model = loud_model(tiny_model_dir, start).eval()
-        expected = texts(answer(model, pages, 6))
-        for index, text in enumerate(expected):
-            sights = list(stream_answer(model, pages.processor, pages[index], max_new_tokens=6))
-            assert sights[-1] == text
+        for index, expected in enumerate(answer(model, pages, 6)):
+            *sights, is_whole = with_end(stream_answer(model, pages.processor, pages[index], max_new_tokens=6))
+            assert is_whole is not expected.cut
+            assert sights[-1] == expected.text
             assert all(later.startswith(sight) for sight, later in itertools.pairwise(sights))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from sample_files import clip, picture
 
+from phi3v.cli import main
 from phi3v.errors import UserError
 from phi3v.serve.address import Address, free_port
-from phi3v.serve.media import LIMITS, read_media
+from phi3v.serve.limits import LIMITS, Limits
+from phi3v.serve.media import read_media
 
 
 def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
@@ -28,9 +30,9 @@ def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "limits", "words"),
     [
-        ("a.png", {"file_bytes": 10}, "is larger than"),
+        ("a.png", {"file_mb": 1e-5}, "is larger than 1e-05 MB"),
         ("a.png", {"pixels": 100}, "above the limit of 100"),
-        ("a.png", {"files": 0}, "too many"),
+        ("a.png", {"total_pixels": 10}, "have more than 10 pixels together"),
         ("film.avi", {"clip_frames": 11}, "is too long: 12 frames"),
         ("film.avi", {"pixels": 3071}, "frames of 64x48"),
         ("film.avi", {"frames": 7}, "between 1 and 7"),
@@ -59,6 +61,47 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(content)
     with pytest.raises(UserError, match="30000x30000"):
         read_media([tmp_path / "bomb.png"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("https://example.com/page.png", "https://example.com/page.png: is an address, and nothing is fetched"),
+        ("HTTP://example.com/a.png", "http://example.com/a.png: is an address"),
+        ("s3://bucket/page.png", "s3://bucket/page.png: is an address"),
+        ("file:///tmp/page.png", "name it as /tmp/page.png"),
+        ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUg", "write its content to a file"),
+    ],
+)
+def test_an_address_is_no_file(name: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_media([Path(name)])
+    assert words in str(error.value)
+
+
+def test_a_limit_is_an_option(tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    images = [part for _ in range(3) for part in ("--image", str(tmp_path / "a.png"))]
+    ask = ["chat", str(small_model_dir), "--prompt", "hello", "--max-new-tokens", "1", "--num-crops", "1", *images]
+    for name, value, words in (
+        ("--max-images", 2, "3 images and frames are too many"),
+        ("--max-characters", 4, "the question is too long: 5 characters"),
+        ("--max-file-mb", 1e-5, "is larger than"),
+        ("--max-frames", 0, "must be above 0"),
+    ):
+        assert main([*ask, name, str(value)]) == 2
+        shown = capsys.readouterr().err
+        assert words in shown
+        assert name in shown
+    assert main([*ask, "--max-images", "3", "--max-characters", "5"]) == 0
+
+
+def test_twenty_pages_are_no_exception(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    assert len(read_media([tmp_path / "a.png"] * 64)) == 64
+    with pytest.raises(UserError, match="65 images"):
+        read_media([tmp_path / "a.png"] * 65)
+    assert len(read_media([tmp_path / "a.png"] * 65, limits=Limits(images=65))) == 65
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.com"])

@@ -14,18 +14,20 @@ import pytest
 from sample_files import picture
 
 from phi3v.serve.address import Address
-from phi3v.serve.conversation import Chat, Settings
+from phi3v.serve.conversation import Chat, Settings, Turn
 from phi3v.serve.examples import find_examples
-from phi3v.serve.media import LIMITS
+from phi3v.serve.limits import LIMITS
 from phi3v.serve.server import ServedPage, serve
 
 pytest.importorskip("gradio", reason="needs the extra serve")
+
+from phi3v.serve.page import Session
 
 
 @pytest.fixture(scope="module")
 def page(chat: Chat) -> Iterator[ServedPage]:
     """The page of the run, open to this machine."""
-    chat.limits = replace(LIMITS, file_bytes=100_000)
+    chat.limits = replace(LIMITS, file_mb=0.1)
     settings = Settings(max_new_tokens=6)
     examples = find_examples(chat.tuned)
     with serve(chat, Address(), title="a run", settings=settings, frames=4, examples=examples) as served:
@@ -139,3 +141,10 @@ def test_a_password_is_asked_for_before_anything(chat: Chat) -> None:
         assert client.get("/config").status_code == 200
         assert client.get(f"/gradio_api/file={own}/note.txt").status_code == 200
     assert not own.exists()
+
+
+def test_an_answer_that_was_cut_is_marked() -> None:
+    turns = [Turn("a", answers={"tuned": "x", "base": "y"}, cut={"tuned": 6})]
+    shown = {which: Session(turns, [[]]).messages(which)[-1]["content"] for which in ("tuned", "base")}
+    assert [part["text"] for part in shown["tuned"]] == ["x", "(cut at 6 tokens; Settings allow more)"]
+    assert [part["text"] for part in shown["base"]] == ["y"]

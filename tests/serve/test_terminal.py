@@ -16,6 +16,7 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
+from phi3v.evaluate import streaming
 from phi3v.evaluate.generate import generate_answers
 from phi3v.evaluate.streaming import Sampling
 from phi3v.serve.conversation import Chat, Settings, Turn
@@ -59,6 +60,17 @@ def test_the_answer_is_alone_on_standard_output(small_model_dir: Path, capsys: p
     chat = Chat(find_tuned(str(small_model_dir)), choose_compute("fp32"))
     assert captured.out == last(chat, Turn("hello"), settings=Settings(max_new_tokens=3)) + "\n"
     assert "asking" in captured.err
+    assert "(cut at 3 tokens; --max-new-tokens allows more)" in captured.err
+
+
+def test_an_answer_that_was_cut_is_told_from_a_whole_one(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = chat._model("tuned")[1].tokenizer.convert_tokens_to_ids("<|end|>")
+    for tokens, cut in (([5, 5, 5], {"tuned": 3}), ([5, 5, end], {})):
+        drawn = iter(tokens)
+        monkeypatch.setattr(streaming._Chooser, "__call__", lambda *_, drawn=drawn: next(drawn))
+        turn = Turn("hello")
+        last(chat, turn, settings=Settings(3))
+        assert turn.cut == cut
 
 
 def test_an_empty_answer_is_said(
@@ -172,5 +184,5 @@ def test_without_gradio_the_page_names_the_extra(
 def test_a_conversation_has_an_end(chat: Chat) -> None:
     with pytest.raises(UserError, match="question is too long"):
         last(chat, Turn("a" * 30_000))
-    with pytest.raises(UserError, match="65 pictures and frames are too many"):
+    with pytest.raises(UserError, match="65 images and frames are too many"):
         last(chat, Turn("a", tuple(Image.new("RGB", (8, 8)) for _ in range(65))))

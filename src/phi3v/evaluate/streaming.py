@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +43,16 @@ def stream_answer(
     sampling: Sampling = Sampling(),
     autocast_dtype: torch.dtype | None = None,
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Iterator[str]:
+) -> Generator[str, None, bool]:
     """The answer so far after each token, and last the whole answer.
 
     Greedy, that is the text which `generate_answers` gives. The caller may stop at any token by asking no further.
 
     Args:
         around: entered around each run of the model, so never while the caller has the answer so far.
+
+    Returns:
+        Whether the answer came to its end; if not, it was cut at ``max_new_tokens``.
     """
     stops = stop_token_ids(processor)
     device = next(model.parameters()).device
@@ -75,7 +78,7 @@ def stream_answer(
         text = decode_answer(processor, ids, stops)
         if token in stops or len(ids) == max_new_tokens:
             yield text
-            return
+            return token in stops
         yield text.rstrip(UNFINISHED)
         with computing():
             if state.lengths[0] == model.config.long_context_start:

@@ -17,13 +17,20 @@ from phi3v.errors import UserError
 from phi3v.serve.address import Address
 from phi3v.serve.conversation import Chat, Settings, Turn, Which
 from phi3v.serve.examples import find_examples
+from phi3v.serve.limits import LIMITS, Limits
 from phi3v.serve.media import read_media
 from phi3v.train.device import choose_compute
 from phi3v.train.tuned import find_tuned
 
 
 def load_chat(
-    name: str, console: Console, *, base: str | None, precision: Precision | None, num_crops: int | None
+    name: str,
+    console: Console,
+    *,
+    base: str | None,
+    precision: Precision | None,
+    num_crops: int | None,
+    limits: Limits,
 ) -> Chat:
     """The model that is asked; says what it is and where it runs.
 
@@ -38,7 +45,7 @@ def load_chat(
     """
     tuned = find_tuned(name, base)
     compute = choose_compute(precision or tuned.run.training.precision)
-    chat = Chat(tuned, compute, base=base, num_crops=num_crops)
+    chat = Chat(tuned, compute, base=base, num_crops=num_crops, limits=limits)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     for line in (
         f"[bold]asking[/bold] {chat.tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
@@ -60,6 +67,7 @@ def answer_once(
     compare: bool = False,
     frames: int,
     settings: Settings,
+    limits: Limits = LIMITS,
     stream: bool = True,
 ) -> dict[str, Any]:
     """Answer one question, and with ``compare`` the base's answer too.
@@ -69,16 +77,20 @@ def answer_once(
         stream: write the answer to standard output, on a terminal as it comes.
 
     Returns:
-        ``answer``, ``images`` (pictures and frames that it saw), and with ``compare`` ``base_answer``.
+        ``answer``, ``cut`` (it reached the limit of tokens before its end), ``images`` (pictures and frames that it
+        saw), and with ``compare`` ``base_answer`` and ``base_cut``.
 
     Raises:
         UserError: the model or a file cannot be used.
     """
     if not prompt.strip():
         raise UserError("the question is empty", where="--prompt")
-    pictures = tuple(image for each in read_media(media, frames=frames) for image in each.images)
+    limits.require_text(prompt)
+    pictures = tuple(image for each in read_media(media, frames=frames, limits=limits) for image in each.images)
+    limits.require_images(len(pictures))
+    turn = Turn(prompt, pictures)
     quiet = Console(stderr=True, quiet=console.quiet)  # the answer is alone on standard output
-    chat = load_chat(name, quiet, base=base, precision=precision, num_crops=num_crops)
+    chat = load_chat(name, quiet, base=base, precision=precision, num_crops=num_crops, limits=limits)
     if compare:
         _require_base(chat)
     answers: dict[Which, str] = {}
@@ -86,7 +98,7 @@ def answer_once(
     for which in order:
         if compare and stream:
             print(f"{which}: ", end="", flush=True)
-        for text in chat.answer([Turn(prompt, pictures)], settings, which):
+        for text in chat.answer([turn], settings, which):
             if stream and sys.stdout.isatty():
                 # What was a prefix stays one, but for a character that was not finished.
                 print(text[len(answers.get(which, "")) :], end="", flush=True)
@@ -95,8 +107,10 @@ def answer_once(
             print("" if sys.stdout.isatty() else answers[which], flush=True)
             if not answers[which].strip():
                 quiet.print("(an empty answer)")
-    result = {"answer": answers["tuned"], "images": len(pictures)}
-    return result | ({"base_answer": answers["base"]} if compare else {})
+            if which in turn.cut:
+                quiet.print(f"(cut at {turn.cut[which]:,} tokens; --max-new-tokens allows more)", highlight=False)
+    result = {"answer": answers["tuned"], "cut": "tuned" in turn.cut, "images": len(pictures)}
+    return result | ({"base_answer": answers["base"], "base_cut": "base" in turn.cut} if compare else {})
 
 
 def open_page(
@@ -110,6 +124,7 @@ def open_page(
     compare: bool = False,
     frames: int,
     settings: Settings,
+    limits: Limits = LIMITS,
 ) -> dict[str, Any]:
     """Serve the page until Ctrl-C.
 
@@ -120,7 +135,7 @@ def open_page(
         raise UserError("the page needs gradio", where="phi3v chat", hint='pip install "phi3v[serve]"')
     from phi3v.serve.server import serve
 
-    chat = load_chat(name, console, base=base, precision=precision, num_crops=num_crops)
+    chat = load_chat(name, console, base=base, precision=precision, num_crops=num_crops, limits=limits)
     if compare:
         _require_base(chat)
     examples = find_examples(chat.tuned)

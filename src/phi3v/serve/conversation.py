@@ -23,7 +23,7 @@ from phi3v.paths import is_hub_id
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
-from phi3v.serve.media import LIMITS, Limits
+from phi3v.serve.limits import LIMITS, Limits
 from phi3v.train.device import Compute
 from phi3v.train.loading import inspect_model
 from phi3v.train.tuned import Tuned, find_tuned, load_tuned
@@ -57,11 +57,16 @@ class Settings:
 
 @dataclass
 class Turn:
-    """A question with its pictures, and what was answered, as far as it was written."""
+    """A question with its pictures, and what was answered, as far as it was written.
+
+    Attributes:
+        cut: whose answers reached the limit of tokens before their end, and that limit.
+    """
 
     text: str
     images: tuple[Image.Image, ...] = ()
     answers: dict[Which, str] = field(default_factory=dict)
+    cut: dict[Which, int] = field(default_factory=dict)
 
 
 class Chat:
@@ -111,7 +116,7 @@ class Chat:
         return crops
 
     def answer(self, turns: Sequence[Turn], settings: Settings, which: Which = "tuned") -> Iterator[str]:
-        """The answer to the last of ``turns`` so far, token by token, last the whole.
+        """The answer to the last of ``turns`` so far, token by token, last the whole; that turn says if it was cut.
 
         Text that would be read as a special token is broken up by a space; the tags of pictures are ours alone.
 
@@ -126,7 +131,7 @@ class Chat:
                 f"the conversation is too long for the model: {len(prompt.input_ids):,} tokens of {longest:,}",
                 hint="clear it, give fewer pictures or frames, or allow fewer crops",
             )
-        yield from stream_answer(
+        is_whole = yield from stream_answer(
             model,
             processor,
             prompt,
@@ -135,6 +140,8 @@ class Chat:
             autocast_dtype=self.compute.autocast_dtype,
             around=lambda: self._alone(model, which),
         )
+        if not is_whole:
+            turns[-1].cut[which] = settings.max_new_tokens
 
     @contextlib.contextmanager
     def _alone(self, model: Any, which: Which) -> Iterator[None]:
@@ -155,11 +162,9 @@ class Chat:
 
     def _prompt(self, turns: Sequence[Turn], settings: Settings, which: Which, processor: Phi3VProcessor) -> Sample:
         images = [image for turn in turns for image in turn.images]
-        if len(images) > self.limits.pictures:
-            what = f"{len(images)} pictures and frames are too many for a conversation"
-            raise UserError(what, hint=f"clear it; at most {self.limits.pictures} are taken")
-        if max(len(turn.text) for turn in turns) > self.limits.characters:
-            raise UserError("the question is too long", hint=f"ask in at most {self.limits.characters:,} characters")
+        self.limits.require_images(len(images))
+        for turn in turns:
+            self.limits.require_text(turn.text)
         cutter = copy.copy(processor.image_processor)
         if settings.num_crops is not None:
             cutter.num_crops = settings.num_crops

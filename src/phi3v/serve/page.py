@@ -62,7 +62,12 @@ class Session:
             messages.append({"role": "user", "content": [*pictures, *question]})
             if which in turn.answers:
                 answer = turn.answers[which] or "(an empty answer)"
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+                content = [{"type": "text", "text": answer}]
+                if which in turn.cut:
+                    content.append(
+                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; Settings allow more)"}
+                    )
+                messages.append({"role": "assistant", "content": content})
         return messages
 
 
@@ -119,7 +124,13 @@ def build_page(
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             with gr.Row():
                 tokens = gr.Slider(
-                    1, 2048, settings.max_new_tokens, step=1, label="Longest answer", info="in tokens", min_width=220
+                    1,
+                    max(2048, settings.max_new_tokens),
+                    settings.max_new_tokens,
+                    step=1,
+                    label="Longest answer",
+                    info="in tokens",
+                    min_width=220,
                 )
                 temperature = gr.Slider(
                     0,
@@ -195,11 +206,9 @@ class _Asker:
             files = [Path(name) for name in message.get("files") or []]
             if not text:
                 raise UserError("Ask something" + (" about what you gave" if files else ""))
-            media = read_media(files, frames=int(frames), limits=self.chat.limits)
+            before = sum(image.width * image.height for turn in session.turns for image in turn.images)
+            media = read_media(files, frames=int(frames), limits=self.chat.limits, pixels_before=before)
             images = tuple(image for each in media for image in each.images)
-            pixels = sum(image.width * image.height for turn in session.turns for image in turn.images)
-            if pixels + sum(image.width * image.height for image in images) > self.chat.limits.conversation_pixels:
-                raise UserError("The conversation's pictures are too large together", hint="clear it, or shrink them")
             session.turns.append(Turn(text, images))
             session.shown.append([self._show(each) for each in media])
         waiting = gr.update(value=None, submit_btn=False, stop_btn=True)

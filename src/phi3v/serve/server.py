@@ -68,7 +68,7 @@ def serve(
                 share=address.share,
                 auth=(USER, address.password) if address.password is not None else None,
                 root_path="",
-                max_file_size=chat.limits.file_bytes,
+                max_file_size=int(chat.limits.file_mb * 1024**2),
                 state_session_capacity=SESSIONS,
                 enable_monitoring=False,
                 strict_cors=True,
