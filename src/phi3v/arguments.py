@@ -155,6 +155,19 @@ def build_parser() -> argparse.ArgumentParser:
         default="refuse",
         help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
     )
+    check.add_argument(
+        "--model.path",
+        dest="model_path",
+        metavar="DIR_OR_ID",
+        help="count tokens as this model does; too long records are faults (default: about as Phi-3.5-vision)",
+    )
+    check.add_argument(
+        "--model.num_crops",
+        dest="model_num_crops",
+        type=int,
+        metavar="N",
+        help="crops of a page at most (default: as the model)",
+    )
     preview = _command(
         data,
         "preview",

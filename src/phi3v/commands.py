@@ -60,13 +60,24 @@ def data_convert(arguments: argparse.Namespace, console: Console) -> dict[str, A
 
 def data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.data.check import check_file
+    from phi3v.data.lengths import Context
 
+    context = Context()
+    if arguments.model_path is not None:
+        from phi3v.config import ModelConfig, RunConfig
+        from phi3v.plan.planned_model import planned_config
+        from phi3v.train.loading import load_processor
+
+        longest = planned_config(arguments.model_path)[0].max_position_embeddings
+        model = ModelConfig(arguments.model_path, num_crops=arguments.model_num_crops)
+        context = Context(longest, load_processor(RunConfig(model=model)))
     report = check_file(
         arguments.file,
         max_errors=arguments.max_errors,
         max_pixels=arguments.max_pixels,
         image_level=arguments.images,
         special_text=arguments.special_text,
+        context=context,
     )
     report.render(console)
     return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}

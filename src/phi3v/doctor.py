@@ -19,6 +19,8 @@ from phi3v.config import RunConfig
 from phi3v.data.check import check_file
 from phi3v.data.collate import Collator, ConversationDataset, encode_record
 from phi3v.data.images import describe_kinds
+from phi3v.data.lengths import Context, require_context
+from phi3v.data.overlap import find_overlap
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
@@ -266,6 +268,25 @@ class Examination:
         else:
             self.say("end of answers", "pass", f"{' and '.join(END_TOKENS)} are learnt in {len(streams)} records")
 
+    def overlap(self) -> None:
+        """What is measured on is not learnt from."""
+        assert self.table is not None
+        if self.eval_table is None:
+            return
+        shared = find_overlap(self.table, self.eval_table, self.config.data.special_text)
+        self.add(
+            shared.finding or Finding("overlap", "pass", "data.eval shares no image and no question with data.train")
+        )
+
+    def lengths(self) -> None:
+        """The model reads every record whole."""
+        assert self.facts is not None
+        assert self.processor is not None
+        for table in (self.table, self.eval_table):
+            if table is not None:
+                require_context(table, Context(self.facts.context, self.processor))
+        self.say("lengths", "pass", f"no record is longer than the {self.facts.context:,} tokens that the model reads")
+
     def answers(self) -> None:
         """How long an answer may be, and which references are longer."""
         assert self.processor is not None
@@ -331,12 +352,15 @@ def examine(config: RunConfig, console: Console) -> Report:
     if patient.compute is not None:
         patient.run("workers", patient.workers)
     patient.run("data", patient.data)
+    if patient.table is not None:
+        patient.run("overlap", patient.overlap)
     can_encode = patient.processor is not None and patient.table is not None
-    good = False
+    good, fits = False, True
     if can_encode:
         good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
+        fits = patient.run("lengths", patient.lengths)
         patient.run("answers", patient.answers)
-    if patient.compute is not None and patient.facts is not None:
+    if patient.compute is not None and patient.facts is not None and fits:
         patient.run("plan", patient.plan)
     if good and patient.facts is not None and patient.report.ok:
         patient.run("gradients", patient.gradients)

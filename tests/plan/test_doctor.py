@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ Examine = Callable[..., tuple[int, dict[str, dict[str, Any]], str]]
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "images" / "red.png")
-    lines = [
-        {"id": str(k), "conversations": [{"images": ["red.png"], "user": "what colour?", "assistant": "red"}]}
-        for k in range(4)
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, colour, file in (("red", (200, 30, 30), "train"), ("blue", (30, 30, 200), "eval")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "images" / f"{name}.png")
+        lines = [
+            {"id": str(k), "conversations": [{"images": [f"{name}.png"], "user": "what colour?", "assistant": name}]}
+            for k in range(4)
+        ]
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "train.jsonl"
 
 
@@ -40,7 +42,7 @@ def examine(tmp_path: Path, data: Path, tiny_model_dir: Path, capsys: pytest.Cap
         keys: dict[str, object] = {
             "model.path": tiny_model_dir,
             "data.train": data,
-            "data.eval": data,
+            "data.eval": data.with_name("eval.jsonl"),
             "training.output_dir": tmp_path / "run",
         }
         keys |= {name.replace("__", "."): value for name, value in settings.items()}
@@ -192,3 +194,55 @@ def test_training_looks_at_the_cheap_part(
     assert main(["train", *keys]) == 2
     assert "disk: 0 GiB free" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_record_beyond_what_the_model_reads_stops_every_command(
+    examine: Examine,
+    data: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 400}))
+    line = {"id": "long", "conversations": [{"images": ["red.png"], "user": "why? " * 40, "assistant": "red"}]}
+    with data.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for module in ("phi3v.train.setup", "phi3v.doctor"):
+        monkeypatch.setattr(f"{module}.load_for_training", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("phi3v.train.tuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    words = f"{data}:5: the record has "
+    code, findings, _ = examine(model__path=model)
+    assert code == 2
+    assert words in findings["lengths"]["what"]
+    assert "reads 400 (max_position_embeddings)" in findings["lengths"]["what"]
+    keys = ["--model.path", str(model), "--data.train", str(data), "--training.output_dir", str(tmp_path / "run")]
+    for command in (
+        ["train", *keys],
+        ["plan", str(tmp_path / "recipe.yaml"), *keys],
+        ["eval", str(model), "--data", str(data)],
+        ["data", "check", str(data), "--model.path", str(model)],
+    ):
+        assert main(command) == 2, command
+        captured = capsys.readouterr()
+        assert words in (captured.out + captured.err).replace("conversations: ", ""), command
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_measured_on_is_not_learnt_from(examine: Examine, data: Path) -> None:
+    assert examine()[1]["overlap"]["verdict"] == "pass"
+    code, findings, _ = examine(data__eval=data)
+    assert code == 0
+    assert findings["overlap"]["verdict"] == "warn"
+    assert "of 4 questions 4 are asked there too" in findings["overlap"]["what"]
+
+
+def test_answers_that_will_be_cut(examine: Examine) -> None:
+    assert examine()[1]["answers"]["verdict"] == "pass"
+    code, findings, _ = examine(evaluation__max_new_tokens=1)
+    assert code == 0
+    assert findings["answers"]["verdict"] == "warn"
+    assert "4 of 4 questions" in findings["answers"]["what"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,16 @@ from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
 from phi3v.data.duplicates import IdIndex
 from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.images import ImageLevel, check_image, describe_kinds
+from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
+from phi3v.data.lengths import LENGTH_HINT, Context
 from phi3v.data.other_formats import other_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, SpecialText, read_line
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
+
+SizeOf = Callable[[str], tuple[int, int]]  # an image's path to its width and height
 
 
 @dataclass(slots=True)
@@ -150,6 +156,7 @@ def check_file(
     exif_orientation: bool = True,
     image_level: ImageLevel = "decode",
     special_text: SpecialText = "refuse",
+    context: Context | None = None,
     workers: int | None = None,
     images_root: Path | None = None,
     progress: bool = True,
@@ -163,6 +170,7 @@ def check_file(
         exif_orientation: whether images will be turned as their EXIF orientation says.
         image_level: ``decode`` reads every pixel, ``header`` format and size, ``off`` no image at all.
         special_text: whether literal special tokens in texts are faults.
+        context: of the model; longer records are faults.
         workers: threads that read images (decoding runs outside of Python's lock); default one a core.
         images_root: default ``images/`` beside the file.
         progress: show a bar if it takes long and standard error is a terminal.
@@ -184,6 +192,7 @@ def check_file(
         report.faults = [other]
         return report
     faults: list[Fault] = []
+    size_of = partial(image_size, root=root, max_pixels=max_pixels, exif_orientation=exif_orientation)
     ids = IdIndex()
     seen_images: set[str] = set()
     kinds: list[str] = []
@@ -208,6 +217,8 @@ def check_file(
                 ids.add(line.id, number)
             if line.record is not None:
                 _count(report, line.record)
+                if context is not None:
+                    faults.extend(_length_fault(path, line.record, context, size_of))
             for where, image in line.images:
                 if image in seen_images:
                     continue
@@ -312,6 +323,19 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _length_fault(path: Path, record: Record, context: Context, size_of: SizeOf) -> Iterator[Fault]:
+    """The fault of a record that is longer than the model reads; unreadable images have faults of their own."""
+    texts = [record.system or "", *(text for turn in record.turns for text in (turn.user, turn.assistant))]
+    if not context.may_exceed(sum(len(text.encode()) for text in texts), len(record.turns), len(record.images)):
+        return
+    sizes = []
+    for name in record.images:
+        with contextlib.suppress(UserError):
+            sizes.append(size_of(name))
+    if len(sizes) == len(record.images) and (tokens := context.count(record, sizes)) > context.tokens:
+        yield Fault(path, record.line, "conversations", context.too_long(tokens), LENGTH_HINT)
 
 
 def _count(report: CheckReport, record: Record) -> None:

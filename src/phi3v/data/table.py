@@ -115,6 +115,21 @@ class RecordTable:
         """(records,) number of images of each record, without reading the texts."""
         return np.asarray(self._dataset.data.column("num_images")).astype(np.int32)
 
+    def turn_counts(self) -> npt.NDArray[np.int64]:
+        """(records,) number of turns of each record, without reading the texts."""
+        return np.asarray(pc.list_value_length(self._dataset.data.column("turns"))).astype(np.int64)
+
+    def text_bytes(self) -> npt.NDArray[np.int64]:
+        """(records,) UTF-8 bytes of the system message, the questions and the answers of each record."""
+        sizes = []
+        for batch in self._dataset.data.table.select(["system", "turns"]).to_batches():
+            turns = batch.column("turns").flatten()
+            texts = [pc.binary_length(pc.struct_field(turns, name)) for name in ("user", "assistant")]
+            owner = np.repeat(np.arange(len(batch)), np.asarray(pc.list_value_length(batch.column("turns"))))
+            of_turns = np.bincount(owner, np.asarray(pc.add(*texts)), len(batch))
+            sizes.append(of_turns + np.asarray(pc.fill_null(pc.binary_length(batch.column("system")), 0)))
+        return np.concatenate(sizes).astype(np.int64)
+
     def load_images(self, record: Record) -> list[Image.Image]:
         """The images of all turns of a record as RGB, in order.
 

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from phi3v.config import RunConfig
+from phi3v.data.lengths import Context, beyond_context
+from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import GIB, Machine
@@ -172,6 +174,7 @@ class Planner:
         processor = _processor(config)
         self.workload = _workload(config, processor, progress=progress)
         advised = config.model.num_crops or (processor.image_processor.num_crops if processor else DEFAULT_CROPS)
+        self._require_context(Context(self.model_config.max_position_embeddings, processor), advised)
         self.num_crops, self.crops_reason = self.workload.recommended_crops(advised)
         if config.model.num_crops is not None:
             self.crops_reason = f"the recipe says so; recommended are {self.num_crops}: {self.crops_reason}"
@@ -179,6 +182,15 @@ class Planner:
         self._models: dict[tuple[str, str], nn.Module] = {}
         self._counts: dict[tuple[str, str], Parameters] = {}
         self._rows: dict[tuple[int, str, int, int], PackedRows] = {}
+
+    def _require_context(self, context: Context, num_crops: int) -> None:
+        """Raise `UserError` for records that are longer than the model reads."""
+        tokens = self.workload.at(num_crops).tokens
+        indices = (tokens > context.tokens).nonzero()[0]
+        if self.config.data.train is not None and len(indices):
+            path = Path(self.config.data.train)
+            table = open_table(path, special_text=self.config.data.special_text, progress=False)
+            raise beyond_context(path, [(table[int(i)].line, int(tokens[i])) for i in indices], context)
 
     def plan(self, machine: Machine) -> Plan:
         """The plan for ``machine``.

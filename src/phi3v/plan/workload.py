@@ -18,6 +18,7 @@ import numpy.typing as npt
 from phi3v.config import DataConfig
 from phi3v.data.collate import encode_record
 from phi3v.data.images import image_size
+from phi3v.data.lengths import CHARACTERS_PER_TOKEN
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
@@ -30,7 +31,6 @@ CANDIDATE_CROPS = (1, 2, 4, 6, 8, 9, 12, 16)
 LONG_CONTEXT = 4096  # longer samples use LongRoPE's long factors
 HISTOGRAM_WIDTH = 512  # tokens
 HEAD_TOKENS = 4  # before a picture at the beginning: BOS, <|user|> and the line's end
-CHARACTERS_PER_TOKEN = 4  # of texts, where there is no tokenizer to ask
 READERS = 8  # threads that read headers
 
 # Where the data is not there yet: one page of the model's full size, and text as DocVQA's published mean leaves it.

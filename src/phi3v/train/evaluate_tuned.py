@@ -13,6 +13,7 @@ from phi3v.config import Precision
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
+from phi3v.data.lengths import Context, require_context
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
@@ -21,7 +22,7 @@ from phi3v.evaluate.submission import find_benchmark, require_new_file, submissi
 from phi3v.train.device import choose_compute, default_workers
 from phi3v.train.measuring import measure, show_scores
 from phi3v.train.progress import progress_bar
-from phi3v.train.tuned import find_tuned, load_tuned
+from phi3v.train.tuned import find_tuned, inspect_tuned, load_tuned
 
 
 def evaluate_tuned(
@@ -77,9 +78,11 @@ def evaluate_tuned(
             exif_orientation=reading.exif_orientation,
             sha256=checked.sha256,
         )
-    model, processor = load_tuned(tuned, compute, num_crops=num_crops)
+    inspected = inspect_tuned(tuned, compute, num_crops=num_crops)
+    processor = inspected.processor
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
+    require_context(table, Context(inspected.facts.context, processor))
     check_references(questions, config)
     limit = answer_limit(questions, config.max_new_tokens)
     config = dataclasses.replace(config, max_new_tokens=limit.tokens)
@@ -93,6 +96,7 @@ def evaluate_tuned(
         console.print(line, highlight=False, soft_wrap=True)
     if limit.finding is not None:
         limit.finding.render(console)
+    model, _ = load_tuned(tuned, compute, inspected=inspected)
     workers = default_workers(compute) if reading.num_workers is None else reading.num_workers
     with progress_bar(console) as bar:
         result = measure(

@@ -31,6 +31,7 @@ class ModelFacts:
     stored_dtype: torch.dtype  # of the checkpoint; what is saved has it again
     attention: str
     attention_reason: str
+    context: int  # tokens of a record that it reads at most
 
 
 def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
@@ -74,7 +75,8 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
             config.model.attention, compute.device, compute.dtype, shares_prefixes=shares
         )
     dtype = model_config.dtype
-    return ModelFacts(dtype if isinstance(dtype, torch.dtype) else torch.float32, attention, reason)
+    stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return ModelFacts(stored, attention, reason, model_config.max_position_embeddings)
 
 
 _MODEL_HINT = "give a folder in the official layout (make one with `phi3v model init`), or a hub id"

@@ -19,6 +19,8 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
 from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
+from phi3v.data.lengths import Context, require_context
+from phi3v.data.overlap import find_overlap
 from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
@@ -121,6 +123,10 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
+        shared = find_overlap(train_table, eval_table, config.data.special_text) if eval_table is not None else None
+    for table in (train_table, eval_table):
+        if table is not None:
+            require_context(table, Context(facts.context, processor))
     questions = questions_of(config, eval_table, processor)
     limit = None
     if questions is not None:
@@ -150,7 +156,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
         limit,
         plan,
         f"{checkpointing} ({reason})",
-        tuple(finding for finding in (limit.finding if limit is not None else None,) if finding is not None),
+        tuple(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
     )
     _check_pictures(model, train_table)
     if config.training.feature_cache != "off":

@@ -19,7 +19,14 @@ from phi3v.paths import find_model, now_at
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import Compute
-from phi3v.train.loading import inspect_model, keep_trainable_layout, load_processor, load_weights, quantization
+from phi3v.train.loading import (
+    ModelFacts,
+    inspect_model,
+    keep_trainable_layout,
+    load_processor,
+    load_weights,
+    quantization,
+)
 from phi3v.train.run_folder import read_tuned_from
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -127,8 +134,17 @@ def is_checkpoint(folder: Path) -> bool:
     return step_of(folder) >= 0 and (folder / "model").is_dir()
 
 
-def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> tuple[Any, Phi3VProcessor]:
-    """The model, as its run measured it, and its processor.
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of a tuned model before its weights are loaded."""
+
+    config: RunConfig
+    facts: ModelFacts
+    processor: Phi3VProcessor
+
+
+def inspect_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> Inspected:
+    """Look at a model without loading its weights.
 
     Args:
         num_crops: crops of a page at most; by default as the model was saved.
@@ -144,6 +160,22 @@ def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) 
     facts = inspect_model(config, compute)
     own = tuned.adapter is not None and (tuned.adapter / "preprocessor_config.json").is_file()
     processor = load_processor(RunConfig(model=ModelConfig(str(tuned.adapter), num_crops=num_crops)) if own else config)
+    return Inspected(config, facts, processor)
+
+
+def load_tuned(
+    tuned: Tuned, compute: Compute, *, num_crops: int | None = None, inspected: Inspected | None = None
+) -> tuple[Any, Phi3VProcessor]:
+    """The model, as its run measured it, and its processor.
+
+    Args:
+        num_crops, inspected: as for and of `inspect_tuned`.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded here.
+    """
+    inspected = inspected or inspect_tuned(tuned, compute, num_crops=num_crops)
+    facts, method = inspected.facts, inspected.config.method
     under_adapter = compute.dtype if compute.autocast_dtype is not None else torch.float32
     kwargs: dict[str, Any] = {
         "attn_implementation": facts.attention,
@@ -161,4 +193,4 @@ def load_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) 
             loaded = PeftModel.from_pretrained(loaded, str(tuned.adapter))
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise UserError(f"the adapter cannot be loaded: {error}", where=str(tuned.adapter)) from error
-    return loaded.eval(), processor
+    return loaded.eval(), inspected.processor

@@ -1,0 +1,151 @@
+"""What a file to measure on shares with the file that is learnt from; a score on that says little about new data.
+
+Images are the same if their files hold the same bytes. Only files of equal size are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.jsonl import replacing
+from phi3v.data.schema import Record, SpecialText
+from phi3v.data.table import RecordTable
+from phi3v.findings import Finding
+
+READERS = 8  # threads that read files
+Content = bytes | str  # stands for what an image holds: a hash, or its own path where no other file can hold the same
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of the questions to measure on.
+
+    Attributes:
+        questions: how many there are.
+        same: that are learnt too, with the same images.
+        same_image: others, about an image that is learnt from.
+        first: line of the first of all these.
+    """
+
+    questions: int
+    same: int
+    same_image: int
+    first: int
+
+    @property
+    def finding(self) -> Finding | None:
+        """What to say of it, if there is any."""
+        if not self.same + self.same_image:
+            return None
+        parts = [
+            f"{self.same:,} are asked there too, about the same images" if self.same else "",
+            f"{self.same_image:,} {'more ' if self.same else ''}are about images that it has"
+            if self.same_image
+            else "",
+        ]
+        return Finding(
+            "overlap",
+            "warn",
+            f"data.eval shares records with data.train: of {self.questions:,} questions "
+            f"{' and '.join(filter(None, parts))} (first in line {self.first})",
+            "what was learnt by heart scores well: keep each image in one of the two files",
+        )
+
+
+def find_overlap(train: RecordTable, other: RecordTable, special_text: SpecialText) -> Overlap:
+    """What ``other`` shares with ``train``; remembered in the cache for these versions of both files.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    tables = (train, other)
+    folders = [cache_folder(table.path, special_text) for table in tables]
+    memory = folders[1] / f"overlap-{folders[0].name}.json"
+    roots = [os.path.abspath(table.images_root) for table in tables]
+    try:
+        known = json.loads(memory.read_text())
+        if known.pop("roots") == roots:
+            return Overlap(**known)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    overlap = _compare(train, other)
+    try:
+        with replacing(memory) as temporary:
+            temporary.write_text(json.dumps(asdict(overlap) | {"roots": roots}))
+    except OSError as error:
+        raise cannot_write(memory.parent, error) from None
+    return overlap
+
+
+def _compare(train: RecordTable, other: RecordTable) -> Overlap:
+    contents = _same_contents(train, other)
+    asked: dict[tuple[tuple[Content, ...], str], bool] = {}  # by images and text: whether it is learnt too
+    for record in other:
+        asked.update(dict.fromkeys(_questions(record, contents[1]), False))
+    learnt: set[Content] = set()
+    for record in train:
+        for images, text in _questions(record, contents[0]):
+            learnt.update(images)
+            if (images, text) in asked:
+                asked[images, text] = True
+    same = same_image = questions = first = 0
+    for record in other:
+        for images, text in _questions(record, contents[1]):
+            questions += 1
+            if asked[images, text]:
+                same += 1
+            elif not learnt.isdisjoint(images):
+                same_image += 1
+            else:
+                continue
+            first = first or record.line
+    return Overlap(questions, same, same_image, first)
+
+
+def _questions(record: Record, contents: dict[str, Content]) -> Iterator[tuple[tuple[Content, ...], str]]:
+    """The images up to each question, as what they hold, and its text."""
+    images: list[Content] = []
+    for turn in record.turns:
+        images += [contents[name] for name in turn.images]
+        if turn.weight:
+            yield tuple(images), " ".join(turn.user.casefold().split())
+
+
+def _same_contents(*tables: RecordTable) -> list[dict[str, Content]]:
+    """For each table what stands for the content of each of its images: equal where the files are."""
+    names = [sorted({name for record in table for name in record.images}) for table in tables]
+    paths = [[table.images_root / name for name in of_table] for table, of_table in zip(tables, names, strict=True)]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = [list(pool.map(_size, of_table)) for of_table in paths]
+        in_both = set.intersection(*map(set, sizes)) - {None}
+        found = []
+        for of_table, of_paths, of_sizes in zip(names, paths, sizes, strict=True):
+            chosen = [place for place, size in enumerate(of_sizes) if size in in_both]
+            digests = dict(zip(chosen, pool.map(_digest, (of_paths[place] for place in chosen)), strict=True))
+            # What no other file can hold is like itself alone.
+            found.append(
+                {name: digests.get(place) or os.fspath(of_paths[place]) for place, name in enumerate(of_table)}
+            )
+    return found
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # said where it is read
+        return None
+
+
+def _digest(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    except OSError:
+        return None
