@@ -215,20 +215,23 @@ def azure_submit(arguments: argparse.Namespace, console: Console) -> dict[str, A
 
 def eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.train.evaluate_tuned import evaluate_tuned
+    from phi3v.train.signals import Signals
 
     keys = ("metrics", "answer_words", "max_questions", "batch_size", "max_new_tokens")
     settings = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
-    result = evaluate_tuned(
-        arguments.model,
-        arguments.data,
-        console,
-        base=arguments.base,
-        settings=settings,
-        num_crops=arguments.num_crops,
-        precision=arguments.precision,
-        out=arguments.out,
-        submission=arguments.submission,
-    )
+    with Signals() as signals:
+        signals.doing = "evaluating; nothing was written"
+        result = evaluate_tuned(
+            arguments.model,
+            arguments.data,
+            console,
+            base=arguments.base,
+            settings=settings,
+            num_crops=arguments.num_crops,
+            precision=arguments.precision,
+            out=arguments.out,
+            submission=arguments.submission,
+        )
     written = {"submission": str(arguments.submission)} if arguments.submission else {}
     return {"model": arguments.model, "data": str(arguments.data)} | result.summary() | written
 

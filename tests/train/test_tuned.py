@@ -52,7 +52,7 @@ def test_a_model_folder(
         assert sum(line["probabilities"].values()) == pytest.approx(1)
         assert line["score"] == line["correct"] == (line["prediction"].lower() == turn["assistant"])
     assert main(["eval", str(small_model_dir), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
-    assert "holds an evaluation already" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

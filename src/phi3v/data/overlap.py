@@ -66,7 +66,7 @@ def find_overlap(train: RecordTable, other: RecordTable, special_text: SpecialTe
         UserError: the cache cannot be written.
     """
     tables = (train, other)
-    folders = [cache_folder(table.path, special_text) for table in tables]
+    folders = [cache_folder(table.sha256, special_text) for table in tables]
     memory = folders[1] / f"overlap-{folders[0].name}.json"
     roots = [os.path.abspath(table.images_root) for table in tables]
     try:

@@ -14,7 +14,7 @@ import torch
 
 from phi3v.config import EvaluationConfig
 from phi3v.data.collate import Question, QuestionDataset
-from phi3v.data.jsonl import write_jsonl
+from phi3v.data.jsonl import replacing, write_jsonl
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.generate import Generated, generate_answers
@@ -58,10 +58,23 @@ class EvaluationResult:
         return ", ".join(f"{score.name} {score}" for score in self.scores) + cut
 
     def write(self, folder: Path, suffix: str = "") -> None:
-        """Write ``eval{suffix}.json`` and ``predictions{suffix}.jsonl``."""
+        """Write ``eval{suffix}.json`` and ``predictions{suffix}.jsonl``.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         text = json.dumps(self.to_json_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / f"eval{suffix}.json").write_text(text + "\n", encoding="utf-8")
-        write_jsonl(folder / f"predictions{suffix}.jsonl", self.predictions(), overwrite=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / f"eval{suffix}.json") as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+            write_jsonl(folder / f"predictions{suffix}.jsonl", self.predictions(), overwrite=True)
+        except OSError as error:
+            raise UserError(
+                f"the evaluation cannot be written: {error.strerror or error}",
+                where=str(folder),
+                hint="its scores are printed above",
+            ) from error
 
     def summary(self) -> dict[str, Any]:
         """All scores, without the answers."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.generate import Generated
 from phi3v.evaluate.text_scores import normalize_answer
+from phi3v.paths import require_writable
 
 
 @dataclass(frozen=True)
@@ -134,21 +134,18 @@ def submission_config(config: EvaluationConfig, benchmark: Benchmark, *, all_que
     return replace(config, max_questions=None, answer_words=config.answer_words or words)
 
 
-def require_new_file(path: Path) -> None:
-    """Make the folder of a file that is to be written.
+def require_new_file(path: Path, option: str) -> None:
+    """Look whether a file may and can be written.
+
+    Args:
+        option: what names it on the command line.
 
     Raises:
         UserError: it is there already, or could not be written.
     """
     if path.exists():
-        raise UserError("is there already", where=str(path), hint="remove it, or choose another --submission")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        hint = "is there room, and the right to write?"
-        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path), hint=hint) from None
+        raise UserError("is there already", where=str(path), hint=f"remove it, or choose another {option}")
+    require_writable(path.parent, str(path), f"choose another {option}")
 
 
 def write_submission(
@@ -163,6 +160,7 @@ def write_submission(
         UserError: it cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(benchmark.text(questions, answers), encoding="utf-8", newline="\n")
     except OSError as error:

@@ -15,7 +15,6 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, require_context
 from phi3v.data.table import open_table
-from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
@@ -54,11 +53,11 @@ def evaluate_tuned(
     require_file(data)
     tuned = find_tuned(name, base)
     config = dataclasses.replace(tuned.run.evaluation, **settings)
-    if out is not None and (out / "eval.json").exists():
-        raise UserError("holds an evaluation already", where=str(out), hint="choose another --out")
+    if out is not None:
+        require_new_file(out / "eval.json", "--out")
     benchmark = None
     if submission is not None:
-        require_new_file(submission)
+        require_new_file(submission, "--submission")
         benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
     compute = choose_compute(precision or tuned.run.training.precision)
@@ -103,11 +102,12 @@ def evaluate_tuned(
             model, processor, questions, config, compute, num_workers=workers, bar=bar, description="evaluating"
         )
     if compute.rank == 0:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            result.write(out)
         show_scores(console, result)
-        if submission is not None and benchmark is not None:
-            said = write_submission(submission, benchmark, result.questions, result.generated)
-            console.print(said, highlight=False, markup=False, soft_wrap=True)
+        try:
+            if out is not None:
+                result.write(out)
+        finally:  # one that cannot be written does not take the other along
+            if submission is not None and benchmark is not None:
+                said = write_submission(submission, benchmark, result.questions, result.generated)
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -170,8 +169,7 @@ class EvaluationCallback(TrainerCallback):
             "best": improved,
             "eval_seconds": round(seconds, 2),
         }
-        with self.progress.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.progress.write(line)
         if self.progress.trainer is not None:  # for TensorBoard
             values = {f"eval_{score.name}": score.value for score in result.scores if score.value is not None}
             should_log = control.should_log

@@ -94,8 +94,7 @@ class ProgressCallback(TrainerCallback):
         self.counted, self.last = seen, now
         # JSON has no infinity; fp16's first steps have gradients that do.
         line = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.write(line)
         text = (
             f"loss {logs['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
@@ -107,6 +106,15 @@ class ProgressCallback(TrainerCallback):
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
             )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``; where that fails, as on a full disk, say so and let training go on."""
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            text = f"step {line['step']} is missing in {self.metrics_file}: {error.strerror}; training goes on"
+            self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs for its counts and times to go on."""
