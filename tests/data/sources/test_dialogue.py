@@ -46,7 +46,7 @@ def a(text: str, number: int | None = None, path: str | None = None) -> Tag:
     return Tag("video" if "video" in text.lower() else "image", text, number, path)
 
 
-PAD = "<|image_pad|>"
+PAD, FAKE = "<|image_pad|>", "<fake_token_around_image>"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,9 @@ PAD = "<|image_pad|>"
         ("<start_of_image>x", [a("<start_of_image>"), "x"]),
         ("[IMG]x[IMG][IMG_BREAK][IMG][IMG_END]", [a("[IMG]"), "x", a("[IMG][IMG_BREAK][IMG][IMG_END]")]),
         ("<img></img><img><IMG_CONTEXT></img>", [a("<img></img>"), a("<img><IMG_CONTEXT></img>")]),
+        ("<im_start><im_patch><im_patch><im_end>x", [a("<im_start><im_patch><im_patch><im_end>"), "x"]),
+        (f"{FAKE}<image>{FAKE}", [a(f"{FAKE}<image>{FAKE}")]),
+        ("<image_start><image><image_end>", [a("<image_start><image><image_end>")]),
         ("<img>a b.png</img>", [a("<img>a b.png</img>", path="a b.png")]),
         ("<video>", [a("<video>")]),
         ('<img src="a.png"> [img] <imageView x="1">', ['<img src="a.png"> [img] <imageView x="1">']),
@@ -106,6 +109,10 @@ PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "numbers from 0": (
         llava("<image_00><image_01>x", image=["a.png", "b.png"]),
         {"images": ["a.png", "b.png"], "user": "x"},
+    ),
+    "named by their tags": (
+        llava("<image_01> or <image_00>?", image={"<image_00>": "a.png", "<image_01>": "b.png"}),
+        {"images": ["b.png", "a.png"], "image_offsets": [0, 4], "user": " or ?"},
     ),
     "pads": (
         llava("<|vision_start|><|image_pad|><|vision_end|>colour?", image="a.png"),
@@ -266,7 +273,7 @@ def test_text_that_is_no_image_is_said(convert: Convert, data: Path) -> None:
         llava("<image>\nAs Markdown.", "![fig](<image>)", image="a.png"),
         llava("What is wrong in ![x](y.png)?"),
         llava('<img src="a.png"> is what?'),
-        llava("<image>What does <ImageView> do?", image="a.png"),
+        llava("<image>What does <ImageView> do?", "<image_view></image_view>", image="a.png"),
     ]
     result = convert("llava", write(data, *rows))
     assert [turn["user"] for turn in result.turns()][3] == "What does <ImageView> do?"
@@ -328,9 +335,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         llava("<|vision_end|>x", image="a.png"),
         "holds an image token that is not known: '<|vision_end|>'",
     ),
+    "unknown token beside an image": (
+        llava("<image><begin_image>x", image="a.png"),
+        "holds an image token that is not known: '<begin_image>'",
+    ),
+    "an end and no beginning": (
+        llava("<image>\nx</image>", image="a.png"),
+        "image token that is not known: '</image>'",
+    ),
     "unknown token without an image": (llava("<|img_tok|>x"), "holds an image token that is not known"),
     "unknown tag": (
-        llava("<my_image>x", image="a.png"),
+        llava("<myimage>x", image="a.png"),
         "conversations[0]: holds what may be an image tag and is not known",
     ),
     "unknown tag without an image": (

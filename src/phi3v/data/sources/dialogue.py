@@ -204,7 +204,8 @@ def _of_text(content: object, role: Role, where: str, objects: Objects, decided:
         raise UserError(what, where=where, hint="write the text in quotes")
     text = objects.fill(content, where)
     pieces = split_tags(text)
-    refuse_control_tokens("\n".join(piece for piece in pieces if isinstance(piece, str)), where)
+    plain = "\n".join(piece for piece in pieces if isinstance(piece, str))
+    refuse_control_tokens(plain, where, is_answer=role == "assistant")
     tags = [piece for piece in pieces if isinstance(piece, Tag)]
     if role == "user":
         return [

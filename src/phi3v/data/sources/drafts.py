@@ -343,6 +343,8 @@ def media_of(row: Row, kind: MediumKind) -> list[Medium]:
     """
     where = kind if row.get(kind) else f"{kind}s"
     value = row.get(where) or []
+    if isinstance(value, Mapping) and all(str(name).startswith("<") for name in value):
+        value = [value[name] for name in sorted(value)]  # MiniCPM-V's {"<image_00>": "a.png", "<image_01>": "b.png"}
     items = value if isinstance(value, list) else [value]
     return [medium_of(item, kind, f"{where}[{k}]") for k, item in enumerate(items)]
 

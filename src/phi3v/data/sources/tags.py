@@ -27,11 +27,13 @@ class Tag:
 
 
 # One image may be a single token, a token repeated as often as the model needs, or either between two others.
-_START = r"(?:<\|(?:vision|image|img|video)_(?:start|begin)\|>|<\|?begin_of_(?:image|video)\|?>|<start_of_image>)"
-_END = r"(?:<\|(?:vision|image|img|video)_end\|>|<\|?end_of_(?:image|video)\|?>|\[IMG_END\])"
+_AROUND = r"<fake_token_around_image>|<(?:\|(?:vision|image|img|video)_{0}\||(?:vision|image|img|im|video)_{0})>"
+_START = f"(?:{_AROUND.format('(?:start|begin)')}|" + r"<\|?begin_of_(?:image|video)\|?>|<start_of_image>)"
+_END = f"(?:{_AROUND.format('end')}|" + r"<\|?end_of_(?:image|video)\|?>|(?-i:\[IMG_END\]))"
 _SUFFIX = r"(?:[_-]?(?:soft_token|placeholder|token|pad|here))?[ _:#-]*"
 _TOKEN = (
-    rf"(?:<\|?(?:image|img|video){_SUFFIX}\d*\s*/?\|?>|<image_soft_token>|<IMG_CONTEXT>|(?-i:\[IMG\]|\[IMG_BREAK\]))"
+    rf"(?:<\|?(?:image|img|video){_SUFFIX}\d*\s*/?\|?>|<image_soft_token>|<IMG_CONTEXT>|<im_patch>"
+    r"|(?-i:\[IMG\]|\[IMG_BREAK\]))"
 )
 _TAG = re.compile(
     rf"<(?P<element>image|img|video)>(?P<path>[^<>\n]*)</(?P=element)>"
@@ -41,9 +43,12 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _ONE_TOKEN = re.compile(_TOKEN, re.IGNORECASE)
-# A token of some model's own: whatever it means, it is no text.
-_CONTROL = re.compile(
-    r"<\|[^<>|\s]*(?:image|img|vision|video|picture)[^<>|\s]*\|>|<(?:start|end)_of_(?:image|video)>|(?-i:\[/?IMG[^\]\s]*\])",
+# A token of some model's own: whatever it means, it is no text. Without bars it may yet be XML that an answer writes.
+_CONTROL = re.compile(r"<\|[^<>|\s]*(?:image|img|vision|video|picture)[^<>|\s]*\|>", re.IGNORECASE)
+_CONTROL_OR_XML = re.compile(
+    _CONTROL.pattern
+    + r"|</?\w*_(?:image|img|vision|video)>|</?(?:image|img|im|vision|video)_\w+>|</(?:image|img)>"
+    + r"|(?-i:\[/?IMG[^\]\s]*\])",
     re.IGNORECASE,
 )
 _LIKE_A_TAG = re.compile(
@@ -83,9 +88,9 @@ def _number(token: str) -> int | None:
     return int(digits) if digits else None
 
 
-def refuse_control_tokens(text: str, where: str) -> None:
+def refuse_control_tokens(text: str, where: str, *, is_answer: bool) -> None:
     """Raise `UserError` if a text without its tags holds a token by which other models mark images."""
-    if found := _CONTROL.search(text):
+    if found := (_CONTROL if is_answer else _CONTROL_OR_XML).search(text):
         hint = "write <image> where an image stands, and nothing around it"
         raise UserError(f"holds an image token that is not known: {quote(found.group(), 40)}", where=where, hint=hint)
 
