@@ -266,3 +266,70 @@ def test_a_delimiter_within_quotes_is_none(convert: Convert, tmp_path: Path) -> 
     file.write_text('image;"question, answer, or both";answer\na.png;Q;A\n')
     result = convert("csv", file, "--question-column", "question, answer, or both")
     assert result.turns() == [{"images": ["a.png"], "user": "Q", "assistant": "A"}]
+
+
+CHATS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "foreign_keys/system.jsonl": ("llava", [{"images": ["a.png"], "user": "Which colour?", "assistant": "rot"}], []),
+    "foreign_keys/weight.jsonl": (
+        "messages",
+        [
+            {"images": ["a.png"], "user": "Which colour?", "assistant": "WRONG GUESS", "weight": 0},
+            {"user": "Look again.", "assistant": "red"},
+        ],
+        [],
+    ),
+    "foreign_keys/dpo.jsonl": (
+        "messages",
+        [{"images": ["a.png"], "user": "Which colour?", "assistant": "red"}],
+        ["the key rejected_response is not used (1×)"],
+    ),
+    "foreign_keys/qwenvl.jsonl": (
+        "llava",
+        [{"images": ["a.png"], "image_offsets": [11], "user": "Picture 1: \nWhich colour?", "assistant": "red"}],
+        [],
+    ),
+    "grounding/g.jsonl": (
+        "messages",
+        [
+            {"images": ["a.png"], "user": "Where is the red disc?", "assistant": "[(156,156),(844,844)]"},
+            {"images": ["b.png"], "user": "Which discs are there?", "assistant": "blue disc[(156,156),(844,844)]"},
+        ],
+        ["a <bbox> was filled in as [(x1,y1),(x2,y2)], in thousandths of the image's width and height (2×)"],
+    ),
+    "tags/l.json": (
+        "llava",
+        [
+            {
+                "images": ["a.png", "b.png"],
+                "image_offsets": [11, 23],
+                "user": "Picture A: \nPicture B: \nWhich one is red?",
+                "assistant": "A",
+            },
+            {
+                "images": ["a.png"],
+                "user": "Write this page as Markdown.",
+                "assistant": "# Title\n\n![fig](<image>)\n\nText",
+            },
+            {"images": ["a.png", "b.png"], "image_offsets": [0, 5], "user": " and : same colour?", "assistant": "no"},
+            *[{"images": ["a.png"], "user": "colour?", "assistant": "red"}] * 3,
+        ],
+        ["an answer holds an image tag, which is learnt as the text that it is (1×)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_of_other_tools(convert: Convert, name: str) -> None:
+    source, turns, notes = CHATS[name]
+    result = convert(source, CASES / name)
+    assert (result.turns(), result.said["notes"]) == (turns, notes)
+    assert (result.records()[0].get("system") == "Answer in German.") == (name == "foreign_keys/system.jsonl")
+
+
+def test_values_that_are_no_text_are_named_by_kind(convert: Convert) -> None:
+    result = convert("llava", CASES / "foreign_keys" / "values.jsonl")
+    assert result.code == 2
+    for kind in ("a number", "true", "null"):
+        assert f"conversations[1].value: must be a string, not {kind}" in result.error
+    skipped = convert("llava", CASES / "foreign_keys" / "values.jsonl", "--on-bad", "skip")
+    assert [row["id"] for row in skipped.records()] == ["1.5", "z2", "1" + "0" * 30]
