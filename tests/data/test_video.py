@@ -75,3 +75,9 @@ def test_sound_alone_has_no_picture_track(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(UserError, match=r"sound\.wav: has no picture track"):
         sample_frames(path, 8)
+
+
+def test_a_codec_that_nobody_knows(tmp_path: Path) -> None:
+    content = clip(tmp_path / "a.avi", length=3).read_bytes()
+    with pytest.raises(UserError, match=r"a\.avi: is of a codec that is unknown here"):
+        sample_frames(content.replace(b"FMP4", b"XXXX"), 1, name="a.avi")

@@ -123,7 +123,11 @@ def _open(clip: Path | bytes, where: str) -> av.container.InputContainer:
     if not container.streams.video:
         container.close()
         raise UserError("has no picture track", where=where, hint="leave it out, or name a video file")
-    container.streams.video[0].codec_context.thread_count = 1  # the cores are shared among clips already
+    codec: av.VideoCodecContext | None = container.streams.video[0].codec_context
+    if codec is None:
+        container.close()
+        raise UserError("is of a codec that is unknown here", where=where, hint="encode it as H.264 or MPEG-4")
+    codec.thread_count = 1  # the cores are shared among clips already
     return container
 
 
