@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -195,12 +194,7 @@ def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunCon
         "evaluation.answer_words": task.answer_words,
         "evaluation.max_new_tokens": 64,
     }
-    return load_config(None, [f"--{key}={_plain(value)}" for key, value in settings.items()])
-
-
-def _plain(value: object) -> str:
-    """A value as it is written on the command line of ``phi3v train``."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return load_config(None, settings)
 
 
 def find_data(task: Task, folder: Path) -> tuple[Path, Path] | None:

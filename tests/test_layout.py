@@ -29,6 +29,7 @@ ROOMS = [
     "processing",
     "config",
     "paths",
+    "grammar",
     "machine",
     "findings",
     "errors",

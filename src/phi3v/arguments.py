@@ -13,8 +13,9 @@ from rich.console import Console
 
 from phi3v import __version__, commands
 from phi3v.bench.settings import WAYS, Settings
-from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, known_keys
+from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, add_keys
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
+from phi3v.grammar import Parser
 from phi3v.model.preset_fields import PRESET_FIELDS
 from phi3v.plan.inputs import METHODS
 from phi3v.serve.limits import Limits, limit_option
@@ -25,37 +26,19 @@ Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse a command line; the keys of the configuration are options too, of ``train`` the only ones."""
-    if argv[:1] and (argv[0] in ("plan", "doctor") or argv[:2] in (["azure", "skus"], ["azure", "submit"])):
-        known, rest = build_parser().parse_known_args(argv)
-        known.overrides = rest
-        return known
-    if argv[:1] != ["train"]:
-        return build_parser().parse_args(argv)
-    arguments = build_parser().parse_args(["train"])
-    rest, arguments.resume = _take_resume([argument for argument in argv[1:] if argument != "--json"])
-    arguments.json = "--json" in argv[1:]
-    arguments.recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    arguments.overrides = rest
+    """Parse a command line; its keys of the configuration are in ``overrides``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    arguments = build_parser().parse_args(argv)
+    arguments.overrides = {key: value for key, value in vars(arguments).items() if "." in key}
     return arguments
 
 
-def _take_resume(argv: list[str]) -> tuple[list[str], str | None]:
-    """Take ``--resume``, ``--resume auto``, ``--resume PATH`` or ``--resume=…`` out of a command line."""
-    for place, argument in enumerate(argv):
-        if argument.startswith("--resume="):
-            return argv[:place] + argv[place + 1 :], argument.removeprefix("--resume=") or "auto"
-        if argument == "--resume":
-            after = argv[place + 1 : place + 2]
-            # A recipe that comes last is none to go on from.
-            value = [name for name in after if not name.startswith("-") and Path(name).suffix not in (".yaml", ".yml")]
-            return argv[:place] + argv[place + 1 + len(value) :], value[0] if value else "auto"
-    return argv, None
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Every command with its options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
     )
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
@@ -172,20 +155,16 @@ def build_parser() -> argparse.ArgumentParser:
         data,
         "preview",
         commands.data_preview,
-        "write an HTML page of a data file: samples as the model sees them, counts, sizes, faults",
-        "phi3v data preview data/train.jsonl --out preview.html --model microsoft/Phi-3.5-vision-instruct",
+        "write an HTML page of a data file: samples as the model sees them (without a model: 16 crops and the small "
+        "built-in tokenizer), counts, sizes, faults",
+        "phi3v data preview data/train.jsonl --out preview.html --model.path microsoft/Phi-3.5-vision-instruct",
     )
     preview.add_argument("file", type=Path, metavar="FILE.jsonl", help="the data; pictures lie in images/ beside it")
     preview.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="where to write it")
     preview.add_argument(
         "--samples", type=int, default=12, metavar="N", help="records that are shown (default: %(default)s)"
     )
-    preview.add_argument(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="cut and tokenise as this model does (default: 16 crops and the small built-in tokenizer)",
-    )
-    preview.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as the model)")
+    add_keys(preview, ("model.path", "model.num_crops"))
     preview.add_argument(
         "--special-text",
         choices=("refuse", "escape"),
@@ -194,13 +173,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     preview.add_argument("--open", action="store_true", help="open it in the browser")
 
-    _command(
+    train = _command(
         verbs,
         "train",
         commands.train,
-        "fine-tune a model as a recipe says; options override it",
+        "fine-tune a model as a recipe says; options override it. SIGTERM, SIGINT and SIGUSR1 end training after its "
+        "step, with a checkpoint and exit code 3",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
         brief="fine-tune a model as a recipe says",
+    )
+    train.usage = "phi3v train [RECIPE.yaml] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
+    _add_recipe(train, shown=True)
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest valid one of training.output_dir; without any the run "
+        "starts anew (default: start anew)",
     )
     evaluate = _command(
         verbs,
@@ -226,12 +216,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--metrics",
         nargs="+",
+        action="extend",
+        choices=METRIC_NAMES,
         metavar="NAME",
         help=f"the scores, the task's own first, from {', '.join(METRIC_NAMES)} ({own}, else accuracy)",
     )
     evaluate.add_argument(
         "--answer-words",
         nargs="+",
+        action="extend",
         metavar="WORD",
         help=f"for auroc: the possible answers, the positive one first, e.g. yes no ({own})",
     )
@@ -298,10 +291,11 @@ def build_parser() -> argparse.ArgumentParser:
         "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
         brief="say what fits which GPUs, and how fast",
     )
-    plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe, with its dataset if that is there")
+    _add_recipe(plan)
     plan.add_argument(
         "--gpu",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help="e.g. a100-80gb, or 8xa100-80gb; several for one table over all (default: this machine)",
     )
@@ -318,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
         "phi3v doctor recipes/easy_vqa_tiny.yaml",
         brief="check everything before a run",
     )
-    doctor.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe; --key.subkey value overrides it")
+    _add_recipe(doctor)
     _add_azure(verbs)
     completion = verbs.add_parser(
         "completion",
@@ -336,11 +330,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_azure(verbs: Any) -> None:
     azure = verbs.add_parser("azure", help="sizes, quota and jobs").add_subparsers(dest="action", required=True)
-    recipe: dict[str, Any] = {
-        "type": Path,
-        "metavar": "RECIPE.yaml",
-        "help": "the recipe; --key.subkey value overrides it",
-    }
     skus = _command(
         azure,
         "skus",
@@ -348,7 +337,7 @@ def _add_azure(verbs: Any) -> None:
         "list the Azure sizes that a recipe fits, the fewest GPUs first, with the quota to ask for; needs no login",
         "phi3v azure skus recipes/docvqa_lora.yaml",
     )
-    skus.add_argument("recipe", **recipe)
+    _add_recipe(skus)
     skus.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of each size (default: %(default)s)")
 
     subscription: dict[str, Any] = {
@@ -384,7 +373,7 @@ def _add_azure(verbs: Any) -> None:
         "train a recipe as a job of Azure Machine Learning, on one or many nodes; it resumes when it is pre-empted",
         "phi3v azure submit recipes/docvqa_lora.yaml --sku Standard_ND96asr_v4 --workspace W --resource-group G",
     )
-    submit.add_argument("recipe", **recipe)
+    _add_recipe(submit)
     submit.add_argument("--sku", required=True, metavar="SIZE", help="the Azure size of a node")
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="how many nodes (default: %(default)s)")
     submit.add_argument("--workspace", metavar="NAME", help="the workspace of Azure Machine Learning")
@@ -434,12 +423,10 @@ def _add_chat(verbs: Any) -> None:
     chat.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="arithmetic (default: as the run)")
     once = chat.add_argument_group("one answer in the terminal")
     once.add_argument("--prompt", metavar="TEXT", help="the question")
-    once.add_argument(
-        "--image", dest="media", type=Path, action="append", metavar="FILE", help="a picture; may be repeated"
-    )
-    once.add_argument(
-        "--video", dest="media", type=Path, action="append", metavar="FILE", help="a clip; may be repeated"
-    )
+    for option, what in (("--image", "pictures"), ("--video", "clips")):
+        once.add_argument(
+            option, dest="media", type=Path, nargs="+", action="extend", metavar="FILE", help=f"{what}; may be repeated"
+        )
     how = chat.add_argument_group("how it answers; in the browser what is set first")
     how.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
     how.add_argument(
@@ -483,8 +470,8 @@ def _add_bench(bench: Any) -> None:
         "speed and memory of training, beside the public recipe's way in the same call; also under torchrun",
         "phi3v bench train --methods lora --ways recipe samples shared-image --out lora.json",
     )
-    train.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    train.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
+    train.add_argument("--methods", nargs="+", action="extend", choices=METHODS, help="(default: all)")
+    train.add_argument("--ways", nargs="+", action="extend", choices=WAYS, help="(default: all)")
     train.add_argument("--steps", type=int, default=usual.steps, help="steps timed, after one (default: %(default)s)")
     train.add_argument(
         "--seconds", type=float, default=usual.seconds, help="a row ends after so many (default: %(default)s)"
@@ -565,7 +552,7 @@ def _add_source_options(convert: argparse.ArgumentParser) -> None:
             "the question of every record; of folders, {classes} in it stands for the names of the classes",
             {"metavar": "TEXT"},
         ),
-        "image_columns": ("column of picture paths; repeat it for several pictures", {"action": "append"}),
+        "image_columns": ("columns of picture paths", {"nargs": "+", "action": "extend"}),
         "question_column": ("column of questions", {}),
         "answer_column": ("column of answers", {}),
         "split_column": ("column of train, val, eval or test", {}),
@@ -580,11 +567,23 @@ def _add_source_options(convert: argparse.ArgumentParser) -> None:
         group.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
 
 
+def _add_recipe(command: Parser, *, shown: bool = False) -> None:
+    command.add_argument(
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE.yaml",
+        help="a YAML file; --key.subkey value overrides it, or stands alone"
+        + ("" if shown else " (phi3v train --help lists the keys)"),
+    )
+    add_keys(command, shown=shown)
+
+
 def _command(
     verbs: Any, name: str, handler: Handler, summary: str, example: str, *, brief: str | None = None
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A command; ``brief`` is its line in the list of all commands, which is to fit a screen."""
-    command: argparse.ArgumentParser = verbs.add_parser(
+    command: Parser = verbs.add_parser(
         name,
         help=brief or summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -600,7 +599,7 @@ def _completion(arguments: argparse.Namespace, console: Console) -> None:
 
     parser = build_parser()
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    for verb in ("train", "plan", "doctor"):
-        for key in known_keys():
-            verbs.choices[verb].add_argument(f"--{key}")
+    for verb in ("plan", "doctor"):
+        for action in verbs.choices[verb]._actions:
+            action.help = "" if action.help == argparse.SUPPRESS else action.help
     print(shtab.complete(parser, arguments.shell))

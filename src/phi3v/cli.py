@@ -20,7 +20,6 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v import commands
 from phi3v.arguments import parse
 from phi3v.errors import LostRankError, StoppedError, UserError
 
@@ -29,12 +28,19 @@ SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
-    return run_command(
-        lambda console: arguments.handler(arguments, console),
-        as_json=getattr(arguments, "json", False),
-        show_downloads=arguments.handler is commands.data_convert,
-    )
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def work(console: Console) -> dict[str, Any] | None:
+        arguments = parse(words)
+        result: dict[str, Any] | None = arguments.handler(arguments, console)
+        return result
+
+    try:
+        return run_command(work, as_json="--json" in words, show_downloads=words[:2] == ["data", "convert"])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return 0  # --help, --version
 
 
 def run_command(

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v.bench.settings import Settings
-from phi3v.config import build_parser as config_parser
+from phi3v.bench.settings import WAYS, Settings
 from phi3v.config import load_config
 from phi3v.data.sources import SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
+from phi3v.plan.inputs import METHODS
 
 
 def model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -84,18 +84,10 @@ def data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any
 
 
 def train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | None:
-    if {"-h", "--help"} & set(arguments.overrides) or (arguments.recipe is None and not arguments.overrides):
-        options = config_parser()
-        options.prog = "phi3v train"
-        options.usage = "phi3v train [RECIPE.yaml] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
-        options.description = (
-            "--resume goes on from the newest valid checkpoint of training.output_dir, or from the one that is named; "
-            "without any the run starts anew. SIGTERM, SIGINT and SIGUSR1 end training after its step, with a "
-            "checkpoint and exit code 3."
+    if arguments.recipe is None and not arguments.overrides:
+        raise UserError(
+            "nothing to train is named", hint="name a recipe, or keys such as --data.train; see `phi3v train --help`"
         )
-        options.epilog = "example: phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first"
-        options.print_help()
-        return None
     config = load_config(arguments.recipe, arguments.overrides)
     from phi3v.doctor import check_before_training
     from phi3v.report.live import train_with_report
@@ -143,14 +135,15 @@ def report(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def data_preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    num_crops = load_config(None, arguments.overrides).model.num_crops
     from phi3v.report.preview import preview
 
     told = preview(
         arguments.file,
         arguments.out,
         samples=arguments.samples,
-        model=arguments.model,
-        num_crops=arguments.num_crops,
+        model=arguments.overrides.get("model.path"),
+        num_crops=num_crops,
         special_text=arguments.special_text,
     )
     console.print(f"tokens: {told['tokenizer']}", highlight=False, soft_wrap=True)
@@ -204,6 +197,8 @@ def azure_quota(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def azure_submit(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if arguments.recipe is None and arguments.name is None:
+        raise UserError("a run without a recipe has no name", where="--name", hint="name it, e.g. --name docvqa")
     config = load_config(arguments.recipe, arguments.overrides)
     from phi3v.azure.job import submit_command
 
@@ -267,8 +262,8 @@ def bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
     settings = Settings(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(Settings)})
     return bench_train(
-        arguments.methods,
-        arguments.ways,
+        arguments.methods or METHODS,
+        arguments.ways or WAYS,
         settings,
         console,
         preset=arguments.preset,

@@ -7,48 +7,70 @@ is written into every run folder.
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import difflib
+import functools
+import itertools
+import math
 import re
+import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from phi3v.errors import UserError
+from phi3v.grammar import Parser, nearest, words_of
 from phi3v.paths import absolute, is_hub_id, now_at
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+BOOLEAN, INTEGER, FLOAT = ("tag:yaml.org,2002:" + name for name in ("bool", "int", "float"))
+NUMBER = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:e[-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE
+)
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, as in YAML 1.2: ``[yes, no]`` are two words.
+    """YAML with the scalars of YAML 1.2: ``[yes, no]`` are two words, 1e-3 is a number, 010 is ten, 1:30 is text.
 
-    And 1e-3 is a number, which PyYAML itself reads as text.
+    And a key that is given twice is an error, where PyYAML takes the last.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own form
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                keys.add(key.value)
+        return node
 
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
-)
+
+class YamlDumper(yaml.SafeDumper):
+    """Puts text in quotes that either YAML would read as something else."""
+
+
+YamlLoader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
+YamlLoader.add_implicit_resolver(INTEGER, re.compile(r"^[-+]?[0-9][0-9_]*$"), "-+0123456789")
+YamlLoader.add_constructor(INTEGER, lambda loader, node: int(node.value))
+for kind in (YamlLoader, YamlDumper):
+    kind.add_implicit_resolver(FLOAT, NUMBER, "-+.0123456789")
 
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML document, see `YamlLoader`."""
     return yaml.load(text, YamlLoader)  # a SafeLoader
 
-
-set_loader("yaml_words", read_yaml, exceptions=(yaml.YAMLError,))
 
 # Where Pillow itself starts to warn: a quarter of a GiB at 3 bytes a pixel.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -482,95 +504,214 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The whole tree; reads back as the same configuration."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml.dump(dataclasses.asdict(self), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
-def build_parser() -> ArgumentParser:
+@functools.cache
+def _fields(cls: type) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(entry.name, hints[entry.name]) for entry in dataclasses.fields(cls)]
+
+
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of every leaf and branch below ``cls``, with their types."""
+    for name, kind in _fields(cls):
+        yield prefix + name, kind
+        if dataclasses.is_dataclass(kind):
+            yield from _kinds(typing.cast(type, kind), f"{prefix}{name}.")
+
+
+def known_keys() -> Iterator[str]:
+    """Dotted names of every leaf and branch of the tree."""
+    return (name for name, _ in _kinds(RunConfig))
+
+
+def build_parser() -> Parser:
     """A parser with an option for every key of the tree."""
-    parser = ArgumentParser(exit_on_error=False, add_help=False, parser_mode="yaml_words")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    for action in parser._actions:
-        # The library lets every group be read from a file of its own; a recipe is the one way to do that here.
-        if action.metavar == "CONFIG":
-            action.help = argparse.SUPPRESS
+    parser = Parser(prog="phi3v train", add_help=False)
+    add_keys(parser)
     return parser
 
 
-def known_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every leaf and branch below ``cls``."""
-    hints = typing.get_type_hints(cls)
-    for entry in dataclasses.fields(cls):
-        yield prefix + entry.name
-        if dataclasses.is_dataclass(hints[entry.name]):
-            yield from known_keys(hints[entry.name], f"{prefix}{entry.name}.")
+def add_keys(parser: argparse.ArgumentParser, only: Container[str] | None = None, *, shown: bool = True) -> None:
+    """Give a parser options for keys of the tree; what they read are `load_config`'s overrides.
+
+    Args:
+        only: some keys; by default all, in groups.
+        shown: in the help text.
+    """
+    _add_keys(parser, parser, RunConfig(), "", only, shown)
 
 
-def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def _add_keys(parser: Any, group: Any, branch: Any, prefix: str, only: Container[str] | None, shown: bool) -> None:
+    owner: type = type(branch)
+    for name, kind in _fields(owner):
+        key, default = prefix + name, getattr(branch, name)
+        if dataclasses.is_dataclass(kind):
+            is_titled = shown and only is None
+            below = parser.add_argument_group(key, _docstrings()[owner.__name__, name]) if is_titled else group
+            _add_keys(parser, below, default, f"{key}.", only, shown)
+        elif only is None or key in only:
+            kind = _required(kind)
+            settings: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS, "metavar": _metavar(kind)}
+            if typing.get_origin(kind) is list:
+                settings |= {"nargs": "+", "action": "extend"}
+            elif kind is bool:
+                settings |= {"nargs": "?", "const": "true"}
+            settings["help"] = argparse.SUPPRESS
+            if shown:
+                settings["help"] = _help(_docstrings()[owner.__name__, name], default)
+            group.add_argument(f"--{key}", **settings)
+
+
+def _help(text: str, default: Any) -> str:
+    if default is None and "default: " in text:
+        return text.replace("%", "%%")
+    # As in YAML: null, true, [a, b].
+    shown = f"[{', '.join(default)}]" if isinstance(default, list) else str(default)
+    shown = {"None": "null", "True": "true", "False": "false"}.get(shown, shown)
+    return f"{text} (default: {shown})".replace("%", "%%")
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return _metavar(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    return {bool: "{true,false}", int: "N", float: "X", str: "TEXT"}[kind]
+
+
+@functools.cache
+def _docstrings() -> dict[tuple[str, str], str]:
+    """The text below each field of each class, which Python itself forgets."""
+    texts = {}
+    for owner in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        if isinstance(owner, ast.ClassDef):
+            for entry, text in itertools.pairwise(owner.body):
+                match entry, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                        texts[owner.name, name] = " ".join(words.split())
+    return texts
+
+
+def _required(kind: Any) -> Any:
+    """A type without ``| None``."""
+    return next(each for each in typing.get_args(kind) if each is not types.NoneType) if _may_be_none(kind) else kind
+
+
+def _may_be_none(kind: Any) -> bool:
+    return types.NoneType in typing.get_args(kind)
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
     """Read a recipe and apply ``--key.subkey value`` overrides.
 
+    Args:
+        recipe: a YAML file; none is the defaults.
+        overrides: words of a command line, or keys with their values.
+
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, or a value is of the wrong type or out of range.
+        UserError: the file is missing or no YAML, a key is unknown or given twice, or a value is of the wrong type or
+            out of range.
     """
-    parser = build_parser()
-    keys = list(known_keys())
-    settings = Namespace()
-    where = str(recipe)
-    try:
-        if recipe is not None:
-            tree = _read_yaml(recipe)
-            for name, value in _dotted(tree):
-                _check_key(name, keys, where=str(recipe))
-                is_branch = any(key.startswith(name + ".") for key in keys)
-                if is_branch and not isinstance(value, Mapping):
-                    raise UserError(f"{name} is a group of keys, got {value!r}", where=str(recipe))
-            settings = parser.parse_object(tree)
-        where = "command line"
-        for argument in overrides:
-            if argument.startswith("--"):
-                _check_key(argument[2:].split("=", 1)[0], keys, where=argument.split("=", 1)[0])
-        settings = parser.parse_args(list(overrides), namespace=settings)
-        config: RunConfig = RunConfig(**parser.instantiate(settings).as_dict())
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse has errors of many classes
-        hint = None
-        if "unrecognized arguments" in str(error).lower():
-            hint = "the recipe comes first: phi3v train RECIPE.yaml --key.subkey value …"
-        raise UserError(_one_line(error), where=where, hint=hint) from None
-    return config
+    kinds = dict(_kinds(RunConfig))
+    values = {} if recipe is None else _read_recipe(recipe, kinds)
+    if not isinstance(overrides, Mapping):
+        overrides = vars(build_parser().parse_args(list(overrides)))
+    for name, value in overrides.items():
+        values[name] = _typed(value, kinds[name], f"--{name}")
+    return _build(RunConfig, values)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    settings = {}
+    for name, kind in _fields(cls):
+        if dataclasses.is_dataclass(kind):
+            settings[name] = _build(kind, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            settings[name] = values[prefix + name]
+    return cls(**settings)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """A value of YAML, or a word of the command line, as the type of its key."""
+    is_none = value is None or value in ("none", "null", ["none"], ["null"])
+    if is_none and _may_be_none(kind):
+        return None
+    kind = _required(kind)
+    if typing.get_origin(kind) is list:
+        if is_none:
+            return []
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if all(isinstance(each, str) for each in values):
+            values = words_of(values)
+        return [_typed(each, typing.get_args(kind)[0], where) for each in values]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            near = nearest(str(value), choices)
+            wrong = f"must be one of {', '.join(choices)}, got {value!r}"
+            raise UserError(wrong, where=where, hint=f"did you mean {near}?" if near else None)
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise UserError(f"must be text, got {value!r}", where=where, hint="put it in quotes")
+        if not value.strip():
+            raise UserError("is empty", where=where, hint="leave it out, or name something")
+        return value
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            value = read_yaml(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
+        raise UserError(f"must be {wanted}, got {value!r}", where=where)
+    return value
+
+
+def _read_recipe(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe by their dotted names."""
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        loader = YamlLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError("a recipe is a mapping of keys", where=str(path))
+        values: dict[str, Any] = {}
+        for name, value, line in _leaves(loader, node, kinds, str(path)):
+            where = f"{path}:{line}: {name}"
+            if name in values:
+                raise UserError("is given twice", where=where, hint="name it once")
+            values[name] = _typed(value, kinds[name], where)
     except FileNotFoundError:
         raise UserError("no such file", where=str(path), hint="recipes that come with phi3v are in recipes/") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except yaml.MarkedYAMLError as error:
+        place = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        raise UserError(f"cannot be read as YAML: {error.problem}", where=place) from None
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"cannot be read as YAML: {error}", where=str(path)) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError("a recipe is a mapping of keys", where=str(path))
-    return tree
+    return values
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _check_key(name: str, keys: Sequence[str], *, where: str) -> None:
-    if name in keys:
-        return
-    # The name may be right and its branch missing: `learning_rate` for `training.learning_rate`.
-    same_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = same_leaf or difflib.get_close_matches(name, keys, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see `phi3v train --help` for every key"
-    raise UserError(f"unknown key {name}", where=where, hint=hint)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text.removesuffix(".")
+def _leaves(
+    loader: YamlLoader, node: yaml.MappingNode, kinds: Mapping[str, Any], path: str, prefix: str = ""
+) -> Iterator[tuple[str, Any, int]]:
+    """(name, value, line) of every key below a node."""
+    loader.flatten_mapping(node)
+    for key, below in node.value:
+        name, line = f"{prefix}{loader.construct_object(key, deep=True)}", key.start_mark.line + 1
+        if name not in kinds:
+            near = nearest(name, kinds)
+            hint = f"did you mean {near}?" if near else "see `phi3v train --help` for every key"
+            raise UserError(f"unknown key {name}", where=f"{path}:{line}", hint=hint)
+        is_branch = dataclasses.is_dataclass(kinds[name])
+        if is_branch and isinstance(below, yaml.MappingNode):
+            yield from _leaves(loader, below, kinds, path, f"{name}.")
+            continue
+        value = loader.construct_object(below, deep=True)
+        if not is_branch:
+            yield name, value, line
+        elif value is not None:  # a heading whose keys are all commented out
+            raise UserError(f"{name} is a group of keys, got {value!r}", where=f"{path}:{line}")

@@ -113,7 +113,8 @@ def test_of_many_records_a_fair_part_is_measured(tmp_path: Path, monkeypatch: py
 
 def test_the_command_line(file: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
-    command = ["data", "preview", str(file), "--out", str(out), "--model", str(tiny_model_dir), "--num-crops", "2"]
+    command = ["data", "preview", str(file), "--out", str(out), "--model.path", str(tiny_model_dir)]
+    command += ["--model.num_crops", "2"]
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bytes"] == out.stat().st_size

@@ -113,7 +113,7 @@ def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
     [
         (["nowhere", "--data", "DATA"], "no model there"),
         (["MODEL", "--data", "nowhere.jsonl"], "no such file"),
-        (["MODEL", "--data", "DATA", "--metrics", "blue"], "there is no metric 'blue'"),
+        (["MODEL", "--data", "DATA", "--metrics", "blue"], "--metrics: there is no 'blue'"),
         (["MODEL", "--data", "DATA", "--metrics", "auroc"], "evaluation.answer_words"),
         (["MODEL", "--data", "DATA", "--batch-size", "0"], "must be at least 1"),
         (["MODEL", "--data", "DATA", "--num-crops", "0"], "must be at least 1"),

@@ -1,0 +1,184 @@
+"""How every command line is read: argparse, held to one grammar.
+
+- Options come before or after what is positional, as ``--name value`` or ``--name=value``, never abbreviated.
+- A list takes one value or several, is repeated, or is written as YAML: ``--metrics anls token_f1``,
+  ``--metrics "[anls, token_f1]"``. It ends at the next option and at a recipe; and its last value is what is positional
+  where that is missing.
+- Any other option is given once. A value may begin with one dash; one that begins with two is written ``--name=value``.
+- An unknown option is an error that names the nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+
+from phi3v.errors import UserError
+
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Which of the known names is meant by an unknown one: of the same last part, or spelt alike."""
+
+    def plain(text: str) -> str:
+        return text.lstrip("-").replace("-", "_").lower()
+
+    def leaf(text: str) -> str:
+        return plain(text).rsplit(".", 1)[-1]
+
+    known = list(known)
+    # The name may be right and its branch missing (`learning_rate` for `training.learning_rate`), or a branch itself.
+    near = [each for each in known if leaf(each) == leaf(name)]
+    near += [each for each in known if plain(each).startswith(f"{plain(name)}.")]
+    for part in (plain, leaf):
+        spelt = {part(each): each for each in reversed(known)}
+        near += [spelt[each] for each in difflib.get_close_matches(part(name), spelt, n=1)]
+    return near[0] if near else None
+
+
+def words_of(values: Iterable[str]) -> list[str]:
+    """The values of a list, of which each may be several, as YAML writes them: ``[a, b]``."""
+    words: list[str] = []
+    for value in values:
+        if value.startswith("[") and value.endswith("]"):
+            try:
+                words += map(str, yaml.load(value, yaml.BaseLoader))  # a safe one, which leaves every word text
+                continue
+            except yaml.YAMLError:
+                raise UserError(f"cannot be read as a list: {value}", hint="write it as [a, b]") from None
+        words.append(value)
+    return words
+
+
+def is_option(word: str) -> bool:
+    """Whether a word is an option, not a value: a negative number and text with one dash are values."""
+    return word == "-h" or (word.startswith("--") and len(word) > 2)
+
+
+@dataclass
+class _Given:
+    """An option of a command line with its values; ``loose`` ones stand after it, not after ``=``."""
+
+    name: str
+    action: argparse.Action
+    values: list[str] = field(default_factory=list)
+    loose: bool = True
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self.action.nargs, str) and self.action.nargs in "+*"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of this grammar: its options are declared as argparse's are, and what is wrong is a `UserError`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(args or [])
+        if self._subparsers is not None:
+            if not words or (is_option(words[0]) and words[0] not in self._option_string_actions):
+                verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+                hint = f"choose from {', '.join(verbs.choices)}; options come after it"
+                raise UserError("the command comes first", where=self.prog, hint=hint)
+            return super().parse_known_args(words, namespace)
+        return super().parse_known_args(self._arrange(words), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "), hint=f"see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            near = nearest(str(value), names)
+            is_verb = isinstance(action, argparse._SubParsersAction)
+            where = self.prog if is_verb else "/".join(action.option_strings) or action.metavar or action.dest
+            hint = f"did you mean {near}?" if near else f"choose from {', '.join(names)}"
+            raise UserError(f"there is no {value!r}", where=str(where), hint=hint)
+
+    def _arrange(self, words: list[str]) -> list[str]:
+        """The words as argparse reads them without guessing: what is positional first, values behind ``=``."""
+        positional = [action for action in self._actions if not action.option_strings]
+        takes_recipe = any(action.dest == "recipe" for action in positional)
+        places, options = self._sort(words, takes_recipe)
+        if positional and not places and positional[0].nargs != "?":
+            # `eval --metrics anls output/mine`: the last value of a list is the model that is missing otherwise.
+            lists = [given for given in options if given.is_list and given.loose and len(given.values) > 1]
+            lists = [given for given in lists if given.values[-1] not in (given.action.choices or ())]
+            # Best one that its list would refuse.
+            lists.sort(key=lambda given: given.action.choices is not None)
+            places = [lists[-1].values.pop()] if lists else []
+        if len(places) > len(positional) and not any(action.nargs in ("+", "*") for action in positional):
+            extra = places[len(positional)]
+            hint = f"after {places[0]!r}; see `{self.prog} --help`" if positional else f"see `{self.prog} --help`"
+            raise UserError(f"unexpected {extra!r}", hint=hint)
+        self._refuse_repeated(options)
+        arranged = []
+        for given in options:
+            if given.is_list:
+                try:
+                    given.values = words_of(given.values)
+                except UserError as error:
+                    raise UserError(error.what, where=given.name, hint=error.hint) from None
+                given.values = given.values or ["[]"]
+            arranged += [f"{given.name}={value}" for value in given.values] or [given.name]
+        # After `--` a positional may begin with a dash.
+        return [*arranged, "--", *places] if places else arranged
+
+    def _sort(self, words: list[str], takes_recipe: bool) -> tuple[list[str], list[_Given]]:
+        places: list[str] = []
+        options: list[_Given] = []
+        rest = list(reversed(words))
+        while rest:
+            word = rest.pop()
+            if word == "--":
+                places += reversed(rest)
+                break
+            if not is_option(word):
+                places.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is None:
+                self._refuse(name)
+            given = _Given(name, action, [value] if equals else [], loose=not equals)
+            if action.nargs == 0 and equals:
+                raise UserError("takes no value", where=name, hint=f"write {name} alone, or leave it out")
+            most = 0 if action.nargs == 0 or equals else len(rest) if given.is_list else 1
+            may_end = given.is_list or action.nargs == "?"
+            while rest and most and not is_option(rest[-1]) and rest[-1] != "--":
+                if may_end and takes_recipe and rest[-1].lower().endswith(RECIPE_ENDINGS):
+                    break
+                given.values.append(rest.pop())
+                most -= 1
+            if "" in given.values or not (given.values or action.nargs in (0, "?")):
+                dashed = rest and rest[-1].startswith("-")
+                raise UserError(
+                    "needs a value", where=name, hint=f"one that begins with dashes: {name}=…" if dashed else None
+                )
+            options.append(given)
+        return places, options
+
+    def _refuse_repeated(self, options: Sequence[_Given]) -> None:
+        first: dict[str, _Given] = {}
+        for given in options:
+            if given.is_list:
+                continue
+            before = first.setdefault(given.action.dest, given)
+            if before.values != given.values:
+                both = " and ".join(" ".join(each.values) or "nothing" for each in (before, given))
+                raise UserError(f"is given twice: {both}", where=given.name, hint="name it once")
+
+    def _refuse(self, name: str) -> NoReturn:
+        name = name.split("=", 1)[0]
+        near = nearest(name, self._option_string_actions)
+        raise UserError(f"unknown option {name}", hint=f"did you mean {near}?" if near else f"see `{self.prog} --help`")
