@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy
         patch.chdir(folder)
         patch.setenv("PHI3V_CACHE", str(folder / "cache"))
         for run in ("mine", "other"):
-            command = ["train", *quick(small_model_dir), "--method.name", "lora", "--checkpoint.save_steps", "1"]
-            assert cli.main([*command, "--training.output_dir", f"output/{run}"]) == 0
+            command = ["train", "--method.name", "lora", "--checkpoint.save_steps", "1"]
+            settings = quick(small_model_dir) | {"training.output_dir": f"output/{run}"}
+            assert cli.main(given(command, settings)) == 0
     (folder / "output/mine/checkpoint-1").rename(folder / "output/mine/checkpoint-200")
     return folder
 
@@ -94,9 +96,20 @@ def write_table(path: Path, delimiter: str, *rows: list[str]) -> None:
         csv.writer(file, delimiter=delimiter).writerows(rows)
 
 
-def quick(model: Path) -> list[str]:
+def given(arguments: list[str], settings: dict[str, Any]) -> list[str]:
+    """The arguments with options of other values."""
+    arguments = arguments.copy()
+    for option, value in settings.items():
+        if f"--{option}" in arguments:
+            arguments[arguments.index(f"--{option}") + 1] = str(value)
+        else:
+            arguments += [f"--{option}", str(value)]
+    return arguments
+
+
+def quick(model: Path) -> dict[str, Any]:
     """Keys that make any recipe a run of a moment."""
-    settings = {
+    return {
         "model.path": model,
         "model.num_crops": 1,
         "model.attention": "auto",
@@ -110,7 +123,6 @@ def quick(model: Path) -> list[str]:
         "evaluation.max_questions": 2,
         "evaluation.max_new_tokens": 2,
     }
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
 def answer_here(folder: Path, probes: list[proof.Probe], work: Path) -> proof.Answers:
@@ -141,17 +153,17 @@ def test_a_command_works(
             load_config(parsed.recipe, parsed.overrides)
         return
     if verb in ("train", "doctor"):
-        arguments += quick(small_model_dir)
+        arguments = given(arguments, quick(small_model_dir))
     if verb == "plan":
-        arguments += ["--model.path", str(small_model_dir), "--data.train", "data/train.jsonl"]
+        arguments = given(arguments, {"model.path": small_model_dir, "data.train": "data/train.jsonl"})
     if arguments[:2] == ["data", "convert"]:
         arguments[arguments.index("--out") + 1] = f"converted/{next(COUNTER)}"  # a reader has one set of data
     if verb == "train":
-        arguments += ["--training.output_dir", f"output/run-{next(COUNTER)}"]
+        arguments = given(arguments, {"training.output_dir": f"output/run-{next(COUNTER)}"})
     if verb == "eval":
-        arguments += ["--max-questions", "2", "--max-new-tokens", "2"]
+        arguments = given(arguments, {"max-questions": 2, "max-new-tokens": 2})
     if verb == "export" and "--out" in arguments:
-        arguments += ["--overwrite", "--samples", "1"]
+        arguments = [*given(arguments, {"samples": 1}), "--overwrite"]
     assert cli.main(arguments) == 0
 
 
