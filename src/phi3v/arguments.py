@@ -428,6 +428,9 @@ def _add_chat(verbs: Any) -> None:
             option, dest="media", type=Path, nargs="+", action="extend", metavar="FILE", help=f"{what}; may be repeated"
         )
     how = chat.add_argument_group("how it answers; in the browser what is set first")
+    how.add_argument(
+        "--system", metavar="TEXT", help="a system message, as the records had that it was tuned on (default: none)"
+    )
     how.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip (default: %(default)s)")
     how.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)"

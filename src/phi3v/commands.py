@@ -244,7 +244,7 @@ def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         Sampling(arguments.temperature, arguments.top_p, arguments.seed),
         arguments.num_crops,
     )
-    model = {key: getattr(arguments, key) for key in ("base", "precision", "num_crops")}
+    model = {key: getattr(arguments, key) for key in ("base", "precision", "num_crops", "system")}
     asked = {"compare": arguments.compare, "frames": arguments.frames, "settings": settings, "limits": limits}
     if arguments.prompt is None:
         if arguments.media:

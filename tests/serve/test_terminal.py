@@ -19,6 +19,7 @@ from phi3v.errors import UserError
 from phi3v.evaluate import streaming
 from phi3v.evaluate.generate import generate_answers
 from phi3v.evaluate.streaming import Sampling
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.serve.conversation import Chat, Settings, Turn
 from phi3v.train.device import choose_compute
 from phi3v.train.tuned import find_tuned, load_tuned
@@ -132,6 +133,20 @@ def test_more_crops_are_a_longer_reading(small_model_dir: Path) -> None:
     for crops in (1, 4):
         next(chat.answer([Turn("a", (picture,))], Settings(1, num_crops=crops)))
     assert lengths[0] < lengths[1]
+
+
+def test_a_system_message_comes_first(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the stream of a record that has one; through the command line, into every question."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Chat, "answer", lambda self, turns, *_: asked.append(prompt(self, turns)) or iter(["a"]))
+
+    def prompt(chat: Chat, turns: list[Turn]) -> list[int]:
+        return chat._prompt(turns, SIX, "tuned", chat._model("tuned")[1]).input_ids
+
+    code = main(["chat", str(small_model_dir), "--prompt", "Why?", "--system", "Be <|end|> brief."])
+    text = "<|system|>\nBe < |end|> brief.<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n"
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
+    assert (code, asked) == (0, [processor.tokenize_text(text, starts_text=True)])
 
 
 def test_pictures_and_clips_come_in_their_order(

@@ -30,6 +30,7 @@ def load_chat(
     base: str | None,
     precision: Precision | None,
     num_crops: int | None,
+    system: str | None,
     limits: Limits,
 ) -> Chat:
     """The model that is asked; says what it is and where it runs.
@@ -39,13 +40,14 @@ def load_chat(
         base: what it was tuned from and is compared with, in place of what adapter or run say.
         precision: arithmetic; by default the run's own.
         num_crops: crops of a picture at most; by default as the model was saved.
+        system: the system message of every conversation.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded here.
     """
     tuned = find_tuned(name, base)
     compute = choose_compute(precision or tuned.run.training.precision)
-    chat = Chat(tuned, compute, base=base, num_crops=num_crops, limits=limits)
+    chat = Chat(tuned, compute, base=base, num_crops=num_crops, system=system, limits=limits)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     for line in (
         f"[bold]asking[/bold] {chat.tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
@@ -64,6 +66,7 @@ def answer_once(
     base: str | None = None,
     precision: Precision | None = None,
     num_crops: int | None = None,
+    system: str | None = None,
     compare: bool = False,
     frames: int,
     settings: Settings,
@@ -90,7 +93,7 @@ def answer_once(
     limits.require_images(len(pictures))
     turn = Turn(prompt, pictures)
     quiet = Console(stderr=True, quiet=console.quiet)  # the answer is alone on standard output
-    chat = load_chat(name, quiet, base=base, precision=precision, num_crops=num_crops, limits=limits)
+    chat = load_chat(name, quiet, base=base, precision=precision, num_crops=num_crops, system=system, limits=limits)
     if compare:
         _require_base(chat)
     answers: dict[Which, str] = {}
@@ -121,6 +124,7 @@ def open_page(
     base: str | None = None,
     precision: Precision | None = None,
     num_crops: int | None = None,
+    system: str | None = None,
     compare: bool = False,
     frames: int,
     settings: Settings,
@@ -135,7 +139,7 @@ def open_page(
         raise UserError("the page needs gradio", where="phi3v chat", hint='pip install "phi3v[serve]"')
     from phi3v.serve.server import serve
 
-    chat = load_chat(name, console, base=base, precision=precision, num_crops=num_crops, limits=limits)
+    chat = load_chat(name, console, base=base, precision=precision, num_crops=num_crops, system=system, limits=limits)
     if compare:
         _require_base(chat)
     examples = find_examples(chat.tuned)

@@ -79,6 +79,7 @@ class Chat:
         tuned: the model.
         base: what to compare a whole model with, in place of what its run says: a model, an adapter or a run.
         num_crops: crops of a picture at most; by default as the model was saved.
+        system: the system message of every conversation, as the data had it that the model was tuned on.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -91,6 +92,7 @@ class Chat:
         *,
         base: str | None = None,
         num_crops: int | None = None,
+        system: str | None = None,
         limits: Limits = LIMITS,
     ) -> None:
         self.tuned = tuned
@@ -99,6 +101,7 @@ class Chat:
         self.base = tuned.base if tuned.adapter is not None else base or _origin_at_hand(tuned)
         self._lock = threading.Lock()
         self._num_crops = num_crops
+        self._system = escape_special_text(system) if system else None
         if base is not None and tuned.adapter is None:  # found wrong now, not when it is first asked
             inspect_model(RunConfig(model=ModelConfig(find_tuned(base).base)), compute)
         model, processor = load_tuned(tuned, compute, num_crops=num_crops)
@@ -178,7 +181,8 @@ class Chat:
             for turn in earlier
         ]
         chat.append(ChatTurn(escape_special_text(last.text), None, len(last.images)))
-        stream = encode_conversation(processor, chat, [cutter.num_tokens_of_page(page.size) for page in pages])
+        counts = [cutter.num_tokens_of_page(page.size) for page in pages]
+        stream = encode_conversation(processor, chat, counts, system=self._system)
         return Sample(stream.input_ids, [], pages)
 
 
