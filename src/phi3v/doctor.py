@@ -27,6 +27,7 @@ from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.findings import Finding, Report, Verdict
 from phi3v.machine import available_cores
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.paths import require_writable
 from phi3v.plan.hardware import GIB, Machine, this_machine
 from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
@@ -36,7 +37,7 @@ from phi3v.train.float8 import check_float8
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.kernels import check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
-from phi3v.train.run_folder import check_run_folder, environment
+from phi3v.train.run_folder import HINT, check_run_folder, environment
 from phi3v.train.setup import probe_index, questions_of
 from phi3v.train.strategies import summarize
 
@@ -159,6 +160,7 @@ class Examination:
             f"{self.config.training.micro_batch_size} at a time, {accumulation} accumulated",
         )
         folder = check_run_folder(self.config)
+        require_writable(folder, f"training.output_dir {folder}", HINT)
         self.say("run folder", "pass", f"{folder} is free for a run")
 
     def model(self) -> None:

@@ -113,6 +113,8 @@ def require_writable(folder: Path, where: str, hint: str) -> None:
 def cannot_write(error: OSError, where: str, hint: str, there: Path | None = None) -> UserError:
     """The error for a place that cannot be written."""
     path = there or (Path(error.filename) if isinstance(error.filename, str) else None)
+    while path is not None and not os.path.lexists(path) and path != path.parent:
+        path = path.parent
     why = f"{path} is a file" if path is not None and path.is_file() else error.strerror or str(error)
     named = f" ({path})" if path is not None and str(path) not in f"{where} {why}" else ""
     return UserError(f"cannot be written: {why}{named}", where=where, hint=hint)

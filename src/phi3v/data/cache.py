@@ -12,6 +12,8 @@ from phi3v.data.schema import SCHEMA_VERSION, SpecialText
 from phi3v.errors import UserError
 from phi3v.paths import file_hash
 
+CACHE_HINT = "set PHI3V_CACHE to a folder with room that you may write to"
+
 
 def cache_root() -> Path:
     """``$PHI3V_CACHE``, else ``phi3v/`` in the cache of the ``datasets`` library."""
@@ -63,5 +65,5 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write the cache: {error.strerror or error}",
         where=str(folder),
-        hint="set PHI3V_CACHE to a folder with room that you may write to",
+        hint=CACHE_HINT,
     )

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from phi3v.data.cache import cannot_write
 from phi3v.data.images import find_file
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
@@ -50,9 +51,14 @@ class FeatureStore:
             self._in_memory[key] = features
             return
         file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            save_file({"features": features}, temporary)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                save_file({"features": features}, temporary)
+        except OSError as error:
+            raise cannot_write(file.parent, error) from None
+        except SafetensorError as error:
+            raise cannot_write(file.parent, OSError(str(error))) from None
 
     def get(self, name: str) -> torch.Tensor:
         """The features of a picture.

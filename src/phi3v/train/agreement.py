@@ -5,12 +5,16 @@ It goes from host to host, so that no step waits for a device on its account.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from phi3v.errors import UserError
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -41,6 +45,25 @@ class Agreement:
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value, group=self._group)
         return values
+
+    def by_first(self, rank: int, work: Callable[[], T]) -> T:
+        """What ``work`` gives on rank 0, which alone does it; the others, perhaps on other machines, are told.
+
+        Raises:
+            UserError: that of rank 0, on all.
+        """
+        found: Any = None
+        wrong = None
+        if rank == 0:
+            try:
+                found = work()
+            except UserError as error:
+                wrong = (error.what, error.where, error.hint)
+        found, wrong = self.from_first((found, wrong))
+        if wrong is not None:
+            raise UserError(wrong[0], where=wrong[1], hint=wrong[2])
+        given: T = found
+        return given
 
     def from_first(self, value: Any) -> Any:
         """The value of rank 0."""

@@ -117,21 +117,14 @@ def find_resume_point(
     """
     if wanted is None:
         return None
-    found: ResumePoint | FinishedRun | None = None
-    wrong: UserError | None = None
     newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
     everywhere = agreement.gather((newest, platform.node()))
-    if compute.rank == 0:
-        try:
-            _require_newest_here(everywhere, config.training.output_dir)
-            found = _find(wanted, config, compute, console)
-        except UserError as error:
-            wrong = error
-    message = agreement.from_first((wrong.what, wrong.where, wrong.hint) if wrong is not None else None)
-    if message is not None:
-        raise UserError(message[0], where=message[1], hint=message[2])
-    point: ResumePoint | FinishedRun | None = agreement.from_first(found)
-    return point
+
+    def find() -> ResumePoint | FinishedRun | None:
+        _require_newest_here(everywhere, config.training.output_dir)
+        return _find(wanted, config, compute, console)
+
+    return agreement.by_first(compute.rank, find)
 
 
 def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) -> ResumePoint | FinishedRun | None:

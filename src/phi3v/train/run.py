@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import ProgressCallback, progress_bar
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder, require_same_content
-from phi3v.train.run_folder import claim_run_folder, describe_again
+from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
 from phi3v.train.saving import read_trained, save_replacing, saved_tensors
 from phi3v.train.setup import Setup, prepare, questions_of
 from phi3v.train.signals import Signals
@@ -57,7 +58,7 @@ def run_training(
     """Train as configured.
 
     What can be known to be wrong is found before it costs anything: first the configuration, then model and data
-    without loading the model, then the gradients of one batch. Only then is the run folder touched.
+    without loading the model, then the gradients of one batch. Only then is anything in the run folder replaced.
 
     Args:
         resume: ``auto`` to go on from the newest valid checkpoint of the run folder, or a checkpoint; nothing to go on
@@ -71,10 +72,12 @@ def run_training(
         LostRankError: another process ended or does not answer.
     """
     config = config.absolute()
-    with Signals() as signals:
+    with Signals() as signals, contextlib.ExitStack() as held:
         try:
             compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
             agreement = Agreement(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
+            hold = hold_run_folder(Path(config.training.output_dir))
+            agreement.by_first(compute.rank, lambda: held.enter_context(hold))
             point = find_resume_point(resume, config, compute, agreement, console)
             if isinstance(point, FinishedRun):
                 return point
@@ -90,7 +93,7 @@ def run_training(
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_lost_rank(error):
                 raise LostRankError(_lost(config, signals, error)) from error
             raise
-    logger.info("result %s", json.dumps(result.to_json_dict()))
+        logger.info("result %s", json.dumps(result.to_json_dict()))
     print_result(console, result)
     return result
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +23,7 @@ from phi3v.config import RunConfig
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
-from phi3v.paths import absolute, file_hash
+from phi3v.paths import absolute, cannot_write, file_hash
 from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
@@ -42,6 +46,90 @@ LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbyt
 RESULTS = ("metrics.jsonl", "eval_before.json", "eval_after.json", "best", "final")
 
 
+HINT = "choose another --training.output_dir"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
+_held: list[int] = []
+
+
+def _leave_to_parent() -> None:
+    """A forked reader outlives a parent that was killed by some seconds, and must not hold its lock meanwhile."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+@contextlib.contextmanager
+def hold_run_folder(folder: Path) -> Iterator[None]:
+    """Make a run folder, and keep other runs out of it as long as this one is there.
+
+    The lock is the kernel's: it ends with the process, however that ends, so there is none to clear away. What was made
+    and holds nothing at the end goes again.
+
+    Raises:
+        UserError: another run is there, or the folder cannot be written.
+    """
+    where = f"training.output_dir {folder}"
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / LOCK, where)
+        about = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+        os.ftruncate(lock, 0)
+        os.write(lock, json.dumps(about).encode())
+    except OSError as error:
+        _let_go(folder, lock, made)
+        raise cannot_write(error, where, HINT) from None
+    _held.append(lock)
+    try:
+        yield
+    finally:
+        if lock in _held:  # else this is a forked process
+            _held.remove(lock)
+            _let_go(folder, lock, made)
+
+
+def _lock(path: Path, where: str) -> int:
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                holder = os.read(lock, 4096)
+                os.close(lock)
+                raise _held_by(holder, where) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        os.close(lock)  # whoever held it has removed it meanwhile
+
+
+def _held_by(holder: bytes, where: str) -> UserError:
+    try:
+        about = json.loads(holder)
+        who = f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        who = "it has just begun"
+    return UserError(f"another run is writing there ({who})", where=where, hint=f"wait until it ends, or {HINT}")
+
+
+def _let_go(folder: Path, lock: int | None, made: list[Path]) -> None:
+    if lock is not None:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+    with contextlib.suppress(OSError):  # what holds something stays
+        for path in made:
+            path.rmdir()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
     """Look whether a run may write to ``training.output_dir``; nothing is written or removed yet.
 
@@ -53,6 +141,11 @@ def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
             very run.
     """
     folder = Path(config.training.output_dir)
+    in_the_way = [name for name in RUN_FILES if (folder / name).is_dir()]
+    in_the_way += [name for name in RUN_FOLDERS if (folder / name).is_file()]
+    if in_the_way:
+        kind = "folder" if in_the_way[0] in RUN_FILES else "file"
+        raise UserError(f"{in_the_way[0]} is a {kind}, which is in the way of a run", where=str(folder), hint=HINT)
     held = [name for name in RESULTS if (folder / name).exists()]
     saved = [path.name for path in checkpoints(folder)]
     if (held or saved) and not config.training.overwrite and not resume:
@@ -73,7 +166,7 @@ def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
                 raise UserError(
                     f"{key} is {needed}, which this run would replace",
                     where=str(folder),
-                    hint="choose another --training.output_dir",
+                    hint=HINT,
                 )
     return folder
 
@@ -131,7 +224,7 @@ def environment() -> dict[str, Any]:
             versions[name] = None
     versions["torch"] = torch.__version__  # with its build, which the package's metadata may lack
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": _now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),

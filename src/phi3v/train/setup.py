@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from phi3v.config import EvaluationConfig, RunConfig
 from phi3v.data.batches import BatchPlan, PaddedDataset, RowPlan
+from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
 from phi3v.data.features import FeatureStore
@@ -29,6 +30,7 @@ from phi3v.evaluate.evaluation import check_references
 from phi3v.findings import Finding
 from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
+from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy, residual_bytes
@@ -118,6 +120,8 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     check_float8(config, compute)
     check_trackers(config.training.report_to)
     folder = check_run_folder(config, resume=resume)
+    if config.training.feature_cache == "disk":
+        require_writable(cache_root() / "features", "training.feature_cache", CACHE_HINT)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
     processor = load_processor(config)
