@@ -66,7 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy
     (folder / "llava.json").write_text(json.dumps([{"id": "7", "image": "7.png", "conversations": turns}]))
     chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
     (folder / "chats.jsonl").write_text(json.dumps({"messages": chat, "images": ["7.png"]}) + "\n")
-    write_table(folder / "labels.csv", ",", ["image", "question", "answer"], ["7.png", "What is it?", "a dog"])
+    rows = [[name, "What is it?", "a dog"] for name in ("7.png", "8.png")]  # one of them to hold out
+    write_table(folder / "labels.csv", ",", ["image", "question", "answer"], *rows)
     pairs = ["left", "right", "same", "fold", "key"]
     write_table(folder / "pairs.tsv", "\t", pairs, ["7.png", "8.png", "no", "train", "k1"])
     (folder / "data").mkdir()
