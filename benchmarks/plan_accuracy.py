@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench_result import ROOT, write_result
-from phi3v.config import DataConfig, LoraConfig, MethodConfig, ModelConfig, Packing, RunConfig
+from phi3v.config import METHODS, DataConfig, LoraConfig, MethodConfig, ModelConfig, Packing, RunConfig
 from phi3v.data.collate import Collator, Sample
 from phi3v.data.packing import pack_row
 from phi3v.data.pages import Page
 from phi3v.model.presets import init_model
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import find_machine
-from phi3v.plan.inputs import METHODS, TrainSetup
+from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import count_parameters, meta_model
 from phi3v.plan.planned_model import planned_config

@@ -209,6 +209,7 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     import torch
 
     from phi3v.report.live import train_with_report
+    from phi3v.train.checks import Case, require_possible
     from phi3v.train.device import choose_compute
     from phi3v.train.loading import inspect_model
     from phi3v.train.run_folder import check_run_folder
@@ -231,7 +232,8 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     else:
         # All that can be known to be wrong is found before hours of download.
         check_run_folder(config)
-        inspect_model(config, choose_compute(config.training.precision))
+        compute = choose_compute(config.training.precision)
+        require_possible(Case(config, compute, inspect_model(config, compute).skeleton))
         files = _converted_data(task, console, small=not getattr(flags, "full_train", False), bars=flags.progress_bar)
     train, to_measure_on = files
     config.data = DataConfig(train=str(train), eval=str(to_measure_on))

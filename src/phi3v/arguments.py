@@ -13,11 +13,10 @@ from rich.console import Console
 
 from phi3v import __version__, commands
 from phi3v.bench.settings import WAYS, Settings
-from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, add_keys
+from phi3v.config import DEFAULT_MAX_PIXELS, METHODS, METRIC_NAMES, add_keys
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
 from phi3v.grammar import Parser
 from phi3v.model.preset_fields import PRESET_FIELDS
-from phi3v.plan.inputs import METHODS
 from phi3v.serve.limits import Limits, limit_option
 
 SHELLS = ("bash", "zsh", "tcsh")

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from phi3v.bench.settings import WAYS, Settings
-from phi3v.config import load_config
+from phi3v.config import METHODS, load_config
 from phi3v.data.sources import SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
-from phi3v.plan.inputs import METHODS
 
 
 def model_init(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

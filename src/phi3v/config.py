@@ -89,6 +89,8 @@ METRIC_NAMES = (
     "consistency",
 )
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
+MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
+METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
 EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -213,7 +215,7 @@ class LoraConfig:
 class MethodConfig:
     """What is trained."""
 
-    name: Literal["full", "frozen-vision", "lora", "qlora"] = "full"
+    name: MethodName = "full"
     """full: everything; frozen-vision: the decoder; lora, qlora: adapters on a frozen (4-bit) model."""
     train_embeddings: bool = False
     """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
@@ -501,6 +503,19 @@ class RunConfig:
     def now_in(self, folder: Path) -> RunConfig:
         """The configuration that was read from a run folder, with model and data where they are now; see `now_at`."""
         return self.with_paths(lambda path: now_at(path, self.training.output_dir, folder))
+
+    def with_keys(self, values: Mapping[str, Any]) -> RunConfig:
+        """A copy with other values, by keys such as ``training.seed``.
+
+        Raises:
+            UserError: a value is out of range, or does not go with another.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            group, name = key.split(".")
+            groups.setdefault(group, {})[name] = value
+        changed = {group: dataclasses.replace(getattr(self, group), **keys) for group, keys in groups.items()}
+        return dataclasses.replace(self, **changed)
 
     def to_yaml(self) -> str:
         """The whole tree; reads back as the same configuration."""

@@ -6,11 +6,12 @@ pass, warn or fail, and what to do.
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -21,7 +22,7 @@ from phi3v.data.collate import Collator, ConversationDataset, encode_record
 from phi3v.data.images import describe_kinds
 from phi3v.data.lengths import Context, require_context
 from phi3v.data.overlap import find_overlap
-from phi3v.data.table import RecordTable, open_table
+from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.findings import Finding, Report, Verdict
@@ -32,13 +33,12 @@ from phi3v.plan.hardware import GIB, Machine, this_machine
 from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checks import Case, DataFacts, refusals
 from phi3v.train.device import Compute, choose_compute, default_workers
-from phi3v.train.float8 import check_float8
 from phi3v.train.gradient_check import check_gradients
-from phi3v.train.kernels import check_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.run_folder import HINT, check_run_folder, environment
-from phi3v.train.setup import probe_index, questions_of
+from phi3v.train.setup import data_files, open_tables, probe_index, questions_of
 from phi3v.train.strategies import summarize
 
 SAMPLED_FAULTS = 5  # of a data file that are shown
@@ -47,11 +47,6 @@ SHOWN_TOKENS = 160  # of the sample's text, around what is learnt
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 # Pictures of a page that a core reads, resizes and cuts in a second (the official processor takes 103 ms for one).
 PAGES_PER_CORE = 10
-# (module, extra, whether a recipe needs it): parts that are installed on demand. flash-attn is no extra: the model's
-# check says whether it can run.
-OPTIONAL: tuple[tuple[str, str, Callable[[RunConfig], bool]], ...] = (
-    ("bitsandbytes", "qlora", lambda config: config.method.name == "qlora"),
-)
 
 
 class Examination:
@@ -66,6 +61,8 @@ class Examination:
         self.processor: Phi3VProcessor | None = None
         self.table: RecordTable | None = None
         self.eval_table: RecordTable | None = None
+        self.case: Case | None = None
+        self.said: set[str] = set()
 
     def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
         self.add(Finding(check, verdict, what, hint))
@@ -75,13 +72,17 @@ class Examination:
         if self.console is not None:
             finding.render(self.console)
 
+    def fail(self, check: str, error: UserError) -> None:
+        self.say(check, "fail", f"{error.where}: {error.what}" if error.where else error.what, error.hint)
+
     def run(self, check: str, work: Callable[[], None]) -> bool:
         """Do a check; what it raises as `UserError` is its failure. Returns whether it passed."""
         before = sum(finding.verdict == "fail" for finding in self.report.findings)
         try:
             work()
         except UserError as error:
-            self.say(check, "fail", f"{error.where}: {error.what}" if error.where else error.what, error.hint)
+            if str(error) not in self.said:
+                self.fail(check, error)
         return before == sum(finding.verdict == "fail" for finding in self.report.findings)
 
     # Environment
@@ -98,27 +99,6 @@ class Examination:
     def precision(self) -> None:
         self.compute = choose_compute(self.config.training.precision)
         self.say("precision", "pass", f"{self.compute.precision} ({self.compute.reason})")
-
-    def kernels(self) -> None:
-        assert self.compute is not None
-        check_kernels(self.config.training, self.compute.device, self.compute.precision)
-        check_float8(self.config, self.compute)
-
-    def optional_parts(self) -> None:
-        missing = False
-        for module, extra, needed in OPTIONAL:
-            if importlib.util.find_spec(module) is None and needed(self.config):
-                missing = True
-                what = f"this recipe needs {module}, and it is not installed"
-                self.say("optional parts", "fail", what, f'pip install "phi3v[{extra}]"')
-        for module in self.config.training.report_to:
-            if importlib.util.find_spec(module) is None:
-                missing = True
-                what = f"training.report_to names {module}, and it is not installed"
-                self.say("optional parts", "fail", what, f"pip install {module}")
-        if not missing:
-            there = [module for module, _, _ in OPTIONAL if importlib.util.find_spec(module) is not None]
-            self.say("optional parts", "pass", f"all that the recipe needs ({', '.join(there) or 'none is installed'})")
 
     def disk(self) -> None:
         folder = Path(self.config.training.output_dir).absolute()
@@ -137,12 +117,12 @@ class Examination:
         assert self.compute is not None
         cores, wanted = available_cores(), self.config.data.num_workers
         workers = default_workers(self.compute) if wanted is None else wanted
-        if workers * self.compute.world_size > max(1, cores):
+        if workers * self.compute.node_ranks > max(1, cores):
             self.say(
                 "workers",
                 "warn",
                 f"{workers} reading processes a rank on {cores} cores get in each other's way",
-                f"set data.num_workers to at most {max(0, cores // self.compute.world_size - 1)}",
+                f"set data.num_workers to at most {max(0, cores // self.compute.node_ranks - 1)}",
             )
         else:
             fed = max(1, workers) * PAGES_PER_CORE
@@ -150,15 +130,29 @@ class Examination:
 
     # Configuration and model
 
+    def refused(self, check: str, **facts: Any) -> bool:
+        """Say what the list of `phi3v.train.checks` refuses now that more is known; whether that was anything."""
+        assert self.case is not None
+        self.case = replace(self.case, **facts)
+        found = [refusal for refusal in refusals(self.case) if str(refusal) not in self.said]
+        for refusal in found:
+            self.said.add(str(refusal))
+            self.fail(check, refusal)
+        return bool(found)
+
     def configuration(self) -> None:
         assert self.compute is not None
-        accumulation = self.config.accumulation_steps(self.compute.world_size)
-        self.say(
-            "configuration",
-            "pass",
-            f"{self.config.method.name}, {self.config.training.batch_size} samples a step: "
-            f"{self.config.training.micro_batch_size} at a time, {accumulation} accumulated",
-        )
+        self.case = Case(self.config, self.compute)
+        if not self.refused("configuration"):
+            accumulation = self.config.accumulation_steps(self.compute.world_size)
+            self.say(
+                "configuration",
+                "pass",
+                f"{self.config.method.name}, {self.config.training.batch_size} samples a step: "
+                f"{self.config.training.micro_batch_size} at a time, {accumulation} accumulated",
+            )
+
+    def run_folder(self) -> None:
         folder = check_run_folder(self.config)
         require_writable(folder, f"training.output_dir {folder}", HINT)
         self.say("run folder", "pass", f"{folder} is free for a run")
@@ -167,7 +161,8 @@ class Examination:
         assert self.compute is not None
         self.facts = inspect_model(self.config, self.compute)
         self.processor = load_processor(self.config)
-        self.say("model", "pass", f"{self.config.model.path}: all weights there, attention {self.facts.attention}")
+        if not self.refused("model", model=self.facts.skeleton):
+            self.say("model", "pass", f"{self.config.model.path}: all weights there, attention {self.facts.attention}")
 
     def tokens(self) -> None:
         """The special tokens of the tokenizer are single tokens, and those that end an answer are known."""
@@ -193,8 +188,8 @@ class Examination:
     # Data
 
     def data(self) -> None:
-        if self.config.data.train is None:
-            raise UserError("no data to learn from", where="data.train", hint="give a JSONL file")
+        data_files(self.config)
+        good = True
         for key, name in (("data.train", self.config.data.train), ("data.eval", self.config.data.eval)):
             if name is None:
                 self.say(key, "warn", "none: nothing will be measured", "set it to a JSONL file")
@@ -212,24 +207,15 @@ class Examination:
                 kinds = f"; of these {describe_kinds(report.image_kinds)}" if report.image_kinds else ""
                 self.say(key, "pass", f"{name}: {counts}, headers read{kinds}")
             else:
+                good = False
                 for fault in report.faults:
                     what, _, hint = str(fault).partition("\n")
                     self.say(key, "fail", what, hint.strip().removeprefix("→ ") or None)
-        self.table = self._open(self.config.data.train)
-        if self.config.data.eval is not None and not any(
-            finding.check == "data.eval" and finding.verdict == "fail" for finding in self.report.findings
-        ):
-            self.eval_table = self._open(self.config.data.eval)
-
-    def _open(self, path: str) -> RecordTable:
-        data = self.config.data
-        return open_table(
-            Path(path),
-            special_text=data.special_text,
-            max_pixels=data.max_image_pixels,
-            exif_orientation=data.exif_orientation,
-            progress=False,
-        )
+        if good:
+            self.table, self.eval_table = open_tables(self.config, progress=False)
+            if self.case is not None and self.processor is not None:
+                questions = questions_of(self.config, self.eval_table, self.processor)
+                self.refused("data", data=DataFacts.of(self.table, questions, self.config.evaluation))
 
     def labels(self) -> None:
         """What is learnt: of one sample shown, of several counted, with the end of every answer."""
@@ -345,11 +331,10 @@ def examine(config: RunConfig, console: Console) -> Report:
     """Run every check of a recipe and return what they found."""
     patient = Examination(config.absolute(), console)
     patient.run("environment", patient.environment)
-    patient.run("optional parts", patient.optional_parts)
     if patient.run("precision", patient.precision):
-        patient.run("kernels", patient.kernels)
         patient.run("configuration", patient.configuration)
         patient.run("model", patient.model)
+    patient.run("run folder", patient.run_folder)
     patient.run("disk", patient.disk)
     if patient.compute is not None:
         patient.run("workers", patient.workers)
@@ -362,7 +347,7 @@ def examine(config: RunConfig, console: Console) -> Report:
         good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
         fits = patient.run("lengths", patient.lengths)
         patient.run("answers", patient.answers)
-    if patient.compute is not None and patient.facts is not None and fits:
+    if patient.facts is not None and fits and not patient.said:
         patient.run("plan", patient.plan)
     if good and patient.facts is not None and patient.report.ok:
         patient.run("gradients", patient.gradients)
@@ -379,10 +364,9 @@ def check_before_training(config: RunConfig) -> None:
     """The cheap part, for every run: what would stop it late and costs nothing to see.
 
     Raises:
-        UserError: an optional part is missing, or the disk is full.
+        UserError: the disk is full.
     """
     patient = Examination(config, None)
-    patient.optional_parts()
     patient.disk()
     for finding in patient.report.findings:
         if finding.verdict == "fail":

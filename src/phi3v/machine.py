@@ -1,11 +1,62 @@
-"""What this machine offers a process."""
+"""What a machine offers a process: this one, or one of the planner's table."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from dataclasses import dataclass
+from typing import Any, Literal
 
-# The CUDA compute capability from which on a GPU multiplies in float8: Ada (8.9), Hopper, Blackwell.
-FLOAT8_CAPABILITY = (8, 9)
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """What computes, a GPU or the CPU.
+
+    Attributes:
+        type: as torch calls it.
+        flash_attention, four_bit, float8: it has kernels for them.
+        is_here: what is installed on this machine counts; of another machine, every library is assumed.
+    """
+
+    type: Literal["cuda", "cpu"]
+    name: str
+    bf16: bool
+    flash_attention: bool
+    four_bit: bool
+    float8: bool
+    is_here: bool = True
+
+    def has(self, module: str) -> bool:
+        """Whether a library is installed there."""
+        return not self.is_here or importlib.util.find_spec(module) is not None
+
+
+CPU = Accelerator(type="cpu", name="the CPU", bf16=True, flash_attention=False, four_bit=True, float8=False)
+
+
+def abilities(capability: tuple[int, ...], *, is_amd: bool = False) -> dict[str, bool]:
+    """What follows from a GPU's CUDA compute capability; FP8 has not been tried on AMD's GPUs, so it is refused.
+
+    bf16 and flash attention: Ampere (8.0) and newer; 4-bit weights: Turing (7.5), as Microsoft's recipe advises;
+    products of float8: Ada (8.9), Hopper, Blackwell.
+    """
+    return {
+        "bf16": capability >= (8, 0),
+        "flash_attention": capability >= (8, 0),
+        "four_bit": capability >= (7, 5),
+        "float8": capability >= (8, 9) and not is_amd,
+    }
+
+
+def accelerator_of(device: Any) -> Accelerator:
+    """What a ``torch.device`` of this machine is."""
+    if device.type == "cpu":
+        return CPU
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    able = abilities(capability, is_amd=torch.version.hip is not None)
+    return Accelerator(type="cuda", name=torch.cuda.get_device_name(device), **able)
 
 
 def available_cores() -> int:

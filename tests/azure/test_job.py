@@ -148,6 +148,9 @@ def test_the_command_without_azure(
     command += ["--dry-run", "--out", str(tmp_path / "job"), "--json"]
     command += ["--data.train", str(data / "train.jsonl"), "--data.eval", str(data / "val.jsonl")]
     command += ["--model.path", str(tiny_model_dir)]
+    assert main(command) == 2
+    assert "no record has an image" in capsys.readouterr().err  # refused before a node is paid for
+    command += ["--method.lora.parts", "[decoder, head]"]
     assert main(command) == 0
     answer = json.loads(capsys.readouterr().out)
     assert not answer["sent"]

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from phi3v import machine
 from phi3v.errors import UserError
+from phi3v.machine import accelerator_of
 from phi3v.model.attention import (
     BACKENDS,
     Layout,
@@ -126,7 +128,7 @@ def test_fewer_key_heads_than_query_heads() -> None:
 def test_backends_agree_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     """Head size 96. Against float32: 2 % of the largest entry, for the rounding of half values (bf16: 2**-8)."""
     device = torch.device("cuda")
-    if obstacle := packed_obstacle(name, device, dtype):
+    if obstacle := packed_obstacle(name, accelerator_of(device), dtype):
         pytest.skip(obstacle)
     for layout in LAYOUTS:
         half = inputs(layout, size=96, device=device, dtype=dtype)
@@ -179,17 +181,17 @@ def test_boundaries_are_made_once_a_step(load_golden: Any, sample: Any, monkeypa
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_the_choice_on_a_cpu_says_why(shares: bool) -> None:
-    name, reason = choose_packed_attention("auto", CPU, torch.float32, shares_prefixes=shares)
+    name, reason = choose_packed_attention("auto", machine.CPU, torch.float32, shares_prefixes=shares)
     assert name == "packed_segments"
     assert "need" in reason
     assert "cpu" in reason
-    assert choose_packed_attention("eager", CPU, torch.float32, shares_prefixes=shares) == (
+    assert choose_packed_attention("eager", machine.CPU, torch.float32, shares_prefixes=shares) == (
         "packed_mask",
         "as configured",
     )
     for wanted in ("flex", "varlen", "flash_attention_2"):
         with pytest.raises(UserError, match=f"{wanted} cannot run"):
-            choose_packed_attention(wanted, CPU, torch.float32, shares_prefixes=shares)  # type: ignore[arg-type]
+            choose_packed_attention(wanted, machine.CPU, torch.float32, shares_prefixes=shares)  # type: ignore[arg-type]
 
 
 def test_a_row_is_prepared_on_its_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_a_lora_target_that_matches_nothing(examine: Examine) -> None:
 def test_kernels_that_the_machine_lacks(examine: Examine, setting: str, what: str) -> None:
     code, findings, _ = examine(**{f"training__{setting}": {"fp8": "true", "kernels": "liger"}[setting]})
     assert code == 2
-    assert what in findings["kernels"]["what"]
+    assert what in findings["configuration"]["what"]
     assert findings["model"]["verdict"] == "pass"  # the rest is looked at all the same
 
 
@@ -109,14 +110,14 @@ def test_an_all_masked_dataset(examine: Examine, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_missing_optional_part(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = doctor.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
     )
     code, findings, _ = examine(method__name="qlora")
     assert code == 2
-    assert "this recipe needs bitsandbytes, and it is not installed" in findings["optional parts"]["what"]
-    assert findings["optional parts"]["hint"] == 'pip install "phi3v[qlora]"'
+    assert "qlora needs bitsandbytes" in findings["configuration"]["what"]
+    assert findings["configuration"]["hint"] == 'pip install "phi3v[qlora]"'
 
 
 def test_a_gradient_that_never_arrives(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,7 @@ def test_a_finished_run_in_the_way_and_a_missing_model(examine: Examine, tmp_pat
     (tmp_path / "run" / "final").mkdir(parents=True)
     code, findings, _ = examine()
     assert code == 2
-    assert "holds a run already" in findings["configuration"]["what"]
+    assert "holds a run already" in findings["run folder"]["what"]
     code, findings, _ = examine(model__path=tmp_path / "nothing", training__output_dir=tmp_path / "other")
     assert code == 2
     assert "model" in failures(findings)

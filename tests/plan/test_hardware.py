@@ -6,6 +6,7 @@ import pytest
 
 from phi3v.errors import UserError
 from phi3v.plan.hardware import GIB, azure_skus, find_gpu, find_machine, known_gpus, this_machine
+from phi3v.train.device import choose_precision
 
 WANTED = {
     "rtx-8000",
@@ -40,7 +41,7 @@ def test_fp16_on_cards_without_bf16_and_no_flash_attention_there() -> None:
     assert old == {"rtx-8000", "v100-16gb", "v100-32gb", "t4"}
     for key in old:
         assert not known_gpus()[key].flash_attention
-        assert known_gpus()[key].precision == "fp16"
+        assert choose_precision("auto", known_gpus()[key])[0] == "fp16"
     assert not known_gpus()["v100-32gb"].four_bit  # "QLoRA on Turing and newer"
     assert known_gpus()["t4"].four_bit
 
@@ -89,4 +90,4 @@ def test_counts_and_this_machine() -> None:
     assert find_machine("8xA100-80GB", None).label == "8x NVIDIA A100 80 GB"
     assert find_machine("h100", 4).gpus == 4
     assert this_machine().gpu.memory_bytes > GIB
-    assert find_gpu("cpu").precision == "fp32"
+    assert choose_precision("auto", find_gpu("cpu"))[0] == "fp32"

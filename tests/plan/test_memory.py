@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Sample
 from phi3v.data.pages import Page
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape
-from phi3v.plan.inputs import ENGINES, METHODS, MethodName, TrainSetup
+from phi3v.plan.inputs import ENGINES, TrainSetup
 from phi3v.plan.memory import activations_of, predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
 from phi3v.plan.planned_model import planned_config

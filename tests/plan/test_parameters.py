@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from phi3v.config import LoraConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelConfig, RunConfig
 from phi3v.model.shape import ModelShape
-from phi3v.plan.inputs import METHODS, MethodName
 from phi3v.plan.parameters import count_parameters, meta_model
 from phi3v.plan.planned_model import planned_config
 from phi3v.train.device import choose_compute

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from phi3v.cli import main
-from phi3v.config import RunConfig, load_config
+from phi3v.config import METHODS, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.plan.hardware import find_machine
-from phi3v.plan.inputs import METHODS, setup_from_config
+from phi3v.plan.inputs import setup_from_config
 from phi3v.plan.planner import Plan, Planner, planned_recipe
 
 MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
@@ -93,7 +93,7 @@ def test_float8_on_a_card_that_has_it() -> None:
         assert option.setup.float8
         if option.setup.method.name == "qlora":
             assert not option.fits
-            assert "exclude each other" in option.reason
+            assert "four bits with qlora" in option.reason
             continue
         assert option.speed is not None
         assert before.speed is not None
@@ -113,10 +113,10 @@ def test_a_precision_or_attention_that_the_card_lacks() -> None:
     config = RunConfig()
     config.training.fp8 = True
     with pytest.raises(UserError, match="NVIDIA A100 80 GB has no products of float8"):
-        setup_from_config(config, find_machine("a100-80gb", None), 16)
+        Planner(config, progress=False).plan(find_machine("a100-80gb", None))
     config = RunConfig()
     config.training.batch_size = 12
-    with pytest.raises(UserError, match="cannot be split over 8 GPUs"):
+    with pytest.raises(UserError, match="cannot be split over 8 devices"):
         Planner(config, progress=False).plan(find_machine("8xt4", None))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,9 @@ from safetensors.torch import load_file
 
 from phi3v.cli import main
 from phi3v.config import RunConfig, load_config
-from phi3v.errors import UserError
 from phi3v.export.make import export
 from phi3v.model.checkpoint import checkpoint_keys
+from phi3v.train.checks import Case, refusals
 from phi3v.train.device import Compute
 from phi3v.train.engines.base import WrongEngineError
 from phi3v.train.engines.choice import choose_engine
@@ -230,6 +231,10 @@ def config(*overrides: object) -> RunConfig:
     return load_config(None, [part for name, value in pairs for part in (f"--{name}", str(value))])
 
 
+def refused(ranks: int, *overrides: object) -> str:
+    return "\n".join(map(str, refusals(Case(config(*overrides), compute(ranks)))))
+
+
 def compute(ranks: int, precision: str = "fp32") -> Compute:
     return Compute(torch.device("cpu"), precision, "", 0, ranks)
 
@@ -247,8 +252,7 @@ def test_the_default_goes_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> 
     choice = choose_engine(config(), compute(2))
     assert choice.name == "ddp"
     assert "DeepSpeed is not installed" in choice.reason
-    with pytest.raises(UserError, match=r"(?s)zero2 needs DeepSpeed.*phi3v\[deepspeed\]"):
-        choose_engine(config("distributed.engine", "zero2"), compute(2))
+    assert re.search(r"(?s)zero2 needs DeepSpeed.*phi3v\[deepspeed\]", refused(2, "distributed.engine", "zero2"))
 
 
 def test_the_default_respects_the_optimizer() -> None:
@@ -270,12 +274,10 @@ def test_the_default_respects_the_optimizer() -> None:
     ],
 )
 def test_what_cannot_work_is_refused_with_what_does(overrides: tuple[object, ...], message: str) -> None:
-    with pytest.raises(UserError, match=f"(?s){message}"):
-        choose_engine(config(*overrides), compute(2))
+    assert re.search(f"(?s){message}", refused(2, *overrides))
 
 
 def test_one_process_has_nothing_to_divide() -> None:
-    with pytest.raises(UserError, match=r"(?s)zero2 divides a model.*there is one.*torchrun"):
-        choose_engine(config("distributed.engine", "zero2"), compute(1))
-    with pytest.raises(UserError, match=r"(?s)not none.*zero2"):
-        choose_engine(config("distributed.offload_optimizer", "true"), compute(1))
+    found = refused(1, "distributed.engine", "zero2")
+    assert re.search(r"(?s)zero2 divides a model.*there is one.*torchrun", found)
+    assert re.search(r"(?s)not none.*zero2", refused(1, "distributed.offload_optimizer", "true"))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from run_helpers import load
 
+from phi3v import machine
 from phi3v.config import LoraConfig, MethodConfig, RunConfig, TrainingConfig
-from phi3v.errors import UserError
+from phi3v.plan.hardware import find_gpu
+from phi3v.train.checks import Case, refusals
 from phi3v.train.device import Compute
-from phi3v.train.float8 import apply_float8, check_float8
+from phi3v.train.float8 import apply_float8
 
 
 def losses_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -46,18 +48,15 @@ def test_emulated_layers_agree(small_model_dir: Path, method: Any) -> None:
         assert (rounded[name] - gradient).norm() <= 0.35 * gradient.norm() + 1e-9, name
 
 
-def refuse(method: Any = "full", *, device: str = "cuda", precision: str = "bf16") -> str:
+def refuse(method: Any = "full", *, device: str = "h100", precision: str = "bf16") -> str:
     config = RunConfig(method=MethodConfig(method), training=TrainingConfig(fp8=True))
-    with pytest.raises(UserError) as error:
-        check_float8(config, Compute(torch.device(device), precision, "", 0, 1))
-    return str(error.value)
+    gpu = machine.CPU if device == "cpu" else find_gpu(device)
+    return "\n".join(map(str, refusals(Case(config, Compute(torch.device(gpu.type), precision, "", 0, 1, gpu=gpu)))))
 
 
-def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_refused_where_it_cannot_run() -> None:
     assert "four bits" in refuse("qlora")
     assert "this is cpu" in refuse(device="cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "NVIDIA A100 has no products of float8" in refuse()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "NVIDIA A100 80 GB has no products of float8" in refuse(device="a100-80gb")
+    assert "AMD Instinct MI300X has no products of float8" in refuse(device="mi300x")
     assert "precision is fp16" in refuse(precision="fp16")

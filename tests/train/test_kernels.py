@@ -9,10 +9,12 @@ import pytest
 import torch
 from run_helpers import Train, load
 
-from phi3v.config import MethodConfig, TrainingConfig
-from phi3v.errors import UserError
+from phi3v.config import MethodConfig, RunConfig, TrainingConfig
+from phi3v.plan.hardware import find_gpu
 from phi3v.train.checkpointing import apply_checkpointing
-from phi3v.train.kernels import apply_kernels, check_kernels
+from phi3v.train.checks import Case, refusals
+from phi3v.train.device import Compute
+from phi3v.train.kernels import apply_kernels
 
 
 def gradients(model: Any, device: str = "cpu") -> tuple[float, dict[str, torch.Tensor]]:
@@ -69,6 +71,7 @@ def test_liger_is_refused_where_it_cannot_run(train: Train, capsys: pytest.Captu
         assert code == 2
         assert "training.kernels: Liger's kernels need a GPU" in capsys.readouterr().err
         assert not folder.exists()
-    with pytest.raises(UserError, match="does not train in fp16"):
-        check_kernels(TrainingConfig(kernels="liger"), torch.device("cuda"), "fp16")
-    check_kernels(TrainingConfig(), torch.device("cpu"), "fp32")
+    old = Compute(torch.device("cuda"), "fp16", "", 0, 1, gpu=find_gpu("t4"))
+    liger = RunConfig(training=TrainingConfig(kernels="liger"))
+    assert ["does not train in fp16" in str(found) for found in refusals(Case(liger, old))] == [True]
+    assert not refusals(Case(RunConfig(), old))

@@ -12,8 +12,10 @@ from peft import PeftModel
 from run_helpers import Train, read_metrics
 from safetensors.torch import load_file, save_file
 
+from phi3v.config import ModelConfig, RunConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
+from phi3v.train.device import choose_compute
 from phi3v.train.loading import choose_attention
 
 
@@ -77,10 +79,11 @@ def test_flash_attention_where_it_cannot_run(train: Train, model: Path, capsys: 
 
 
 def test_auto_attention_says_why() -> None:
-    name, reason = choose_attention("auto", torch.device("cpu"), torch.float32)
+    compute = choose_compute("fp32")
+    name, reason = choose_attention(RunConfig(), compute)
     assert name == "sdpa"
     assert "needs a GPU" in reason
-    assert choose_attention("eager", torch.device("cpu"), torch.float32) == ("eager", "as configured")
+    assert choose_attention(RunConfig(ModelConfig(attention="eager")), compute) == ("eager", "as configured")
 
 
 def test_a_run_does_not_replace_its_own_model(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,10 @@ import torch
 from run_helpers import Train, load, read_metrics
 
 from phi3v.config import DataConfig, MethodConfig, RunConfig, TrainingConfig, load_config
-from phi3v.errors import UserError
+from phi3v.train.checks import Case, refusals
 from phi3v.train.device import Compute
 from phi3v.train.optimizers import (
     StochasticAdamW,
-    check_optimizer,
     divide_groups,
     round_stochastically,
     state_bytes,
@@ -196,29 +195,27 @@ LEAN: dict[str, Any] = {"lean": True, "optimizer": "adamw_8bit", "max_grad_norm"
 
 
 @pytest.mark.parametrize(
-    ("settings", "accumulation", "compute", "message"),
+    ("settings", "compute", "message"),
     [
-        ({"optimizer": "adamw_bf16"}, 1, {"precision": "fp16"}, "the precision is fp16"),
-        (LEAN, 1, {"precision": "fp32"}, "the precision is fp32"),
-        (LEAN | {"optimizer": "adamw"}, 1, {}, "lean mode holds no float32 weights"),
-        (LEAN | {"max_grad_norm": 1.0}, 1, {}, "cannot be clipped"),
-        (LEAN, 4, {}, "4 micro-batches cannot be accumulated"),
-        (LEAN, 1, {"world_size": 2}, "before the ranks could add theirs"),
-        (LEAN | {"activation_checkpointing": "none"}, 1, {}, "recomputes all activations"),
+        ({"optimizer": "adamw_bf16"}, {"precision": "fp16"}, "the precision is fp16"),
+        (LEAN, {"precision": "fp32"}, "the precision is fp32"),
+        (LEAN | {"optimizer": "adamw"}, {}, "lean mode holds no float32 weights"),
+        (LEAN | {"max_grad_norm": 1.0}, {}, "cannot be clipped"),
+        (LEAN | {"batch_size": 16}, {}, "4 micro-batches cannot be accumulated"),
+        (LEAN, {"world_size": 2}, "before the ranks could add theirs"),
+        (LEAN | {"activation_checkpointing": "none"}, {}, "recomputes all activations"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    settings: dict[str, Any], accumulation: int, compute: dict[str, Any], message: str
-) -> None:
-    config = RunConfig(training=TrainingConfig(**settings))
-    with pytest.raises(UserError, match=message):
-        check_optimizer(config, dataclasses.replace(COMPUTE, **compute), accumulation)
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], compute: dict[str, Any], message: str) -> None:
+    config = RunConfig(training=TrainingConfig(**{"batch_size": 4, "micro_batch_size": 4} | settings))
+    found = refusals(Case(config, dataclasses.replace(COMPUTE, **compute)))
+    assert any(message in str(refusal) for refusal in found)
 
 
 def test_lean_mode_takes_no_packed_rows() -> None:
     config = RunConfig(data=DataConfig(packing="samples"), training=TrainingConfig(**LEAN))
-    with pytest.raises(UserError, match="a step of packed rows may have several"):
-        check_optimizer(config, COMPUTE, 1)
+    (refusal,) = refusals(Case(config, COMPUTE))
+    assert "a step of packed rows may have several" in str(refusal)
 
 
 def test_bytes_of_a_parameter() -> None:

@@ -183,7 +183,7 @@ def test_text_only_data_cannot_train_vision(train: Train, easy_vqa: Path, capsys
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = ("data.train", file, "data.eval", "null", "training.max_steps", 2)
     assert train(*settings)[0] == 2
-    assert "no record has a picture" in capsys.readouterr().err
+    assert "no record has an image" in capsys.readouterr().err
     assert train(*settings, "method.name", "frozen-vision", out="frozen")[0] == 0
 
 

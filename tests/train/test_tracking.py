@@ -13,7 +13,7 @@ import pytest
 from run_helpers import Train, read_metrics
 
 from phi3v.errors import UserError
-from phi3v.train.tracking import check_trackers, prepare_trackers
+from phi3v.train.tracking import prepare_trackers
 
 TRACKIO = """
 import contextvars, json, os
@@ -85,8 +85,6 @@ def test_a_missing_library_is_named_before_any_work(
     assert code == 2
     assert f"pip install {name}" in capsys.readouterr().err
     assert not folder.exists()
-    with pytest.raises(UserError, match="is not installed"):
-        check_trackers([name])
 
 
 def test_an_unknown_service_is_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

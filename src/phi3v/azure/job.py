@@ -295,10 +295,14 @@ def submit_command(
 
 
 def _verdict(config: RunConfig, machine: Machine, console: Console) -> str:
-    """What the planner says of the recipe as it is; said, and left to the person."""
-    config.accumulation_steps(machine.gpus)
-    plan = Planner(config, progress=False).plan(machine)
-    option = plan.best(config.method.name)
+    """What the planner says of the recipe as it is; said, and left to the person.
+
+    Raises:
+        UserError: it would not begin.
+    """
+    option = Planner(config, progress=False).plan(machine).own
+    if option.refusal is not None:
+        raise option.refusal
     style = "" if option.fits and not option.changes else "bold yellow"
     _say(console, f"{machine.label}: {config.method.name} {option.verdict}: {option.reason}", style=style)
     if machine.quota:

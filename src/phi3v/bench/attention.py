@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from phi3v.machine import accelerator_of
 from phi3v.model.attention import BACKENDS, Layout, MaskBackend, packed_obstacle
 
 # bfloat16 keeps 8 bits. Outputs and gradients are averages of many rounded numbers: on the norm they stay within a
@@ -44,7 +45,7 @@ def compare_attention(
         for name, make in BACKENDS.items():
             row: dict[str, Any] = {"rows": row_name, "backend": name, "dtype": str(dtype).removeprefix("torch.")}
             rows.append(row)
-            if (obstacle := packed_obstacle(name, device, dtype)) is not None:
+            if (obstacle := packed_obstacle(name, accelerator_of(device), dtype)) is not None:
                 row["error"] = obstacle
                 continue
             try:

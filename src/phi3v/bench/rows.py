@@ -21,12 +21,13 @@ from phi3v.config import Attention, Packing, RunConfig
 from phi3v.data.batches import PaddedDataset
 from phi3v.data.readers import Readers
 from phi3v.errors import UserError
+from phi3v.machine import accelerator_of
+from phi3v.model.attention import flash_obstacle
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import training_flops
 from phi3v.train.device import choose_compute
-from phi3v.train.loading import choose_attention
 from phi3v.train.optimizers import optimizer_factory
 from phi3v.train.progress import peak_memory_gb
 from phi3v.train.setup import Setup, prepare
@@ -70,8 +71,8 @@ def _attention(way: Way) -> Attention:
         return "auto"
     if not torch.cuda.is_available():
         return "sdpa"
-    device = torch.device("cuda", torch.cuda.current_device())
-    return "sdpa" if choose_attention("auto", device, torch.bfloat16)[0] == "sdpa" else "flash_attention_2"
+    gpu = accelerator_of(torch.device("cuda", torch.cuda.current_device()))
+    return "flash_attention_2" if flash_obstacle(gpu, torch.bfloat16, "flash_attn") is None else "sdpa"
 
 
 def measure_row(row: Row, settings: Settings, model: Path, data: Path) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from phi3v.config import Precision
-from phi3v.plan.inputs import MethodName
+from phi3v.config import MethodName, Precision
 
 Way = Literal["recipe", "recipe-flash", "padded", "samples", "shared-image", "lean"]
 WAYS: tuple[Way, ...] = get_args(Way)

@@ -19,13 +19,13 @@ from phi3v.bench.pages import QUESTIONS_PER_PAGE, pages_for, write_pages
 from phi3v.bench.result import with_environment, write_json
 from phi3v.bench.rows import measure_row
 from phi3v.bench.settings import BASELINES, Row, Settings, Way
+from phi3v.config import MethodName
 from phi3v.data.cache import cache_root
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.model.presets import init_model
 from phi3v.paths import find_model
 from phi3v.plan.hardware import this_machine
-from phi3v.plan.inputs import MethodName
 
 COLUMNS = ("method", "way", "GPUs", "attention", "batch", "samples/s", "pages/s", "tokens/s", "MFU", "peak GB")
 

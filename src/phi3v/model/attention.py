@@ -24,7 +24,6 @@ Shapes: ``T`` tokens of the row, ``D`` head size, ``h`` heads.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,11 +37,11 @@ from transformers.masking_utils import sdpa_mask
 
 from phi3v.config import Attention
 from phi3v.errors import UserError
+from phi3v.machine import Accelerator
 
 # A group as (tokens of the prefix, tokens of each branch …). Plain numbers: nobody waits for the device to read them.
 Layout = tuple[tuple[int, ...], ...]
 
-FLASH_CAPABILITY = (8, 0)  # Ampere; flash attention has no kernels for older GPUs
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -332,12 +331,12 @@ for _name in BACKENDS:
 
 
 def choose_packed_attention(
-    wanted: Attention, device: torch.device, dtype: torch.dtype, *, shares_prefixes: bool
+    wanted: Attention, gpu: Accelerator, dtype: torch.dtype, *, shares_prefixes: bool
 ) -> tuple[str, str]:
     """The implementation for packed rows and the reason for it.
 
     Raises:
-        UserError: what is asked for cannot run here.
+        UserError: what is asked for cannot run there.
     """
     names = {
         "eager": "packed_mask",
@@ -347,7 +346,7 @@ def choose_packed_attention(
         "flash_attention_2": "packed_fa2",
     }
     if wanted != "auto":
-        obstacle = packed_obstacle(names[wanted], device, dtype)
+        obstacle = packed_obstacle(names[wanted], gpu, dtype)
         if obstacle is None:
             return names[wanted], "as configured"
         raise UserError(
@@ -359,36 +358,34 @@ def choose_packed_attention(
         order.insert(0, order.pop())
     obstacles: list[str] = []
     for name in order:
-        obstacle = packed_obstacle(name, device, dtype)
+        obstacle = packed_obstacle(name, gpu, dtype)
         if obstacle is None:
             first = "rows share prefixes" if shares_prefixes else "rows of separate samples"
-            return name, "; ".join([f"{first}, {dtype} on {torch.cuda.get_device_name(device)}", *obstacles])
+            return name, "; ".join([f"{first}, {dtype} on {gpu.name}", *obstacles])
         obstacles.append(obstacle)
     return "packed_segments", "; ".join(dict.fromkeys(obstacles))
 
 
-def packed_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot train on ``device`` in ``dtype``, or None."""
+def packed_obstacle(name: str, gpu: Accelerator, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot train on ``gpu`` in ``dtype``, or None."""
     if name in ("packed_mask", "packed_segments"):
         return None
-    if device.type != "cuda":
-        return f"flash and flex attention need a GPU, this is {device.type}"
-    gpu = torch.cuda.get_device_name(device)
-    capability = torch.cuda.get_device_capability(device)
+    if gpu.type != "cuda":
+        return f"flash and flex attention need a GPU, this is {gpu.type}"
     if name == "packed_flex":
-        if importlib.util.find_spec("triton") is None:
+        if not gpu.has("triton"):
             return "FlexAttention needs triton, which is not installed"
-        return None if capability >= FLASH_CAPABILITY else f"FlexAttention is not used on {gpu}"
-    return flash_obstacle(device, dtype, "flash_attn" if name == "packed_fa2" else "torch.nn.attention.varlen")
+        return None if gpu.flash_attention else f"FlexAttention is not used on {gpu.name}"
+    return flash_obstacle(gpu, dtype, "flash_attn" if name == "packed_fa2" else "torch.nn.attention.varlen")
 
 
-def flash_obstacle(device: torch.device, dtype: torch.dtype, module: str) -> str | None:
-    """Why flash attention of ``module`` cannot run on ``device`` in ``dtype``, or None."""
-    if device.type != "cuda":
-        return f"flash attention needs a GPU, this is {device.type}"
-    if torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
-        return f"flash attention has no kernels for {torch.cuda.get_device_name(device)}"
-    if importlib.util.find_spec(module) is None:
+def flash_obstacle(gpu: Accelerator, dtype: torch.dtype, module: str) -> str | None:
+    """Why flash attention of ``module`` cannot run on ``gpu`` in ``dtype``, or None."""
+    if gpu.type != "cuda":
+        return f"flash attention needs a GPU, this is {gpu.type}"
+    if not gpu.flash_attention:
+        return f"flash attention has no kernels for {gpu.name}"
+    if not gpu.has(module):
         return (
             "flash-attn is not installed" if module == "flash_attn" else "this torch has no variable-length attention"
         )

@@ -13,14 +13,14 @@ from typing import Any
 
 from phi3v.config import read_yaml
 from phi3v.errors import UserError
-from phi3v.machine import FLOAT8_CAPABILITY, available_cores
+from phi3v.machine import CPU, Accelerator, abilities, accelerator_of, available_cores
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One accelerator.
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Accelerator):
+    """One accelerator, with what memory and speed depend on.
 
     Attributes:
         key: its name on the command line.
@@ -31,24 +31,14 @@ class Gpu:
     """
 
     key: str
-    name: str
     memory_bytes: int
     bandwidth_gb_s: float
     tflops: float
-    bf16: bool
-    flash_attention: bool
-    four_bit: bool
-    float8: bool
     source: str
 
     @property
     def is_cpu(self) -> bool:
-        return self.key == "cpu"
-
-    @property
-    def precision(self) -> str:
-        """What `training.precision auto` takes on it."""
-        return "fp32" if self.is_cpu else "bf16" if self.bf16 else "fp16"
+        return self.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -114,18 +104,17 @@ def known_gpus() -> dict[str, Gpu]:
 
 def _gpu(key: str, entry: dict[str, Any]) -> Gpu:
     capability = entry["capability"]
-    version = tuple(int(part) for part in capability.split(".")) if capability else None
+    able = abilities(tuple(int(part) for part in capability.split(".")) if capability else ())
     return Gpu(
         key=key,
+        type="cuda",
         name=entry["name"],
+        is_here=False,
         memory_bytes=int(entry["memory_gib"] * GIB),
         bandwidth_gb_s=float(entry["bandwidth_gb_s"]),
         tflops=float(entry["tflops"]),
-        bf16=entry.get("bf16", version is not None and version >= (8, 0)),
-        flash_attention=entry.get("flash_attention", version is not None and version >= (8, 0)),
-        four_bit=entry.get("four_bit", version is not None and version >= (7, 5)),
-        float8=version is not None and version >= FLOAT8_CAPABILITY,
         source=entry["source"],
+        **{ability: entry.get(ability, value) for ability, value in able.items()},
     )
 
 
@@ -141,15 +130,11 @@ def cpu_machine() -> Machine:
     cores = available_cores()
     memory = _memory_limit()
     gpu = Gpu(
+        **vars(CPU) | {"name": f"CPU, {cores} cores"},
         key="cpu",
-        name=f"CPU, {cores} cores",
         memory_bytes=memory,
         bandwidth_gb_s=0.0,
         tflops=entry["tflops_per_core"] * cores,
-        bf16=False,
-        flash_attention=False,
-        four_bit=True,
-        float8=False,
         source=entry["source"],
     )
     return Machine(gpu, 1)
@@ -174,17 +159,12 @@ def this_machine() -> Machine:
         return cpu_machine()
     found = torch.cuda.get_device_properties(0)
     known = _nearest(found.name, found.total_memory)
-    version = torch.cuda.get_device_capability(0)
     gpu = Gpu(
+        **vars(accelerator_of(torch.device("cuda", 0))),
         key=known.key if known else "unknown",
-        name=found.name,
         memory_bytes=found.total_memory,
         bandwidth_gb_s=known.bandwidth_gb_s if known else 0.0,
         tflops=known.tflops if known else 0.0,
-        bf16=version >= (8, 0),
-        flash_attention=version >= (8, 0),
-        four_bit=version >= (7, 5),
-        float8=torch.version.hip is None and version >= FLOAT8_CAPABILITY,
         source=f"this machine; rates: {known.source}" if known else "this machine; its rates are not in the table",
     )
     return Machine(gpu, torch.cuda.device_count())

@@ -5,20 +5,23 @@ Both sides of the mapping, from a configuration and back to its keys, are in thi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from phi3v.config import MethodConfig, Packing, RunConfig
-from phi3v.errors import UserError
+import torch
+
+from phi3v.config import MethodConfig, MethodName, Packing, RunConfig
 from phi3v.plan.hardware import Machine
+from phi3v.train.activations import AttentionKind, kind_of_attention
+from phi3v.train.activations import Policy as Checkpointing
+from phi3v.train.device import Compute, choose_precision
+from phi3v.train.engines.choice import choose_engine
+from phi3v.train.loading import choose_attention
 
-MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-Checkpointing = Literal["none", "vision", "selective", "full"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_bf16"]
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
@@ -36,13 +39,14 @@ class TrainSetup:
         fused_optimizer: no temporary copy of the second moments in a step (the library's plain AdamW makes one on a
             GPU).
         float8: the decoder multiplies in float8; what it keeps is as large as without.
+        lean: bf16 weights, and each gradient used up as soon as it is there.
     """
 
     method: MethodConfig = field(default_factory=MethodConfig)
     engine: Engine = "ddp"
     gpus: int = 1
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    attention: Attention = "sdpa"
+    precision: str = "bf16"
+    attention: AttentionKind = "sdpa"
     checkpointing: Checkpointing = "full"
     optimizer: Optimizer = "adamw"
     offload_optimizer: bool = False
@@ -53,11 +57,16 @@ class TrainSetup:
     num_crops: int = 16
     fused_optimizer: bool = False
     float8: bool = False
+    lean: bool = False
 
     @property
     def compute_bytes(self) -> int:
         """Bytes of a number that products are computed in."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def keeps_bf16_weights(self) -> bool:
+        return self.lean or self.optimizer == "adamw_bf16"
 
     @property
     def is_adapter(self) -> bool:
@@ -69,81 +78,59 @@ class TrainSetup:
         return self.engine != "ddp" and self.gpus > 1
 
     def with_method(self, name: MethodName) -> TrainSetup:
-        """The same with another method; the adapters' settings stay."""
-        return replace(self, method=replace(self.method, name=name))
+        """The same with another method. The adapters' settings stay but for PiSSA's start, which costs no memory and
+        does not go with every method.
+        """
+        return replace(self, method=replace(self.method, name=name, lora=replace(self.method.lora, init="gaussian")))
+
+
+def planned_compute(config: RunConfig, machine: Machine) -> Compute:
+    """What a rank of ``machine`` would compute in.
+
+    Raises:
+        UserError: it lacks the precision that is asked for.
+    """
+    precision, reason = choose_precision(config.training.precision, machine.gpu)
+    ranks = machine.gpus // machine.nodes
+    return Compute(torch.device(machine.gpu.type), precision, reason, 0, machine.gpus, ranks, machine.gpu)
+
+
+def engine_of(config: RunConfig, machine: Machine, method: MethodName) -> Engine:
+    """That `phi3v train` would take for a method; a single process has what each rank of ddp has."""
+    asked = copy.copy(config)
+    asked.method = copy.copy(config.method)
+    asked.method.name = method
+    name = choose_engine(asked, planned_compute(config, machine)).name
+    return "ddp" if name == "none" else name
 
 
 def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> TrainSetup:
     """What `phi3v train` would do with a configuration on a machine.
 
     Raises:
-        UserError: the machine cannot compute in the precision, or lacks the attention, that is asked for; or the batch
-            cannot be split over its devices.
+        UserError: the machine cannot compute in the precision, or lacks the attention, that is asked for.
     """
-    training = config.training
+    training, compute = config.training, planned_compute(config, machine)
+    wanted = training.activation_checkpointing
     return TrainSetup(
         method=config.method,
-        engine=_engine(config, machine),
+        engine=engine_of(config, machine, config.method.name),
         offload_optimizer=config.distributed.offload_optimizer,
         gpus=machine.gpus,
-        precision=_precision(config, machine),
-        attention=_attention(config, machine),
+        precision=compute.precision,
+        attention=kind_of_attention(choose_attention(config, compute)[0]),
         # `auto` recomputes all where memory is short.
-        checkpointing="full" if training.activation_checkpointing == "auto" else training.activation_checkpointing,
+        checkpointing="full" if training.lean or wanted == "auto" else wanted,
         optimizer=training.optimizer,
         packing=config.data.packing,
         pack_tokens=config.data.pack_tokens,
         micro_batch=training.micro_batch_size,
-        accumulates=config.accumulation_steps(machine.gpus) > 1,
+        accumulates=config.data.packing == "none" and training.batch_size > machine.gpus * training.micro_batch_size,
         num_crops=num_crops,
         fused_optimizer=machine.gpu.is_cpu,  # there the plain one works tensor by tensor
-        float8=_float8(config, machine),
+        float8=training.fp8,
+        lean=training.lean,
     )
-
-
-def _engine(config: RunConfig, machine: Machine) -> Engine:
-    """As `phi3v train` chooses it."""
-    wanted = config.distributed.engine
-    if wanted != "auto" and machine.gpus > 1:
-        return wanted
-    return usual_engine(config.method.name, machine.gpus) if config.training.optimizer == "adamw" else "ddp"
-
-
-def usual_engine(method: MethodName, gpus: int) -> Engine:
-    """That of the public recipe: ZeRO-2 where whole weights are trained on several GPUs."""
-    return "zero2" if method in ("full", "frozen-vision") and gpus > 1 else "ddp"
-
-
-def _precision(config: RunConfig, machine: Machine) -> Literal["bf16", "fp16", "fp32"]:
-    wanted, gpu = config.training.precision, machine.gpu
-    if wanted == "auto":
-        return gpu.precision  # type: ignore[return-value]
-    if wanted == "bf16" and not gpu.bf16 and not gpu.is_cpu:
-        raise UserError(f"{gpu.name} has no bf16", where="training.precision", hint="use fp16, or leave it at auto")
-    if wanted == "fp16" and gpu.is_cpu:
-        raise UserError("fp16 training needs a GPU", where="training.precision", hint="use fp32, or leave it at auto")
-    return wanted
-
-
-def _float8(config: RunConfig, machine: Machine) -> bool:
-    if config.training.fp8 and not machine.gpu.float8:
-        raise UserError(f"{machine.gpu.name} has no products of float8", where="training.fp8", hint="set it to false")
-    return config.training.fp8
-
-
-def _attention(config: RunConfig, machine: Machine) -> Attention:
-    wanted = config.model.attention
-    if wanted == "flash_attention_2" and not machine.gpu.flash_attention:
-        raise UserError(
-            f"flash attention has no kernels for {machine.gpu.name}",
-            where="model.attention",
-            hint="leave it at auto, or use sdpa",
-        )
-    if wanted == "auto":
-        return "flash_attention_2" if machine.gpu.flash_attention else "sdpa"
-    if wanted == "eager" or wanted == "sdpa":
-        return wanted
-    return "flash_attention_2"  # nor do flex and varlen, which are for packed rows, keep a matrix of all pairs
 
 
 def recipe_changes(setup: TrainSetup) -> dict[str, Any]:

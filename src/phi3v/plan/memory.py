@@ -13,6 +13,7 @@ from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import Engine, TrainSetup
 from phi3v.plan.parameters import Parameters
 from phi3v.train.activations import Activations, MicroBatch, residual_bytes
+from phi3v.train.optimizers import SLICE
 
 # Assumptions, where nothing can be counted.
 CUDA_CONTEXT = 0.8e9  # context, cuBLAS workspaces
@@ -20,6 +21,7 @@ COLLECTIVES = 0.6e9  # NCCL's buffers, on several ranks
 FRAGMENTATION = 0.05  # of what comes and goes
 INTERPRETER = 0.7e9  # a CPU process with torch and transformers, before any model
 ZERO_BUCKET = 5e8  # elements of DeepSpeed's buckets, as in the public recipe
+UPDATE_BYTES = 20  # of an element that is stepped in bf16: float32 weight, gradient, two moments, random bits
 ZERO3_LIVE = 1e9  # elements that ZeRO-3 keeps gathered at most (its default)
 
 
@@ -70,11 +72,13 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     recomputes = policy in ("selective", "full")
     # Of one chunk of answer tokens: float32 log-probabilities, their gradient, the logits'.
     logits = 12 * min(batch.answer_tokens * shape.vocabulary, LOGITS_PER_CHUNK)
-    casts_weights = a == 2 and setup.engine == "ddp" and not setup.is_adapter and setup.optimizer != "adamw_bf16"
+    casts_weights = a == 2 and setup.engine == "ddp" and not setup.is_adapter and not setup.keeps_bf16_weights
     weight_casts = a * counts.cast_elements if casts_weights else 0
     layer_casts = a * counts.decoder_layer_cast if casts_weights else 0
     late_casts = layer_casts if recomputes else weight_casts
-    one_gradient = counts.largest_matrix * (a + 4 if a == 2 else 4)
+    one_gradient: float = counts.largest_matrix * (a + 4 if a == 2 else 4)
+    if setup.lean:  # used up where it is made
+        one_gradient += _optimizer_work(counts, setup)
 
     step = static["gradients"]
     early = step if setup.accumulates else 0  # gradients that are there before the backward pass
@@ -116,6 +120,8 @@ def _optimizer_work(counts: Parameters, setup: TrainSetup) -> float:
     """Temporaries of a step: the plain AdamW of a GPU holds the root of all second moments at once."""
     if setup.offload_optimizer:
         return 0.0
+    if setup.keeps_bf16_weights:
+        return UPDATE_BYTES * min(SLICE, counts.largest_matrix)
     if setup.optimizer != "adamw" or setup.fused_optimizer:
         return 4 * counts.largest_matrix
     if setup.engine == "ddp":
@@ -131,7 +137,8 @@ def _static(shape: ModelShape, counts: Parameters, setup: TrainSetup) -> dict[st
     """
     a, n, trained = setup.compute_bytes, setup.gpus, counts.trainable
     moments = counts.optimizer_bytes(setup.optimizer)
-    weight, gradient = (2, 2) if setup.optimizer == "adamw_bf16" else (4, 4)
+    weight = 2 if setup.keeps_bf16_weights else 4
+    gradient = 0 if setup.lean else weight
     frozen = counts.frozen_bytes
     engine: Engine = setup.engine if n > 1 else "ddp"
     if engine == "ddp":
@@ -152,7 +159,7 @@ def _static(shape: ModelShape, counts: Parameters, setup: TrainSetup) -> dict[st
             "optimizer": moments / n,
             "communication": gathered + 4 * shape.layer_parameters,
         }
-    masters = 0 if setup.precision == "fp32" or setup.optimizer == "adamw_bf16" else 4 * trained
+    masters = 0 if setup.precision == "fp32" else 4 * trained
     sharded_gradients = engine in ("zero2", "zero3")
     static = {
         "weights": frozen + a * trained,

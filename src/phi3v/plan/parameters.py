@@ -15,12 +15,12 @@ from torch import nn
 
 from phi3v.config import LoraConfig, MethodConfig
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.plan.inputs import Optimizer
 from phi3v.train.activations import Gradients
+from phi3v.train.device import DTYPES
+from phi3v.train.loading import make_skeleton
 from phi3v.train.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes' 4-bit block)
 NF4_OUTER_BLOCK = 256  # scales that share a scale, with double quantisation
 EIGHT_BIT_BLOCK = 256  # moments that share a scale (bitsandbytes' 8-bit AdamW)
@@ -88,8 +88,8 @@ def meta_model(config: Phi3VConfig, method: MethodConfig, precision: str) -> nn.
     # PiSSA starts from the weights' values, which there are none of here; it has as many parameters as any start.
     method = replace(method, lora=replace(method.lora, init="gaussian"))
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    model = make_skeleton(config)
     with torch.device("meta"):
-        model = Phi3VForCausalLM(config)
         # As `load_for_training` chooses it.
         if precision == "fp32" or method.name == "full":
             dtype = torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from phi3v.config import RunConfig
+from phi3v.config import METHODS, MethodName, Packing, RunConfig
 from phi3v.data.lengths import Context, beyond_context
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
@@ -19,14 +18,13 @@ from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import GIB, Machine
 from phi3v.plan.inputs import (
     ENGINES,
-    METHODS,
     Engine,
-    MethodName,
     Optimizer,
     TrainSetup,
+    engine_of,
+    planned_compute,
     recipe_changes,
     setup_from_config,
-    usual_engine,
 )
 from phi3v.plan.memory import Memory, predict_memory
 from phi3v.plan.parameters import Parameters, count_model, meta_model
@@ -36,6 +34,10 @@ from phi3v.plan.rows import PackedRows, pack_workload
 from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_speed, training_flops
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.activations import kind_of_attention
+from phi3v.train.checks import Case, DataFacts, refusals
+from phi3v.train.loading import choose_attention, make_skeleton
+from phi3v.train.setup import open_tables, questions_of
 
 # Where the recipe's method does not fit: the order of Microsoft's published DocVQA scores (83.65, 82.46, 81.85, 79.19).
 BY_SCORE: tuple[MethodName, ...] = ("full", "lora", "qlora", "frozen-vision")
@@ -54,6 +56,7 @@ class Option:
         fits: with those changes.
         reason: why, in a sentence.
         rows: of a packed set-up.
+        refusal: why `phi3v train` would not begin, whatever the memory.
     """
 
     setup: TrainSetup
@@ -63,6 +66,7 @@ class Option:
     memory: Memory | None
     speed: Speed | None
     rows: PackedRows | None = None
+    refusal: UserError | None = None
 
     @property
     def verdict(self) -> str:
@@ -84,6 +88,7 @@ class Option:
             "attention": setup.attention,
             "checkpointing": setup.checkpointing,
             "optimizer": setup.optimizer,
+            "lean": setup.lean,
             "offload_optimizer": setup.offload_optimizer,
             "packing": setup.packing,
             "pack_tokens": setup.pack_tokens if setup.packing != "none" else None,
@@ -101,7 +106,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `phi3v plan` says about one machine."""
+    """Everything that `phi3v plan` says about one machine.
+
+    Attributes:
+        own: the recipe as it is, on the engine that `phi3v train` would take.
+        options: every method on every engine, with what else of the recipe has to change for it.
+    """
 
     machine: Machine
     config: RunConfig
@@ -109,19 +119,13 @@ class Plan:
     workload: Workload
     num_crops: int
     crops_reason: str
+    own: Option
     options: tuple[Option, ...]
     recommended: Option | None
     reason: str
     steps: int
     samples: int
     published: dict[str, PublishedRow]
-
-    @property
-    def own(self) -> Option:
-        """The recipe as it is, on the engine that `phi3v train` would take."""
-        setup = setup_from_config(self.config, self.machine, self.num_crops)
-        wanted = (setup.method.name, setup.engine)
-        return next(o for o in self.options if (o.setup.method.name, o.setup.engine) == wanted)
 
     @property
     def hours(self) -> float | None:
@@ -131,9 +135,9 @@ class Plan:
         return self.samples / self.recommended.speed.samples_per_second / 3600
 
     def best(self, method: MethodName) -> Option:
-        """The option of a method that needs the fewest changes; of several, that on the recipe's usual engine."""
+        """The option of a method that needs the fewest changes; of several, that on the engine of `phi3v train`."""
         own = [option for option in self.options if option.setup.method.name == method]
-        usual = usual_engine(method, self.machine.gpus)
+        usual = engine_of(self.config, self.machine, method)
         return min(own, key=lambda option: (not option.fits, len(option.changes), option.setup.engine != usual))
 
     def to_json_dict(self) -> dict[str, Any]:
@@ -179,6 +183,8 @@ class Planner:
         if config.model.num_crops is not None:
             self.crops_reason = f"the recipe says so; recommended are {self.num_crops}: {self.crops_reason}"
             self.num_crops = config.model.num_crops
+        self.skeleton = make_skeleton(self.model_config)
+        self.data = None if self.workload.is_assumed else _data_facts(config, processor)
         self._models: dict[tuple[str, str], nn.Module] = {}
         self._counts: dict[tuple[str, str], Parameters] = {}
         self._rows: dict[tuple[int, str, int, int], PackedRows] = {}
@@ -196,16 +202,21 @@ class Planner:
         """The plan for ``machine``.
 
         Raises:
-            UserError: the machine lacks what the recipe asks for by name, or the batch cannot be split over it.
+            UserError: `phi3v train` would refuse the recipe there, whatever the method and the engine.
         """
-        base = setup_from_config(self._splittable(machine, self.config), machine, self.num_crops)
+        base = setup_from_config(self._splittable(machine), machine, self.num_crops)
         engines: Sequence[Engine] = ENGINES if machine.gpus > 1 else ("ddp",)
         options = tuple(
             self.option(_on_engine(base.with_method(method), engine), machine)
             for method in METHODS
             for engine in engines
         )
-        recommended, reason = self._recommend(options, machine)
+        refused = next(iter(refusals(self._case(self.config, machine))), None)
+        if refused is not None and all(option.refusal for option in options):
+            raise refused
+        own = setup_from_config(self.config, machine, self.num_crops)
+        own_option = self.option(own, machine) if refused is None else _refused(own, refused)
+        recommended, reason = self._recommend(own_option, options, machine)
         records = len(self.workload)
         samples = math.ceil(records * self.config.training.epochs)
         steps = self.config.training.max_steps or math.ceil(samples / self.config.training.batch_size)
@@ -220,6 +231,7 @@ class Planner:
             workload=self.workload,
             num_crops=self.num_crops,
             crops_reason=self.crops_reason,
+            own=own_option,
             options=options,
             recommended=recommended,
             reason=reason,
@@ -230,13 +242,15 @@ class Planner:
 
     def option(self, setup: TrainSetup, machine: Machine) -> Option:
         """Whether a set-up fits, and if not, the fewest changes that make it fit."""
-        if obstacle := _obstacle(setup, machine):
-            return Option(setup, False, (), obstacle, None, None)
+        if (refused := self._refusal(setup, machine)) is not None:
+            return _refused(setup, refused)
         limit = int(machine.gpu.memory_bytes * MARGIN)
         first = self.memory(setup, machine)
         best, best_memory = setup, first
         changes: tuple[str, ...] = ()
         for changed, words in _relaxations(setup):
+            if self._refusal(changed, machine) is not None:
+                continue
             memory = self.memory(changed, machine)
             if memory.peak < best_memory.peak or not words:
                 best, best_memory, changes = changed, memory, words
@@ -253,6 +267,23 @@ class Planner:
             f"; {_gib(best_memory.parts[biggest])} of it {biggest}"
         )
         return Option(best, False, (), reason, best_memory, None)
+
+    def _case(self, config: RunConfig, machine: Machine) -> Case:
+        return Case(config, planned_compute(config, machine), self.skeleton, self.data)
+
+    def _refusal(self, setup: TrainSetup, machine: Machine) -> UserError | None:
+        """Why `phi3v train` would not begin with a set-up."""
+        try:
+            config = self.config.with_keys(recipe_changes(setup))
+        except UserError as error:
+            return error
+        return next(iter(refusals(self._case(config, machine))), None)
+
+    def _packed(self, setup: TrainSetup, packing: Packing, machine: Machine) -> TrainSetup:
+        """A set-up with packed rows, which other attention computes."""
+        config = self.config.with_keys({"data.packing": packing, "training.micro_batch_size": 1})
+        attention = kind_of_attention(choose_attention(config, planned_compute(config, machine))[0])
+        return replace(setup, packing=packing, micro_batch=1, attention=attention)
 
     def memory(self, setup: TrainSetup, machine: Machine) -> Memory:
         """The predicted peak of a rank."""
@@ -301,18 +332,16 @@ class Planner:
         """Parameters of the set-up's method."""
         key = (setup.method.name, setup.precision)
         if key not in self._counts:
-            self._counts[key] = self._count(*key)
+            self._counts[key] = self._count(setup)
         return self._counts[key]
 
-    def _count(self, name: MethodName, precision: str) -> Parameters:
-        method = replace(self.config.method, name=name)
-        adapters = name in ("lora", "qlora")
-        key = ("lora" if adapters else name, precision)
+    def _count(self, setup: TrainSetup) -> Parameters:
+        key = ("lora" if setup.is_adapter else setup.method.name, setup.precision)
         if key not in self._models:
-            self._models[key] = meta_model(self.model_config, method, precision)
-        return count_model(self._models[key], method)
+            self._models[key] = meta_model(self.model_config, setup.method, setup.precision)
+        return count_model(self._models[key], setup.method)
 
-    def _recommend(self, options: Sequence[Option], machine: Machine) -> tuple[Option | None, str]:
+    def _recommend(self, recipe: Option, options: Sequence[Option], machine: Machine) -> tuple[Option | None, str]:
         wanted = self.config.method.name
         runnable = [option for option in options if option.fits]
         for name in (wanted, *(method for method in BY_SCORE if method != wanted)):
@@ -321,8 +350,11 @@ class Planner:
                 continue
             chosen = self._faster(self._least_changed(own, name, machine), machine)
             if name == wanted:
-                with_what = f" with {', '.join(chosen.changes)}" if chosen.changes else " as it is"
-                return chosen, f"{name}, the recipe's method, fits {machine.label}{with_what}"
+                fits = f"{name}, the recipe's method, fits {machine.label}"
+                if recipe.refusal is not None:
+                    changed = ", ".join(chosen.changes) or f"engine {chosen.setup.engine}"
+                    return chosen, f"{fits} with {changed}; as it is, the recipe cannot run there: {recipe.reason}"
+                return chosen, fits + (f" with {', '.join(chosen.changes)}" if chosen.changes else " as it is")
             return chosen, (
                 f"{name}: {self._why_not(options, machine)}; of what fits, {name} has the best published score"
             )
@@ -330,9 +362,7 @@ class Planner:
 
     def _least_changed(self, options: Sequence[Option], name: MethodName, machine: Machine) -> Option:
         """The option with the fewest changes; of several, that on the engine that training would take."""
-        config = copy.deepcopy(self.config)
-        config.method.name = name
-        engine = setup_from_config(self._splittable(machine, config), machine, self.num_crops).engine
+        engine = engine_of(self.config, machine, name)
         return min(options, key=lambda option: (len(option.changes), option.setup.engine != engine))
 
     def _why_not(self, options: Sequence[Option], machine: Machine) -> str:
@@ -343,20 +373,19 @@ class Planner:
 
     def _faster(self, option: Option, machine: Machine) -> Option:
         """The same with the rest of the memory put to use: packed rows or larger micro-batches, no recomputing."""
-        limit = int(machine.gpu.memory_bytes * MARGIN)
         setup = option.setup
-        lengths = self._row_lengths(setup)
-        shortest = next((packed for packed in lengths if self.memory(packed, machine).peak <= limit), None)
+        lengths = self._row_lengths(setup, machine)
+        shortest = next((packed for packed in lengths if self._runs(packed, machine)), None)
         best = shortest or setup
         if best.checkpointing == "full" and not option.changes:
             spared = replace(best, checkpointing="none")
-            if self.memory(spared, machine).peak <= limit:
+            if self._runs(spared, machine):
                 best = spared
         for larger in lengths if shortest else self._micro_batches(best):
             if shortest and larger.pack_tokens <= best.pack_tokens:
                 continue
             grown = replace(larger, checkpointing=best.checkpointing)
-            if self.memory(grown, machine).peak > limit:
+            if not self._runs(grown, machine):
                 break
             best = grown
         if best == option.setup:
@@ -371,15 +400,23 @@ class Planner:
             rows=self.rows_or_none(best),
         )
 
-    def _row_lengths(self, setup: TrainSetup) -> list[TrainSetup]:
+    def _runs(self, setup: TrainSetup, machine: Machine) -> bool:
+        if self._refusal(setup, machine) is not None:
+            return False
+        return self.memory(setup, machine).peak <= int(machine.gpu.memory_bytes * MARGIN)
+
+    def _row_lengths(self, setup: TrainSetup, machine: Machine) -> list[TrainSetup]:
         """The set-up with packed rows, from short to long, up to where a step is one row a rank.
 
         Packing changes no record's loss or gradient, so it is recommended wherever it can run.
         """
-        if self.config.training.lean or (len(self.workload) < setup.gpus and not self.workload.is_assumed):
-            return []
         shared = setup.packing == "shared-image" or self.workload.shared_image_factor > 1.05
-        base = replace(setup, packing="shared-image" if shared else "samples", micro_batch=1)
+        try:
+            base = self._packed(setup, "shared-image" if shared else "samples", machine)
+        except UserError:  # of attention that is named and does not go with it
+            return []
+        if self._refusal(base, machine) is not None:
+            return []
         mean = float(self.workload.at(setup.num_crops).tokens.mean())
         chosen: list[TrainSetup] = []
         for tokens in [tokens for tokens in PACK_TOKENS if tokens >= mean] or [PACK_TOKENS[-1]]:
@@ -398,39 +435,21 @@ class Planner:
             setup = replace(setup, micro_batch=doubled, accumulates=share > doubled)
             yield setup
 
-    def _splittable(self, machine: Machine, config: RunConfig) -> RunConfig:
+    def _splittable(self, machine: Machine) -> RunConfig:
         """The configuration with a micro-batch that the machine's ranks can share, where the recipe's cannot be."""
-        batch = config.training.batch_size
-        if batch % machine.gpus and config.data.packing == "none":
-            raise UserError(
-                f"{batch} samples a step cannot be split over {machine.gpus} GPUs",
-                where="training.batch_size",
-                hint=f"use a multiple of {machine.gpus}",
-            )
-        adjusted = copy.deepcopy(config)
-        if config.data.packing == "none":
-            adjusted.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // machine.gpus)
-        return adjusted
+        training = self.config.training
+        if self.config.data.packing != "none" or training.batch_size % machine.gpus:
+            return self.config
+        micro_batch = math.gcd(training.micro_batch_size, training.batch_size // machine.gpus)
+        return self.config.with_keys({"training.micro_batch_size": micro_batch})
 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
 
 
-def _obstacle(setup: TrainSetup, machine: Machine) -> str | None:
-    """What rules a set-up out, whatever its memory."""
-    if setup.method.name == "qlora":
-        if not machine.gpu.four_bit:
-            return f"4-bit weights need Turing or newer, {machine.gpu.name} is older"
-        if setup.float8:
-            return "training.fp8 and 4-bit weights exclude each other"
-        if setup.engine == "zero3":
-            return "zero3 does not divide 4-bit weights; fsdp2 does, and ddp needs little anyway"
-    if setup.is_sharded and setup.optimizer != "adamw":
-        return f"{setup.engine} divides the state of adamw, not of {setup.optimizer}"
-    if setup.engine == "fsdp2" and setup.precision == "fp16":
-        return "fsdp2 is not proven with fp16's loss scale; zero3 divides the same"
-    return None
+def _refused(setup: TrainSetup, why: UserError) -> Option:
+    return Option(setup, False, (), f"{why.where}: {why.what}" if why.where else why.what, None, None, refusal=why)
 
 
 def _on_engine(setup: TrainSetup, engine: Engine) -> TrainSetup:
@@ -441,7 +460,7 @@ def _on_engine(setup: TrainSetup, engine: Engine) -> TrainSetup:
 def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
     """A set-up as it is, then with ever more changes that save memory.
 
-    What costs only time comes before what costs detail, and what this version offers before what it does not.
+    What costs only time comes before what costs detail. Not every one of them can run.
     """
     yield setup, ()
     current = setup
@@ -458,16 +477,13 @@ def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...
     fewer = [crops for crops in (9, 4) if crops < setup.num_crops]
     for crops in fewer:
         yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
-    # Weights in bf16 want a card that computes in it.
-    smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16") if setup.precision == "bf16" else ("adamw_8bit",)
-    if setup.is_sharded:  # it divides the state instead, or leaves it to the host
-        smaller = ()
-        if setup.engine != "fsdp2" and not setup.offload_optimizer:
-            yield replace(current, offload_optimizer=True), (*words, "offload_optimizer")
+    if not setup.offload_optimizer:
+        yield replace(current, offload_optimizer=True), (*words, "offload_optimizer")
+    smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16")
     for optimizer in smaller:
         if optimizer != setup.optimizer:
             yield replace(current, optimizer=optimizer), (*words, optimizer)
-    for crops in fewer if "adamw_bf16" in smaller else ():
+    for crops in fewer:
         yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
 
 
@@ -479,6 +495,15 @@ def _processor(config: RunConfig) -> Phi3VProcessor | None:
         return Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
     except (OSError, KeyError):
         return None
+
+
+def _data_facts(config: RunConfig, processor: Phi3VProcessor | None) -> DataFacts:
+    """What checks ask of the data files that are here."""
+    evaluation_is_here = processor is not None and Path(config.data.eval or "").is_file()
+    here = config if evaluation_is_here else config.with_keys({"data.eval": None})
+    train_table, eval_table = open_tables(here, progress=False)
+    questions = questions_of(config, eval_table, processor) if processor is not None else None
+    return DataFacts.of(train_table, questions, config.evaluation)
 
 
 def _workload(config: RunConfig, processor: Phi3VProcessor | None, *, progress: bool) -> Workload:
@@ -495,10 +520,7 @@ def planned_recipe(plan: Plan) -> str:
     """
     if plan.recommended is None:
         raise UserError(plan.reason, where="--write")
-    config = copy.deepcopy(plan.config)
-    for key, value in recipe_changes(plan.recommended.setup).items():
-        group, name = key.split(".")
-        setattr(getattr(config, group), name, value)
+    config = plan.config.with_keys(recipe_changes(plan.recommended.setup))
     lines = [
         f"Planned for {plan.machine.label}: {plan.reason}.",
         f"num_crops: {plan.crops_reason}.",

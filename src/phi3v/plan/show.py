@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from phi3v.config import METHODS
 from phi3v.plan.hardware import GIB
-from phi3v.plan.inputs import METHODS
 from phi3v.plan.planner import Option, Plan
 
 
@@ -137,7 +137,7 @@ def _show_time(console: Console, plan: Plan, option: Option) -> None:
     _line(
         console,
         f"  {setup.precision}, {setup.attention}, {_batch(option)}, "
-        f"checkpointing {setup.checkpointing}, {setup.optimizer}: "
+        f"checkpointing {setup.checkpointing}, {setup.optimizer}{', lean' * setup.lean}: "
         f"{plan.steps:,} steps of {_step(plan)}"
         + (f", about {_duration(plan.hours)}" if plan.hours is not None else ""),
     )

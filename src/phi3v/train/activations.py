@@ -20,6 +20,7 @@ from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import CROP_SIZE
 
 Policy = Literal["none", "vision", "selective", "full"]
+AttentionKind = Literal["eager", "sdpa", "flash_attention_2"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Gradients:
         )
 
 
+def kind_of_attention(name: str) -> AttentionKind:
+    """Which of three an implementation is by the matrices that it makes: flash attention, flex and varlen make none."""
+    if name in ("eager", "packed_mask"):
+        return "eager"
+    return "sdpa" if name in ("sdpa", "packed_segments") else "flash_attention_2"
+
+
 def residual_bytes(precision: str, method: MethodConfig) -> int:
     """Bytes of a number of the decoder's residual stream: float32 where the embeddings are."""
     return 4 if precision == "fp32" or method.name == "full" else 2
@@ -92,7 +100,7 @@ class Activations:
     Attributes:
         compute_bytes: of a number that products are computed in.
         residual_bytes: as of `residual_bytes`.
-        attention: as transformers calls it.
+        attention: as of `kind_of_attention`.
         adapter_rank: None where whole weights are trained.
     """
 
@@ -100,7 +108,7 @@ class Activations:
     gradients: Gradients
     compute_bytes: int
     residual_bytes: int
-    attention: str
+    attention: AttentionKind
     packing: Packing
     adapter_rank: int | None
 

@@ -73,7 +73,7 @@ def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: 
     """What is left for activations: free memory less gradients and optimizer state.
 
     Args:
-        ranks: processes that share the host's memory, where the device is the CPU.
+        ranks: processes of this machine, which share its memory where the device is the CPU.
         state_bytes: of a trained parameter: its gradient and the optimizer's moments.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available // ranks

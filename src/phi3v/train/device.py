@@ -8,24 +8,40 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.environment import get_int_from_env
 from torch import distributed
 
 from phi3v.config import Precision
 from phi3v.errors import UserError
-from phi3v.machine import available_cores
+from phi3v.machine import CPU, Accelerator, accelerator_of, available_cores
 
+# Where launchers tell how many ranks a machine has: torchrun and accelerate, MPI's three, Slurm.
+LOCAL_RANKS = (
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_NTASKS_PER_NODE",
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what a rank computes."""
+    """Where and in what a rank computes.
+
+    Attributes:
+        precision: bf16, fp16 or fp32.
+        node_ranks: of this machine, this one among them; they share its cores and its memory.
+    """
 
     device: torch.device
-    precision: str  # bf16, fp16 or fp32
+    precision: str
     reason: str
     rank: int
     world_size: int
+    node_ranks: int = 1
+    gpu: Accelerator = CPU
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,6 +50,24 @@ class Compute:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return None if self.precision == "fp32" else self.dtype
+
+
+def choose_precision(wanted: Precision, gpu: Accelerator) -> tuple[str, str]:
+    """The arithmetic and the reason for it.
+
+    Raises:
+        UserError: the device cannot compute in the precision asked for.
+    """
+    if gpu.type == "cpu":
+        if wanted == "fp16":
+            hint = "use fp32, or bf16 on a recent CPU"
+            raise UserError("fp16 training needs a GPU, and there is none", where="training.precision", hint=hint)
+        return ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")
+    if wanted == "auto":
+        return ("bf16", f"{gpu.name} has it") if gpu.bf16 else ("fp16", f"{gpu.name} has no bf16")
+    if wanted == "bf16" and not gpu.bf16:
+        raise UserError(f"{gpu.name} has no bf16", where="training.precision", hint="use fp16")
+    return wanted, "as configured"
 
 
 def choose_compute(wanted: Precision, *, timeout_minutes: float = 30.0) -> Compute:
@@ -47,30 +81,17 @@ def choose_compute(wanted: Precision, *, timeout_minutes: float = 30.0) -> Compu
     """
     ignored = _own_environment()
     has_gpu = torch.cuda.is_available()
-    if wanted == "fp16" and not has_gpu:
-        raise UserError(
-            "fp16 training needs a GPU, and there is none",
-            where="training.precision",
-            hint="use fp32, or bf16 on a recent CPU",
-        )
-    state = PartialState(cpu=not has_gpu, timeout=timedelta(minutes=timeout_minutes))
-    rank, world_size = state.process_index, state.num_processes
     if not has_gpu:
-        precision, reason = ("fp32", "no GPU") if wanted == "auto" else (wanted, "as configured")
-        return Compute(torch.device("cpu"), precision, _joined(reason, ignored), rank, world_size)
-    device = torch.device("cuda", state.local_process_index)
-    name = torch.cuda.get_device_name(device)
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    if wanted == "auto":
-        precision, reason = ("bf16", f"{name} has it") if has_bf16 else ("fp16", f"{name} has no bf16")
-        return Compute(device, precision, _joined(reason, ignored), rank, world_size)
-    if wanted == "bf16" and not has_bf16:
-        raise UserError(f"{name} has no bf16", where="training.precision", hint="use fp16")
-    return Compute(device, wanted, _joined("as configured", ignored), rank, world_size)
-
-
-def _joined(reason: str, ignored: str) -> str:
-    return f"{reason}; {ignored}" if ignored else reason
+        choose_precision(wanted, CPU)  # refused before the others are waited for
+    told = get_int_from_env(LOCAL_RANKS, 0)  # before accelerate sets it
+    state = PartialState(cpu=not has_gpu, timeout=timedelta(minutes=timeout_minutes))
+    device = torch.device("cuda", state.local_process_index) if has_gpu else torch.device("cpu")
+    gpu = accelerator_of(device)
+    precision, reason = choose_precision(wanted, gpu)
+    reason = f"{reason}; {ignored}" if ignored else reason
+    ranks = state.num_processes
+    node_ranks = min(told, ranks) if told > 0 else ranks
+    return Compute(device, precision, reason, state.process_index, ranks, node_ranks, gpu)
 
 
 # What a launcher says to a process of several.
@@ -104,10 +125,10 @@ def _own_environment() -> str:
 
 
 def default_workers(compute: Compute) -> int:
-    """Reading processes of a rank: with a GPU the cores less one, shared by the ranks, at most 8.
+    """Reading processes of a rank: with a GPU its share of the machine's cores less one, at most 8.
 
     Without a GPU none: the computation has the cores already, and reading beside it costs more than it hides.
     """
     if compute.device.type == "cpu":
         return 0
-    return max(0, min(8, available_cores() // compute.world_size - 1))
+    return max(0, min(8, available_cores() // compute.node_ranks - 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -41,17 +40,7 @@ def vision_part(model: Any) -> Phi3VImageEmbedding:
 
 
 def cached_stage(vision: Phi3VImageEmbedding) -> Stage:
-    """What may be kept: the tower's features where the projector or a separator trains, else the finished tokens.
-
-    Raises:
-        UserError: the tower trains.
-    """
-    if any(parameter.requires_grad for parameter in vision.img_processor.parameters()):
-        raise UserError(
-            "the vision tower is trained, so its features change at every step",
-            where="training.feature_cache",
-            hint="set it to off, or freeze the tower: method.name frozen-vision, or method.lora.parts without vision",
-        )
+    """What may be kept: the tower's features where the projector or a separator trains, else the finished tokens."""
     return "tower" if any(parameter.requires_grad for parameter in vision.parameters()) else "projected"
 
 
@@ -72,7 +61,7 @@ def fill_features(
     work, and those of a node without the others' disk then share what it still lacks; in memory each has its own.
 
     Raises:
-        UserError: the tower trains, or there is not enough room.
+        UserError: there is not enough room.
     """
     if kind == "off":
         return None
@@ -108,7 +97,7 @@ def fill_features(
             highlight=False,
             soft_wrap=True,
         )
-        room = free_space(folder) if folder is not None else psutil.virtual_memory().available // compute.world_size
+        room = free_space(folder) if folder is not None else psutil.virtual_memory().available // compute.node_ranks
         if needed > room:
             raise UserError(
                 f"the features take {needed / 1e9:.2f} GB and there is room for {room / 1e9:.2f} GB",
@@ -119,8 +108,8 @@ def fill_features(
         names = sorted(sizes)
         shares = [names]
         if folder is not None and compute.world_size > 1:
-            state, ranks_here = PartialState(), int(os.environ.get("LOCAL_WORLD_SIZE", compute.world_size))
-            shares = [names[compute.rank :: compute.world_size], names[state.local_process_index :: ranks_here]]
+            here = PartialState().local_process_index
+            shares = [names[compute.rank :: compute.world_size], names[here :: compute.node_ranks]]
         with progress_bar(console, enabled=show_bar) as bar:
             for share in shares:
                 mine = [name for name in share if name not in store]

@@ -6,53 +6,19 @@ gradients and names stay as they were. Not exact: a rounded number is off by up 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
-import torch
 from torch import nn
 
-from phi3v.config import RunConfig
 from phi3v.errors import UserError
-from phi3v.machine import FLOAT8_CAPABILITY
-from phi3v.train.device import Compute
 from phi3v.train.strategies import PART_TARGETS
-
-
-def check_float8(config: RunConfig, compute: Compute) -> None:
-    """Refuse FP8 where it cannot run.
-
-    Raises:
-        UserError: as said, or torchao is missing.
-    """
-    if not config.training.fp8:
-        return
-    where, hint = "training.fp8", "set it to false"
-    if config.method.name == "qlora":
-        raise UserError("the decoder's weights are in four bits with qlora", where=where, hint=f"use lora, or {hint}")
-    if compute.device.type != "cuda":
-        raise UserError(f"FP8 needs a GPU, this is {compute.device.type}", where=where, hint=hint)
-    if torch.version.hip is not None:
-        raise UserError("FP8 has not been tried on AMD GPUs, so it is refused", where=where, hint=hint)
-    if torch.cuda.get_device_capability(compute.device) < FLOAT8_CAPABILITY:
-        name = torch.cuda.get_device_name(compute.device)
-        raise UserError(
-            f"{name} has no products of float8; cards of compute capability 8.9 and newer do", where=where, hint=hint
-        )
-    if compute.precision != "bf16":
-        raise UserError(
-            f"what is not FP8 must be bf16, and the precision is {compute.precision}",
-            where=where,
-            hint="set training.precision to bf16",
-        )
-    require_torchao()
 
 
 def require_torchao() -> None:
     """Say which extra to install where torchao is missing, as a `UserError`."""
-    try:
-        import torchao.float8  # noqa: F401
-    except ImportError:
-        raise UserError("FP8 needs torchao", where="training.fp8", hint='pip install "phi3v[gpu]"') from None
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError("FP8 needs torchao", where="training.fp8", hint='pip install "phi3v[gpu]"')
 
 
 def apply_float8(model: Any, *, emulate: bool = False) -> int:

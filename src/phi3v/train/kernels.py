@@ -4,31 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from phi3v.config import TrainingConfig
-from phi3v.errors import UserError
-
-
-def check_kernels(training: TrainingConfig, device: torch.device, precision: str) -> None:
-    """Refuse kernels that this machine lacks.
-
-    Raises:
-        UserError: as said.
-    """
-    if training.kernels != "liger":
-        return
-    where, hint = "training.kernels", "use torch"
-    if device.type != "cuda":
-        raise UserError(f"Liger's kernels need a GPU, this is {device.type}", where=where, hint=hint)
-    if precision == "fp16":  # its loss takes the gradient before fp16's loss scale, where most of it is zero
-        raise UserError("Liger's loss does not train in fp16", where=where, hint=hint)
-    try:
-        import liger_kernel  # noqa: F401
-    except ImportError:
-        raise UserError("Liger is not installed", where=where, hint='pip install "phi3v[gpu]"') from None
 
 
 def apply_kernels(model: Any, training: TrainingConfig) -> None:

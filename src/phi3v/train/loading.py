@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from phi3v.config import Attention, LoraConfig, RunConfig
 from phi3v.errors import UserError
+from phi3v.machine import Accelerator
 from phi3v.model.attention import choose_packed_attention, flash_obstacle
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
@@ -21,13 +23,14 @@ from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute
 from phi3v.train.optimizers import keeps_bf16_weights
-from phi3v.train.strategies import PART_MODULES, VISION, apply_method, target_modules
+from phi3v.train.strategies import PART_MODULES, VISION, apply_method
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What a run needs to know of its model before it loads it."""
 
+    skeleton: Phi3VForCausalLM  # without weights
     stored_dtype: torch.dtype  # of the checkpoint; what is saved has it again
     attention: str
     attention_reason: str
@@ -35,11 +38,11 @@ class ModelFacts:
 
 
 def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
-    """Check model and method against each other without loading a weight.
+    """Look at a model without loading a weight.
 
     Raises:
-        UserError: no model there, an adapter, another architecture, missing or damaged weights, attention that this
-            machine lacks, a LoRA target that matches nothing, or a missing optional library.
+        UserError: no model there, an adapter, another architecture, missing or damaged weights, or attention that this
+            machine lacks.
     """
     where = f"model.path {config.model.path}"
     folder = Path(find_model(config.model.path, where))
@@ -59,24 +62,19 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
         model_config = Phi3VConfig.from_pretrained(config.model.path)
     except (OSError, ValueError) as error:
         raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
-    with torch.device("meta"):
-        skeleton = Phi3VForCausalLM(model_config)
+    skeleton = make_skeleton(model_config)
     if folder.is_dir():
         _check_weights(folder, skeleton, where)
-    if config.method.name in ("lora", "qlora"):
-        target_modules(skeleton, config.method.lora)
-    if config.method.name == "qlora":
-        require_bitsandbytes()
-    if config.data.packing == "none":
-        attention, reason = choose_attention(config.model.attention, compute.device, compute.dtype)
-    else:
-        shares = config.data.packing == "shared-image"
-        attention, reason = choose_packed_attention(
-            config.model.attention, compute.device, compute.dtype, shares_prefixes=shares
-        )
+    attention, reason = choose_attention(config, compute)
     dtype = model_config.dtype
     stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return ModelFacts(stored, attention, reason, model_config.max_position_embeddings)
+    return ModelFacts(skeleton, stored, attention, reason, model_config.max_position_embeddings)
+
+
+def make_skeleton(config: Phi3VConfig) -> Phi3VForCausalLM:
+    """A model without weights."""
+    with torch.device("meta"):
+        return Phi3VForCausalLM(config)
 
 
 _MODEL_HINT = "give a folder in the official layout (make one with `phi3v model init`), or a hub id"
@@ -161,24 +159,31 @@ def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:
     return loaded
 
 
-def choose_attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The decoder's attention over ordinary rows and the reason for it.
+def choose_attention(config: RunConfig, compute: Compute) -> tuple[str, str]:
+    """The decoder's attention, as transformers knows it, and the reason for it.
 
     Raises:
-        UserError: what is asked for cannot run here.
+        UserError: what is asked for cannot run there.
     """
+    if config.data.packing == "none":
+        return _choose_padded_attention(config.model.attention, compute.gpu, compute.dtype)
+    shares = config.data.packing == "shared-image"
+    return choose_packed_attention(config.model.attention, compute.gpu, compute.dtype, shares_prefixes=shares)
+
+
+def _choose_padded_attention(wanted: Attention, gpu: Accelerator, dtype: torch.dtype) -> tuple[str, str]:
     if wanted == "varlen":
         hint = "set data.packing to samples or shared-image, or leave attention at auto"
         raise UserError("varlen is for packed rows only", where="model.attention", hint=hint)
     if wanted == "flex":
-        if device.type != "cuda":
+        if gpu.type != "cuda":
             raise UserError(
-                f"flex cannot run: it needs a GPU, this is {device.type}", where="model.attention", hint="use sdpa"
+                f"flex cannot run: it needs a GPU, this is {gpu.type}", where="model.attention", hint="use sdpa"
             )
         return "flex_attention", "as configured"
     if wanted not in ("auto", "flash_attention_2"):
         return wanted, "as configured"
-    obstacle = flash_obstacle(device, dtype, "flash_attn")
+    obstacle = flash_obstacle(gpu, dtype, "flash_attn")
     if obstacle is None:
         return "flash_attention_2", "as configured" if wanted != "auto" else f"flash-attn is installed, {dtype}"
     if wanted == "auto":
@@ -190,16 +195,19 @@ def choose_attention(wanted: Attention, device: torch.device, dtype: torch.dtype
 
 def require_bitsandbytes() -> None:
     """Say which extra to install where bitsandbytes is missing, as a `UserError`."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"') from None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("qlora needs bitsandbytes", where="method.name", hint='pip install "phi3v[qlora]"')
 
 
 def quantization(lora: LoraConfig, compute_dtype: torch.dtype) -> Any:
-    """4-bit NormalFloat for every frozen linear layer but the head (QLoRA, arXiv 2305.14314)."""
+    """4-bit NormalFloat for every frozen linear layer but the head (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
     from transformers import BitsAndBytesConfig
 
+    require_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

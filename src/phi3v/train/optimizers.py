@@ -14,8 +14,6 @@ from typing import Any, Literal
 import torch
 
 from phi3v.config import RunConfig, TrainingConfig
-from phi3v.errors import UserError
-from phi3v.train.device import Compute
 from phi3v.train.strategies import part_of
 
 Moments = Literal["bf16", "8bit"]
@@ -246,65 +244,3 @@ def optimizer_factory(training: TrainingConfig) -> tuple[type[torch.optim.Optimi
         "seed": training.seed,
     }
     return StochasticAdamW, arguments
-
-
-def check_optimizer(config: RunConfig, compute: Compute, accumulation: int) -> None:
-    """Refuse what does not go together.
-
-    Args:
-        accumulation: micro-batches of a step on a device.
-
-    Raises:
-        UserError: as said, or bitsandbytes is missing.
-    """
-    training = config.training
-    where = "training.lean" if training.lean else "training.optimizer"
-    if training.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError:
-            raise UserError("adamw_8bit needs bitsandbytes", where=where, hint='pip install "phi3v[qlora]"') from None
-    if keeps_bf16_weights(training) and compute.precision != "bf16":
-        raise UserError(
-            f"the trained weights would be in bf16, but the precision is {compute.precision}",
-            where=where,
-            hint="set training.precision to bf16, or training.optimizer to adamw or adamw_8bit without training.lean",
-        )
-    if not training.lean:
-        return
-    if training.optimizer == "adamw":
-        raise UserError(
-            "lean mode holds no float32 weights, and adamw needs them",
-            where="training.optimizer",
-            hint="use adamw_8bit or adamw_bf16",
-        )
-    if training.max_grad_norm > 0:
-        raise UserError(
-            "each gradient is used up before the norm of all is known, so they cannot be clipped by it",
-            where="training.max_grad_norm",
-            hint="set it to 0, or training.lean to false",
-        )
-    if config.data.packing != "none":
-        raise UserError(
-            "each backward pass is an optimizer step, and a step of packed rows may have several",
-            where=where,
-            hint="set data.packing to none, or training.lean to false",
-        )
-    if accumulation > 1:
-        raise UserError(
-            f"each backward pass is an optimizer step, so {accumulation} micro-batches cannot be accumulated",
-            where=where,
-            hint="set training.micro_batch_size to the share of training.batch_size that a device has",
-        )
-    if compute.world_size > 1:
-        raise UserError(
-            "each gradient is used up before the ranks could add theirs",
-            where=where,
-            hint="run on one device, or set training.lean to false",
-        )
-    if training.activation_checkpointing not in ("auto", "full"):
-        raise UserError(
-            f"lean mode recomputes all activations, not {training.activation_checkpointing}",
-            where="training.activation_checkpointing",
-            hint="leave it at auto",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,31 +27,34 @@ from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
-from phi3v.evaluate.evaluation import check_references
 from phi3v.findings import Finding
 from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy, residual_bytes
+from phi3v.train.activations import (
+    Activations,
+    Gradients,
+    MicroBatch,
+    Policy,
+    kind_of_attention,
+    residual_bytes,
+)
 from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
+from phi3v.train.checks import Case, DataFacts, require_possible
 from phi3v.train.device import Compute, default_workers
 from phi3v.train.engines import Engine, make_engine
-from phi3v.train.engines.choice import EngineChoice, choose_engine
-from phi3v.train.feature_cache import cached_stage, vision_part
-from phi3v.train.float8 import apply_float8, check_float8
-from phi3v.train.kernels import apply_kernels, check_kernels
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.float8 import apply_float8
+from phi3v.train.kernels import apply_kernels
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
-from phi3v.train.optimizers import check_optimizer, state_bytes
+from phi3v.train.optimizers import state_bytes
 from phi3v.train.run_folder import check_run_folder
-from phi3v.train.strategies import summarize
-from phi3v.train.tracking import check_trackers, prepare_trackers
+from phi3v.train.tracking import prepare_trackers
 
 # Where memory is estimated before a text is tokenised.
 ASSUMED_TEXT_TOKENS = 512
-# Attention that makes a matrix of pairs, as it is called without packing; flash attention, flex and varlen make none.
-WITH_MASKS = {"eager": "eager", "sdpa": "sdpa", "packed_mask": "eager", "packed_segments": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,15 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
     Raises:
         UserError: the configuration, the model or the data are wrong.
     """
-    choice = choose_engine(config, compute)
-    accumulation = config.accumulation_steps(compute.world_size)
-    check_optimizer(config, compute, accumulation)
-    check_kernels(config.training, compute.device, compute.precision)
-    check_float8(config, compute)
-    check_trackers(config.training.report_to)
+    case = Case(config, compute)
+    require_possible(case)
+    choice, accumulation = case.engine, config.accumulation_steps(compute.world_size)
     folder = check_run_folder(config, resume=resume)
     if config.training.feature_cache == "disk":
         require_writable(cache_root() / "features", "training.feature_cache", CACHE_HINT)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
     facts = inspect_model(config, compute)
+    require_possible(replace(case, model=facts.skeleton))
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
@@ -132,10 +134,9 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
         if table is not None:
             require_context(table, Context(facts.context, processor))
     questions = questions_of(config, eval_table, processor)
-    limit = None
-    if questions is not None:
-        check_references(questions, config.evaluation)
-        limit = answer_limit(questions, config.evaluation.max_new_tokens)
+    data = DataFacts.of(train_table, questions, config.evaluation)
+    require_possible(replace(case, model=facts.skeleton, data=data))
+    limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
     plan = make_plan(config, compute, model, train_table, processor)
@@ -162,9 +163,6 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
         f"{checkpointing} ({reason})",
         tuple(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
     )
-    _check_pictures(model, train_table)
-    if config.training.feature_cache != "off":
-        cached_stage(vision_part(model))  # refuses a tower that trains
     for line in prepare_trackers(config.training.report_to, compute.rank):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return setup
@@ -194,7 +192,7 @@ def _choose_checkpointing(
                     free_bytes(
                         model,
                         compute.device,
-                        compute.world_size,
+                        compute.node_ranks,
                         engine.state_bytes(state_bytes(config.training), compute.world_size),
                     )
                 ]
@@ -210,7 +208,7 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Comp
         Gradients.of(model),
         compute_bytes=compute.dtype.itemsize,
         residual_bytes=residual_bytes(compute.precision, config.method),
-        attention=WITH_MASKS.get(facts.attention, "flash_attention_2"),
+        attention=kind_of_attention(facts.attention),
         packing=config.data.packing,
         adapter_rank=config.method.lora.rank if is_adapter else None,
     )
@@ -247,25 +245,43 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
     Raises:
         UserError: no data, or faults in it.
     """
-    tables: list[RecordTable] = []
-    for path in data_files(config):
-        checked = ensure_checked(
+    hashes = [
+        ensure_checked(
             path,
             max_pixels=config.data.max_image_pixels,
             exif_orientation=config.data.exif_orientation,
             image_level=config.data.image_check,
             special_text=config.data.special_text,
             progress=config.training.progress_bar,
-        )
-        table = open_table(
+        ).sha256
+        for path in data_files(config)
+    ]
+    return open_tables(config, hashes, progress=config.training.progress_bar)
+
+
+def open_tables(
+    config: RunConfig, hashes: Sequence[str | None] = (), *, progress: bool
+) -> tuple[RecordTable, RecordTable | None]:
+    """The data files, of which only the records are looked at.
+
+    Args:
+        hashes: SHA-256 of each, where they were checked.
+
+    Raises:
+        UserError: no data, or faults in it.
+    """
+    data, files = config.data, data_files(config)
+    tables = [
+        open_table(
             path,
-            special_text=config.data.special_text,
-            max_pixels=config.data.max_image_pixels,
-            exif_orientation=config.data.exif_orientation,
-            sha256=checked.sha256,
-            progress=config.training.progress_bar,
+            special_text=data.special_text,
+            max_pixels=data.max_image_pixels,
+            exif_orientation=data.exif_orientation,
+            sha256=known,
+            progress=progress,
         )
-        tables.append(table)
+        for path, known in zip(files, hashes or (None, None), strict=False)
+    ]
     return tables[0], tables[1] if len(tables) > 1 else None
 
 
@@ -273,28 +289,14 @@ def data_files(config: RunConfig) -> list[Path]:
     """The file to learn from and, where there is one, the file to measure on.
 
     Raises:
-        UserError: none is named, or one does not exist.
+        UserError: there is none to learn from, or one does not exist.
     """
     if config.data.train is None:
         raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
-    if config.data.eval is None and config.evaluation.eval_steps is not None:
-        raise UserError(
-            "there is no data to measure on", where="evaluation.eval_steps", hint="set data.eval to a JSONL file"
-        )
     files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
     for file in files:
         require_file(file)
     return files
-
-
-def _check_pictures(model: Any, table: RecordTable) -> None:
-    trained = {part.part for part in summarize(model) if part.trainable}
-    if not table.image_counts().any() and trained & {"vision", "projector"}:
-        raise UserError(
-            "no record has a picture, so the vision part would learn nothing",
-            where=str(table.path),
-            hint="use method.name frozen-vision, or method.lora.parts [decoder, head]",
-        )
 
 
 def probe_index(table: RecordTable) -> int:

@@ -89,6 +89,20 @@ def _last_clip_layer(model: nn.Module) -> int:
     return max(layers)
 
 
+def trained_parts(model: Phi3VForCausalLM, method: MethodConfig) -> frozenset[str]:
+    """The parts that `apply_method` would train something of.
+
+    Raises:
+        UserError: a LoRA target matches no linear layer that runs.
+    """
+    if method.name in ("lora", "qlora"):
+        return frozenset(map(part_of, target_modules(model, method.lora))) | frozenset(method.lora.also_train)
+    language = frozenset({"decoder", "head"})
+    if method.name == "frozen-vision":
+        return language | {"embeddings"} if method.train_embeddings else language
+    return language | {"embeddings", "vision", "projector"}
+
+
 def target_modules(model: Phi3VForCausalLM, lora: LoraConfig) -> list[str]:
     """Full names of the layers that get adapters.
 

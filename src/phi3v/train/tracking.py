@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import netrc
 import os
 from collections.abc import Sequence
@@ -12,17 +11,6 @@ from urllib.parse import urlsplit
 from phi3v.errors import UserError
 
 PROJECT = "phi3v"
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse services whose library is missing.
-
-    Raises:
-        UserError: as said.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed", where="training.report_to", hint=f"pip install {name}")
 
 
 def prepare_trackers(names: Sequence[str], rank: int) -> list[str]:

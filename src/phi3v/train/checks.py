@@ -1,0 +1,352 @@
+"""What makes a run impossible: the one list. ``phi3v train`` raises the first, ``phi3v doctor`` shows all, and
+``phi3v plan`` asks it of machines that are not here, for every set-up that it offers.
+
+A check is a pure function of what is configured and of what is known of machine, model and data. What has to be looked
+up to know that (files, weights, a server) is refused where it is looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from phi3v.config import EvaluationConfig, RunConfig
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
+from phi3v.evaluate.evaluation import check_references
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.train.device import Compute
+from phi3v.train.engines.choice import DIVIDED_OPTIMIZER, EngineChoice, choose_engine
+from phi3v.train.float8 import require_torchao
+from phi3v.train.loading import choose_attention, require_bitsandbytes
+from phi3v.train.optimizers import keeps_bf16_weights
+from phi3v.train.strategies import target_modules, trained_parts
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What checks ask of the data.
+
+    Attributes:
+        where: the file to learn from.
+        unusable: why the metrics cannot be computed on what is measured on.
+    """
+
+    where: str
+    has_images: bool
+    unusable: UserError | None = None
+
+    @classmethod
+    def of(cls, table: RecordTable, questions: QuestionDataset | None, evaluation: EvaluationConfig) -> DataFacts:
+        """Those of open files."""
+        unusable = None
+        try:
+            if questions is not None:
+                check_references(questions, evaluation)
+        except UserError as error:
+            unusable = error
+        return cls(str(table.path), bool(table.image_counts().any()), unusable)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be checked; of what is not known yet, nothing is refused.
+
+    Attributes:
+        compute: of the machine that it is to run on, which may be another than this.
+        model: without weights, and no method applied to it.
+    """
+
+    config: RunConfig
+    compute: Compute
+    model: Phi3VForCausalLM | None = None
+    data: DataFacts | None = None
+
+    @cached_property
+    def engine(self) -> EngineChoice:
+        return choose_engine(self.config, self.compute)
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """The parts that learn something; none where that cannot be told."""
+        try:
+            return trained_parts(self.model, self.config.method) if self.model is not None else frozenset()
+        except UserError:  # `lora_targets` says why
+            return frozenset()
+
+
+Check = Callable[[Case], Iterator[UserError]]
+
+
+def refusals(case: Case) -> list[UserError]:
+    """Everything that makes the run impossible."""
+    return [refusal for check in CHECKS for refusal in check(case)]
+
+
+def require_possible(case: Case) -> None:
+    """Raise the first of `refusals`, if there is one."""
+    for refusal in refusals(case):
+        raise refusal
+
+
+def _raised(work: Callable[[], object]) -> Iterator[UserError]:
+    """What a choice raises where there is nothing to choose."""
+    try:
+        work()
+    except UserError as error:
+        yield error
+
+
+def one_process(case: Case) -> Iterator[UserError]:
+    wanted = case.config.distributed.engine
+    if case.compute.world_size == 1 and wanted not in ("auto", "ddp"):
+        yield UserError(
+            f"{wanted} divides a model over several processes, and there is one",
+            where="distributed.engine",
+            hint="start it with torchrun --nproc_per_node N, or leave the engine at auto",
+        )
+
+
+def offloading(case: Case) -> Iterator[UserError]:
+    if case.config.distributed.offload_optimizer and not case.engine.is_zero:
+        yield UserError(
+            f"only zero1, zero2 and zero3 keep the optimizer's state in the host's memory, not {case.engine.name}",
+            where="distributed.offload_optimizer",
+            hint="set distributed.engine to zero2, or leave it out",
+        )
+
+
+def deepspeed(case: Case) -> Iterator[UserError]:
+    where, training, name = "distributed.engine", case.config.training, case.engine.name
+    if not case.engine.is_zero:
+        return
+    if not case.compute.gpu.has("deepspeed"):
+        hint = 'pip install "phi3v[deepspeed]"'
+        yield UserError(f"{name} needs DeepSpeed, which is not installed", where=where, hint=hint)
+    if training.optimizer != DIVIDED_OPTIMIZER:
+        yield UserError(
+            f"{name} lays tensors end to end and cuts them up; the moments of {training.optimizer} could not "
+            "be told apart again when they are saved",
+            where="training.optimizer",
+            hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
+        )
+    if name != "zero3":
+        return
+    if case.config.method.name == "qlora":
+        yield UserError("zero3 does not divide 4-bit weights", where=where, hint="use fsdp2, which does, or ddp")
+    if training.compile:
+        yield UserError(
+            "zero3 gathers weights in hooks that torch.compile would break up",
+            where="training.compile",
+            hint="set distributed.engine to zero2, or training.compile to false",
+        )
+    if training.kernels == "liger":
+        yield UserError(
+            "Liger's loss reads the head's weight itself, which zero3 has divided by then",
+            where="training.kernels",
+            hint="set distributed.engine to zero2, or training.kernels to torch",
+        )
+
+
+def fsdp(case: Case) -> Iterator[UserError]:
+    if case.engine.name != "fsdp2":
+        return
+    optimizer = case.config.training.optimizer
+    if optimizer != DIVIDED_OPTIMIZER:
+        yield UserError(
+            f"fsdp2 divides every weight over the ranks, and {optimizer} updates whole ones",
+            where="training.optimizer",
+            hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
+        )
+    if case.compute.precision == "fp16":
+        yield UserError(
+            "fsdp2 is not proven with fp16's loss scale",
+            where="distributed.engine",
+            hint="use zero3, or training.precision bf16 or fp32",
+        )
+
+
+def batch(case: Case) -> Iterator[UserError]:
+    yield from _raised(lambda: case.config.accumulation_steps(case.compute.world_size))
+
+
+def optimizer(case: Case) -> Iterator[UserError]:
+    training = case.config.training
+    where = "training.lean" if training.lean else "training.optimizer"
+    if training.optimizer == "adamw_8bit" and not case.compute.gpu.has("bitsandbytes"):
+        yield UserError("adamw_8bit needs bitsandbytes", where=where, hint='pip install "phi3v[qlora]"')
+    if keeps_bf16_weights(training) and case.compute.precision != "bf16":
+        yield UserError(
+            f"the trained weights would be in bf16, but the precision is {case.compute.precision}",
+            where=where,
+            hint="set training.precision to bf16, or training.optimizer to adamw or adamw_8bit without training.lean",
+        )
+
+
+def lean(case: Case) -> Iterator[UserError]:
+    config, training, where = case.config, case.config.training, "training.lean"
+    if not training.lean:
+        return
+    if training.optimizer == "adamw":
+        yield UserError(
+            "lean mode holds no float32 weights, and adamw needs them",
+            where="training.optimizer",
+            hint="use adamw_8bit or adamw_bf16",
+        )
+    if training.max_grad_norm > 0:
+        yield UserError(
+            "each gradient is used up before the norm of all is known, so they cannot be clipped by it",
+            where="training.max_grad_norm",
+            hint="set it to 0, or training.lean to false",
+        )
+    share = case.compute.world_size * training.micro_batch_size
+    if config.data.packing != "none":
+        yield UserError(
+            "each backward pass is an optimizer step, and a step of packed rows may have several",
+            where=where,
+            hint="set data.packing to none, or training.lean to false",
+        )
+    elif training.batch_size > share:
+        yield UserError(
+            f"each backward pass is an optimizer step, so {training.batch_size // share} micro-batches cannot be "
+            "accumulated",
+            where=where,
+            hint="set training.micro_batch_size to the share of training.batch_size that a device has",
+        )
+    if case.compute.world_size > 1:
+        yield UserError(
+            "each gradient is used up before the ranks could add theirs",
+            where=where,
+            hint="run on one device, or set training.lean to false",
+        )
+    if training.activation_checkpointing not in ("auto", "full"):
+        yield UserError(
+            f"lean mode recomputes all activations, not {training.activation_checkpointing}",
+            where="training.activation_checkpointing",
+            hint="leave it at auto",
+        )
+
+
+def kernels(case: Case) -> Iterator[UserError]:
+    if case.config.training.kernels != "liger":
+        return
+    where, hint = "training.kernels", "use torch"
+    if case.compute.gpu.type != "cuda":
+        yield UserError(f"Liger's kernels need a GPU, this is {case.compute.gpu.type}", where=where, hint=hint)
+        return
+    if case.compute.precision == "fp16":  # its loss takes the gradient before fp16's loss scale
+        yield UserError("Liger's loss does not train in fp16", where=where, hint=hint)
+    if not case.compute.gpu.has("liger_kernel"):
+        yield UserError("Liger is not installed", where=where, hint='pip install "phi3v[gpu]"')
+
+
+def float8(case: Case) -> Iterator[UserError]:
+    if not case.config.training.fp8:
+        return
+    where, hint, gpu = "training.fp8", "set it to false", case.compute.gpu
+    if case.config.method.name == "qlora":
+        yield UserError("the decoder's weights are in four bits with qlora", where=where, hint=f"use lora, or {hint}")
+    if gpu.type != "cuda":
+        yield UserError(f"FP8 needs a GPU, this is {gpu.type}", where=where, hint=hint)
+        return
+    if not gpu.float8:
+        what = f"{gpu.name} has no products of float8; NVIDIA's cards of compute capability 8.9 and newer do"
+        yield UserError(what, where=where, hint=hint)
+        return
+    if case.compute.precision != "bf16":
+        yield UserError(
+            f"what is not FP8 must be bf16, and the precision is {case.compute.precision}",
+            where=where,
+            hint="set training.precision to bf16",
+        )
+    if gpu.is_here:
+        yield from _raised(require_torchao)
+
+
+def four_bits(case: Case) -> Iterator[UserError]:
+    gpu = case.compute.gpu
+    if case.config.method.name != "qlora":
+        return
+    if not gpu.four_bit:
+        what = f"4-bit weights need Turing or newer, {gpu.name} is older"
+        yield UserError(what, where="method.name", hint="use lora")
+    if gpu.is_here:
+        yield from _raised(require_bitsandbytes)
+
+
+def attention(case: Case) -> Iterator[UserError]:
+    yield from _raised(lambda: choose_attention(case.config, case.compute))
+
+
+def trackers(case: Case) -> Iterator[UserError]:
+    for name in case.config.training.report_to:
+        if not case.compute.gpu.has(name):
+            yield UserError(f"{name} is not installed", where="training.report_to", hint=f"pip install {name}")
+
+
+def measuring(case: Case) -> Iterator[UserError]:
+    if case.config.data.eval is None and case.config.evaluation.eval_steps is not None:
+        what, hint = "there is no data to measure on", "set data.eval to a JSONL file"
+        yield UserError(what, where="evaluation.eval_steps", hint=hint)
+
+
+def lora_targets(case: Case) -> Iterator[UserError]:
+    model, method = case.model, case.config.method
+    if model is not None and method.name in ("lora", "qlora"):
+        yield from _raised(lambda: target_modules(model, method.lora))
+
+
+def feature_cache(case: Case) -> Iterator[UserError]:
+    where = "training.feature_cache"
+    if case.config.training.feature_cache == "off":
+        return
+    if case.engine.divides_weights:
+        yield UserError(
+            f"with {case.engine.name} all ranks run every layer together, and with cached features some skip the "
+            "tower's",
+            where=where,
+            hint="set distributed.engine to zero2, or training.feature_cache to off",
+        )
+    if "vision" in case.trained:
+        yield UserError(
+            "the vision tower is trained, so its features change at every step",
+            where=where,
+            hint="set it to off, or freeze the tower: method.name frozen-vision, or method.lora.parts without vision",
+        )
+
+
+def images(case: Case) -> Iterator[UserError]:
+    if case.data is not None and not case.data.has_images and case.trained & {"vision", "projector"}:
+        yield UserError(
+            "no record has an image, so the vision part would learn nothing",
+            where=case.data.where,
+            hint="use method.name frozen-vision, or method.lora.parts [decoder, head]",
+        )
+
+
+def references(case: Case) -> Iterator[UserError]:
+    if case.data is not None and case.data.unusable is not None:
+        yield case.data.unusable
+
+
+CHECKS: tuple[Check, ...] = (
+    one_process,
+    offloading,
+    deepspeed,
+    fsdp,
+    batch,
+    optimizer,
+    lean,
+    kernels,
+    float8,
+    four_bits,
+    attention,
+    trackers,
+    measuring,
+    lora_targets,
+    feature_cache,
+    images,
+    references,
+)
