@@ -185,3 +185,29 @@ def test_convert_lists_bad_records_and_skips_them_if_asked(tmp_path: Path, capsy
     assert (answer["records"], answer["skipped"]) == ({"train": 1}, 1)
     assert answer["skipped_units"][0]["place"] == f"{source / 'train.jsonl'}:2"
     assert main([*command, "--workers", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "run", "--out", "out"],
+        ["report", "run"],
+        ["chat", "model", "--prompt", "what?"],
+        ["data", "check", "data.jsonl"],
+        ["data", "convert", "easy-vqa", "--out", "data"],
+        ["model", "init", "--preset", "tiny", "--out", "out"],
+        ["plan", "--gpu", "h100-80gb"],
+        ["doctor"],
+        ["bench", "preprocess"],
+    ],
+)
+def test_one_process_alone_does_what_is_not_divided(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several would write over each other's files, or wait for ranks that never come."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 2
+    assert "this is the work of one process, and 2 were started" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

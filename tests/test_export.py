@@ -229,6 +229,77 @@ def test_an_export_that_differs_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_in_the_way_is_found_before_anything_is_loaded(
+    runs: dict[str, Path],
+    base: Path,
+    easy_vqa: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(make, "load_tuned", refuse)
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora"], run)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nothing").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "empty")
+    before = sorted(tmp_path.rglob("*"))
+    for out, words in {
+        run: "is or holds what the export is made from",
+        tmp_path / "link": "is or holds",
+        tmp_path: "is or holds",
+        run / "final": "is or holds",
+        run / "merged" / "deep": "lies inside",
+        tmp_path / "link" / "merged": "lies inside",
+        base: "is or holds",
+        base / "tuned": "lies inside",
+        easy_vqa: "is or holds",
+        tmp_path / "file": "is a file",
+        tmp_path / "file" / "out": "is a file",
+        tmp_path / "nothing": "a link to nothing",
+        tmp_path / "empty": "is a mount point",
+        Path("/proc/none"): "cannot be written",
+    }.items():
+        assert main(["export", str(run), "--out", str(out), "--overwrite"]) == 2, out
+        message = capsys.readouterr().err
+        assert words in message, out
+        assert f"--out {out}" in message
+        assert "Traceback" not in message
+    assert main(["export", str(run), "--out", str(tmp_path / "new"), "--max-shard-size", "5 apples"]) == 2
+    assert "--max-shard-size 5 apples" in capsys.readouterr().err
+    monkeypatch.setattr(make, "free_space", lambda folder: 1000)
+    assert main(["export", str(run), "--out", str(tmp_path / "new")]) == 2
+    assert "0.00 GB are free" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["images", "one image", "file"])
+def test_data_that_is_gone_is_drawn_instead(
+    kind: str,
+    base: Path,
+    easy_vqa: Path,
+    tmp_path: Path,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(easy_vqa, tmp_path / "data", symlinks=False)
+    run = tune(base, tmp_path / "data", tmp_path / "run", "lora", "training.max_steps", 1, "evaluation.after", "false")
+    if kind == "images":
+        (tmp_path / "data" / "images").rename(tmp_path / "moved")
+    elif kind == "one image":
+        (tmp_path / "data" / "images" / "test" / "0.png").unlink()
+    else:
+        (tmp_path / "data" / "test.jsonl").unlink()
+    result = export(run, tmp_path / "out", capsys, "--adapter")
+    assert result["probes"].startswith("drawn pictures, as the run's own data cannot be used (")
+    assert str(tmp_path / "data") in result["probes"]
+
+
 def test_a_taken_folder_is_refused(
     runs: dict[str, Path], tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,8 +307,7 @@ def test_a_taken_folder_is_refused(
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert main(["export", str(runs["full"]), "--out", str(tmp_path / "out")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
-    assert main(["export", str(runs["full"]), "--out", str(runs["full"])]) == 2
-    assert "is what would be exported" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").is_file()
     export(runs["full"], tmp_path / "out", capsys, "--overwrite")
     assert not (tmp_path / "out" / "mine.txt").exists()
 

@@ -20,9 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
+from phi3v import commands
 from phi3v.arguments import parse
 from phi3v.errors import LostRankError, StoppedError, UserError
 
+# The commands whose work is divided among the processes of a launcher.
+OF_MANY_RANKS = (commands.train, commands.eval, commands.bench_train)
 SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
 
 
@@ -32,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(console: Console) -> dict[str, Any] | None:
         arguments = parse(words)
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if ranks != "1" and arguments.handler not in OF_MANY_RANKS:
+            raise UserError(
+                f"this is the work of one process, and {ranks} were started",
+                where=f"phi3v {arguments.verb}",
+                hint="start it without torchrun (WORLD_SIZE is set)",
+            )
         result: dict[str, Any] | None = arguments.handler(arguments, console)
         return result
 

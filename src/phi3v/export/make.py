@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from rich.console import Console
 from transformers.utils import cached_file
 
+from phi3v.data.features import free_space
 from phi3v.errors import UserError
 from phi3v.export.card import write_card
 from phi3v.export.proof import (
@@ -29,7 +32,8 @@ from phi3v.export.proof import (
 )
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.paths import find_model, is_hub_id
+from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.paths import absolute, find_model, is_hub_id, require_writable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import Compute, choose_compute
 from phi3v.train.loading import load_weights
@@ -127,9 +131,16 @@ def export(
         raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
     if adapter and dtype is not None:
         raise UserError("an adapter stays as it was trained", where="--dtype", hint="leave it out")
-    _check_out(out, name, overwrite)
-    compute = choose_compute("fp32")
+    out = absolute(out)
+    _check_out(out, tuned, overwrite)
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(str(error), where=f"--max-shard-size {max_shard_size}", hint="e.g. 5GB") from None
     wanted = DTYPES[dtype] if dtype else _stored_dtype(tuned)
+    if not adapter:
+        _require_room(out, tuned, wanted)
+    compute = choose_compute("fp32")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
@@ -205,7 +216,6 @@ class _Maker:
                 model = self._whole()
             model = self._merged(model, processor)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._require_room(self.parameters * dtype.itemsize)
         model = model.to(dtype)
         model.config.dtype = dtype
         set_end_tokens(model, processor)
@@ -227,15 +237,6 @@ class _Maker:
         merged = model.merge_and_unload(safe_merge=True)
         self.merge = compare(apart, answer_probes(merged, processor, self.probes))
         return merged
-
-    def _require_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder.parent).free
-        if free < needed * 1.05:
-            raise UserError(
-                f"the export takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-                where=str(self.folder.parent.parent),
-                hint="make room, or export to another disk with --out",
-            )
 
     def _bring_remote_code(self) -> None:
         """Copy the official code that ``auto_map`` names, or let it name the hub's."""
@@ -272,16 +273,41 @@ def _stored_dtype(tuned: Tuned) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _check_out(out: Path, name: str, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    source = Path(name)
-    if source.exists() and (source.resolve() == out.resolve() or source.resolve().is_relative_to(out.resolve())):
-        raise UserError("is what would be exported", where=f"--out {out}", hint="choose another folder")
-    if not out.is_dir():
-        raise UserError("is a file", where=f"--out {out}", hint="choose another name")
-    if any(out.iterdir()) and not overwrite:
-        raise UserError("is not empty", where=f"--out {out}", hint="choose another folder, or add --overwrite")
+def _check_out(out: Path, tuned: Tuned, overwrite: bool) -> None:
+    """Look whether ``out`` may be made or replaced, before anything is loaded."""
+    where, hint = f"--out {out}", "choose another folder"
+    sources = [tuned.run_folder, tuned.adapter, Path(tuned.base)]
+    folders = [path.resolve() for path in sources if path is not None and path.is_dir()]
+    used = [*folders, *(Path(name).resolve() for name in (tuned.run.data.train, tuned.run.data.eval) if name)]
+    used += [Path(tuned.run.model.path).resolve()] if os.path.isdir(tuned.run.model.path) else []
+    target = out.resolve()
+    for path in used:
+        if path.is_relative_to(target):
+            raise UserError(f"is or holds what the export is made from ({path})", where=where, hint=hint)
+    for path in folders:
+        if target.is_relative_to(path):
+            raise UserError(f"lies inside {path}, which the export is made from", where=where, hint=hint)
+    if os.path.lexists(out):
+        if not out.is_dir():
+            raise UserError("is a file, or a link to nothing", where=where, hint="choose another name")
+        if os.path.ismount(out):
+            raise UserError("is a mount point, which cannot be renamed", where=where, hint=f"name {out / 'model'}")
+        if any(out.iterdir()) and not overwrite:
+            raise UserError("is not empty", where=where, hint="choose another folder, or add --overwrite")
+    require_writable(out.parent, where, hint)
+
+
+def _require_room(out: Path, tuned: Tuned, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        skeleton = Phi3VForCausalLM(Phi3VConfig.from_pretrained(tuned.base))
+    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    free = free_space(out.parent)
+    if free < needed * 1.05:
+        raise UserError(
+            f"the export takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            where=str(out.parent),
+            hint="make room, or export to another disk with --out",
+        )
 
 
 def _require_same(result: ExportResult) -> None:

@@ -95,34 +95,38 @@ def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], st
         folder: for their pictures; must stay until the last use.
     """
     data = tuned.run.data.eval or tuned.run.data.train
+    why = ""
     if data is not None:
         try:
-            require_file(Path(data))
-            reading = tuned.run.data
-            table = open_table(
-                Path(data),
-                special_text=reading.special_text,
-                max_pixels=reading.max_image_pixels,
-                exif_orientation=reading.exif_orientation,
-                progress=False,
-            )
-        except UserError:
-            table = None
-        if table is not None:
-            places = sorted({index * len(table) // count for index in range(count)})
-            probes = []
-            for place in places:
-                record = table[place]
-                turn = record.turns[0]
-                names = []
-                for k, picture in enumerate(table.load_images(record)[: len(turn.images)]):
-                    names.append(str(folder / f"probe-{place}-{k}.png"))
-                    picture.save(names[-1])
-                numbers = range(1, len(names) + 1)
-                prompt = user_prompt(turn.user, numbers, turn.image_offsets, system=record.system)
-                probes.append(Probe(prompt, tuple(names)))
-            return probes, data
-    return [drawn_probe(folder, index) for index in range(count)], "drawn pictures"
+            return _own_probes(tuned, Path(data), count, folder), data
+        except UserError as error:  # of a file or an image that is there no more, or not as it was
+            why = f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
+    return [drawn_probe(folder, index) for index in range(count)], f"drawn pictures{why}"
+
+
+def _own_probes(tuned: Tuned, data: Path, count: int, folder: Path) -> list[Probe]:
+    """Questions from all over ``data``; raises as `open_table` and `load_images`."""
+    require_file(data)
+    reading = tuned.run.data
+    table = open_table(
+        data,
+        special_text=reading.special_text,
+        max_pixels=reading.max_image_pixels,
+        exif_orientation=reading.exif_orientation,
+        progress=False,
+    )
+    probes = []
+    for place in sorted({index * len(table) // count for index in range(count)}):
+        record = table[place]
+        turn = record.turns[0]
+        names = []
+        for k, picture in enumerate(table.load_images(record)[: len(turn.images)]):
+            names.append(str(folder / f"probe-{place}-{k}.png"))
+            picture.save(names[-1])
+        numbers = range(1, len(names) + 1)
+        prompt = user_prompt(turn.user, numbers, turn.image_offsets, system=record.system)
+        probes.append(Probe(prompt, tuple(names)))
+    return probes
 
 
 def drawn_probe(folder: Path, index: int) -> Probe:
