@@ -25,9 +25,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        text = f"{text}\n  → {self.hint}" if self.hint else text
-        # A worker process of a DataLoader wraps the whole traceback into the message of a new error.
-        return text.rsplit("phi3v.errors.UserError: ", 1)[-1].strip()
+        return f"{text}\n  → {self.hint}" if self.hint else text
 
 
 class StoppedError(BaseException):
