@@ -114,7 +114,8 @@ def build_parser() -> Parser:
         data,
         "check",
         commands.data_check,
-        "list every fault of a data file with its line, its field and what to do",
+        "list every fault of a data file with its line, its field and what to do; tokens are counted as the model does "
+        "(without one: about as Phi-3.5-vision)",
         "phi3v data check data/train.jsonl",
     )
     check.add_argument("file", type=Path, metavar="FILE.jsonl", help="the data; pictures lie in images/ beside it")
@@ -137,19 +138,7 @@ def build_parser() -> Parser:
         default="refuse",
         help="literal special tokens such as <|end|> in texts are faults, or are escaped (default: %(default)s)",
     )
-    check.add_argument(
-        "--model.path",
-        dest="model_path",
-        metavar="DIR_OR_ID",
-        help="count tokens as this model does; too long records are faults (default: about as Phi-3.5-vision)",
-    )
-    check.add_argument(
-        "--model.num_crops",
-        dest="model_num_crops",
-        type=int,
-        metavar="N",
-        help="crops of a page at most (default: as the model)",
-    )
+    add_keys(check, ("model.path", "model.num_crops"))
     preview = _command(
         data,
         "preview",

@@ -62,14 +62,13 @@ def data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any
     from phi3v.data.lengths import Context
 
     context = Context()
-    if arguments.model_path is not None:
-        from phi3v.config import ModelConfig, RunConfig
+    config = load_config(None, arguments.overrides)
+    if "model.path" in arguments.overrides:
         from phi3v.plan.planned_model import planned_config
         from phi3v.train.loading import load_processor
 
-        longest = planned_config(arguments.model_path)[0].max_position_embeddings
-        model = ModelConfig(arguments.model_path, num_crops=arguments.model_num_crops)
-        context = Context(longest, load_processor(RunConfig(model=model)))
+        longest = planned_config(config.model.path)[0].max_position_embeddings
+        context = Context(longest, load_processor(config))
     report = check_file(
         arguments.file,
         max_errors=arguments.max_errors,
