@@ -193,6 +193,7 @@ def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunCon
         "evaluation.metrics": task.metrics,
         "evaluation.answer_words": task.answer_words,
         "evaluation.max_new_tokens": 64,
+        "training.warmup_steps": 50,
     }
     return load_config(None, settings)
 

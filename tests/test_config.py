@@ -9,6 +9,7 @@ import yaml
 
 from phi3v.config import RunConfig, known_keys, load_config
 from phi3v.errors import UserError
+from phi3v.train.schedule import warmup_steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +18,7 @@ def test_defaults_are_the_public_recipes() -> None:
     config = RunConfig()
     training, lora = config.training, config.method.lora
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.95, 1e-7)
-    assert (training.schedule, training.warmup_steps, training.max_grad_norm) == ("linear", 50, 1.0)
+    assert (training.schedule, warmup_steps(training, 500), training.max_grad_norm) == ("linear", 50, 1.0)
     assert (training.learning_rate, training.weight_decay, training.batch_size) == (4e-5, 0.01, 16)
     assert (lora.rank, lora.alpha, lora.dropout) == (64, 128, 0.0)
     assert config.training.loss_weighting == "sample"

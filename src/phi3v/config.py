@@ -284,8 +284,8 @@ class TrainingConfig:
     """AdamW's epsilon."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises; default: 50, as the public recipe, and at most a tenth of the run."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
     kernels: Literal["torch", "liger"] = "torch"

@@ -38,7 +38,8 @@ from phi3v.train.device import Compute, choose_compute, default_workers
 from phi3v.train.gradient_check import check_gradients
 from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.run_folder import HINT, check_run_folder, environment
-from phi3v.train.setup import data_files, open_tables, probe_index, questions_of
+from phi3v.train.schedule import describe_schedule, total_steps
+from phi3v.train.setup import data_files, make_plan, open_tables, probe_index, questions_of
 from phi3v.train.strategies import summarize
 
 SAMPLED_FAULTS = 5  # of a data file that are shown
@@ -256,6 +257,15 @@ class Examination:
         else:
             self.say("end of answers", "pass", f"{' and '.join(END_TOKENS)} are learnt in {len(streams)} records")
 
+    def schedule(self) -> None:
+        """What the learning rate does in a run of this data."""
+        assert self.compute is not None
+        assert self.facts is not None
+        assert self.processor is not None
+        assert self.table is not None
+        plan = make_plan(self.config, self.compute, self.facts.skeleton, self.table, self.processor)
+        self.add(describe_schedule(self.config.training, total_steps(self.config.training, plan.num_steps)))
+
     def overlap(self) -> None:
         """What is measured on is not learnt from."""
         assert self.table is not None
@@ -347,6 +357,8 @@ def examine(config: RunConfig, console: Console) -> Report:
         good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
         fits = patient.run("lengths", patient.lengths)
         patient.run("answers", patient.answers)
+    if patient.facts is not None and can_encode:
+        patient.run("schedule", patient.schedule)
     if patient.facts is not None and fits and not patient.said:
         patient.run("plan", patient.plan)
     if good and patient.facts is not None and patient.report.ok:

@@ -1,35 +1,47 @@
-"""What a process takes from its environment, and what it does not."""
+"""What a rank shares with the other ranks of its machine, and with them alone."""
 
 from __future__ import annotations
 
-import os
+from types import SimpleNamespace
 
 import pytest
-from run_helpers import Train, read_metrics
+import torch
 
-from phi3v.train.device import LAUNCHER, choose_compute
+from phi3v import machine
+from phi3v.train import device
+from phi3v.train.device import Compute, choose_compute, default_workers
 
 
-def test_accelerates_variables_change_nothing_unsaid(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("gpus", "nodes", "expected"), [(8, 8, 8), (8, 1, 8), (1, 4, 8), (64, 1, 0), (16, 2, 5)])
+def test_readers_share_the_cores_of_their_machine(
+    gpus: int, nodes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, plain = train("data.eval", "null", out="plain")
-    assert code == 0
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    code, folder = train("data.eval", "null")
-    assert code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "ACCELERATE_MIXED_PRECISION=bf16 in the environment is ignored" in shown
-    assert "NVIDIA_TF32_OVERRIDE=1 in the environment rounds fp32 to TF32" in shown
-    assert "DYNAMO" not in shown
-    assert [line["loss"] for line in read_metrics(folder)] == [line["loss"] for line in read_metrics(plain)]
+    monkeypatch.setattr(device, "available_cores", lambda: 96)
+    compute = Compute(torch.device("cuda"), "bf16", "", 0, gpus * nodes, node_ranks=gpus)
+    assert default_workers(compute) == expected
 
 
-def test_a_launcher_of_one_process_launches_just_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in LAUNCHER:
-        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "64"}, 16),  # of another job
+        ({}, 16),
+    ],
+)
+def test_ranks_of_a_machine_as_launchers_tell_them(
+    environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines of eight ranks; where nobody says so, as if all were on one."""
+    for name in device.LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    state = SimpleNamespace(process_index=9, num_processes=16, local_process_index=1)
+    monkeypatch.setattr(device, "PartialState", lambda **kwargs: state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     compute = choose_compute("fp32")
-    assert (compute.rank, compute.world_size) == (0, 1)
-    assert not set(LAUNCHER) & set(os.environ)
+    assert (compute.rank, compute.world_size, compute.node_ranks) == (9, 16, expected)
+    assert compute.gpu == machine.CPU

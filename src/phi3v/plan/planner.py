@@ -37,6 +37,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.activations import kind_of_attention
 from phi3v.train.checks import Case, DataFacts, refusals
 from phi3v.train.loading import choose_attention, make_skeleton
+from phi3v.train.schedule import total_steps
 from phi3v.train.setup import open_tables, questions_of
 
 # Where the recipe's method does not fit: the order of Microsoft's published DocVQA scores (83.65, 82.46, 81.85, 79.19).
@@ -219,9 +220,9 @@ class Planner:
         recommended, reason = self._recommend(own_option, options, machine)
         records = len(self.workload)
         samples = math.ceil(records * self.config.training.epochs)
-        steps = self.config.training.max_steps or math.ceil(samples / self.config.training.batch_size)
-        if self.config.training.batch_tokens is not None and not self.config.training.max_steps:
-            steps = math.ceil(self.config.training.epochs * self.rows(base).steps)
+        by_tokens = self.config.training.batch_tokens is not None
+        an_epoch = self.rows(base).steps if by_tokens else math.ceil(records / self.config.training.batch_size)
+        steps = total_steps(self.config.training, an_epoch)
         if self.config.training.max_steps:
             samples = steps * self.config.training.batch_size
         return Plan(

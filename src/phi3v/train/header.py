@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from rich.markup import escape
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackingPlan
+from phi3v.train.schedule import describe_schedule, total_steps
 from phi3v.train.setup import Setup
 from phi3v.train.strategies import summarize
 
@@ -31,6 +31,8 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
     table.add_row("total", f"{total:,}", f"{trainable:,}", f"{100 * trainable / total:.2f} % trained")
     console.print(f"[bold]{config.method.name}[/bold] training of {config.model.path}", highlight=False)
     console.print(table)
+    steps = total_steps(config.training, setup.plan.num_steps)
+    schedule = describe_schedule(config.training, steps)
     planned = forecast(config, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
     for line in (
         f"data: {len(train_table)} records, {len(train_table.questions())} questions to learn from"
@@ -42,21 +44,16 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
         f"activation checkpointing: {setup.checkpointing}",
         f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
         f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",
-        f"steps: {_steps_line(setup)}",
+        f"steps: {steps:,}, {steps / setup.plan.num_steps:.2f} epochs; {schedule.what}",
         f"planned: {planned}" if planned else None,
         f"output: {config.training.output_dir}",
     ):
         if line is not None:
             name, _, text = line.partition(": ")
             console.print(f"[bold]{name}:[/bold] {escape(text)}", highlight=False, soft_wrap=True)
-    for finding in setup.findings:
-        finding.render(console)
-
-
-def _steps_line(setup: Setup) -> str:
-    training, an_epoch = setup.config.training, setup.plan.num_steps
-    steps = training.max_steps or math.ceil(an_epoch * training.epochs)
-    return f"{steps:,}, {steps / an_epoch:.2f} epochs"
+    for finding in (*setup.findings, schedule):
+        if finding.verdict != "pass":
+            finding.render(console)
 
 
 def _step_line(setup: Setup) -> str:

@@ -227,7 +227,7 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                     where=where,
                     hint=f"leave {key} at {old}, or start another run",
                 )
-            lines.append(f"{key}: {old} → {value}; from here the learning rate follows the longer schedule")
+            lines.append(f"{key}: {old} → {value}; from here the learning rate is that of a run planned for so many")
         elif key in CHANGEABLE or f"{key.split('.', 1)[0]}." in CHANGEABLE:
             lines.append(f"{key}: {old} → {value}")
         else:

@@ -23,6 +23,7 @@ from phi3v.train.faults import StepFaults
 from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
 from phi3v.train.random_state import set_random_state
 from phi3v.train.saving import read_trained
+from phi3v.train.schedule import warmup_steps
 from phi3v.train.tracking import PROJECT
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Phi3VTrainer(Trainer):
         if self.config.training.lean and isinstance(optimizer, StochasticAdamW) and not optimizer.in_backward:
             optimizer.step_in_backward()
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The library's, with the warm-up of a run of so many steps."""
+        self.args.warmup_steps = warmup_steps(self.config.training, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _get_num_items_in_batch(self, steps: list[list[dict[str, Any]]], device: torch.device) -> torch.Tensor:
         """The step's weight: the sum of the loss weights over its rows on all ranks.
@@ -339,7 +345,6 @@ def training_arguments(config: RunConfig, run_folder: Path, *, precision: str, u
         adam_beta2=training.adam_beta2,
         adam_epsilon=training.adam_epsilon,
         lr_scheduler_type=training.schedule,
-        warmup_steps=training.warmup_steps,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_bnb_8bit" if training.optimizer == "adamw_8bit" else "adamw_torch",
         logging_steps=training.logging_steps,

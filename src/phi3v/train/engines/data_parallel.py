@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from phi3v.train.engines.base import Engine, Rest, write_nothing, wrong_engine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.saving import in_stored_dtype, round_to_stored_dtype, saved_tensors
+from phi3v.train.schedule import resume_schedule
 
 if TYPE_CHECKING:
     from phi3v.train.trainer import Phi3VTrainer
@@ -73,7 +74,7 @@ class DataParallel(Engine):
             _send_tensors(loaded, trainer.args.device)
         state, facts = loaded
         trainer.optimizer.load_state_dict(state)
-        trainer.lr_scheduler.load_state_dict(facts["schedule"])
+        resume_schedule(trainer.lr_scheduler, trainer.optimizer, facts["schedule"])
         if facts["scaler"] is not None and trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler.load_state_dict(facts["scaler"])
 

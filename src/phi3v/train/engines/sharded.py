@@ -22,6 +22,7 @@ from phi3v.train.device import Compute
 from phi3v.train.engines.base import Engine, Rest, write_nothing
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.saving import saved_names
+from phi3v.train.schedule import resume_schedule
 
 if TYPE_CHECKING:
     from phi3v.train.trainer import Phi3VTrainer
@@ -137,11 +138,7 @@ class ShardedEngine(Engine):
                 moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         broadcast_object_list(facts)
         self.put_moments(trainer, facts[0]["steps"], self._from_rank_0(moments))
-        trainer.lr_scheduler.load_state_dict(facts[0]["schedule"])
-        # A schedule tells its optimizer at its next step, which is one too late.
-        rates = trainer.lr_scheduler.get_last_lr()
-        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        resume_schedule(trainer.lr_scheduler, trainer.optimizer, facts[0]["schedule"])
         if facts[0]["scaler"] is not None:
             self.put_scaler_state(trainer, facts[0]["scaler"])
 
