@@ -87,6 +87,11 @@ def train(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | N
             "nothing to train is named", hint="name a recipe, or keys such as --data.train; see `phi3v train --help`"
         )
     config = load_config(arguments.recipe, arguments.overrides)
+    recipe = arguments.recipe.absolute() if arguments.recipe is not None else None
+    is_of_run = recipe is not None and recipe.name == "config.yaml" and (recipe.parent / "environment.json").is_file()
+    if recipe is not None and is_of_run and "training.output_dir" not in arguments.overrides:
+        config = config.now_in(recipe.parent)  # which may have been moved since
+        config.training.output_dir = str(recipe.parent)
     from phi3v.doctor import check_before_training
     from phi3v.report.live import train_with_report
 

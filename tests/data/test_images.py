@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -332,3 +333,13 @@ def test_paths_are_judged_before_the_disk_is_touched(root: Path, path: str) -> N
 
 def test_off_never_looks_at_the_disk(root: Path) -> None:
     assert check_image("not/there.png", root=root, level="off") is None
+
+
+def test_too_few_open_files_are_no_matter_of_permissions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="Too many open files") as caught:
+        load_image("train/0.png", root=root)
+    assert "ulimit -n" in str(caught.value)

@@ -53,9 +53,9 @@ def test_a_run_is_used_from_another_folder(
     tuned = find_tuned("../link/")  # a link leads into the run
     assert (tuned.base, tuned.run.method.name) == (str(model), "lora")
 
-    def go_on(*more: object) -> int:
+    def go_on(steps: int, *more: object) -> int:
         capsys.readouterr()
-        return main(["train", str(run / "config.yaml"), "--resume", "--training.max_steps", "3", *map(str, more)])
+        return phi3v("train", run / "config.yaml", "--resume", "--training.max_steps", steps, *more)
 
     # The run folder's own recipe goes on with it. Older versions wrote what they were given, relative or not.
     for state in run.glob("checkpoint-*/state.json"):
@@ -67,12 +67,16 @@ def test_a_run_is_used_from_another_folder(
         hashes = json.loads(manifest.read_text())
         hashes["sha256"]["state.json"] = file_hash(state)
         manifest.write_text(json.dumps(hashes))
-    assert go_on() == 0
+    assert go_on(3) == 0
 
     # Moved together, the model is found; moved alone, it is asked for. Nothing is asked of the hub.
     moved = tmp_path / "moved"
     project.rename(moved)
     assert find_tuned(str(moved / "out" / "run")).base == str(moved / "models" / "tiny.v1.0")
+    run = moved / "out" / "run"
+    assert go_on(3) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert not project.exists()
     (moved / "models").rename(moved / "bases")
     run, model = moved / "out" / "run", moved / "bases" / "tiny.v1.0"
     data = ["--data", moved / "data" / "test.jsonl", "--max-questions", 1]
@@ -92,15 +96,16 @@ def test_a_run_is_used_from_another_folder(
     assert phi3v("export", run, "--model", model, "--out", "out", "--adapter", "--samples", 1) == 0
     assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     # Going on needs the same model, wherever it is.
-    assert go_on("--training.output_dir", run, "--model.path", model, "--training.max_steps", 4) == 2
+    here = ["--training.output_dir", run, "--model.path", model]
+    assert go_on(4, *here) == 2
     moves = ["--data.train", moved / "data" / "train.jsonl", "--data.eval", moved / "data" / "test.jsonl"]
-    assert go_on("--training.output_dir", run, "--model.path", model, "--training.max_steps", 4, *moves) == 0
+    assert go_on(4, *here, *moves) == 0
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     capsys.readouterr()
-    assert go_on("--training.output_dir", run, "--model.path", model, "--training.max_steps", 5, *moves) == 2
+    assert go_on(5, *here, *moves) == 2
     assert "is not the model that the run began with" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import io
 import os
@@ -267,7 +268,10 @@ def _read(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, s
             return take(image, path)
     except OSError as error:
         raise _ImageFaultError(
-            f"cannot be read ({error.strerror or error}): {quote(path)}", "check its permissions and the disk"
+            f"cannot be read ({error.strerror or error}): {quote(path)}",
+            "raise the limit of open files: ulimit -n 4096"
+            if error.errno in (errno.EMFILE, errno.ENFILE)
+            else "check its permissions and the disk",
         ) from None
 
 
