@@ -19,6 +19,7 @@ from phi3v.model.attention import (
     BACKENDS,
     Layout,
     MaskBackend,
+    OutputBackend,
     SegmentBackend,
     VarlenBackend,
     choose_packed_attention,
@@ -101,6 +102,43 @@ def test_segments_and_varlen_compute_what_the_mask_does(layout: Layout) -> None:
     for backend in (SegmentBackend(layout, CPU), VarlenBackend(layout, CPU, plain_varlen)):
         for got, wanted in zip(output_and_gradients(backend, tensors), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_some_queries_alone_have_what_they_have_among_all(layout: Layout) -> None:
+    """Every third place and the last: of some groups of the layouts no query is asked."""
+    tensors = inputs(layout)
+    tokens = sum(map(sum, layout))
+    asked = torch.arange(tokens)[2::3].tolist()
+    outputs = torch.tensor(sorted({*asked, tokens - 1}))
+    assert torch.equal(visible(layout, outputs), visible(layout)[outputs])
+    backend, whole = OutputBackend(layout, outputs), MaskBackend(layout, CPU)
+
+    def those_of_all(*arguments: Any) -> torch.Tensor:
+        return torch.zeros(1, tokens, 3, 8).index_copy(1, outputs, whole(*arguments)[:, outputs])
+
+    expected = output_and_gradients(those_of_all, tensors)
+    for got, wanted in zip(output_and_gradients(backend, tensors), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_the_last_layer_computes_what_is_learnt_from(load_golden: Any, sample: Any) -> None:
+    """The loss and the gradients are those of a row whose every output is computed."""
+    text = sample("text")
+    labels = text.input_ids.clone()
+    labels[:, : text.length // 2] = -100
+    labels[:, -2] = -100
+    layout = ((0, text.length),)
+    found = []
+    seen: list[int] = []
+    for backend in ("packed_mask", "packed_segments"):
+        model = load_golden(attn_implementation=backend)
+        model.model.layers[-1].mlp.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[1]))
+        loss = model(input_ids=text.input_ids, labels=labels, layout=layout, logits_to_keep=None).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert seen == [text.length, int((labels[:, 1:] != -100).sum())]
+    torch.testing.assert_close(found[1], found[0], atol=TOLERANCE, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -95,12 +95,13 @@ def _ids(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tens
     return groups.repeat_interleave(lengths).to(device), branches.repeat_interleave(lengths).to(device)
 
 
-def visible(layout: Layout) -> torch.Tensor:
-    """(T, T) bool on the host: which keys (columns) a query (row) sees; the drawing above."""
+def visible(layout: Layout, queries: torch.Tensor | None = None) -> torch.Tensor:
+    """(T, T) bool on the host: which keys (columns) a query (row) sees; the drawing above, or those rows of it."""
     group, branch = _ids(layout, torch.device("cpu"))
     place = torch.arange(len(group))
-    causal = place[:, None] >= place
-    return causal & (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch))
+    rows = place if queries is None else queries
+    causal = rows[:, None] >= place
+    return causal & (group[rows, None] == group) & ((branch == 0) | (branch[rows, None] == branch))
 
 
 class MaskBackend:
@@ -149,6 +150,33 @@ class SegmentBackend:
                 outputs.append(_sdpa(head, k[:, :, :prefix], v[:, :, :prefix], scale, dropout))
             outputs.append(_sdpa(q, k, v, scale, dropout, mask=mask))
         return torch.cat(outputs, dim=1)
+
+
+class OutputBackend:
+    """SDPA group by group for the queries whose output is used: the last layer of a row that is learnt from.
+
+    Args:
+        outputs: (n,) int64 on the CPU, their places in the row, ascending. The output of all others is zero.
+    """
+
+    def __init__(self, layout: Layout, outputs: torch.Tensor) -> None:
+        self.outputs = outputs
+        self.groups = [sum(group) for group in layout]
+        ends = torch.tensor(self.groups).cumsum(0)
+        self.counts = torch.searchsorted(outputs, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+        starts = (ends - torch.tensor(self.groups)).tolist()
+        own = (places - start for places, start in zip(outputs.split(self.counts), starts, strict=True))
+        self.masks = [visible((group,), places) for group, places in zip(layout, own, strict=True)]
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dropout: float
+    ) -> torch.Tensor:
+        queries = query.index_select(2, self.outputs).split(self.counts, dim=2)
+        keys, values = (tensor.split(self.groups, dim=2) for tensor in (key, value))
+        parts = zip(queries, keys, values, self.masks, strict=True)
+        used = torch.cat([_sdpa(q, k, v, scale, dropout, mask=mask) for q, k, v, mask in parts if len(mask)], dim=1)
+        whole = used.new_zeros(query.shape[0], query.shape[2], *used.shape[2:])
+        return whole.index_copy(1, self.outputs, used)
 
 
 def _sdpa(

@@ -34,6 +34,7 @@ def causal_lm_loss(
     normalizer: torch.Tensor | float | None = None,
     *,
     kernel: LossKernel = "chunked",
+    selected: bool = False,
 ) -> torch.Tensor:
     """Next-token cross-entropy; the head runs only where there is something to predict.
 
@@ -46,13 +47,13 @@ def causal_lm_loss(
             weights is the mean over tokens, as the official model returns.
         kernel: ``liger`` takes Liger's fused kernel where the head is a plain linear layer; an adapted or quantised
             one is ``chunked`` all the same. ``whole`` is one chunk, for when ranks must run the head equally often.
+        selected: ``hidden_states`` (1, n, H) are those of the `learnt_positions` alone.
 
     Returns:
         A float32 scalar.
     """
-    targets = labels[:, 1:]  # [B, T - 1]; position t predicts token t + 1
-    learnt = targets != IGNORE_INDEX
-    states = hidden_states[:, :-1][learnt]  # [n, H]
+    targets, learnt = labels[:, 1:], learnt_positions(labels)  # [B, T - 1]
+    states = hidden_states[0] if selected else hidden_states[:, :-1][learnt]  # [n, H]
     wanted = targets[learnt]  # [n]
     weights = torch.ones(len(wanted), device=states.device)
     if loss_weights is not None:
@@ -69,6 +70,11 @@ def causal_lm_loss(
     chunks = zip(states.split(size), wanted.split(size), weights.split(size), strict=True)
     losses = [checkpoint(_weighted_sum, lm_head, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum() / normalizer
+
+
+def learnt_positions(labels: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) bool: where something is learnt; position t predicts token t + 1."""
+    return labels[:, 1:] != IGNORE_INDEX
 
 
 def vocabulary_size(lm_head: nn.Module) -> int:

@@ -6,6 +6,7 @@ Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch in reading order (ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from transformers import GenerationMixin, Phi3Model, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-from phi3v.model.attention import Layout, prepare_row
+from phi3v.model.attention import Layout, OutputBackend, prepare_row
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.loss import LossKernel, causal_lm_loss
+from phi3v.model.loss import LossKernel, causal_lm_loss, learnt_positions
 from phi3v.model.rotary import Phi3VRotaryEmbedding
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
@@ -74,7 +76,7 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 - the library's own form
+    _no_split_modules = ["Phi3DecoderLayer", "LastDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012 - the library's own form
     _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -98,11 +100,27 @@ class Phi3VPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+class LastDecoderLayer(Phi3DecoderLayer):
+    """The decoder's last layer, which can leave out what nothing is learnt from."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, outputs: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As the library's layer; of (1, T, H) only the places ``outputs`` (n,), where they are given: (1, n, H)."""
+        if outputs is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask=None, **kwargs)
+        hidden_states, attended = (tensor.index_select(1, outputs) for tensor in (hidden_states, attended))
+        hidden_states = hidden_states + self.resid_attn_dropout(attended)
+        return hidden_states + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     """The decoder with images laid into its embeddings."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
+        self.layers[-1].__class__ = LastDecoderLayer  # a new one would draw the random weights of a preset anew
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         # Set where ranks gather each layer's weights together, so that all must run the same layers.
         self.meets_in_vision = False
@@ -175,15 +193,20 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         page_index: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         layout: Layout | None = None,
+        outputs: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's output for official inputs or a packed row (see :class:`Phi3VForCausalLM`)."""
+        """The decoder's output for official inputs or a packed row (see :class:`Phi3VForCausalLM`).
+
+        Args:
+            outputs: (n,) places of a packed row, ascending: their output alone is wanted.
+        """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index, image_features)
         if layout is not None:
-            return self._forward_packed(inputs_embeds, layout)
+            return self._forward_packed(inputs_embeds, layout, outputs)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count a sample's own tokens, so padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -192,7 +215,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def _forward_packed(self, hidden_states: torch.Tensor, layout: Layout) -> BaseModelOutputWithPast:
+    def _forward_packed(
+        self, hidden_states: torch.Tensor, layout: Layout, outputs: torch.Tensor | None
+    ) -> BaseModelOutputWithPast:
         """The library's loop over the layers for one packed row (1, T, H), without a mask or a cache."""
         if hidden_states.shape[:2] != (1, sum(map(sum, layout))):
             raise ValueError(f"the layout of one row of {sum(map(sum, layout))} tokens came with {hidden_states.shape}")
@@ -202,10 +227,13 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         implementation = self.config._attn_implementation
         row = prepare_row(layout, implementation, hidden_states.device, self.config.long_context_start)
         position_embeddings = self.rotary_emb(hidden_states, row.position_ids, row.is_long)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, position_ids=row.position_ids, position_embeddings=position_embeddings, packed_row=row
-            )
+        common = {"position_ids": row.position_ids, "position_embeddings": position_embeddings}
+        *earlier, last = self.layers
+        for layer in earlier:
+            hidden_states = layer(hidden_states, packed_row=row, **common)
+        if outputs is not None:
+            row = replace(row, backend=OutputBackend(layout, outputs))
+        hidden_states = last(hidden_states, packed_row=row, outputs=outputs, **common)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
 
 
@@ -288,6 +316,10 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Raises:
             ImageAlignmentError: placeholders and images do not fit together.
         """
+        learnt = None
+        if labels is not None and logits_to_keep is None and self._can_select_outputs(kwargs.get("layout"), labels):
+            learnt = learnt_positions(labels)[0].nonzero()[:, 0]
+            kwargs["outputs"] = learnt
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -301,12 +333,23 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = causal_lm_loss(
-                hidden_states, self.lm_head, labels, loss_weights, loss_normalizer, kernel=self.loss_kernel
+                hidden_states,
+                self.lm_head,
+                labels,
+                loss_weights,
+                loss_normalizer,
+                kernel=self.loss_kernel,
+                selected=learnt is not None,
             )
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _can_select_outputs(self, layout: Layout | None, labels: torch.Tensor) -> bool:
+        """Whether the last layer can compute alone what is learnt from. To a GPU its places would have to be told."""
+        on_segments = self.config._attn_implementation == "packed_segments" and labels.device.type == "cpu"
+        return layout is not None and on_segments and bool(learnt_positions(labels).any())
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """The library's inputs; where a sample outgrows the short rotary factors, the cache is made anew.
