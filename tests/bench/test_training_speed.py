@@ -66,10 +66,14 @@ def test_every_way_is_measured_once(
     assert shared["attention"] == "packed_segments"
     assert shared["tokens_per_sample"] < 0.5 * recipe["tokens_per_sample"]
     assert shared["tflop_per_sample"] < 0.5 * recipe["tflop_per_sample"]
+    slowest, fastest = recipe["samples_per_second_range"]
+    assert 0 < slowest <= recipe["samples_per_second"] * 1.01
+    assert fastest >= slowest
     assert recipe["mfu"] is None
     assert recipe["peak_gb"] > 0
     assert "bf16" in lean["error"]
     assert result["data"]["samples"] == 12
+    assert result["timed_by"] == ("wall time" if torch.cuda.is_available() else "CPU time of one thread")
     assert result["ratios"].keys() == {"full shared-image over recipe"}
     assert json.loads(out.read_text())["rows"] == result["rows"]
 
@@ -102,11 +106,11 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
         setup.model.train()
         if way == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)
-            batch = CropCollator(setup.collator())([CropDataset(setup.train_table, setup.processor)[0]])
+            batch = CropCollator(setup.dataset().collate)([CropDataset(setup.train_table, setup.processor)[0]])
             trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
             loss = RecipeTrainer.compute_loss(trainer, setup.model, batch, num_items_in_batch=1.0)
         else:
-            batch = setup.collator()([setup.dataset()[0]])  # type: ignore[index,list-item]
+            batch = setup.dataset().collate([setup.dataset().samples[0]])
             assert StepWork.of(batch).pages == 1
             inputs = {name: value for name, value in batch.items() if name != "counts"}
             loss = setup.model(**inputs, logits_to_keep=None, use_cache=False, loss_normalizer=1.0).loss

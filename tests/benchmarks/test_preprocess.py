@@ -18,6 +18,9 @@ def test_it_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preprocess.main()
     result = json.loads(out.read_text())
     assert (result["size"], result["num_crops"], result["cores"]) == ([1275, 1650], 4, 1)
+    assert result["timed_by"] == "CPU time of one thread"
     assert all(value > 0 for value in result["milliseconds_per_page"].values())
+    ratio = result["times_faster_than_plain"]
+    assert result["times_faster_than_plain_range"] == [ratio, ratio]  # of one page, once
     # 5 crops of float32, 4 of uint8.
     assert result["megabytes_per_page"] == {"plain_float": 6.77, "uint8_page": 1.35}

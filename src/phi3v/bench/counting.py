@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -93,8 +95,33 @@ class CountingTrainer(Phi3VTrainer):
         return StepWork(*self.accelerator.reduce(values, reduction="sum").tolist())
 
 
+def timed_by() -> str:
+    """How this machine is timed: what other programs do there changes wall time far more than CPU time."""
+    return "wall time" if torch.cuda.is_available() else "CPU time of one thread"
+
+
+def clock_seconds() -> float:
+    """Now, as `timed_by` says."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, on a machine that is timed by its CPU time."""
+    threads = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Clock(TrainerCallback):
-    """The seconds of every step, from the end of the one before: reading that a step waits for is part of it.
+    """The seconds of every step, from the end of the one before: reading is part of it.
 
     The first step has no beginning that could be compared and is not among them. Asks for the end when they add up to
     ``limit``.
@@ -106,9 +133,7 @@ class Clock(TrainerCallback):
         self.last: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = clock_seconds()
         if self.last is not None:
             self.seconds.append(now - self.last)
         self.last = now

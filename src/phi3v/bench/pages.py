@@ -44,8 +44,18 @@ def pages_for(questions: int) -> int:
     return math.ceil(questions / QUESTIONS_PER_PAGE) + 1
 
 
-def write_pages(folder: Path, pages: int, sizes: Sequence[tuple[int, int]] = SIZES) -> Path:
+def write_pages(
+    folder: Path,
+    pages: int,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    questions: Sequence[int] = QUESTIONS,
+    answer_characters: Sequence[int] | None = None,
+) -> Path:
     """Write the data unless it is there already; a record a question, those of a page one after the other.
+
+    Args:
+        sizes, questions: of each page in turn.
+        answer_characters: of all answers about each page in turn; by default an answer has three words.
 
     Returns:
         The JSONL file.
@@ -61,8 +71,12 @@ def write_pages(folder: Path, pages: int, sizes: Sequence[tuple[int, int]] = SIZ
         name = f"page-{page:05}.png"
         (part / "images" / name).write_bytes(draw_page(page, sizes[page % len(sizes)]))
         rng = np.random.default_rng((page, 1))
-        for number in range(QUESTIONS[page % len(QUESTIONS)]):
-            asked, answered = (" ".join(map(str, rng.choice(WORDS, size=size))) for size in (8, 3))
+        count = questions[page % len(questions)]
+        characters = answer_characters[page % len(answer_characters)] // count if answer_characters else None
+        for number in range(count):
+            # An answer of so many characters is cut out of more words than it can hold.
+            asked, answered = (" ".join(map(str, rng.choice(WORDS, size=n))) for n in (8, characters or 3))
+            answered = answered[:characters].strip()
             turn = {"images": [name], "user": f"What is {asked}?", "assistant": answered}
             lines.append(json.dumps({"id": f"{page}-{number}", "conversations": [turn]}))
     (part / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 
-from phi3v.bench.counting import Clock, CountingTrainer, StepWork
+from phi3v.bench.counting import Clock, CountingTrainer, StepWork, one_thread
 from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
 from phi3v.bench.settings import BASELINES, Row, Settings, Way
 from phi3v.config import Attention, Packing, RunConfig
@@ -41,6 +41,8 @@ def row_config(row: Row, settings: Settings, model: Path, data: Path, folder: Pa
     config.model.path, config.model.num_crops = str(model), settings.num_crops
     config.model.attention = _attention(row.way)
     config.data.train, config.data.image_check = str(data), "header"
+    if not torch.cuda.is_available():
+        config.data.num_workers = 0  # reading is counted with the rest
     config.method.name, config.method.lora.rank = row.method, settings.rank
     packing: Packing = row.way if row.way == "samples" or row.way == "shared-image" else "none"
     config.data.packing, config.data.pack_tokens = packing, settings.pack_tokens
@@ -81,11 +83,12 @@ def measure_row(row: Row, settings: Settings, model: Path, data: Path) -> dict[s
     Returns:
         ``attention`` and ``checkpointing`` as chosen; ``batch_size``; ``steps`` that were timed;
         ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went through the tower) and
-        ``tokens_per_second`` of all devices; ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the
-        device's rate (None where the rate is not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU
-        the process's so far).
+        ``tokens_per_second`` of all devices; ``samples_per_second_range``, the slowest and the fastest step;
+        ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the device's rate (None where the rate is
+        not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU the process's so far). A second is as
+        `counting.timed_by` says.
     """
-    with _clean_memory():
+    with _clean_memory(), one_thread():
         try:
             with tempfile.TemporaryDirectory() as folder:
                 config = row_config(row, settings, model, data, Path(folder) / "run")
@@ -123,8 +126,11 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
         trainer.train()
     if not clock.seconds:
         return {"error": "the data has no second step"}
-    work = trainer.mean_step(trainer.steps[1 : 1 + len(clock.seconds)])
+    steps = trainer.steps[1 : 1 + len(clock.seconds)]
+    work = trainer.mean_step(steps)
     seconds = statistics.median(clock.seconds)
+    ranks = setup.compute.world_size
+    speeds = [ranks * step.samples / own for step, own in zip(steps, clock.seconds, strict=True)]
     return {
         "attention": setup.facts.attention,
         "checkpointing": setup.checkpointing.split(" ")[0],
@@ -134,6 +140,7 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
         "batch_size": config.training.batch_size,
         "steps": len(clock.seconds),
         "samples_per_second": _round(work.samples / seconds),
+        "samples_per_second_range": [_round(min(speeds)), _round(max(speeds))],
         "questions_per_second": _round(work.questions / seconds),
         "pages_per_second": _round(work.pages / seconds),
         "tokens_per_second": round(work.tokens / seconds, 1),

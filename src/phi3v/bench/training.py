@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from phi3v.bench.counting import timed_by
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, pages_for, write_pages
 from phi3v.bench.result import with_environment, write_json
 from phi3v.bench.rows import measure_row
@@ -74,6 +75,7 @@ def bench_train(
         "model": str(model) if model else f"{preset}, random weights",
         "data": _describe(file, table, is_drawn=data is None),
         "settings": asdict(settings),
+        "timed_by": timed_by(),
     }
     measured = _earlier_rows(out, facts)
     result: dict[str, Any] = {}
@@ -139,7 +141,7 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    title = f"{result['device']}: {result['model']}, {result['data']['source']}"
+    title = f"{result['device']}, {result['timed_by']}: {result['model']}, {result['data']['source']}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in COLUMNS:  # a narrow terminal folds two of them
         is_name = column in ("method", "way", "attention")
