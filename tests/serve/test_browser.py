@@ -73,6 +73,9 @@ def page(opened: Any) -> Iterator[Any]:
     opened.wait_for_function(EMPTY)
 
 
+CUT = "(cut at 12 tokens"
+
+
 def clear(page: Any) -> None:
     page.click('#tuned [aria-label="Clear"]')
     page.wait_for_function(EMPTY)
@@ -90,12 +93,15 @@ def ask(page: Any, text: str, *files: Path) -> None:
 
 
 def answers(page: Any, which: str = "tuned") -> list[str]:
-    return [text.strip() for text in page.locator(f"#{which} [data-testid=bot]").all_inner_texts()]
+    """What is said, without the marks of answers that were cut."""
+    texts = [text.strip() for text in page.locator(f"#{which} [data-testid=bot]").all_inner_texts()]
+    return [text for text in texts if CUT not in text]
 
 
 def finished(page: Any, turns: int, which: str = "tuned") -> list[str]:
     """The answers once there are so many and nothing is being written."""
-    page.wait_for_function(f"document.querySelectorAll('#{which} [data-testid=bot]').length == {turns}")
+    bubbles = f"[...document.querySelectorAll('#{which} [data-testid=bot]')]"
+    page.wait_for_function(f"{bubbles}.filter(bubble => !bubble.innerText.includes('{CUT}')).length == {turns}")
     page.wait_for_selector(SUBMIT)
     return answers(page, which)
 
@@ -104,6 +110,7 @@ def test_a_conversation_about_a_picture(page: Any, easy_vqa: Path) -> None:
     ask(page, "what is in the picture?", next((easy_vqa / "images").rglob("*.png")))
     (first,) = finished(page, 1)
     assert first
+    assert CUT in page.inner_text("#tuned")
     assert page.locator("#tuned [data-testid=user] img").count() == 1
     ask(page, "and its color?")
     assert finished(page, 2)[0] == first
