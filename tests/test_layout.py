@@ -32,6 +32,7 @@ ROOMS = [
     "grammar",
     "machine",
     "findings",
+    "json_files",
     "errors",
 ]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

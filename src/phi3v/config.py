@@ -618,12 +618,15 @@ def _may_be_none(kind: Any) -> bool:
     return types.NoneType in typing.get_args(kind)
 
 
-def load_config(recipe: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+def load_config(
+    recipe: Path | None, overrides: Sequence[str] | Mapping[str, Any] = (), *, of_run: bool = False
+) -> RunConfig:
     """Read a recipe and apply ``--key.subkey value`` overrides.
 
     Args:
         recipe: a YAML file; none is the defaults.
         overrides: words of a command line, or keys with their values.
+        of_run: ``recipe`` was written by a run and so names its model; one that does not is damaged.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown or given twice, or a value is of the wrong type or
@@ -631,6 +634,9 @@ def load_config(recipe: Path | None, overrides: Sequence[str] | Mapping[str, Any
     """
     kinds = dict(_kinds(RunConfig))
     values = {} if recipe is None else _read_recipe(recipe, kinds)
+    if of_run and "model.path" not in values:
+        what = "is not whole: a run's own configuration names its model (model.path)"
+        raise UserError(what, where=str(recipe), hint="copy it again")
     if not isinstance(overrides, Mapping):
         overrides = vars(build_parser().parse_args(list(overrides)))
     for name, value in overrides.items():

@@ -100,7 +100,7 @@ def test_an_adapter_that_left_its_run(
 
 
 def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("method: {name: lora}\n")
+    (tmp_path / "config.yaml").write_text("model: {path: base}\nmethod: {name: lora}\n")
     with pytest.raises(UserError, match="did the run end early"):
         find_tuned(str(tmp_path))
     (tmp_path / "best").mkdir()

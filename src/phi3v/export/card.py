@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3v import __version__
 from phi3v.export.proof import TOLERANCE
+from phi3v.json_files import content_of, read_json
 from phi3v.train.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ ADAPTER_ELSEWHERE = """vLLM and others take the merged model, not the adapter.
 `phi3v export` without `--adapter` makes it."""
 
 
-def write_card(folder: Path, result: ExportResult, tuned: Tuned) -> None:
+def write_card(folder: Path, result: ExportResult, tuned: Tuned, scores: str) -> None:
     """Write ``README.md`` into the export."""
     rows = [
         ("merged weights against adapter and base apart, float32", result.merge),
@@ -84,7 +84,7 @@ def write_card(folder: Path, result: ExportResult, tuned: Tuned) -> None:
         version=__version__,
         method=result.method,
         origin=f"`{tuned.origin}`" if tuned.origin else "a model of unknown origin",
-        scores=_scores(tuned),
+        scores=scores,
         count=result.files.num_texts,
         probes=result.probes,
         rows="\n".join(
@@ -114,20 +114,25 @@ def _explanation(result: ExportResult, tuned: Tuned) -> str:
     return text
 
 
-def _scores(tuned: Tuned) -> str:
-    """The run's score, where it has one."""
+def score_table(tuned: Tuned) -> str:
+    """The run's score, where it has one.
+
+    Raises:
+        UserError: the file that holds it is damaged.
+    """
     if tuned.run_folder is None:
         return ""
     lines = []
     for when in ("before", "after"):
         path = tuned.run_folder / f"eval_{when}.json"
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            score = found["scores"][found["metric"]]
-            lines.append(
-                f"| {when} training | {found['metric']} | {100 * score['value']:.2f} % "
-                f"| {100 * score['low']:.2f} – {100 * score['high']:.2f} % | {found['num_questions']} |"
-            )
+            found = read_json(path)
+            with content_of(path):
+                score = found["scores"][found["metric"]]
+                lines.append(
+                    f"| {when} training | {found['metric']} | {100 * score['value']:.2f} % "
+                    f"| {100 * score['low']:.2f} – {100 * score['high']:.2f} % | {found['num_questions']} |"
+                )
     if not lines:
         return ""
     head = "\n| | metric | score | 95 % interval | questions |\n|---|---|---|---|---|\n"

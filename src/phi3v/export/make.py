@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from phi3v.data.features import free_space
 from phi3v.errors import UserError
-from phi3v.export.card import write_card
+from phi3v.export.card import score_table, write_card
 from phi3v.export.proof import (
     TOLERANCE,
     Answers,
@@ -137,6 +137,7 @@ def export(
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(str(error), where=f"--max-shard-size {max_shard_size}", hint="e.g. 5GB") from None
+    scores = score_table(tuned)  # found damaged now, not when all is done
     wanted = DTYPES[dtype] if dtype else _stored_dtype(tuned)
     if not adapter:
         _require_room(out, tuned, wanted)
@@ -165,7 +166,7 @@ def export(
             probes=source,
         )
         _require_same(result)
-        write_card(folder, result, tuned)
+        write_card(folder, result, tuned, scores)
         write_manifest(folder, tuned_from=tuned.origin)
         if out.exists():
             old = Path(made) / "old"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from phi3v.errors import UserError
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Finding, Report, Verdict
+from phi3v.json_files import content_of, read_json
 from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -49,7 +49,10 @@ class _Inspection:
         checks += [self.adapter] if self.is_adapter else [self.keys, self.end_tokens, self.remote_code]
         checks += [self.values, self.processor, self.answer]
         for check in checks:
-            check()
+            try:
+                check()
+            except UserError as error:  # a file of the folder is damaged; it says which
+                self.say(check.__name__.replace("_", " "), "fail", f"{error.where}: {error.what}", error.hint)
             if not self.report.ok and check in (self.keys, self.adapter, self.values, self.processor):
                 return  # the rest would stumble over the same
 
@@ -64,7 +67,10 @@ class _Inspection:
         if not path.is_file():
             self.say("manifest", "warn", "there is none, so damage on the way would not be seen", "export it anew")
             return
-        hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        hashes = read_json(path).get("sha256")
+        if not isinstance(hashes, dict) or not hashes:
+            self.say("manifest", "fail", f"{path}: names no file (sha256)", "export it anew")
+            return
         files = {name: self.folder / name for name in hashes}
         wrong = [name for name, file in files.items() if not file.is_file() or file_hash(file) != hashes[name]]
         if wrong:
@@ -81,7 +87,7 @@ class _Inspection:
             hint = "is this the folder of a model?"
             self.say("weights", "fail", f"cannot be read: {str(error).splitlines()[0]}", hint)
             return
-        with torch.device("meta"):
+        with content_of(self.folder / "config.json"), torch.device("meta"):
             skeleton = Phi3VForCausalLM(config)
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         missing = sorted(expected.keys() - keys)
@@ -103,7 +109,7 @@ class _Inspection:
             self.say("weights", "pass", f"{len(expected)} tensors, by the names and shapes of the official layout")
 
     def adapter(self) -> None:
-        fields = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        fields = read_json(self.folder / "adapter_config.json")
         base = fields.get("base_model_name_or_path")
         if not base:
             hint = "write base_model_name_or_path into adapter_config.json"
@@ -146,7 +152,7 @@ class _Inspection:
         if not path.is_file():
             self.say("end of answers", "fail", "generation_config.json is missing", "export it with phi3v export")
             return
-        known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        known = read_json(path).get("eos_token_id")
         known = known if isinstance(known, list) else [known]
         try:
             wanted = stop_token_ids(Phi3VProcessor.from_pretrained(self.folder))
@@ -160,7 +166,7 @@ class _Inspection:
             self.say("end of answers", "pass", f"eos_token_id {known}")
 
     def remote_code(self) -> None:
-        fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        fields = read_json(self.folder / "config.json")
         modules = {str(entry).split(".")[0] for entry in fields.get("auto_map", {}).values()}
         missing = [
             f"{name}.py" for name in sorted(modules) if "--" not in name and not (self.folder / f"{name}.py").is_file()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from safetensors import safe_open
+
+from phi3v.errors import UserError
+from phi3v.json_files import read_json
 
 EMBEDDING = "model.embed_tokens.weight"
 SAMPLE = 64 * 1024
@@ -19,10 +21,15 @@ def checkpoint_keys(folder: Path) -> set[str]:
 
     Raises:
         OSError, SafetensorError: a file that the index names is missing, or one is cut short.
+        UserError: the index is no index.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            what = "does not say in which file each tensor is (weight_map)"
+            raise UserError(what, where=str(index), hint="copy or download it again")
+        files = sorted(set(weight_map.values()))
     else:
         files = [name for name in ("model.safetensors",) if (folder / name).is_file()]
     keys: set[str] = set()

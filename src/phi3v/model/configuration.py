@@ -8,9 +8,13 @@ and older versions of transformers read what we write.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config
+
+from phi3v.errors import UserError
+from phi3v.json_files import content_of, read_json
 
 # CLIP ViT-L/14-336, the tower of both released models; `config.json` names it and carries no sizes.
 CLIP_VIT_L_14_336: dict[str, Any] = {
@@ -82,6 +86,22 @@ class Phi3VConfig(Phi3Config):
                 f"img_processor.image_dim_out is {self.img_processor['image_dim_out']}, but the vision tower is "
                 f"{clip['hidden_size']} wide (clip_vision_config.hidden_size)"
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The configuration in a folder or on the hub; arguments as of ``PretrainedConfig.from_pretrained``.
+
+        Raises:
+            UserError: ``config.json`` of a folder is damaged, or another model's.
+        """
+        file = Path(pretrained_model_name_or_path) / "config.json"
+        if not file.is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if (kind := read_json(file).get("model_type")) != cls.model_type:
+            what = f"is a {kind!r} model; only {cls.model_type!r} can be used"
+            raise UserError(what, where=str(file), hint="copy it again, or make a model with `phi3v model init`")
+        with content_of(file):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def vision_config(self) -> CLIPVisionConfig:
         """The tower's configuration as transformers' CLIP blocks want it."""

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, Phi3Model, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, Phi3Model, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
+from phi3v.json_files import content_of, read_json
 from phi3v.model.attention import Layout, OutputBackend, prepare_row
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
@@ -254,9 +255,18 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the official layout; arguments as of `PreTrainedModel.from_pretrained`."""
-        if kwargs.get("key_mapping") is None and Path(pretrained_model_name_or_path).is_dir():
-            kwargs["key_mapping"] = embedding_key_mapping(Path(pretrained_model_name_or_path))
+        """Load a checkpoint in the official layout; arguments as of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            UserError: a JSON file of a folder is damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if kwargs.get("key_mapping") is None and folder.is_dir():
+            kwargs["key_mapping"] = embedding_key_mapping(folder)
+        if (file := folder / "generation_config.json").is_file():
+            fields = read_json(file)  # a damaged one is as good as none to the library
+            with content_of(file):
+                GenerationConfig.from_dict(fields).validate()
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # With output_loading_info=True the library returns the model and a report.
         model = loaded[0] if isinstance(loaded, tuple) else loaded

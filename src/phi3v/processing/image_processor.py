@@ -46,8 +46,11 @@ class Phi3VImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_crops < 1:
-            raise ValueError(f"num_crops must be at least 1, got {num_crops}")
+        if not isinstance(num_crops, int) or num_crops < 1:
+            raise ValueError(f"num_crops must be at least 1, got {num_crops!r}")
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"{name} must hold a number for each of three channels, got {values!r}")
         self.num_crops = num_crops
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,12 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.hub import cached_file
 
+from phi3v.errors import UserError
+from phi3v.json_files import content_of, read_json
 from phi3v.processing.image_processor import Images, Phi3VImageProcessor, as_list
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json")
@@ -49,30 +51,61 @@ class Phi3VProcessor(ProcessorMixin):
         Args:
             num_crops: overrides the saved value.
             kwargs: ``revision``, ``cache_dir``, ``token`` … for the hub.
+
+        Raises:
+            OSError: a file is missing.
+            UserError: one is damaged, or the tokenizer is another model's.
         """
         overrides = {"num_crops": kwargs.pop("num_crops")} if kwargs.get("num_crops") is not None else {}
         kwargs.pop("num_crops", None)
         path = str(pretrained_model_name_or_path)
-        image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
-        files = {}
-        for name in TOKENIZER_FILES:
-            file = cached_file(path, name, _raise_exceptions_for_missing_entries=name == TOKENIZER_FILE, **kwargs)
+        found: dict[str, Path] = {}
+        for name in (PREPROCESSOR_CONFIG, *TOKENIZER_FILES, "processor_config.json"):
+            is_needed = name in (PREPROCESSOR_CONFIG, TOKENIZER_FILE)
+            file = cached_file(path, name, _raise_exceptions_for_missing_entries=is_needed, **kwargs)
             if file is not None:
-                files[name] = Path(file).read_bytes()
-        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+                found[name] = Path(file)
+        fields = {name: read_json(file) for name, file in found.items()}
+        if "num_crops" not in fields[PREPROCESSOR_CONFIG] | overrides:
+            raise UserError(
+                "does not say into how many crops an image is cut (num_crops)",
+                where=str(found[PREPROCESSOR_CONFIG]),
+                hint="copy it again from the published model",
+            )
+        with content_of(found[PREPROCESSOR_CONFIG]):
+            image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
+        with content_of(found[TOKENIZER_FILE]):
+            tokens = Tokenizer.from_file(str(found[TOKENIZER_FILE]))
+        if lacking := [token for token in _CHAT_TOKENS if tokens.token_to_id(token) is None]:
+            raise UserError(
+                f"has no token {lacking[0]}, so it is not the tokenizer of this model",
+                where=str(found[TOKENIZER_FILE]),
+                hint="copy it again from the published model",
+            )
+        config = fields.get(TOKENIZER_CONFIG, {})
+        with content_of(found.get(TOKENIZER_CONFIG, Path(path))):
+            tokenizer = cls._tokenizer(tokens, config)
+        processor = cls(image_processor, tokenizer)
+        processor._tokenizer_files = {name: found[name].read_bytes() for name in TOKENIZER_FILES if name in found}
+        return processor
+
+    @staticmethod
+    def _tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+        if lacking := [name for name in ("bos_token", "eos_token", "pad_token") if not config.get(name)]:
+            raise ValueError(f"it names no {lacking[0]}")
         # tokenizer.json is the whole truth. The class that tokenizer_config.json names (LlamaTokenizer) is rebuilt
         # differently by different versions of the library, so it is not asked.
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_buffer(files[TOKENIZER_FILE]),
+            tokenizer_object=tokens,
             chat_template=config.get("chat_template"),
             model_max_length=config.get("model_max_length"),
             padding_side=config.get("padding_side", "right"),
             clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
             **{name: _token_text(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None},
         )
-        processor = cls(image_processor, tokenizer)
-        processor._tokenizer_files = files
-        return processor
+        if unknown := [token for token in tokenizer.all_special_tokens if tokens.token_to_id(token) is None]:
+            raise ValueError(f"{unknown[0]!r} is no token of {TOKENIZER_FILE}")
+        return tokenizer
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the official files: the tokenizer's byte for byte as read, and ``preprocessor_config.json``.
@@ -177,6 +210,7 @@ class Phi3VProcessor(ProcessorMixin):
         return BatchFeature(data)
 
 
+_CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

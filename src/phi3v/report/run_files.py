@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,9 +109,8 @@ def read_run(folder: Path, *, with_predictions: bool = True) -> RunFiles:
     for name, what in EXPECTED.items():
         if not (folder / name).is_file():
             run.missing.append(f"{name} is missing: {what} cannot be shown")
-    config = _read(run, "config.yaml", lambda text: _plain(read_yaml(text)))
-    run.config = config if isinstance(config, dict) else {}
-    run.environment = _object(_read(run, "environment.json", json.loads))
+    run.config = _read(run, "config.yaml", read_yaml)
+    run.environment = _read(run, "environment.json", json.loads)
     run.curves = _read_curves(run)
     run.log = (_text(run, "log.txt") or "").splitlines()
     for line in run.log:
@@ -131,7 +130,7 @@ def _expects(run: RunFiles, when: str) -> bool:
 
 
 def _read_evaluation(run: RunFiles, when: str, with_predictions: bool) -> None:
-    summary = _object(_read(run, f"eval_{when}.json", json.loads))
+    summary = _read(run, f"eval_{when}.json", json.loads)
     scores = {str(name): score for name, score in _object(summary.get("scores")).items() if isinstance(score, dict)}
     if scores:
         metric = summary.get("metric")
@@ -236,28 +235,33 @@ def _text(run: RunFiles, name: str) -> str | None:
         return None
 
 
-def _read(run: RunFiles, name: str, parse: Any) -> Any:
-    """What ``parse`` makes of a file; None, with a note if it is damaged, where there is nothing."""
+def _read(run: RunFiles, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The object that ``parse`` makes of a file; empty, with a note if it is damaged, where there is none."""
     text = _text(run, name)
     if text is None:
-        return None
+        return {}
     try:
-        return parse(text)
+        value = _object(parse(text))
     except (ValueError, RecursionError, yaml.YAMLError):
+        value = {}
+    if not value:
         run.missing.append(f"{name} is damaged and left out")
-        return None
+    return value
 
 
 def _read_lines(run: RunFiles, name: str) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; lines that are none are counted in a note."""
-    damaged = 0
+    damaged, found = 0, False
     for line in (_text(run, name) or "").split("\n"):
         if not line.strip():
             continue
         value = _json(line)
         if isinstance(value, dict):
+            found = True
             yield value
         else:
             damaged += 1
+    if not damaged and not found and (run.folder / name).is_file():
+        run.missing.append(f"{name} is empty")
     if damaged:
         run.missing.append(f"{name}: {damaged} damaged line{'s' * (damaged != 1)} left out")

@@ -90,6 +90,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if file_hash(path) != expected:
                 return f"{name} is not what was written (its SHA-256 differs)"
+        if unproven := [name for name in (STATE, RANDOM) if name not in hashes]:
+            return f"manifest.json does not name {unproven[0]}"
         kind = json.loads((folder / STATE).read_text(encoding="utf-8"))["format"]
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"

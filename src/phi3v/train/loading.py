@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from phi3v.config import Attention, LoraConfig, RunConfig
 from phi3v.errors import UserError
+from phi3v.json_files import content_of
 from phi3v.machine import Accelerator
 from phi3v.model.attention import choose_packed_attention, flash_obstacle
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
@@ -55,14 +55,12 @@ def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
             )
         if not (folder / "config.json").is_file():
             raise UserError("no model there: config.json is missing", where=where, hint=_MODEL_HINT)
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != Phi3VConfig.model_type:
-            raise UserError(f"is a {kind!r} model; only 'phi3_v' can be tuned", where=where)
     try:
         model_config = Phi3VConfig.from_pretrained(config.model.path)
     except (OSError, ValueError) as error:
         raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
-    skeleton = make_skeleton(model_config)
+    with content_of(folder / "config.json"):
+        skeleton = make_skeleton(model_config)
     if folder.is_dir():
         _check_weights(folder, skeleton, where)
     attention, reason = choose_attention(config, compute)

@@ -202,7 +202,7 @@ def is_finished(run_folder: Path, config: RunConfig) -> bool:
         return False
     if config.evaluation.after and config.data.eval is not None and not (run_folder / "eval_after.json").is_file():
         return False
-    before = load_config(run_folder / "config.yaml").training
+    before = load_config(run_folder / "config.yaml", of_run=True).training
     return (before.epochs, before.max_steps) == (config.training.epochs, config.training.max_steps)
 
 

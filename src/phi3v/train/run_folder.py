@@ -22,6 +22,7 @@ import torch
 from phi3v.config import RunConfig
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
+from phi3v.json_files import read_json
 from phi3v.machine import available_cores
 from phi3v.paths import absolute, cannot_write, file_hash
 from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
@@ -196,11 +197,12 @@ def describe_again(config: RunConfig) -> None:
     """The configuration that a resumed run goes on with, and its environment beside the first one.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or ``environment.json`` is damaged.
     """
     folder = Path(config.training.output_dir)
+    hint = "copy it back, or write {} into it: it tells versions and hardware, and no step depends on it"
+    facts = read_json(folder / "environment.json", hint=hint)
     try:
-        facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         _describe(folder, config, facts | {"resumed": [*facts.get("resumed", []), environment()]})
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from None
@@ -250,7 +252,7 @@ def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
 def read_tuned_from(folder: Path) -> str | None:
     """Which model a saved one was tuned from, where its manifest says so."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("tuned_from")
-    except (OSError, ValueError, AttributeError):  # none, or none of ours
+        found = read_json(folder / "manifest.json").get("tuned_from")
+    except UserError:  # none, or none of ours
         return None
     return found if isinstance(found, str) else None

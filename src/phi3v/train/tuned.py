@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
+from phi3v.json_files import content_of, read_json
 from phi3v.paths import find_model, now_at
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
@@ -79,7 +79,11 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
     if not folder.is_dir():
         return Tuned(name)
     folder, run_folder = _place_in_run(folder)
-    run = load_config(run_folder / "config.yaml").now_in(run_folder) if run_folder is not None else RunConfig()
+    run = (
+        load_config(run_folder / "config.yaml", of_run=True).now_in(run_folder)
+        if run_folder is not None
+        else RunConfig()
+    )
     if base is not None:
         run = replace(run, model=replace(run.model, path=base))
     if run_folder is not None and folder == run_folder:
@@ -118,10 +122,7 @@ def _place_in_run(folder: Path) -> tuple[Path, Path | None]:
 
 def _base_of(adapter_config: Path) -> str:
     """The model that an adapter says it goes on."""
-    try:
-        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise UserError(f"is no JSON: {error}", where=str(adapter_config), hint="copy it again") from None
+    base = read_json(adapter_config).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             "does not say which model the adapter goes on", where=str(adapter_config), hint="name it with --model"
@@ -158,6 +159,9 @@ def inspect_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = Non
     model = ModelConfig(tuned.base, num_crops=num_crops, attention="auto" if trained in ("varlen", "flex") else trained)
     config = RunConfig(model=model, method=method)
     facts = inspect_model(config, compute)
+    if tuned.adapter is not None:
+        with content_of(tuned.adapter / ADAPTER_CONFIG):
+            PeftConfig.from_pretrained(str(tuned.adapter))
     own = tuned.adapter is not None and (tuned.adapter / "preprocessor_config.json").is_file()
     processor = load_processor(RunConfig(model=ModelConfig(str(tuned.adapter), num_crops=num_crops)) if own else config)
     return Inspected(config, facts, processor)
@@ -191,6 +195,6 @@ def load_tuned(
     if tuned.adapter is not None:
         try:
             loaded = PeftModel.from_pretrained(loaded, str(tuned.adapter))
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"the adapter cannot be loaded: {error}", where=str(tuned.adapter)) from error
     return loaded.eval(), inspected.processor
