@@ -4,6 +4,7 @@ every way. A covering set by default; every pair of values of all that varies wi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -193,27 +194,30 @@ class Job:
         os.killpg(self.processes[0].pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        for process in self.alive():  # a launcher's are in groups of their own
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for started in self.processes:
+            started.wait()
 
     def said(self) -> str:
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("said-*")))
 
+    def alive(self) -> list[psutil.Process]:
+        """The processes of the job, readers too."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("PHI3V_TEST_JOB") == self.mark and process.status() != "zombie":
+                    found.append(process)
+        return found
+
     def left(self, seconds: float = 10) -> list[psutil.Process]:
-        """Processes of the job that outlive it."""
+        """What outlives the job."""
         end = time.monotonic() + seconds
-        while True:
-            alive = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get("PHI3V_TEST_JOB") == self.mark and process.status() != "zombie":
-                        alive.append(process)
-                except psutil.Error:
-                    continue
-            if not alive or time.monotonic() > end:
-                return alive
+        while (alive := self.alive()) and time.monotonic() < end:
             time.sleep(0.2)
+        return alive
 
 
 def wait_until(condition: Callable[[], bool], job: Job) -> None:
