@@ -17,6 +17,7 @@ from phi3v.bench import rows as bench_rows
 from phi3v.bench import training
 from phi3v.bench.attention import compare_attention
 from phi3v.bench.counting import StepWork, pairs_of
+from phi3v.bench.generation import bench_generate
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages
 from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
 from phi3v.bench.rows import row_config
@@ -156,3 +157,23 @@ def test_generating_is_compared(
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(out.read_text())
     assert (result["questions"], result["pages"], result["same_answers"]) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("way", ["padded", "samples", "shared-image", "recipe"])
+def test_records_without_images_are_measured(small_model_dir: Path, pages: Path, tmp_path: Path, way: str) -> None:
+    """Steps of text only, then of text and images."""
+    turn = {"user": "what?", "assistant": "that"}
+    image = json.loads(pages.read_text(encoding="utf-8").splitlines()[0])["conversations"][0]["images"][0]
+    lines = [{"id": str(k), "conversations": [turn | ({"images": [image]} if k == 0 else {})]} for k in range(12)]
+    file = pages.parent / f"mixed-{way}.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (row,) = bench(small_model_dir, file, None, way)["rows"]
+    assert "error" not in row
+    assert row["samples_per_second"] > 0
+
+
+def test_generating_is_measured_on_records_without_images(small_model_dir: Path, tmp_path: Path) -> None:
+    line = {"id": "a", "conversations": [{"user": "what?", "assistant": "that"}]}
+    (tmp_path / "text.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    figures = bench_generate(small_model_dir, tmp_path / "text.jsonl", questions=1, max_new_tokens=2)
+    assert figures["same_answers"] == figures["questions"] == 1

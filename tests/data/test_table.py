@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from phi3v.data import duplicates, table
 from phi3v.data.cache import cache_folder, cache_root, content_hash
 from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
+from phi3v.data.images import image_size
 from phi3v.data.jsonl import write_jsonl
 from phi3v.data.schema import Record, Turn
 from phi3v.data.table import RecordTable, open_table
@@ -316,3 +318,18 @@ def test_two_processes_open_the_same_new_file_at_once(tmp_path: Path, cache: Pat
     outputs = sorted(process.communicate(timeout=60)[0].split() for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs == [["0", "5000", "True"], ["5000", "5000", "True"]]
+
+
+def test_sizes_and_images_are_turned_or_not_alike(root: Path, write: Callable[..., Path], record: MakeRecord) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(root / "a.jpg", exif=exif)
+    path = write(record(images=["a.jpg"]))
+    for applied, size in ((True, (20, 30)), (False, (30, 20))):
+        table = open_table(path, exif_orientation=applied)
+        assert table.image_sizes(table[0]) == [size]
+        assert [image.size for image in table.load_images(table[0])] == [size]
+        assert table.of_image(image_size, "a.jpg") == size
+        report = ensure_checked(path, exif_orientation=applied)
+        assert report.image_kinds == {"exif_orientation" if applied else "exif_ignored": 1}
+        assert ensure_checked(path, exif_orientation=applied).image_kinds == report.image_kinds

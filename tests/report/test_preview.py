@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from report_helpers import HOSTILE, OpenPage, block
 
 from phi3v.cli import main
+from phi3v.config import DataConfig, ModelConfig, RunConfig
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report import preview as preview_module
@@ -145,3 +146,21 @@ def test_the_page_in_a_browser(tmp_path: Path, open_page: OpenPage) -> None:
     assert page.locator(".tokens .learnt").count() > 3
     assert page.locator(".tokens .picture").first.inner_text() == "picture 1: 457 tokens"
     assert open_page(out, width=360).evaluate("document.documentElement.scrollWidth") == 360
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_images_are_shown_as_the_run_reads_them(tmp_path: Path, small_model_dir: Path, applied: bool) -> None:
+    file = write_data(tmp_path / "data", [record("a", turn("what?", "that", "turned.jpg"))])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(file.parent / "images" / "turned.jpg", exif=exif)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "final").symlink_to(small_model_dir)
+    config = RunConfig(model=ModelConfig(str(small_model_dir)), data=DataConfig(exif_orientation=applied))
+    (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    preview(file, tmp_path / "page.html", model=str(run))
+    held = block(tmp_path / "page.html", "preview")
+    assert held["samples"][0]["pictures"][0]["size"] == ([40, 60] if applied else [60, 40])
+    kind = "turned by the EXIF orientation" if applied else "with an EXIF orientation that is not applied"
+    assert f"Of the images 1 {kind}." in held["notes"]

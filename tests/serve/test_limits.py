@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sample_files import clip, picture
 
 from phi3v.cli import main
@@ -126,3 +127,18 @@ def test_a_port_that_is_taken_gives_way_to_the_next() -> None:
         free_port("no.such.host.invalid", 7860)
     with pytest.raises(UserError, match="cannot listen there"):
         free_port("192.0.2.1", 7860)  # an address for documentation: nobody's
+
+
+def test_the_orientation_of_a_photograph_is_that_of_the_run(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    for applied, size in ((True, (20, 30)), (False, (30, 20))):
+        (media,) = read_media([tmp_path / "a.jpg"], exif_orientation=applied)
+        assert media.images[0].size == size
+
+
+def test_a_limit_of_pixels_is_named_with_its_option(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    with pytest.raises(UserError, match="raise --max-pixels"):
+        read_media([tmp_path / "a.png"], limits=replace(LIMITS, pixels=10))

@@ -51,7 +51,8 @@ class StepWork:
         """Of one batch, or one packed row, as the collator made it."""
         lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else []
         squares = sum(length**2 for length in lengths) if lengths else pairs_of(batch["layout"])
-        grids = [(h // CROP_SIZE, w // CROP_SIZE) for h, w in batch["image_sizes"].tolist()]
+        sizes = batch["image_sizes"].tolist() if "image_sizes" in batch else []  # a batch of texts has none
+        grids = [(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes]
         samples, questions, tokens = (batch["counts"][index] for index in (1, 2, 3))
         return cls(
             samples=samples,

@@ -33,10 +33,10 @@ def one_by_one(
             pictures = [questions.table.of_image(load_image, name) for name in names]
             counts = processor.image_processor.calc_num_image_tokens(pictures)
             inputs = {"input_ids": torch.tensor([questions.prompt(index, counts)])}
-            pixels = processor.image_processor(pictures)
-            inputs |= {name: pixels[name] for name in ("pixel_values", "image_sizes")}
+            if pictures:
+                pixels = processor.image_processor(pictures)
+                inputs |= {"pixel_values": pixels["pixel_values"].to(model.dtype), "image_sizes": pixels["image_sizes"]}
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
             output = model.generate(**inputs, generation_config=settings)
             answers.append(decode_answer(processor, output[0, inputs["input_ids"].shape[1] :].tolist(), stops))
     return answers

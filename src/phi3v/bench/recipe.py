@@ -68,8 +68,9 @@ class CropCollator:
 
     def __call__(self, samples: list[CropSample]) -> dict[str, Any]:
         (sample,) = samples
-        pixels = {"pixel_values": sample.pixel_values, "image_sizes": sample.image_sizes}
-        return self.collator(samples) | pixels
+        if not len(sample.image_sizes):
+            return self.collator(samples)
+        return self.collator(samples) | {"pixel_values": sample.pixel_values, "image_sizes": sample.image_sizes}
 
 
 class RecipeTrainer(CountingTrainer):
@@ -79,7 +80,7 @@ class RecipeTrainer(CountingTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits
+        logits = model(**{name: inputs[name] for name in names if name in inputs}, use_cache=False).logits
         targets = inputs["labels"][:, 1:]
         losses = functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

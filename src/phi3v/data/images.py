@@ -38,6 +38,7 @@ IMAGE_KINDS = {
     "cmyk": "CMYK, converted to RGB",
 }
 
+_LIMIT_KEY = "data.max_image_pixels (`phi3v data …`: --max-pixels)"
 _SAVE_AS = "save it again as PNG or JPEG"
 _EXIF_ORIENTATION = 0x0112
 _DNG_VERSION, _SUBFILE_TYPE = 50706, 254  # TIFF tags
@@ -168,6 +169,7 @@ def decode_image(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     exif_orientation: bool = True,
     kinds: list[str] | None = None,
+    limit_key: str = _LIMIT_KEY,
 ) -> Image.Image:
     """The image that ``data`` encodes, as `load_image` gives it.
 
@@ -177,11 +179,13 @@ def decode_image(
         max_pixels: largest width x height.
         exif_orientation: turn it as its EXIF orientation says; otherwise ``info["exif"]`` of the result still says it.
         kinds: takes those of `IMAGE_KINDS` that hold of the image.
+        limit_key: what raises ``max_pixels``, for a message.
 
     Raises:
         UserError: the image cannot be used; the same words as `check_image`.
     """
-    return _of_bytes(data, name, max_pixels, functools.partial(_decode, exif_orientation=exif_orientation, kinds=kinds))
+    take = functools.partial(_decode, exif_orientation=exif_orientation, kinds=kinds)
+    return _of_bytes(data, name, max_pixels, take, limit_key)
 
 
 def image_kinds(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> list[str]:
@@ -206,12 +210,14 @@ def describe_kinds(counts: Mapping[str, int]) -> str:
     return "; ".join(f"{counts[kind]:,} {what}" for kind, what in IMAGE_KINDS.items() if counts.get(kind))
 
 
-def _of_bytes(data: bytes, name: str, max_pixels: int, take: Callable[[Image.Image, str], T]) -> T:
+def _of_bytes(
+    data: bytes, name: str, max_pixels: int, take: Callable[[Image.Image, str], T], limit_key: str = _LIMIT_KEY
+) -> T:
     try:
         if not data:
             raise _ImageFaultError(f"is an empty file: {quote(name)}", "copy or download it again")
         with io.BytesIO(data) as file, _open_without_bomb_check(file, name) as image:
-            _require_size(image, name, max_pixels)
+            _require_size(image, name, max_pixels, limit_key)
             return take(image, name)
     except _ImageFaultError as fault:
         raise UserError(f"the image {fault.what}", hint=fault.hint) from None
@@ -352,7 +358,7 @@ def _open_without_bomb_check(file: BinaryIO, path: str) -> Image.Image:
     )
 
 
-def _require_size(image: Image.Image, path: str, max_pixels: int) -> None:
+def _require_size(image: Image.Image, path: str, max_pixels: int, limit_key: str = _LIMIT_KEY) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise _ImageFaultError(f"has no pixels ({width}x{height}): {quote(path)}", _SAVE_AS)
@@ -360,7 +366,7 @@ def _require_size(image: Image.Image, path: str, max_pixels: int) -> None:
         pixels = f"{width}x{height} = {width * height:,} pixels"
         raise _ImageFaultError(
             f"has {pixels}, above the limit of {max_pixels:,}: {quote(path)}",
-            "make it smaller; or, if you trust the file, raise data.max_image_pixels (`phi3v data …`: --max-pixels)",
+            f"make it smaller; or, if you trust the file, raise {limit_key}",
         )
 
 

@@ -36,9 +36,10 @@ On {count} prompts ({probes}), logits of the last tokens and greedy answers:
 With phi3v, without remote code:
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 {load}
-inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [Image.open("picture.png")])
+picture = ImageOps.exif_transpose(Image.open("picture.png"))
+inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [picture])
 answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```

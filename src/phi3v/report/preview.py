@@ -16,7 +16,7 @@ from phi3v import __version__
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.check import CheckReport, check_file
 from phi3v.data.collate import encode_record
-from phi3v.data.images import image_size
+from phi3v.data.images import describe_kinds, image_size
 from phi3v.data.jsonl import read_lines
 from phi3v.data.schema import Record, SpecialText, read_line
 from phi3v.data.table import read_images
@@ -91,10 +91,12 @@ def preview(
     """
     if samples < 1:
         raise UserError(f"must be at least 1, got {samples}", where="--samples")
-    processor, told = _processor(model, num_crops)
-    check = check_file(file, max_errors=SHOWN_FAULTS, image_level="header", special_text=special_text)
+    processor, told, applied = _processor(model, num_crops)
+    check = check_file(
+        file, max_errors=SHOWN_FAULTS, image_level="header", special_text=special_text, exif_orientation=applied
+    )
     contents = _read(file, special_text, Random(seed))
-    measured = _measure(contents.records, file, processor)
+    measured = _measure(contents.records, file, processor, applied)
     chosen = _choose(contents.records, measured.longest, samples, Random(seed))
     block = {
         "file": str(file),
@@ -104,7 +106,7 @@ def preview(
         "counts": _counts(check),
         "faults": [str(fault) for fault in check.faults],
         "more_faults": check.stopped_early,
-        "notes": _notes(contents, measured),
+        "notes": _notes(contents, measured, check),
         "measured": len(measured.tokens),
         "histograms": _histograms(measured),
         "crops": measured.crops.most_common(SHOWN_ANSWERS),
@@ -115,7 +117,8 @@ def preview(
         "pictures_of_records": sorted(contents.pictures_of_records.items())[:SHOWN_ANSWERS],
         "turns_of_records": sorted(contents.turns_of_records.items())[:SHOWN_ANSWERS],
         "samples": [
-            sample_block(record, file, processor) | {"longest": record is measured.longest} for record in chosen
+            sample_block(record, file, processor, exif_orientation=applied) | {"longest": record is measured.longest}
+            for record in chosen
         ],
     }
     size = write_page(out, f"{file.name} · phi3v preview", SCRIPTS, {"preview": block})
@@ -131,8 +134,8 @@ def preview(
     }
 
 
-def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor, str]:
-    """The processor, and a sentence that says which."""
+def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor, str, bool]:
+    """The processor, a sentence that says which, and whether images are turned as their EXIF orientation says."""
     settings = ModelConfig(num_crops=num_crops)
     if model is not None:
         from phi3v.train.loading import load_processor  # which import the model and PEFT: seconds
@@ -140,7 +143,7 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
 
         tuned = find_tuned(model)
         settings.path = str(tuned.adapter or tuned.base)
-        return load_processor(RunConfig(model=settings)), f"as {model} reads them"
+        return load_processor(RunConfig(model=settings)), f"as {model} reads them", tuned.run.data.exif_orientation
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tiny_tokenizer(),
         chat_template=CHAT_TEMPLATE,
@@ -151,7 +154,7 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
     )
     images = Phi3VImageProcessor() if num_crops is None else Phi3VImageProcessor(num_crops=num_crops)
     told = "of the small built-in tokenizer, which needs more for a text than Phi-3's; --model takes a model's own"
-    return Phi3VProcessor(images, tokenizer), told
+    return Phi3VProcessor(images, tokenizer), told, True
 
 
 def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
@@ -177,13 +180,14 @@ def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
     return contents
 
 
-def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor) -> Measured:
+def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, exif_orientation: bool) -> Measured:
     """Tokens and pictures, these from their headers alone; records whose pictures cannot be read are left out."""
     measured = Measured()
     num_crops = processor.image_processor.num_crops
     for record in records:
         try:
-            sizes = read_images(record, image_size, path=file, images_root=file.parent / "images")
+            root = file.parent / "images"
+            sizes = read_images(record, image_size, path=file, images_root=root, exif_orientation=exif_orientation)
         except UserError:
             continue
         pages = [page_geometry(*size, num_crops) for size in sizes]
@@ -219,7 +223,7 @@ def _counts(check: CheckReport) -> dict[str, int]:
     }
 
 
-def _notes(contents: Contents, measured: Measured) -> list[str]:
+def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[str]:
     """What is no fault and still worth knowing."""
     notes = []
     total = sum(contents.answers.values())
@@ -238,6 +242,8 @@ def _notes(contents: Contents, measured: Measured) -> list[str]:
         notes.append(
             f"{over:,} measured records are longer than a packed row ({PACK_TOKENS:,} tokens): each gets its own."
         )
+    if check.image_kinds:
+        notes.append(f"Of the images {describe_kinds(check.image_kinds)}.")
     small = sum(max(size) < CROP_SIZE for size in zip(measured.widths, measured.heights, strict=True))
     if small:
         notes.append(

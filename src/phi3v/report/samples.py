@@ -27,12 +27,15 @@ PAGE_SIDE = 1000  # pixels of a page that is shown; less where a record has seve
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def sample_block(record: Record, file: Path, processor: Phi3VProcessor) -> dict[str, Any]:
+def sample_block(
+    record: Record, file: Path, processor: Phi3VProcessor, *, exif_orientation: bool = True
+) -> dict[str, Any]:
     """A sample for the page: ``pictures``, ``pieces``, ``tokens`` and ``learnt``; or ``error`` if it cannot be read."""
     block: dict[str, Any] = {"id": record.id, "line": record.line, "source": record.source}
     image_processor = processor.image_processor
     try:
-        images = read_images(record, load_image, path=file, images_root=file.parent / "images")
+        root = file.parent / "images"
+        images = read_images(record, load_image, path=file, images_root=root, exif_orientation=exif_orientation)
     except UserError as error:
         return block | {"error": str(error)}
     side = PAGE_SIDE if len(images) <= 2 else PAGE_SIDE // 2

@@ -89,7 +89,9 @@ def answer_once(
     if not prompt.strip():
         raise UserError("the question is empty", where="--prompt")
     limits.require_text(prompt)
-    pictures = tuple(image for each in read_media(media, frames=frames, limits=limits) for image in each.images)
+    applied = not media or find_tuned(name, base).run.data.exif_orientation
+    read = read_media(media, frames=frames, limits=limits, exif_orientation=applied)
+    pictures = tuple(image for each in read for image in each.images)
     limits.require_images(len(pictures))
     turn = Turn(prompt, pictures)
     quiet = Console(stderr=True, quiet=console.quiet)  # the answer is alone on standard output

@@ -29,13 +29,19 @@ class Media:
 
 
 def read_media(
-    files: Sequence[Path], *, frames: int = DEFAULT_FRAMES, limits: Limits = LIMITS, pixels_before: int = 0
+    files: Sequence[Path],
+    *,
+    frames: int = DEFAULT_FRAMES,
+    limits: Limits = LIMITS,
+    pixels_before: int = 0,
+    exif_orientation: bool = True,
 ) -> list[Media]:
     """Decode files in their order; those with a video's suffix are clips.
 
     Args:
         frames: how many of a clip are taken, evenly spaced.
         pixels_before: of images that the conversation has already.
+        exif_orientation: turn images as their EXIF orientation says.
 
     Raises:
         UserError: a file is missing, damaged or beyond a limit. Says its name, never its path.
@@ -46,13 +52,13 @@ def read_media(
         raise UserError(f"{frames} frames of a clip cannot be taken", hint=hint)
     media, pixels = [], pixels_before
     for file in files:
-        media.append(_read_one(file, frames, limits))
+        media.append(_read_one(file, frames, limits, exif_orientation))
         pixels += sum(image.width * image.height for image in media[-1].images)
         limits.require_pixels(pixels)
     return media
 
 
-def _read_one(file: Path, frames: int, limits: Limits) -> Media:
+def _read_one(file: Path, frames: int, limits: Limits, exif_orientation: bool) -> Media:
     _require_no_address(file)
     try:
         size = file.stat().st_size
@@ -65,7 +71,14 @@ def _read_one(file: Path, frames: int, limits: Limits) -> Media:
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=file.name, hint="check the name") from None
     if file.suffix.lower() not in VIDEO_SUFFIXES:
-        return Media(file.name, (decode_image(content, file.name, max_pixels=limits.pixels),))
+        image = decode_image(
+            content,
+            file.name,
+            max_pixels=limits.pixels,
+            exif_orientation=exif_orientation,
+            limit_key=limit_option("pixels"),
+        )
+        return Media(file.name, (image,))
     clip = clip_size(content, name=file.name)
     if clip.frames > limits.clip_frames:
         what = f"is too long: {clip.frames:,} frames, and the limit is {limits.clip_frames:,}"

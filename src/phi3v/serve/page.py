@@ -207,7 +207,13 @@ class _Asker:
             if not text:
                 raise UserError("Ask something" + (" about what you gave" if files else ""))
             before = sum(image.width * image.height for turn in session.turns for image in turn.images)
-            media = read_media(files, frames=int(frames), limits=self.chat.limits, pixels_before=before)
+            media = read_media(
+                files,
+                frames=int(frames),
+                limits=self.chat.limits,
+                pixels_before=before,
+                exif_orientation=self.chat.tuned.run.data.exif_orientation,
+            )
             images = tuple(image for each in media for image in each.images)
             session.turns.append(Turn(text, images))
             session.shown.append([self._show(each) for each in media])
