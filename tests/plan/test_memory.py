@@ -61,13 +61,14 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
     inputs = {k: v for k, v in Collator(0)([sample]).items() if isinstance(v, torch.Tensor)}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
+    casts: dict[int, torch.UntypedStorage] = {}
     matrices = {m.weight.numel() * 2 for m in model.modules() if isinstance(m, torch.nn.Linear)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # Half-precision copies of weights are counted elsewhere.
-        if storage.data_ptr() not in weights and not (precision == "bf16" and storage.nbytes() in matrices):
-            kept[storage.data_ptr()] = storage
+        if storage.data_ptr() not in weights:
+            is_cast = precision == "bf16" and storage.nbytes() in matrices
+            (casts if is_cast else kept)[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -87,6 +88,12 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
             around += 4 * 3 * 336**2 + 577 * 4 * shape.tower_width
     measured = sum(storage.nbytes() for storage in kept.values())
     assert layers + around == pytest.approx(measured, rel=0.1)
+    if precision == "bf16":  # copies of trained weights, an adapter's too
+        # All lie in autocast's cache; those whose input needs no gradient are not kept for the backward pass.
+        assert 0.75 < sum(each.nbytes() for each in casts.values()) / (2 * counts.cast_elements) <= 1
+        memory = predict_memory(shape, counts, replace(setup, accumulates=False), batch, cpu=True)
+        assert memory.moment == "decoder, backward"
+        assert memory.parts["weight casts"] == 2 * counts.cast_elements
 
 
 def peak(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from ranks import run_ranks
 from rich.console import Console
-from run_helpers import load
+from run_helpers import Train, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phi3v.config import LoraConfig, MethodConfig, load_config
+from phi3v.config import LoraConfig, MethodConfig, RunConfig, load_config
 from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
@@ -24,6 +24,7 @@ from phi3v.train import setup as run_setup
 from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy
 from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing
 from phi3v.train.device import choose_compute
+from phi3v.train.engines import data_parallel
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -152,3 +153,28 @@ def test_ranks_recompute_alike(small_model_dir: Path, easy_vqa: Path, tmp_path: 
     policies = [(tmp_path / rank).read_text() for rank in "01"]
     assert policies[0] == policies[1]
     assert policies[0].startswith("full (")
+
+
+def test_a_run_on_a_cpu_plans_what_it_keeps_and_copies_only_while_it_trains(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` keeps all where memory is free; and a copy of the last checkpoint would be for nothing."""
+    planned: list[str] = []
+    copied: list[bool] = []
+
+    def forecast(config: RunConfig, *rest: Any) -> None:
+        planned.append(config.training.activation_checkpointing)
+
+    whole = data_parallel.to_host
+
+    def to_host(value: Any, *, copy: bool = True) -> Any:
+        copied.append(copy)
+        return whole(value, copy=copy)
+
+    monkeypatch.setattr("phi3v.report.live.forecast", forecast)
+    monkeypatch.setattr(data_parallel, "to_host", to_host)
+    never = ("evaluation.before", "false", "evaluation.after", "false")
+    code, _ = train("training.max_steps", 2, "checkpoint.save_steps", 1, *never)
+    assert code == 0
+    assert planned == ["none"]
+    assert copied == [True, False]

@@ -72,7 +72,7 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     recomputes = policy in ("selective", "full")
     # Of one chunk of answer tokens: float32 log-probabilities, their gradient, the logits'.
     logits = 12 * min(batch.answer_tokens * shape.vocabulary, LOGITS_PER_CHUNK)
-    casts_weights = a == 2 and setup.engine == "ddp" and not setup.is_adapter and not setup.keeps_bf16_weights
+    casts_weights = a == 2 and setup.engine == "ddp" and not setup.keeps_bf16_weights
     weight_casts = a * counts.cast_elements if casts_weights else 0
     layer_casts = a * counts.decoder_layer_cast if casts_weights else 0
     late_casts = layer_casts if recomputes else weight_casts

@@ -157,7 +157,9 @@ class Checkpointer(TrainerCallback):
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
-        in_thread = self._may_wait_for_thread(needed)
+        # On a CPU the copy lies beside what it is of, for nothing if no step follows.
+        is_last = trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
+        in_thread = not (is_last and trainer.args.device.type == "cpu") and self._may_wait_for_thread(needed)
         try:
             if self.rank == 0:
                 unfinished_folder(self.folder, step)
@@ -171,7 +173,7 @@ class Checkpointer(TrainerCallback):
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
-        rest = self.engine.save_optimizer(trainer, unfinished / "optimizer")
+        rest = self.engine.save_optimizer(trainer, unfinished / "optimizer", copy=in_thread)
         if tensors is None:
             return
         if in_thread:

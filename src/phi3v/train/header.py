@@ -33,7 +33,9 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
     console.print(table)
     steps = total_steps(config.training, setup.plan.num_steps)
     schedule = describe_schedule(config.training, steps)
-    planned = forecast(config, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
+    # With what is recomputed here: where memory is free, `auto` keeps more than the least that a plan asks for.
+    chosen = config.with_keys({"training.activation_checkpointing": setup.checkpointing.split()[0]})
+    planned = forecast(chosen, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
     for line in (
         f"data: {len(train_table)} records, {len(train_table.questions())} questions to learn from"
         + (f", {len(questions)} questions to measure on" if questions is not None else ""),

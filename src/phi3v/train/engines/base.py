@@ -87,8 +87,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
         """Save optimizer, gradient scaler and schedule to ``folder``, which exists.
+
+        Args:
+            copy: what the next step changes; without, all is written before it.
 
         Returns:
             What is left to do, which touches neither model nor optimizer. Files are complete once it has run.

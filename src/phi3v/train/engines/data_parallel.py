@@ -48,7 +48,7 @@ class DataParallel(Engine):
     def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
         load_whole(model, tensors, self.world_size)
 
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
         if self.rank > 0:
             return write_nothing
         scaler = trainer.accelerator.scaler
@@ -56,7 +56,7 @@ class DataParallel(Engine):
             "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        state = to_host(trainer.optimizer.state_dict())
+        state = to_host(trainer.optimizer.state_dict(), copy=copy)
 
         def write() -> None:
             torch.save(state, folder / "optimizer.pt")
@@ -92,9 +92,9 @@ def load_whole(model: Any, tensors: dict[str, torch.Tensor] | None, world_size: 
             broadcast(own[name], from_process=0)
 
 
-def to_host(value: Any) -> Any:
-    """A copy of nested dictionaries and lists with their tensors in host memory, which later steps leave alone."""
-    return _replaced(value, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+def to_host(value: Any, *, copy: bool = True) -> Any:
+    """Nested dictionaries and lists with their tensors in host memory; as a copy, later steps leave them alone."""
+    return _replaced(value, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=copy))
 
 
 def _send_tensors(values: list[Any], device: torch.device) -> None:

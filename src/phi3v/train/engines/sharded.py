@@ -109,7 +109,7 @@ class ShardedEngine(Engine):
                 self.put_whole(own[name], tensor)
 
     @torch.no_grad()
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
         moments = {}
         for name, tensor in self.whole_moments(trainer):
             if self.rank == 0:
