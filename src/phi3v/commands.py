@@ -264,7 +264,7 @@ def bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, An
     from phi3v.bench.training import bench_train
 
     settings = Settings(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(Settings)})
-    return bench_train(
+    result = bench_train(
         arguments.methods or METHODS,
         arguments.ways or WAYS,
         settings,
@@ -274,6 +274,8 @@ def bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, An
         data=arguments.data,
         out=arguments.out,
     )
+    # A row that cannot run has its reason beside the others; none at all is no result.
+    return result | {"exit_code": 2 if all("error" in row for row in result["rows"]) else 0}
 
 
 def bench_preprocess(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -172,6 +172,15 @@ def test_records_without_images_are_measured(small_model_dir: Path, pages: Path,
     assert row["samples_per_second"] > 0
 
 
+def test_no_row_at_all_is_no_success(small_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A vision part that trains has nothing to learn from text."""
+    line = {"id": "a", "conversations": [{"user": "what?", "assistant": "that"}]}
+    (tmp_path / "text.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    files = ("--model", str(small_model_dir), "--data", str(tmp_path / "text.jsonl"))
+    assert main(["bench", "train", *files, "--methods", "full", "--ways", "padded"]) == 2
+    assert "no record has an image" in " ".join(capsys.readouterr().out.split())
+
+
 def test_generating_is_measured_on_records_without_images(small_model_dir: Path, tmp_path: Path) -> None:
     line = {"id": "a", "conversations": [{"user": "what?", "assistant": "that"}]}
     (tmp_path / "text.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
