@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -626,7 +626,7 @@ def load_config(
     Args:
         recipe: a YAML file; none is the defaults.
         overrides: words of a command line, or keys with their values.
-        of_run: ``recipe`` was written by a run and so names its model; one that does not is damaged.
+        of_run: ``recipe`` was written by a run and so has every group; one that lacks some was cut.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown or given twice, or a value is of the wrong type or
@@ -634,14 +634,20 @@ def load_config(
     """
     kinds = dict(_kinds(RunConfig))
     values = {} if recipe is None else _read_recipe(recipe, kinds)
-    if of_run and "model.path" not in values:
-        what = "is not whole: a run's own configuration names its model (model.path)"
+    if of_run and (lacking := lacking_groups(name.split(".")[0] for name in values)):
+        what = f"is not whole: a run's own configuration has all groups, and {lacking} is missing"
         raise UserError(what, where=str(recipe), hint="copy it again")
     if not isinstance(overrides, Mapping):
         overrides = vars(build_parser().parse_args(list(overrides)))
     for name, value in overrides.items():
         values[name] = _typed(value, kinds[name], f"--{name}")
     return _build(RunConfig, values)
+
+
+def lacking_groups(there: Iterable[str]) -> str:
+    """The groups of the tree that are not there, as words."""
+    there = set(there)
+    return ", ".join(name for name, kind in _fields(RunConfig) if dataclasses.is_dataclass(kind) and name not in there)
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -120,11 +120,11 @@ def test_a_run_of_an_older_version(project: Path, tmp_path: Path, capsys: pytest
     """Its paths are as they were given; what looks like a hub id may have been a folder."""
     run = project / "out" / "run"
     config, adapter = run / "config.yaml", run / "final" / "adapter_config.json"
-    text = config.read_text().replace(str(project / "out" / "run"), "out/run")
+    tree = yaml.safe_load(config.read_text())
+    tree["training"]["output_dir"], tree["data"]["eval"] = "out/run", "data/test.jsonl"
 
     def write(path: str) -> None:
-        tree = yaml.safe_load(text)
-        tree["model"]["path"], tree["data"]["eval"] = path, "data/test.jsonl"
+        tree["model"]["path"] = path
         config.write_text(yaml.safe_dump(tree))
         adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": path}))
 

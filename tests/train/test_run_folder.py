@@ -59,9 +59,17 @@ def test_the_lock_of_a_killed_run_is_taken_over_while_its_readers_still_live(tmp
     folder = tmp_path / "made" / "run"
     holder = hold_run_folder(folder)
     holder.__enter__()
-    reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+
+    def read() -> None:
+        begun.set()
+        time.sleep(60)
+
+    reader = fork.Process(target=read, daemon=True)
     reader.start()
     try:
+        assert begun.wait(30)
         with pytest.raises(UserError, match="another run is writing there"), hold_run_folder(folder):
             pass
         os.close(run_folder._held.pop())  # what the kernel does with a process that is killed

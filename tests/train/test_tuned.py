@@ -11,6 +11,7 @@ import pytest
 from run_helpers import Train
 
 from phi3v.cli import main
+from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.train.tuned import find_tuned
 
@@ -100,7 +101,7 @@ def test_an_adapter_that_left_its_run(
 
 
 def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: {path: base}\nmethod: {name: lora}\n")
+    (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
     with pytest.raises(UserError, match="did the run end early"):
         find_tuned(str(tmp_path))
     (tmp_path / "best").mkdir()

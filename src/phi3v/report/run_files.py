@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from phi3v.config import read_yaml
+from phi3v.config import lacking_groups, read_yaml
 from phi3v.errors import UserError
 
 Status = Literal["finished", "running", "unfinished"]
@@ -110,6 +110,8 @@ def read_run(folder: Path, *, with_predictions: bool = True) -> RunFiles:
         if not (folder / name).is_file():
             run.missing.append(f"{name} is missing: {what} cannot be shown")
     run.config = _read(run, "config.yaml", read_yaml)
+    if run.config and (lacking := lacking_groups(run.config)):
+        run.missing.append(f"config.yaml is damaged: {lacking} is missing")
     run.environment = _read(run, "environment.json", json.loads)
     run.curves = _read_curves(run)
     run.log = (_text(run, "log.txt") or "").splitlines()
