@@ -48,7 +48,6 @@ def test_items_come_in_order_and_whole(workers: int) -> None:
 
 def test_neither_shared_memory_nor_file_descriptors_are_used_up() -> None:
     """Docker gives 64 MB of the one, a shell 1,024 of the others."""
-    before = set(os.listdir("/dev/shm"))
     with Readers(item, 2) as readers:
         kept = []
         for found in readers.read(range(40)):
@@ -56,7 +55,8 @@ def test_neither_shared_memory_nor_file_descriptors_are_used_up() -> None:
             if len(kept) == 1:
                 descriptors = len(os.listdir("/proc/self/fd"))
         assert len(os.listdir("/proc/self/fd")) <= descriptors
-        assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch")]
+        own = [f"torch_{pid}_" for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children()))]
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith(tuple(own))]
 
 
 @pytest.mark.parametrize(
