@@ -163,6 +163,15 @@ class DataConfig:
         counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
         _require(self, "data", **dict.fromkeys(counts, (1, None)), num_workers=(0, None))
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How every reader of a data file is to read it, as the arguments that they share."""
+        return {
+            "special_text": self.special_text,
+            "max_pixels": self.max_image_pixels,
+            "exif_orientation": self.exif_orientation,
+        }
+
 
 @dataclass
 class LoraConfig:

@@ -198,10 +198,8 @@ class Examination:
             report = check_file(
                 Path(name),
                 max_errors=SAMPLED_FAULTS,
-                max_pixels=self.config.data.max_image_pixels,
-                exif_orientation=self.config.data.exif_orientation,
+                **self.config.data.reading,
                 image_level="header" if self.config.data.image_check == "decode" else self.config.data.image_check,
-                special_text=self.config.data.special_text,
             )
             if report.ok:
                 counts = f"{report.records:,} records, {report.turns:,} turns, {report.images:,} pictures"

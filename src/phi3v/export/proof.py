@@ -107,14 +107,7 @@ def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], st
 def _own_probes(tuned: Tuned, data: Path, count: int, folder: Path) -> list[Probe]:
     """Questions from all over ``data``; raises as `open_table` and `load_images`."""
     require_file(data)
-    reading = tuned.run.data
-    table = open_table(
-        data,
-        special_text=reading.special_text,
-        max_pixels=reading.max_image_pixels,
-        exif_orientation=reading.exif_orientation,
-        progress=False,
-    )
+    table = open_table(data, **tuned.run.data.reading, progress=False)
     probes = []
     for place in sorted({index * len(table) // count for index in range(count)}):
         record = table[place]

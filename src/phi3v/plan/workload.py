@@ -221,13 +221,7 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
     Raises:
         UserError: the file has faults, or a picture cannot be read; names the line.
     """
-    table = open_table(
-        path,
-        special_text=data.special_text,
-        max_pixels=data.max_image_pixels,
-        exif_orientation=data.exif_orientation,
-        progress=progress,
-    )
+    table = open_table(path, **data.reading, progress=progress)
     text, answers, heads, owner, groups = [], [], [], [], []
     names: list[str] = []
     known_groups: dict[tuple[object, ...], int] = {}

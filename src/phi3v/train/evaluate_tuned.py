@@ -61,22 +61,10 @@ def evaluate_tuned(
         benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
     compute = choose_compute(precision or tuned.run.training.precision)
-    reading = tuned.run.data
+    reading = tuned.run.data.reading
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
-        checked = ensure_checked(
-            data,
-            max_pixels=reading.max_image_pixels,
-            exif_orientation=reading.exif_orientation,
-            image_level=reading.image_check,
-            special_text=reading.special_text,
-        )
-        table = open_table(
-            data,
-            special_text=reading.special_text,
-            max_pixels=reading.max_image_pixels,
-            exif_orientation=reading.exif_orientation,
-            sha256=checked.sha256,
-        )
+        checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)
+        table = open_table(data, **reading, sha256=checked.sha256)
     inspected = inspect_tuned(tuned, compute, num_crops=num_crops)
     processor = inspected.processor
     seed = tuned.run.training.seed
@@ -96,7 +84,7 @@ def evaluate_tuned(
     if limit.finding is not None:
         limit.finding.render(console)
     model, _ = load_tuned(tuned, compute, inspected=inspected)
-    workers = default_workers(compute) if reading.num_workers is None else reading.num_workers
+    workers = default_workers(compute) if tuned.run.data.num_workers is None else tuned.run.data.num_workers
     with progress_bar(console) as bar:
         result = measure(
             model, processor, questions, config, compute, num_workers=workers, bar=bar, description="evaluating"

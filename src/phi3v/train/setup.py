@@ -248,10 +248,8 @@ def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
     hashes = [
         ensure_checked(
             path,
-            max_pixels=config.data.max_image_pixels,
-            exif_orientation=config.data.exif_orientation,
+            **config.data.reading,
             image_level=config.data.image_check,
-            special_text=config.data.special_text,
             progress=config.training.progress_bar,
         ).sha256
         for path in data_files(config)
@@ -272,14 +270,7 @@ def open_tables(
     """
     data, files = config.data, data_files(config)
     tables = [
-        open_table(
-            path,
-            special_text=data.special_text,
-            max_pixels=data.max_image_pixels,
-            exif_orientation=data.exif_orientation,
-            sha256=known,
-            progress=progress,
-        )
+        open_table(path, **data.reading, sha256=known, progress=progress)
         for path, known in zip(files, hashes or (None, None), strict=False)
     ]
     return tables[0], tables[1] if len(tables) > 1 else None
