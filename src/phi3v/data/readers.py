@@ -22,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -89,6 +89,7 @@ class Readers:
             return
         pool, self._pool = self._pool, None
         processes = list((pool._processes or {}).values())
+        manager = cast(threading.Thread | None, pool._executor_manager_thread)
         pool.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + SECONDS_TO_END
         for process in processes:
@@ -96,6 +97,9 @@ class Readers:
             if process.is_alive():
                 process.kill()
                 process.join(WATCH_SECONDS)
+        # This thread waits for the processes too, and only the first to wait for one learns that it has ended.
+        if manager is not None:
+            manager.join(WATCH_SECONDS)
 
     def _submit(self, key: Any) -> Future[bytes]:
         if self._pool is None:
