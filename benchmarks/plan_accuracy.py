@@ -41,10 +41,10 @@ from phi3v.plan.published import compare_published
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.activations import MicroBatch
-from phi3v.train.checkpointing import apply_checkpointing
-from phi3v.train.device import choose_compute
-from phi3v.train.loading import inspect_model, load_for_training
+from phi3v.train.compute.activations import MicroBatch
+from phi3v.train.compute.checkpointing import apply_checkpointing
+from phi3v.train.device import choose_device
+from phi3v.train.methods.loading import inspect_model, load_for_training
 
 MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
 # Rows, width and height of the picture, questions of the first row, and how many fewer each next one has.
@@ -177,7 +177,7 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
     config, _ = planned_config(str(folder))
     shape = ModelShape.of(config)
     processor = Phi3VProcessor.from_pretrained(folder)
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     rows = []
     for case in cases():
         method = MethodConfig(name=case.method, lora=LoraConfig(rank=8))  # type: ignore[arg-type]

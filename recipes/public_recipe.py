@@ -211,8 +211,8 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
 
     from phi3v.report.live import train_with_report
     from phi3v.train.checks import Case, require_possible
-    from phi3v.train.device import choose_compute
-    from phi3v.train.loading import inspect_model
+    from phi3v.train.device import choose_device
+    from phi3v.train.methods.loading import inspect_model
     from phi3v.train.run_folder import check_run_folder
 
     config = to_config(task, flags, has_gpu=torch.cuda.is_available())
@@ -233,7 +233,7 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     else:
         # All that can be known to be wrong is found before hours of download.
         check_run_folder(config)
-        compute = choose_compute(config.training.precision)
+        compute = choose_device(config.training.precision)
         require_possible(Case(config, compute, inspect_model(config, compute).skeleton))
         files = _converted_data(task, console, small=not getattr(flags, "full_train", False), bars=flags.progress_bar)
     train, to_measure_on = files

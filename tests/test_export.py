@@ -18,8 +18,8 @@ from phi3v.cli import main
 from phi3v.export import make, proof
 from phi3v.model.checkpoint import checkpoint_keys
 from phi3v.serve.conversation import Chat, Settings, Turn
-from phi3v.train.device import choose_compute
-from phi3v.train.tuned import find_tuned
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import resolve_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,11 +100,11 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def test_an_export_knows_what_to_compare_it_with(exported: Path, base: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["tuned_from"] == str(base)
-    chat = Chat(find_tuned(str(exported)), choose_compute("fp32"))
+    chat = Chat(resolve_model(str(exported)), choose_device("fp32"))
     assert chat.base == str(base)
     turns, settings = [Turn("what is this?")], Settings(max_new_tokens=4)
     *_, answer = chat.answer(turns, settings, "base")
-    *_, same = Chat(find_tuned(str(base)), choose_compute("fp32")).answer(turns, settings)
+    *_, same = Chat(resolve_model(str(base)), choose_device("fp32")).answer(turns, settings)
     assert answer == same
 
 
@@ -113,7 +113,7 @@ def test_damage_to_what_an_export_was_tuned_from_is_no_fault(exported: Path, tmp
     shutil.copytree(exported, folder)
     for text in ("[]", "no json", '{"sha256": {}, "tuned_from": 3}'):
         (folder / "manifest.json").write_text(text)
-        assert find_tuned(str(folder)).origin is None
+        assert resolve_model(str(folder)).origin is None
 
 
 def export(source: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def data_check(arguments: argparse.Namespace, console: Console) -> dict[str, Any
     config = load_config(None, arguments.overrides)
     if "model.path" in arguments.overrides:
         from phi3v.plan.planned_model import planned_config
-        from phi3v.train.loading import load_processor
+        from phi3v.train.methods.loading import load_processor
 
         longest = planned_config(config.model.path)[0].max_position_embeddings
         context = Context(longest, load_processor(config))
@@ -212,8 +212,8 @@ def azure_submit(arguments: argparse.Namespace, console: Console) -> dict[str, A
 
 
 def eval(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from phi3v.train.evaluate_tuned import evaluate_tuned
-    from phi3v.train.signals import Signals
+    from phi3v.train.evaluate_finetuned import evaluate_tuned
+    from phi3v.train.observers.signals import Signals
 
     keys = ("metrics", "answer_words", "max_questions", "batch_size", "max_new_tokens")
     settings = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}

@@ -34,13 +34,13 @@ from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checks import Case, DataFacts, refusals
-from phi3v.train.device import Compute, choose_compute, default_workers
-from phi3v.train.gradient_check import check_gradients
-from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.device import RuntimeDevice, choose_device, default_workers
+from phi3v.train.methods.gradient_check import check_gradients
+from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.methods.strategies import summarize
+from phi3v.train.prepare import data_files, make_plan, open_tables, probe_index, questions_of
 from phi3v.train.run_folder import HINT, check_run_folder, environment
 from phi3v.train.schedule import describe_schedule, total_steps
-from phi3v.train.setup import data_files, make_plan, open_tables, probe_index, questions_of
-from phi3v.train.strategies import summarize
 
 SAMPLED_FAULTS = 5  # of a data file that are shown
 SAMPLED_RECORDS = 64  # whose labels are looked at
@@ -57,7 +57,7 @@ class Examination:
         self.config = config
         self.console = console
         self.report = Report()
-        self.compute: Compute | None = None
+        self.compute: RuntimeDevice | None = None
         self.facts: ModelFacts | None = None
         self.processor: Phi3VProcessor | None = None
         self.table: RecordTable | None = None
@@ -98,7 +98,7 @@ class Examination:
         self.say("memory", "pass", f"{machine.gpu.memory_bytes / GIB:.1f} GiB a device")
 
     def precision(self) -> None:
-        self.compute = choose_compute(self.config.training.precision)
+        self.compute = choose_device(self.config.training.precision)
         self.say("precision", "pass", f"{self.compute.precision} ({self.compute.reason})")
 
     def disk(self) -> None:
@@ -337,37 +337,37 @@ class Examination:
 
 def examine(config: RunConfig, console: Console) -> Report:
     """Run every check of a recipe and return what they found."""
-    patient = Examination(config.absolute(), console)
-    patient.run("environment", patient.environment)
-    if patient.run("precision", patient.precision):
-        patient.run("configuration", patient.configuration)
-        patient.run("model", patient.model)
-    patient.run("run folder", patient.run_folder)
-    patient.run("disk", patient.disk)
-    if patient.compute is not None:
-        patient.run("workers", patient.workers)
-    patient.run("data", patient.data)
-    if patient.table is not None:
-        patient.run("overlap", patient.overlap)
-    can_encode = patient.processor is not None and patient.table is not None
+    examination = Examination(config.absolute(), console)
+    examination.run("environment", examination.environment)
+    if examination.run("precision", examination.precision):
+        examination.run("configuration", examination.configuration)
+        examination.run("model", examination.model)
+    examination.run("run folder", examination.run_folder)
+    examination.run("disk", examination.disk)
+    if examination.compute is not None:
+        examination.run("workers", examination.workers)
+    examination.run("data", examination.data)
+    if examination.table is not None:
+        examination.run("overlap", examination.overlap)
+    can_encode = examination.processor is not None and examination.table is not None
     good, fits = False, True
     if can_encode:
-        good = patient.run("tokens", patient.tokens) and patient.run("labels", patient.labels)
-        fits = patient.run("lengths", patient.lengths)
-        patient.run("answers", patient.answers)
-    if patient.facts is not None and can_encode:
-        patient.run("schedule", patient.schedule)
-    if patient.facts is not None and fits and not patient.said:
-        patient.run("plan", patient.plan)
-    if good and patient.facts is not None and patient.report.ok:
-        patient.run("gradients", patient.gradients)
-    elif not patient.report.ok:
-        patient.say("gradients", "warn", "not tried: something before them failed")
-    failed = sum(finding.verdict == "fail" for finding in patient.report.findings)
-    warned = sum(finding.verdict == "warn" for finding in patient.report.findings)
+        good = examination.run("tokens", examination.tokens) and examination.run("labels", examination.labels)
+        fits = examination.run("lengths", examination.lengths)
+        examination.run("answers", examination.answers)
+    if examination.facts is not None and can_encode:
+        examination.run("schedule", examination.schedule)
+    if examination.facts is not None and fits and not examination.said:
+        examination.run("plan", examination.plan)
+    if good and examination.facts is not None and examination.report.ok:
+        examination.run("gradients", examination.gradients)
+    elif not examination.report.ok:
+        examination.say("gradients", "warn", "not tried: something before them failed")
+    failed = sum(finding.verdict == "fail" for finding in examination.report.findings)
+    warned = sum(finding.verdict == "warn" for finding in examination.report.findings)
     summary = f"{failed} failed, {warned} warnings" if failed or warned else "ready to train"
     console.print(Text(summary, style="bold red" if failed else "bold"))
-    return patient.report
+    return examination.report
 
 
 def check_before_training(config: RunConfig) -> None:
@@ -376,9 +376,9 @@ def check_before_training(config: RunConfig) -> None:
     Raises:
         UserError: the disk is full.
     """
-    patient = Examination(config, None)
-    patient.disk()
-    for finding in patient.report.findings:
+    examination = Examination(config, None)
+    examination.disk()
+    for finding in examination.report.findings:
         if finding.verdict == "fail":
             raise UserError(finding.what, where=finding.check, hint=finding.hint)
 

@@ -27,8 +27,8 @@ from phi3v.cli import main
 from phi3v.errors import UserError
 from phi3v.model.attention import visible
 from phi3v.processing.hd_transform import page_geometry
-from phi3v.train.device import choose_compute
-from phi3v.train.setup import prepare
+from phi3v.train.device import choose_device
+from phi3v.train.prepare import prepare
 
 SMALL = Settings(batch_size=4, steps=1, num_crops=2, pack_tokens=1200, rank=2, optimizer="adamw", precision="fp32")
 
@@ -103,7 +103,7 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
     gradients, losses = [], []
     for way in ("recipe", "padded"):
         config = row_config(Row("full", way), SMALL, small_model_dir, pages, tmp_path / way)  # type: ignore[arg-type]
-        setup = prepare(config, Console(quiet=True), choose_compute("fp32"))
+        setup = prepare(config, Console(quiet=True), choose_device("fp32"))
         setup.model.train()
         if way == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)

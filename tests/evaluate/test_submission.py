@@ -111,7 +111,7 @@ def test_what_no_evaluator_would_take_is_refused_before_anything_is_loaded(
     lines, options, what = REFUSED[case]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr("phi3v.train.evaluate_tuned.load_tuned", pytest.fail)
+    monkeypatch.setattr("phi3v.train.evaluate_finetuned.load_tuned", pytest.fail)
     command = ["eval", str(small_model_dir), "--data", str(data), "--submission", str(tmp_path / "s"), *options]
     assert main(command) == 2
     assert what in capsys.readouterr().err

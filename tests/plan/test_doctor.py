@@ -212,9 +212,9 @@ def test_a_record_beyond_what_the_model_reads_stops_every_command(
     line = {"id": "long", "conversations": [{"images": ["red.png"], "user": "why? " * 40, "assistant": "red"}]}
     with data.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    for module in ("phi3v.train.setup", "phi3v.doctor"):
+    for module in ("phi3v.train.prepare", "phi3v.doctor"):
         monkeypatch.setattr(f"{module}.load_for_training", lambda *args: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("phi3v.train.tuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("phi3v.train.finetuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     words = f"{data}:5: the record has "
     code, findings, _ = examine(model__path=model)
     assert code == 2

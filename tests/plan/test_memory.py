@@ -18,9 +18,9 @@ from phi3v.plan.memory import activations_of, predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
 from phi3v.plan.planned_model import planned_config
 from phi3v.plan.published import ROWS, compare_published
-from phi3v.train.activations import MicroBatch
-from phi3v.train.device import choose_compute
-from phi3v.train.loading import inspect_model, load_for_training
+from phi3v.train.compute.activations import MicroBatch
+from phi3v.train.device import choose_device
+from phi3v.train.methods.loading import inspect_model, load_for_training
 
 PAGE = MicroBatch(rows=1, tokens=2443, image_tokens=2380, crops=17, answer_tokens=20)
 
@@ -48,7 +48,7 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
     """
     choice = MethodConfig(name=method, lora=LoraConfig(rank=4))
     run = RunConfig(model=ModelConfig(path=str(tiny_model_dir)), method=choice)
-    compute = choose_compute(precision)  # type: ignore[arg-type]
+    compute = choose_device(precision)  # type: ignore[arg-type]
     model = load_for_training(run, inspect_model(run, compute), compute).train()
     config, _ = planned_config(str(tiny_model_dir))
     shape, counts = ModelShape.of(config), count_parameters(config, choice, precision)

@@ -13,8 +13,8 @@ from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelCon
 from phi3v.model.shape import ModelShape
 from phi3v.plan.parameters import count_parameters, meta_model
 from phi3v.plan.planned_model import planned_config
-from phi3v.train.device import choose_compute
-from phi3v.train.loading import inspect_model, load_for_training
+from phi3v.train.device import choose_device
+from phi3v.train.methods.loading import inspect_model, load_for_training
 
 PARAMETERS = 4_146_621_440  # of the published checkpoint, see tests/model/test_full_size.py
 
@@ -66,7 +66,7 @@ def test_a_loaded_model_has_the_bytes_that_were_counted(
     """bitsandbytes shares one code book among the layers of the CPU or not: half a kilobyte a layer is left open."""
     choice = MethodConfig(name=method, lora=LoraConfig(rank=4))
     run = RunConfig(model=ModelConfig(path=str(tiny_model_dir)), method=choice)
-    compute = choose_compute(precision)  # type: ignore[arg-type]
+    compute = choose_device(precision)  # type: ignore[arg-type]
     model = load_for_training(run, inspect_model(run, compute), compute)
     config, _ = planned_config(str(tiny_model_dir))
     counts = count_parameters(config, choice, precision)

@@ -9,8 +9,8 @@ import pytest
 
 from phi3v.cli import main
 from phi3v.serve.conversation import Chat
-from phi3v.train.device import choose_compute
-from phi3v.train.tuned import find_tuned
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import resolve_model
 
 
 @pytest.fixture(scope="session")
@@ -48,4 +48,4 @@ def tuned_run(tmp_path_factory: pytest.TempPathFactory, easy_vqa: Path, small_mo
 @pytest.fixture(scope="session")
 def chat(tuned_run: Path) -> Chat:
     """The run, loaded to be asked."""
-    return Chat(find_tuned(str(tuned_run)), choose_compute("fp32"))
+    return Chat(resolve_model(str(tuned_run)), choose_device("fp32"))

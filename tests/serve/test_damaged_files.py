@@ -17,11 +17,11 @@ from phi3v.config import ModelConfig, RunConfig
 from phi3v.errors import UserError
 from phi3v.plan.planned_model import planned_config
 from phi3v.report.run_files import read_run
-from phi3v.train.checkpoint_folder import damage
-from phi3v.train.device import choose_compute
-from phi3v.train.loading import inspect_model, load_processor, load_weights
+from phi3v.train.checkpoints.folder import damage
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
+from phi3v.train.methods.loading import inspect_model, load_processor, load_weights
 from phi3v.train.run_folder import describe_again
-from phi3v.train.tuned import find_tuned, inspect_tuned, load_tuned
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) // 2],
@@ -51,13 +51,13 @@ def linked(source: Path, target: Path) -> Path:
 def open_model(folder: Path) -> None:
     """All that any command reads of a model."""
     config = RunConfig(model=ModelConfig(str(folder)))
-    inspect_model(config, choose_compute("fp32"))
+    inspect_model(config, choose_device("fp32"))
     load_processor(config)
     load_weights(str(folder))
 
 
 def open_run(folder: Path) -> None:
-    inspect_tuned(find_tuned(str(folder)), choose_compute("fp32"))
+    inspect_tuned(resolve_model(str(folder)), choose_device("fp32"))
 
 
 def assert_named(use: Callable[[Path], object], folder: Path, file: Path, *, harmless: tuple[str, ...] = ()) -> None:
@@ -128,7 +128,7 @@ def test_a_wrong_value_is_read_or_refused(small_model_dir: Path, tmp_path: Path,
 def test_a_wrong_value_of_the_model_is_read_or_refused(small_model_dir: Path, tmp_path: Path) -> None:
     folder = linked(small_model_dir, tmp_path / "model")
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config, compute = RunConfig(model=ModelConfig(str(folder))), choose_compute("fp32")
+    config, compute = RunConfig(model=ModelConfig(str(folder))), choose_device("fp32")
     refused = set()
     for number, key in enumerate(fields):
         for wrong in (WRONG[number % len(WRONG)], WRONG[(number + 3) % len(WRONG)]):
@@ -160,7 +160,7 @@ def test_a_wrong_value_of_an_adapter_is_named(tuned_run: Path, tmp_path: Path, k
     for wrong in ([], {"a": 1}, -1):
         damaged(file, json.dumps(fields | {key: wrong}).encode())
         try:
-            load_tuned(find_tuned(str(folder)), choose_compute("fp32"))
+            load_tuned(resolve_model(str(folder)), choose_device("fp32"))
         except UserError as error:
             said = str(error)
         else:
@@ -170,7 +170,7 @@ def test_a_wrong_value_of_an_adapter_is_named(tuned_run: Path, tmp_path: Path, k
 
 def test_a_damaged_environment_does_not_crash_a_resumed_run(tuned_run: Path, tmp_path: Path) -> None:
     folder = linked(tuned_run, tmp_path / "run")
-    config = find_tuned(str(folder)).run
+    config = resolve_model(str(folder)).run
     config.training.output_dir = str(folder)
     assert_named(lambda _: describe_again(config), folder, folder / "environment.json", harmless=("{}",))
 

@@ -21,8 +21,8 @@ from phi3v.evaluate.generate import generate_answers
 from phi3v.evaluate.streaming import Sampling
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.serve.conversation import Chat, Settings, Turn
-from phi3v.train.device import choose_compute
-from phi3v.train.tuned import find_tuned, load_tuned
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import load_tuned, resolve_model
 
 SIX = Settings(max_new_tokens=6)
 
@@ -58,7 +58,7 @@ def test_it_answers_as_the_run_was_measured_before_and_after(
 def test_the_answer_is_alone_on_standard_output(small_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(small_model_dir), "--prompt", "hello", "--max-new-tokens", "3"]) == 0
     captured = capsys.readouterr()
-    chat = Chat(find_tuned(str(small_model_dir)), choose_compute("fp32"))
+    chat = Chat(resolve_model(str(small_model_dir)), choose_device("fp32"))
     assert captured.out == last(chat, Turn("hello"), settings=Settings(max_new_tokens=3)) + "\n"
     assert "asking" in captured.err
     assert "(cut at 3 tokens; --max-new-tokens allows more)" in captured.err
@@ -92,7 +92,7 @@ def test_a_later_turn_is_read_as_in_a_data_file(chat: Chat, tuned_run: Path, eas
         {"images": [name, name], "user": "and here?", "assistant": "blue"},
     ]
     (easy_vqa / "turns.jsonl").write_text(json.dumps(record) + "\n")
-    model, processor = load_tuned(find_tuned(str(tuned_run)), choose_compute("fp32"))
+    model, processor = load_tuned(resolve_model(str(tuned_run)), choose_device("fp32"))
     questions = QuestionDataset(open_table(easy_vqa / "turns.jsonl"), processor)
     answers = generate_answers(model, processor, questions, batch_size=2, batch_tokens=10**6, max_new_tokens=6)
     picture = load_image(name, root=easy_vqa / "images")
@@ -123,7 +123,7 @@ def test_draws_repeat_by_their_seed(chat: Chat) -> None:
 
 
 def test_more_crops_are_a_longer_reading(small_model_dir: Path) -> None:
-    chat = Chat(find_tuned(str(small_model_dir)), choose_compute("fp32"))
+    chat = Chat(resolve_model(str(small_model_dir)), choose_device("fp32"))
     model, _ = chat._model("tuned")
     lengths: list[int] = []
     model.model.register_forward_pre_hook(

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from phi3v.config import RunConfig, load_config
 from phi3v.train.engines.base import WrongEngineError
 from phi3v.train.engines.fsdp import FsdpEngine
+from phi3v.train.loop import Phi3VTrainer
 from phi3v.train.run import run_training
-from phi3v.train.trainer import Phi3VTrainer
 
 
 def settings(engine: str, model: Path, data: Path, out: Path) -> RunConfig:

@@ -15,11 +15,11 @@ from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
 from phi3v.data.packing import PackedDataset
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.device import choose_compute
+from phi3v.train.device import choose_device
 from phi3v.train.engines import DataParallel
-from phi3v.train.loading import inspect_model, load_for_training
-from phi3v.train.setup import make_plan
-from phi3v.train.trainer import Phi3VTrainer, training_arguments
+from phi3v.train.loop import Phi3VTrainer, training_arguments
+from phi3v.train.methods.loading import inspect_model, load_for_training
+from phi3v.train.prepare import make_plan
 
 
 class KeepGradients(TrainerCallback):
@@ -46,7 +46,7 @@ def one_step(
     config.training.max_grad_norm = 0.0
     config.data.packing = packing
     config.data.pack_tokens = 500  # two records at most, so that ranks have several rows
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     processor = Phi3VProcessor.from_pretrained(model_path)
     model = load_for_training(config, inspect_model(config, compute), compute)
     arguments = training_arguments(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["phi3v.train.run", "phi3v.train.evaluate_tuned", "deepspeed"])
+_CONTEXT.set_forkserver_preload(["phi3v.train.run", "phi3v.train.evaluate_finetuned", "deepspeed"])
 
 
 def run_ranks(

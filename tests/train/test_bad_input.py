@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from phi3v.cli import main
-from phi3v.train import setup as preparation
+from phi3v.train import prepare as preparation
 
 GOOD: dict[str, Any] = {
     "id": "a",

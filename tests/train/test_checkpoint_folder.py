@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3v.train import checkpoint_folder
-from phi3v.train.checkpoint_folder import (
+from phi3v.train.checkpoints import folder as checkpoint_folder
+from phi3v.train.checkpoints.folder import (
     checkpoints,
     damage,
     find_checkpoint,
@@ -20,7 +20,7 @@ from phi3v.train.checkpoint_folder import (
     unfinished_folder,
     write_state,
 )
-from phi3v.train.random_state import random_state, set_random_state
+from phi3v.train.checkpoints.random_state import random_state, set_random_state
 
 
 def save(run: Path, step: int, word: str = "weights") -> Path:

@@ -20,10 +20,10 @@ from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train import setup as run_setup
-from phi3v.train.activations import Activations, Gradients, MicroBatch, Policy
-from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing
-from phi3v.train.device import choose_compute
+from phi3v.train import prepare as run_setup
+from phi3v.train.compute.activations import Activations, Gradients, MicroBatch, Policy
+from phi3v.train.compute.checkpointing import apply_checkpointing, choose_checkpointing
+from phi3v.train.device import choose_device
 from phi3v.train.engines import data_parallel
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -141,7 +141,7 @@ def _prepare(arguments: list[str], folder: Path) -> None:
     rank = int(os.environ["RANK"])
     run_setup.free_bytes = lambda *args: 10**12 if rank == 0 else 1000
     config = load_config(None, arguments)
-    prepared = run_setup.prepare(config, Console(quiet=True), choose_compute("fp32"))
+    prepared = run_setup.prepare(config, Console(quiet=True), choose_device("fp32"))
     (folder / str(rank)).write_text(prepared.checkpointing)
 
 

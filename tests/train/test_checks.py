@@ -16,10 +16,10 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import Machine, find_machine
 from phi3v.plan.inputs import planned_compute, recipe_changes, setup_from_config
 from phi3v.plan.planner import Planner
-from phi3v.train import setup
+from phi3v.train import prepare as setup
 from phi3v.train.checks import Case, refusals
-from phi3v.train.loading import make_skeleton
-from phi3v.train.strategies import apply_method, summarize, trained_parts
+from phi3v.train.methods.loading import make_skeleton
+from phi3v.train.methods.strategies import apply_method, summarize, trained_parts
 
 MACHINES = ("cpu", "t4", "h100", "2xv100-32gb", "2xa100-80gb", "4xmi300x")
 LEAN = ("training.lean=true", "training.optimizer=adamw_8bit", "training.max_grad_norm=0", "training.precision=bf16")

@@ -9,7 +9,7 @@ import torch
 
 from phi3v import machine
 from phi3v.train import device
-from phi3v.train.device import Compute, choose_compute, default_workers
+from phi3v.train.device import RuntimeDevice, choose_device, default_workers
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "expected"), [(8, 8, 8), (8, 1, 8), (1, 4, 8), (64, 1, 0), (16, 2, 5)])
@@ -17,7 +17,7 @@ def test_readers_share_the_cores_of_their_machine(
     gpus: int, nodes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "available_cores", lambda: 96)
-    compute = Compute(torch.device("cuda"), "bf16", "", 0, gpus * nodes, node_ranks=gpus)
+    compute = RuntimeDevice(torch.device("cuda"), "bf16", "", 0, gpus * nodes, node_ranks=gpus)
     assert default_workers(compute) == expected
 
 
@@ -42,6 +42,6 @@ def test_ranks_of_a_machine_as_launchers_tell_them(
     state = SimpleNamespace(process_index=9, num_processes=16, local_process_index=1)
     monkeypatch.setattr(device, "PartialState", lambda **kwargs: state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     assert (compute.rank, compute.world_size, compute.node_ranks) == (9, 16, expected)
     assert compute.gpu == machine.CPU

@@ -22,7 +22,7 @@ from phi3v.config import RunConfig, load_config
 from phi3v.export.make import export
 from phi3v.model.checkpoint import checkpoint_keys
 from phi3v.train.checks import Case, refusals
-from phi3v.train.device import Compute
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import WrongEngineError
 from phi3v.train.engines.choice import choose_engine
 from phi3v.train.engines.data_parallel import DataParallel
@@ -235,8 +235,8 @@ def refused(ranks: int, *overrides: object) -> str:
     return "\n".join(map(str, refusals(Case(config(*overrides), compute(ranks)))))
 
 
-def compute(ranks: int, precision: str = "fp32") -> Compute:
-    return Compute(torch.device("cpu"), precision, "", 0, ranks)
+def compute(ranks: int, precision: str = "fp32") -> RuntimeDevice:
+    return RuntimeDevice(torch.device("cpu"), precision, "", 0, ranks)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.evaluate.metrics import Score
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
-from phi3v.train import evaluation_callback
+from phi3v.train.checkpoints.weights import in_stored_dtype, read_trained, save_replacing
 from phi3v.train.engines import DataParallel
-from phi3v.train.saving import in_stored_dtype, read_trained, save_replacing
+from phi3v.train.observers import evaluation as evaluation_callback
 
 SIX_STEPS = ("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1)
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("phi3v.train.setup.load_for_training", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("phi3v.train.prepare.load_for_training", lambda *args: pytest.fail("a model was loaded"))
     code, folder = train(*settings)
     assert code == 2
     assert words in capsys.readouterr().err

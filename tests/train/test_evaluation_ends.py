@@ -108,7 +108,7 @@ def test_an_output_that_cannot_be_written_is_found_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("phi3v.train.tuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("phi3v.train.finetuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         ask = ["eval", str(small_model_dir), "--data", str(easy_vqa / "test.jsonl"), "--out", str(out)]

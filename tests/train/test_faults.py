@@ -24,11 +24,13 @@ from safetensors.torch import load_file
 
 from phi3v.cli import main
 from phi3v.data.table import open_table
-from phi3v.train import checkpointer, evaluation_callback, signals
 from phi3v.train import run as run_module
-from phi3v.train.checkpoint_folder import damage, find_checkpoint
-from phi3v.train.checkpointer import Checkpointer
-from phi3v.train.trainer import Phi3VTrainer
+from phi3v.train.checkpoints import writer as checkpointer
+from phi3v.train.checkpoints.folder import damage, find_checkpoint
+from phi3v.train.checkpoints.writer import Checkpointer
+from phi3v.train.loop import Phi3VTrainer
+from phi3v.train.observers import evaluation as evaluation_callback
+from phi3v.train.observers import signals
 
 SETTINGS = (
     *("evaluation.before", "false", "evaluation.after", "false", "checkpoint.save_steps", 1, "training.max_steps", 5),

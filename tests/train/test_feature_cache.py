@@ -19,9 +19,9 @@ from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train import feature_cache
-from phi3v.train.device import choose_compute
-from phi3v.train.feature_cache import cached_stage, fill_features, vision_part
+from phi3v.train.compute import feature_cache
+from phi3v.train.compute.feature_cache import cached_stage, fill_features, vision_part
+from phi3v.train.device import choose_device
 
 FROZEN = MethodConfig("frozen-vision")
 PROJECTOR = MethodConfig("lora", lora=LoraConfig(rank=4, parts=["decoder", "projector"]))
@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_those_of_pixels(
     tower.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[0]))
 
     def fill() -> Any:
-        return fill_features(kind, model, table, processor.image_processor, choose_compute("fp32"), Console())
+        return fill_features(kind, model, table, processor.image_processor, choose_device("fp32"), Console())
 
     store = fill()
     assert "3 pictures, 3 of them new" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_no_room_is_an_error(
     processor = Phi3VProcessor.from_pretrained(small_model_dir).image_processor
     table = open_table(easy_vqa / "train.jsonl")
     with pytest.raises(UserError, match=r"the features take .* GB and there is room for 0\.00 GB"):
-        fill_features("disk", load(small_model_dir, FROZEN), table, processor, choose_compute("fp32"), Console())
+        fill_features("disk", load(small_model_dir, FROZEN), table, processor, choose_device("fp32"), Console())
 
 
 def _fill(model: Path, data: Path, caches: list[Path], ran: Path) -> None:
@@ -146,7 +146,7 @@ def _fill(model: Path, data: Path, caches: list[Path], ran: Path) -> None:
     if len(caches) > 1:  # each rank is a node of its own
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ["PHI3V_CACHE"] = str(caches[rank % len(caches)])
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     if rank == 1:  # looks at the disk when the other has begun to fill it
         time.sleep(2)
     processor = Phi3VProcessor.from_pretrained(model).image_processor

@@ -13,8 +13,8 @@ from phi3v import machine
 from phi3v.config import LoraConfig, MethodConfig, RunConfig, TrainingConfig
 from phi3v.plan.hardware import find_gpu
 from phi3v.train.checks import Case, refusals
-from phi3v.train.device import Compute
-from phi3v.train.float8 import apply_float8
+from phi3v.train.compute.float8 import apply_float8
+from phi3v.train.device import RuntimeDevice
 
 
 def losses_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -51,7 +51,9 @@ def test_emulated_layers_agree(small_model_dir: Path, method: Any) -> None:
 def refuse(method: Any = "full", *, device: str = "h100", precision: str = "bf16") -> str:
     config = RunConfig(method=MethodConfig(method), training=TrainingConfig(fp8=True))
     gpu = machine.CPU if device == "cpu" else find_gpu(device)
-    return "\n".join(map(str, refusals(Case(config, Compute(torch.device(gpu.type), precision, "", 0, 1, gpu=gpu)))))
+    return "\n".join(
+        map(str, refusals(Case(config, RuntimeDevice(torch.device(gpu.type), precision, "", 0, 1, gpu=gpu))))
+    )
 
 
 def test_it_is_refused_where_it_cannot_run() -> None:

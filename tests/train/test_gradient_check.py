@@ -13,8 +13,8 @@ from phi3v.data.collate import Collator, ConversationDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpointing import apply_checkpointing
-from phi3v.train.gradient_check import check_gradients
+from phi3v.train.compute.checkpointing import apply_checkpointing
+from phi3v.train.methods.gradient_check import check_gradients
 
 
 @pytest.fixture

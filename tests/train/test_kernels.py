@@ -11,10 +11,10 @@ from run_helpers import Train, load
 
 from phi3v.config import MethodConfig, RunConfig, TrainingConfig
 from phi3v.plan.hardware import find_gpu
-from phi3v.train.checkpointing import apply_checkpointing
 from phi3v.train.checks import Case, refusals
-from phi3v.train.device import Compute
-from phi3v.train.kernels import apply_kernels
+from phi3v.train.compute.checkpointing import apply_checkpointing
+from phi3v.train.compute.kernels import apply_kernels
+from phi3v.train.device import RuntimeDevice
 
 
 def gradients(model: Any, device: str = "cpu") -> tuple[float, dict[str, torch.Tensor]]:
@@ -71,7 +71,7 @@ def test_liger_is_refused_where_it_cannot_run(train: Train, capsys: pytest.Captu
         assert code == 2
         assert "training.kernels: Liger's kernels need a GPU" in capsys.readouterr().err
         assert not folder.exists()
-    old = Compute(torch.device("cuda"), "fp16", "", 0, 1, gpu=find_gpu("t4"))
+    old = RuntimeDevice(torch.device("cuda"), "fp16", "", 0, 1, gpu=find_gpu("t4"))
     liger = RunConfig(training=TrainingConfig(kernels="liger"))
     assert ["does not train in fp16" in str(found) for found in refusals(Case(liger, old))] == [True]
     assert not refusals(Case(RunConfig(), old))

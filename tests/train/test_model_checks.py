@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
-from phi3v.train.device import choose_compute
-from phi3v.train.loading import choose_attention
+from phi3v.train.device import choose_device
+from phi3v.train.methods.loading import choose_attention
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_flash_attention_where_it_cannot_run(train: Train, model: Path, capsys: 
 
 
 def test_auto_attention_says_why() -> None:
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     name, reason = choose_attention(RunConfig(), compute)
     assert name == "sdpa"
     assert "needs a GPU" in reason

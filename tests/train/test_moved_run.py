@@ -17,7 +17,7 @@ from phi3v.paths import file_hash
 from phi3v.report.gallery import images_root
 from phi3v.report.run_files import read_run
 from phi3v.train import run as training
-from phi3v.train.tuned import find_tuned
+from phi3v.train.finetuned import resolve_model
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_run_is_used_from_another_folder(
     assert adapter["base_model_name_or_path"] == str(model)
     assert images_root(read_run(run)) == project / "data" / "images"
     (tmp_path / "link").symlink_to(run / "final")
-    tuned = find_tuned("../link/")  # a link leads into the run
+    tuned = resolve_model("../link/")  # a link leads into the run
     assert (tuned.base, tuned.run.method.name) == (str(model), "lora")
 
     def go_on(steps: int, *more: object) -> int:
@@ -72,7 +72,7 @@ def test_a_run_is_used_from_another_folder(
     # Moved together, the model is found; moved alone, it is asked for. Nothing is asked of the hub.
     moved = tmp_path / "moved"
     project.rename(moved)
-    assert find_tuned(str(moved / "out" / "run")).base == str(moved / "models" / "tiny.v1.0")
+    assert resolve_model(str(moved / "out" / "run")).base == str(moved / "models" / "tiny.v1.0")
     run = moved / "out" / "run"
     assert go_on(3) == 0
     assert "is finished" in capsys.readouterr().out
@@ -129,8 +129,8 @@ def test_a_run_of_an_older_version(project: Path, tmp_path: Path, capsys: pytest
         adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": path}))
 
     write("models/tiny.v1.0")
-    assert find_tuned(str(run)).base == str(project / "models" / "tiny.v1.0")
-    assert find_tuned(str(run)).run.data.eval == str(project / "data" / "test.jsonl")
+    assert resolve_model(str(run)).base == str(project / "models" / "tiny.v1.0")
+    assert resolve_model(str(run)).run.data.eval == str(project / "data" / "test.jsonl")
     assert images_root(read_run(run)) == project / "data" / "images"
     for path in ("gone/tiny", "../gone", "models/gone"):
         write(path)

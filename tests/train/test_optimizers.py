@@ -12,8 +12,8 @@ from run_helpers import Train, load, read_metrics
 
 from phi3v.config import DataConfig, MethodConfig, RunConfig, TrainingConfig, load_config
 from phi3v.train.checks import Case, refusals
-from phi3v.train.device import Compute
-from phi3v.train.optimizers import (
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.methods.optimizers import (
     StochasticAdamW,
     divide_groups,
     round_stochastically,
@@ -131,7 +131,7 @@ def test_a_saved_state_goes_on_to_the_bit(moments: Any) -> None:
 
 def test_a_large_tensor_is_updated_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same 8-bit numbers, since slices end where blocks do."""
-    from phi3v.train import optimizers
+    from phi3v.train.methods import optimizers
 
     def run() -> torch.Tensor:
         return steps(StochasticAdamW, [torch.nn.Parameter(torch.ones(5000))], count=3, moments="8bit")[0]
@@ -190,7 +190,7 @@ def test_runs_and_learns(train: Train, settings: dict[str, Any]) -> None:
     assert (folder / "final" / "manifest.json").is_file()
 
 
-COMPUTE = Compute(torch.device("cpu"), "bf16", "", 0, 1)
+COMPUTE = RuntimeDevice(torch.device("cpu"), "bf16", "", 0, 1)
 LEAN: dict[str, Any] = {"lean": True, "optimizer": "adamw_8bit", "max_grad_norm": 0.0}
 
 

@@ -19,7 +19,7 @@ from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_reco
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpointing import apply_checkpointing
+from phi3v.train.compute.checkpointing import apply_checkpointing
 
 # Of the loss and of the whole gradient as one vector: float32 (resolution 1.2e-7) sums in another order.
 TOLERANCE = 1e-6

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from phi3v.train.progress import ProgressCallback
+from phi3v.train.observers.progress import ProgressCallback
 
 
 def run(callback: ProgressCallback, loss: float = 1.25) -> None:

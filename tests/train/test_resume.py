@@ -20,7 +20,7 @@ from run_helpers import Train
 from phi3v.cli import main
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
-from phi3v.train.resume import CHANGEABLE, EXTENDABLE, MOVABLE, allowed_changes, flat
+from phi3v.train.checkpoints.resume import CHANGEABLE, EXTENDABLE, MOVABLE, allowed_changes, flat
 
 PADDED = ("training.batch_size", 3, "training.micro_batch_size", 1)
 PACKED = ("training.micro_batch_size", 1, "training.batch_size", 5, "data.pack_tokens", 700)

@@ -15,9 +15,9 @@ import pytest
 from run_helpers import Train
 
 from phi3v.errors import UserError
+from phi3v.train import prepare as preparation
 from phi3v.train import run as training
 from phi3v.train import run_folder
-from phi3v.train import setup as preparation
 from phi3v.train.run_folder import LOCK, hold_run_folder
 
 

@@ -11,7 +11,7 @@ from run_helpers import load
 from phi3v.config import LoraConfig, MethodConfig
 from phi3v.errors import UserError
 from phi3v.model.presets import init_model
-from phi3v.train.strategies import part_of, summarize, target_modules
+from phi3v.train.methods.strategies import part_of, summarize, target_modules
 
 UNUSED = ("encoder.layers.2.", "post_layernorm.")  # the tiny tower has three layers; the last never runs
 

@@ -13,7 +13,7 @@ import pytest
 from run_helpers import Train, read_metrics
 
 from phi3v.errors import UserError
-from phi3v.train.tracking import prepare_trackers
+from phi3v.train.observers.tracking import prepare_trackers
 
 TRACKIO = """
 import contextvars, json, os

@@ -13,7 +13,7 @@ from run_helpers import Train
 from phi3v.cli import main
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
-from phi3v.train.tuned import find_tuned
+from phi3v.train.finetuned import resolve_model
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
@@ -97,16 +97,16 @@ def test_an_adapter_that_left_its_run(
     config = tmp_path / "my.adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="which model the adapter goes on"):
-        find_tuned(str(tmp_path / "my.adapter"))
+        resolve_model(str(tmp_path / "my.adapter"))
 
 
 def test_a_run_that_did_not_end_points_at_its_best(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
     with pytest.raises(UserError, match="did the run end early"):
-        find_tuned(str(tmp_path))
+        resolve_model(str(tmp_path))
     (tmp_path / "best").mkdir()
     with pytest.raises(UserError, match=r"take .*best"):
-        find_tuned(str(tmp_path))
+        resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_measured_as_it_is(train: Train, easy_vqa: Path, capsys:
     settings = ("evaluation.before", "false", "checkpoint.save_steps", 3, "evaluation.max_new_tokens", 3)
     code, folder = train(*settings, "method.name", "lora", "method.lora.rank", 4)
     assert code == 0
-    tuned = find_tuned(str(folder / "checkpoint-3"))
+    tuned = resolve_model(str(folder / "checkpoint-3"))
     assert tuned.adapter == folder / "checkpoint-3" / "model"
     assert tuned.run.method.lora.rank == 4
     given = evaluate(capsys, folder / "checkpoint-3", "--data", easy_vqa / "test.jsonl")

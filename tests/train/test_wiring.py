@@ -11,9 +11,9 @@ import pytest
 import torch
 from run_helpers import Train, read_metrics
 
+from phi3v.train import prepare as preparation
 from phi3v.train import run as run_module
-from phi3v.train import setup as preparation
-from phi3v.train.trainer import Phi3VTrainer
+from phi3v.train.loop import Phi3VTrainer
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from phi3v.model.attention import Layout
 from phi3v.plan.throughput import SampleWork
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, num_img_tokens
-from phi3v.train.trainer import Phi3VTrainer
+from phi3v.train.loop import Phi3VTrainer
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import training_flops
-from phi3v.train.device import choose_compute
-from phi3v.train.optimizers import optimizer_factory
-from phi3v.train.progress import peak_memory_gb
-from phi3v.train.setup import Setup, prepare
-from phi3v.train.strategies import summarize
-from phi3v.train.trainer import training_arguments
+from phi3v.train.device import choose_device
+from phi3v.train.loop import training_arguments
+from phi3v.train.methods.optimizers import optimizer_factory
+from phi3v.train.methods.strategies import summarize
+from phi3v.train.observers.progress import peak_memory_gb
+from phi3v.train.prepare import PreparedRun, prepare
 
 
 def row_config(row: Row, settings: Settings, model: Path, data: Path, folder: Path) -> RunConfig:
@@ -117,7 +117,7 @@ def _clean_memory() -> Iterator[None]:
 
 
 def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
-    setup = prepare(config, Console(quiet=True), choose_compute(config.training.precision))
+    setup = prepare(config, Console(quiet=True), choose_device(config.training.precision))
     trainer = _trainer(setup, row)
     clock = Clock(limit)
     trainer.remove_callback(PrinterCallback)
@@ -154,7 +154,7 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _trainer(setup: Setup, row: Row) -> CountingTrainer:
+def _trainer(setup: PreparedRun, row: Row) -> CountingTrainer:
     config, compute = setup.config, setup.compute
     arguments = training_arguments(
         config,
@@ -181,7 +181,7 @@ def _trainer(setup: Setup, row: Row) -> CountingTrainer:
     )
 
 
-def _utilisation(setup: Setup, work: StepWork, seconds: float) -> dict[str, Any]:
+def _utilisation(setup: PreparedRun, work: StepWork, seconds: float) -> dict[str, Any]:
     """Model operations of what was computed once: neither padded crops nor what is recomputed count."""
     tower_trained = any(part.part == "vision" and part.trainable for part in summarize(setup.model))
     shape = ModelShape.of(setup.model.config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from phi3v import __version__
 from phi3v.export.proof import TOLERANCE
 from phi3v.json_files import content_of, read_json
-from phi3v.train.tuned import Tuned
+from phi3v.train.finetuned import FinetunedModel
 
 if TYPE_CHECKING:
     from phi3v.export.make import ExportResult
@@ -66,7 +66,7 @@ ADAPTER_ELSEWHERE = """vLLM and others take the merged model, not the adapter.
 `phi3v export` without `--adapter` makes it."""
 
 
-def write_card(folder: Path, result: ExportResult, tuned: Tuned, scores: str) -> None:
+def write_card(folder: Path, result: ExportResult, tuned: FinetunedModel, scores: str) -> None:
     """Write ``README.md`` into the export."""
     rows = [
         ("merged weights against adapter and base apart, float32", result.merge),
@@ -100,7 +100,7 @@ def write_card(folder: Path, result: ExportResult, tuned: Tuned, scores: str) ->
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _explanation(result: ExportResult, tuned: Tuned) -> str:
+def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
     text = (
         f"The rows before the last must be within {TOLERANCE:.0e} of the largest logit with equal answers, which is "
         "what another order of float32 sums does; else there would be no export."
@@ -115,7 +115,7 @@ def _explanation(result: ExportResult, tuned: Tuned) -> str:
     return text
 
 
-def score_table(tuned: Tuned) -> str:
+def score_table(tuned: FinetunedModel) -> str:
     """The run's score, where it has one.
 
     Raises:

@@ -35,11 +35,11 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, is_hub_id, require_writable
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.device import Compute, choose_compute
-from phi3v.train.loading import load_weights
+from phi3v.train.checkpoints.weights import set_end_tokens
+from phi3v.train.device import RuntimeDevice, choose_device
+from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
+from phi3v.train.methods.loading import load_weights
 from phi3v.train.run_folder import write_manifest
-from phi3v.train.saving import set_end_tokens
-from phi3v.train.tuned import Tuned, find_tuned, load_tuned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -126,7 +126,7 @@ def export(
         UserError: there is nothing to export, ``out`` is taken, or the disk is full.
         ExportDiffersError: the result does not answer as it should.
     """
-    tuned = find_tuned(name, base)
+    tuned = resolve_model(name, base)
     if adapter and tuned.adapter is None:
         raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
     if adapter and dtype is not None:
@@ -141,7 +141,7 @@ def export(
     wanted = DTYPES[dtype] if dtype else _stored_dtype(tuned)
     if not adapter:
         _require_room(out, tuned, wanted)
-    compute = choose_compute("fp32")
+    compute = choose_device("fp32")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
@@ -179,7 +179,9 @@ def export(
 class _Maker:
     """Writes the folder; what it keeps for the comparison is answers, not models, so that one fits the memory."""
 
-    def __init__(self, tuned: Tuned, compute: Compute, probes: Sequence[Probe], folder: Path, console: Console) -> None:
+    def __init__(
+        self, tuned: FinetunedModel, compute: RuntimeDevice, probes: Sequence[Probe], folder: Path, console: Console
+    ) -> None:
         self.tuned = tuned
         self.compute = compute
         self.probes = probes
@@ -264,7 +266,7 @@ def _source_file(model: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _stored_dtype(tuned: Tuned) -> torch.dtype:
+def _stored_dtype(tuned: FinetunedModel) -> torch.dtype:
     """Of the model that was tuned; a checkpoint's own is the one it trains in."""
     source = tuned.base
     if tuned.is_checkpoint and tuned.adapter is None:
@@ -274,7 +276,7 @@ def _stored_dtype(tuned: Tuned) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _check_out(out: Path, tuned: Tuned, overwrite: bool) -> None:
+def _check_out(out: Path, tuned: FinetunedModel, overwrite: bool) -> None:
     """Look whether ``out`` may be made or replaced, before anything is loaded."""
     where, hint = f"--out {out}", "choose another folder"
     sources = [tuned.run_folder, tuned.adapter, Path(tuned.base)]
@@ -298,7 +300,7 @@ def _check_out(out: Path, tuned: Tuned, overwrite: bool) -> None:
     require_writable(out.parent, where, hint)
 
 
-def _require_room(out: Path, tuned: Tuned, dtype: torch.dtype) -> None:
+def _require_room(out: Path, tuned: FinetunedModel, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         skeleton = Phi3VForCausalLM(Phi3VConfig.from_pretrained(tuned.base))
     needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize

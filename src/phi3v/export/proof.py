@@ -26,7 +26,7 @@ from phi3v.errors import UserError
 from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.processing.conversation import user_prompt
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.tuned import Tuned
+from phi3v.train.finetuned import FinetunedModel
 
 NEW_TOKENS = 24  # of an answer
 KEPT_LOGITS = 64  # of a prompt's last tokens; those of a page would fill the memory with a real vocabulary
@@ -88,7 +88,7 @@ class Comparison:
         )
 
 
-def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], str]:
+def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[Probe], str]:
     """``count`` probes and where they are from: the run's own questions where they are still there, else drawn ones.
 
     Args:
@@ -104,7 +104,7 @@ def make_probes(tuned: Tuned, count: int, folder: Path) -> tuple[list[Probe], st
     return [drawn_probe(folder, index) for index in range(count)], f"drawn pictures{why}"
 
 
-def _own_probes(tuned: Tuned, data: Path, count: int, folder: Path) -> list[Probe]:
+def _own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
     """Questions from all over ``data``; raises as `open_table` and `load_images`."""
     require_file(data)
     table = open_table(data, **tuned.run.data.reading, progress=False)

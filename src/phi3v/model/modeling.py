@@ -145,7 +145,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if name is None:
             if is_image.any():
                 check_image_alignment(input_ids, [])
-            return self._touch_vision(inputs_embeds)
+            return self._dummy_vision_forward(inputs_embeds)
         if image_sizes is None:
             raise ValueError(f"{name} came without image_sizes")
         sizes = [(height, width) for height, width in image_sizes.tolist()]
@@ -168,7 +168,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             features = torch.cat([of_page[page] for page in shown])
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
-    def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _dummy_vision_forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Run the vision part to no effect where a batch has no image; a trained one gets a zero gradient.
 
         Ranks of one step must all reduce, or even gather, the same tensors, and text-only samples may sit beside ones

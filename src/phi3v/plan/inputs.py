@@ -13,11 +13,11 @@ import torch
 
 from phi3v.config import MethodConfig, MethodName, Packing, RunConfig
 from phi3v.plan.hardware import Machine
-from phi3v.train.activations import AttentionKind, kind_of_attention
-from phi3v.train.activations import Policy as Checkpointing
-from phi3v.train.device import Compute, choose_precision
+from phi3v.train.compute.activations import AttentionKind, kind_of_attention
+from phi3v.train.compute.activations import Policy as Checkpointing
+from phi3v.train.device import RuntimeDevice, choose_precision
 from phi3v.train.engines.choice import choose_engine
-from phi3v.train.loading import choose_attention
+from phi3v.train.methods.loading import choose_attention
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_bf16"]
@@ -84,7 +84,7 @@ class TrainSetup:
         return replace(self, method=replace(self.method, name=name, lora=replace(self.method.lora, init="gaussian")))
 
 
-def planned_compute(config: RunConfig, machine: Machine) -> Compute:
+def planned_compute(config: RunConfig, machine: Machine) -> RuntimeDevice:
     """What a rank of ``machine`` would compute in.
 
     Raises:
@@ -92,7 +92,7 @@ def planned_compute(config: RunConfig, machine: Machine) -> Compute:
     """
     precision, reason = choose_precision(config.training.precision, machine.gpu)
     ranks = machine.gpus // machine.nodes
-    return Compute(torch.device(machine.gpu.type), precision, reason, 0, machine.gpus, ranks, machine.gpu)
+    return RuntimeDevice(torch.device(machine.gpu.type), precision, reason, 0, machine.gpus, ranks, machine.gpu)
 
 
 def engine_of(config: RunConfig, machine: Machine, method: MethodName) -> Engine:

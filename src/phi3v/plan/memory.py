@@ -1,6 +1,6 @@
 """Peak memory of a rank, by part.
 
-Activations are counted as in `phi3v.train.activations`; sharding follows Rajbhandari et al. 2020 (ZeRO, arXiv
+Activations are counted as in `phi3v.train.compute.activations`; sharding follows Rajbhandari et al. 2020 (ZeRO, arXiv
 1910.02054). `benchmarks/plan_accuracy.py` holds the sums to what the allocator counts. All sizes are in bytes.
 """
 
@@ -12,8 +12,8 @@ from phi3v.model.loss import LOGITS_PER_CHUNK
 from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import Engine, TrainSetup
 from phi3v.plan.parameters import Parameters
-from phi3v.train.activations import Activations, MicroBatch, residual_bytes
-from phi3v.train.optimizers import SLICE
+from phi3v.train.compute.activations import Activations, MicroBatch, residual_bytes
+from phi3v.train.methods.optimizers import SLICE
 
 # Assumptions, where nothing can be counted.
 CUDA_CONTEXT = 0.8e9  # context, cuBLAS workspaces

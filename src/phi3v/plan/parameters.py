@@ -16,10 +16,10 @@ from torch import nn
 from phi3v.config import LoraConfig, MethodConfig
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.inputs import Optimizer
-from phi3v.train.activations import Gradients
+from phi3v.train.compute.activations import Gradients
 from phi3v.train.device import DTYPES
-from phi3v.train.loading import make_skeleton
-from phi3v.train.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
+from phi3v.train.methods.loading import make_skeleton
+from phi3v.train.methods.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes' 4-bit block)
 NF4_OUTER_BLOCK = 256  # scales that share a scale, with double quantisation

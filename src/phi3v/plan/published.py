@@ -20,7 +20,7 @@ from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
 from phi3v.plan.planned_model import planned_config
 from phi3v.plan.throughput import SampleWork, training_flops
-from phi3v.train.activations import MicroBatch
+from phi3v.train.compute.activations import MicroBatch
 
 TOKENS = 2443.23
 CROPS = 17

@@ -13,7 +13,7 @@ from phi3v.data.packing import PackingPlan, RecordLengths
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import SampleWork
 from phi3v.plan.workload import LONG_CONTEXT, CropChoice, Workload
-from phi3v.train.activations import MicroBatch
+from phi3v.train.compute.activations import MicroBatch
 
 STEPS = 200  # of the first epoch that are looked at
 

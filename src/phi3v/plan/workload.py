@@ -25,7 +25,7 @@ from phi3v.errors import UserError
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.activations import MicroBatch
+from phi3v.train.compute.activations import MicroBatch
 
 CANDIDATE_CROPS = (1, 2, 4, 6, 8, 9, 12, 16)
 LONG_CONTEXT = 4096  # longer samples use LongRoPE's long factors

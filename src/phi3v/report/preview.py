@@ -138,10 +138,10 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
     """The processor, a sentence that says which, and whether images are turned as their EXIF orientation says."""
     settings = ModelConfig(num_crops=num_crops)
     if model is not None:
-        from phi3v.train.loading import load_processor  # which import the model and PEFT: seconds
-        from phi3v.train.tuned import find_tuned
+        from phi3v.train.finetuned import resolve_model
+        from phi3v.train.methods.loading import load_processor  # which import the model and PEFT: seconds
 
-        tuned = find_tuned(model)
+        tuned = resolve_model(model)
         settings.path = str(tuned.adapter or tuned.base)
         return load_processor(RunConfig(model=settings)), f"as {model} reads them", tuned.run.data.exif_orientation
     tokenizer = PreTrainedTokenizerFast(

@@ -19,8 +19,8 @@ from phi3v.serve.conversation import Chat, Settings, Turn, Which
 from phi3v.serve.examples import find_examples
 from phi3v.serve.limits import LIMITS, Limits
 from phi3v.serve.media import read_media
-from phi3v.train.device import choose_compute
-from phi3v.train.tuned import find_tuned
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import resolve_model
 
 
 def load_chat(
@@ -45,8 +45,8 @@ def load_chat(
     Raises:
         UserError: there is no such model, or it cannot be loaded here.
     """
-    tuned = find_tuned(name, base)
-    compute = choose_compute(precision or tuned.run.training.precision)
+    tuned = resolve_model(name, base)
+    compute = choose_device(precision or tuned.run.training.precision)
     chat = Chat(tuned, compute, base=base, num_crops=num_crops, system=system, limits=limits)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     for line in (
@@ -89,7 +89,7 @@ def answer_once(
     if not prompt.strip():
         raise UserError("the question is empty", where="--prompt")
     limits.require_text(prompt)
-    applied = not media or find_tuned(name, base).run.data.exif_orientation
+    applied = not media or resolve_model(name, base).run.data.exif_orientation
     read = read_media(media, frames=frames, limits=limits, exif_orientation=applied)
     pictures = tuple(image for each in read for image in each.images)
     limits.require_images(len(pictures))

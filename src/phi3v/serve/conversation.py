@@ -24,9 +24,9 @@ from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
 from phi3v.serve.limits import LIMITS, Limits
-from phi3v.train.device import Compute
-from phi3v.train.loading import inspect_model
-from phi3v.train.tuned import Tuned, find_tuned, load_tuned
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
+from phi3v.train.methods.loading import inspect_model
 
 Which = Literal["tuned", "base"]
 
@@ -87,8 +87,8 @@ class Chat:
 
     def __init__(
         self,
-        tuned: Tuned,
-        compute: Compute,
+        tuned: FinetunedModel,
+        compute: RuntimeDevice,
         *,
         base: str | None = None,
         num_crops: int | None = None,
@@ -103,7 +103,7 @@ class Chat:
         self._num_crops = num_crops
         self._system = escape_special_text(system) if system else None
         if base is not None and tuned.adapter is None:  # found wrong now, not when it is first asked
-            inspect_model(RunConfig(model=ModelConfig(find_tuned(base).base)), compute)
+            inspect_model(RunConfig(model=ModelConfig(resolve_model(base).base)), compute)
         model, processor = load_tuned(tuned, compute, num_crops=num_crops)
         require_clip_statistics(processor.image_processor)
         self._loaded: dict[Which, tuple[Any, Phi3VProcessor]] = {"tuned": (model, processor)}
@@ -160,7 +160,7 @@ class Chat:
             if which not in self._loaded:
                 if self.base is None:
                     raise UserError("there is no model to compare with", hint="name it with --model")
-                self._loaded[which] = load_tuned(find_tuned(self.base), self.compute, num_crops=self._num_crops)
+                self._loaded[which] = load_tuned(resolve_model(self.base), self.compute, num_crops=self._num_crops)
             return self._loaded[which]
 
     def _prompt(self, turns: Sequence[Turn], settings: Settings, which: Which, processor: Phi3VProcessor) -> Sample:
@@ -186,7 +186,7 @@ class Chat:
         return Sample(stream.input_ids, [], pages)
 
 
-def _origin_at_hand(tuned: Tuned) -> str | None:
+def _origin_at_hand(tuned: FinetunedModel) -> str | None:
     """What a whole model was tuned from, if it is still at hand."""
     origin = tuned.origin
     if origin is None or Path(origin).is_dir():

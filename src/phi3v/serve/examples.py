@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3v.train.tuned import Tuned
+from phi3v.train.finetuned import FinetunedModel
 
 LINES_READ = 2000
 MOST = 3
@@ -23,7 +23,7 @@ class Example:
     reference: str
 
 
-def find_examples(tuned: Tuned, most: int = MOST) -> list[Example]:
+def find_examples(tuned: FinetunedModel, most: int = MOST) -> list[Example]:
     """First questions about different pictures among the run's predictions; none where run or data are not at hand."""
     if tuned.run_folder is None or tuned.run.data.eval is None:
         return []

@@ -17,12 +17,12 @@ from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import check_references
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.train.device import Compute
+from phi3v.train.compute.float8 import require_torchao
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.choice import DIVIDED_OPTIMIZER, EngineChoice, choose_engine
-from phi3v.train.float8 import require_torchao
-from phi3v.train.loading import choose_attention, require_bitsandbytes
-from phi3v.train.optimizers import keeps_bf16_weights
-from phi3v.train.strategies import target_modules, trained_parts
+from phi3v.train.methods.loading import choose_attention, require_bitsandbytes
+from phi3v.train.methods.optimizers import keeps_bf16_weights
+from phi3v.train.methods.strategies import target_modules, trained_parts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
     """
 
     config: RunConfig
-    compute: Compute
+    compute: RuntimeDevice
     model: Phi3VForCausalLM | None = None
     data: DataFacts | None = None
 

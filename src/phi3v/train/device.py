@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Compute:
+class RuntimeDevice:
     """Where and in what a rank computes.
 
     Attributes:
@@ -70,7 +70,7 @@ def choose_precision(wanted: Precision, gpu: Accelerator) -> tuple[str, str]:
     return wanted, "as configured"
 
 
-def choose_compute(wanted: Precision, *, timeout_minutes: float = 30.0) -> Compute:
+def choose_device(wanted: Precision, *, timeout_minutes: float = 30.0) -> RuntimeDevice:
     """Device and precision of this process; under ``torchrun`` it joins the other ranks here.
 
     Args:
@@ -91,7 +91,7 @@ def choose_compute(wanted: Precision, *, timeout_minutes: float = 30.0) -> Compu
     reason = f"{reason}; {ignored}" if ignored else reason
     ranks = state.num_processes
     node_ranks = min(told, ranks) if told > 0 else ranks
-    return Compute(device, precision, reason, state.process_index, ranks, node_ranks, gpu)
+    return RuntimeDevice(device, precision, reason, state.process_index, ranks, node_ranks, gpu)
 
 
 # What a launcher says to a process of several.
@@ -124,7 +124,7 @@ def _own_environment() -> str:
     return "; ".join(words)
 
 
-def default_workers(compute: Compute) -> int:
+def default_workers(compute: RuntimeDevice) -> int:
     """Reading processes of a rank: with a GPU its share of the machine's cores less one, at most 8.
 
     Without a GPU none: the computation has the cores already, and reading beside it costs more than it hides.

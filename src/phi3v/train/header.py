@@ -9,14 +9,14 @@ from rich.table import Table
 
 from phi3v.config import RunConfig
 from phi3v.data.packing import PackingPlan
+from phi3v.train.methods.strategies import summarize
+from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import describe_schedule, total_steps
-from phi3v.train.setup import Setup
-from phi3v.train.strategies import summarize
 
 Forecast = Callable[[RunConfig, int, int], str | None]
 
 
-def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
+def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     """Say on the console what will happen: parts, data, device, choices with their reasons, what it will take."""
     config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
     train_table, questions = setup.train_table, setup.questions
@@ -58,7 +58,7 @@ def print_header(setup: Setup, forecast: Forecast | None = None) -> None:
             finding.render(console)
 
 
-def _step_line(setup: Setup) -> str:
+def _step_line(setup: PreparedRun) -> str:
     config, ranks = setup.config, setup.compute.world_size
     if not isinstance(setup.plan, PackingPlan):
         return (

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.train.evaluation_callback import Best
-from phi3v.train.measuring import always
-from phi3v.train.progress import peak_memory_gb
+from phi3v.train.observers.evaluating import always
+from phi3v.train.observers.evaluation import Best
+from phi3v.train.observers.progress import peak_memory_gb
 
 
 @dataclass(frozen=True)

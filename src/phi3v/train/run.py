@@ -24,26 +24,32 @@ from phi3v.data.features import FeatureStore
 from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.train.agreement import Agreement
-from phi3v.train.checkpoint_folder import checkpoint_name, checkpoints
-from phi3v.train.checkpointer import Checkpointer
-from phi3v.train.device import choose_compute
+from phi3v.train.checkpoints.folder import checkpoint_name, checkpoints
+from phi3v.train.checkpoints.resume import (
+    FinishedRun,
+    ResumePoint,
+    find_resume_point,
+    reopen_run_folder,
+    require_same_content,
+)
+from phi3v.train.checkpoints.weights import read_trained, save_replacing, saved_tensors
+from phi3v.train.checkpoints.writer import Checkpointer
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.compute.feature_cache import fill_features
+from phi3v.train.device import choose_device
 from phi3v.train.engines.data_parallel import load_whole
-from phi3v.train.evaluation_callback import EvaluationCallback
-from phi3v.train.faults import StepFaults, is_lost_rank, is_out_of_memory
-from phi3v.train.feature_cache import fill_features
-from phi3v.train.gradient_check import check_gradients
 from phi3v.train.header import Forecast, print_header
-from phi3v.train.measuring import measure, show_scores
-from phi3v.train.optimizers import optimizer_factory
-from phi3v.train.progress import ProgressCallback, progress_bar
+from phi3v.train.loop import Phi3VTrainer, training_arguments
+from phi3v.train.methods.gradient_check import check_gradients
+from phi3v.train.methods.optimizers import optimizer_factory
+from phi3v.train.observers.evaluating import measure, show_scores
+from phi3v.train.observers.evaluation import EvaluationCallback
+from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
+from phi3v.train.observers.progress import ProgressCallback, progress_bar
+from phi3v.train.observers.signals import Signals
+from phi3v.train.prepare import PreparedRun, prepare, questions_of
 from phi3v.train.result import RunResult, print_result
-from phi3v.train.resume import FinishedRun, ResumePoint, find_resume_point, reopen_run_folder, require_same_content
 from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
-from phi3v.train.saving import read_trained, save_replacing, saved_tensors
-from phi3v.train.setup import Setup, prepare, questions_of
-from phi3v.train.signals import Signals
-from phi3v.train.trainer import Phi3VTrainer, training_arguments
 
 logger = logging.getLogger("phi3v")
 
@@ -74,19 +80,19 @@ def run_training(
     config = config.absolute()
     with Signals() as signals, contextlib.ExitStack() as held:
         try:
-            compute = choose_compute(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
-            agreement = Agreement(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
+            compute = choose_device(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
+            collectives = HostCollectives(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
             hold = hold_run_folder(Path(config.training.output_dir))
-            agreement.by_first(compute.rank, lambda: held.enter_context(hold))
-            point = find_resume_point(resume, config, compute, agreement, console)
+            collectives.run_on_first(compute.rank, lambda: held.enter_context(hold))
+            point = find_resume_point(resume, config, compute, collectives, console)
             if isinstance(point, FinishedRun):
                 return point
             setup = prepare(config, console, compute, resume=resume is not None)
-            require_same_content(setup.contents, point, agreement)
+            require_same_content(setup.contents, point, collectives)
             print_header(setup, forecast)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-            result = _in_run_folder(setup, point, agreement, signals, callbacks)
+            result = _in_run_folder(setup, point, collectives, signals, callbacks)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(config, signals, error) from error
@@ -99,9 +105,9 @@ def run_training(
 
 
 def _in_run_folder(
-    setup: Setup,
+    setup: PreparedRun,
     point: ResumePoint | None,
-    agreement: Agreement,
+    collectives: HostCollectives,
     signals: Signals,
     callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
@@ -114,7 +120,7 @@ def _in_run_folder(
                 describe_again(setup.config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_measure(setup, point, agreement, signals, callbacks)
+        return _train_and_measure(setup, point, collectives, signals, callbacks)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
@@ -147,9 +153,9 @@ def _kept(config: RunConfig) -> str:
 
 
 def _train_and_measure(
-    setup: Setup,
+    setup: PreparedRun,
     point: ResumePoint | None,
-    agreement: Agreement,
+    collectives: HostCollectives,
     signals: Signals,
     callbacks: Sequence[TrainerCallback],
 ) -> RunResult:
@@ -167,7 +173,7 @@ def _train_and_measure(
     before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken by this process"
 
-    trainer, progress, during, saves = _trainer(setup, features, point, agreement, signals)
+    trainer, progress, during, saves = _trainer(setup, features, point, collectives, signals)
     for callback in callbacks:
         trainer.add_callback(callback)
     try:
@@ -219,17 +225,21 @@ def _train_and_measure(
 
 
 def _trainer(
-    setup: Setup, features: FeatureStore | None, point: ResumePoint | None, agreement: Agreement, signals: Signals
+    setup: PreparedRun,
+    features: FeatureStore | None,
+    point: ResumePoint | None,
+    collectives: HostCollectives,
+    signals: Signals,
 ) -> tuple[Phi3VTrainer, ProgressCallback, EvaluationCallback | None, Checkpointer]:
     """The trainer, and what looks on while it trains."""
     config, compute, console = setup.config, setup.compute, setup.console
     transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
     progress = ProgressCallback(console, setup.folder / "metrics.jsonl", show_bar=config.training.progress_bar)
-    during = _during(setup, agreement, progress)
+    during = _during(setup, collectives, progress)
     saves = Checkpointer(
         config,
         setup.engine,
-        agreement,
+        collectives,
         signals,
         model=setup.model,
         processor=setup.processor,
@@ -254,9 +264,9 @@ def _trainer(
         optimizer_cls_and_kwargs=optimizer_factory(config.training),
         config=config,
         engine=setup.engine,
-        agreement=agreement,
+        collectives=collectives,
         faults=StepFaults(
-            agreement,
+            collectives,
             setup.train_table,
             console,
             max_nonfinite_steps=config.training.max_nonfinite_steps,
@@ -289,7 +299,7 @@ def _stopped(saves: Checkpointer, step: int) -> BaseException:
     )
 
 
-def _during(setup: Setup, agreement: Agreement, progress: ProgressCallback) -> EvaluationCallback | None:
+def _during(setup: PreparedRun, collectives: HostCollectives, progress: ProgressCallback) -> EvaluationCallback | None:
     """What measures while it trains, if that is wanted."""
     config = setup.config
     if setup.questions is None or config.evaluation.eval_steps is None:
@@ -304,7 +314,7 @@ def _during(setup: Setup, agreement: Agreement, progress: ProgressCallback) -> E
         questions,
         setup.evaluation,
         setup.compute,
-        agreement,
+        collectives,
         stored_dtype=setup.facts.stored_dtype,
         folder=setup.folder,
         console=setup.console,
@@ -313,7 +323,7 @@ def _during(setup: Setup, agreement: Agreement, progress: ProgressCallback) -> E
     )
 
 
-def _measure(setup: Setup, model: Any, when: str) -> EvaluationResult | None:
+def _measure(setup: PreparedRun, model: Any, when: str) -> EvaluationResult | None:
     """The scores before or after training, written to the run folder; none without data to measure on."""
     if setup.questions is None:
         return None

@@ -25,7 +25,7 @@ from phi3v.errors import UserError
 from phi3v.json_files import read_json
 from phi3v.machine import available_cores
 from phi3v.paths import absolute, cannot_write, file_hash
-from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
+from phi3v.train.checkpoints.folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
 RUN_FILES = (

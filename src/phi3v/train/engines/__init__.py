@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from phi3v.config import RunConfig
-from phi3v.train.device import Compute
-from phi3v.train.engines.base import Engine, Rest, write_nothing
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.engines.base import DeferredWrite, Engine, no_op
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.engines.data_parallel import DataParallel, to_host
 from phi3v.train.engines.fsdp import FsdpEngine
 from phi3v.train.engines.zero import ZeroEngine
 
-__all__ = ["DataParallel", "Engine", "FsdpEngine", "Rest", "ZeroEngine", "make_engine", "to_host", "write_nothing"]
+__all__ = ["DataParallel", "DeferredWrite", "Engine", "FsdpEngine", "ZeroEngine", "make_engine", "no_op", "to_host"]
 
 
-def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> Engine:
+def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: RuntimeDevice) -> Engine:
     """The engine for a loaded model that is not wrapped yet."""
     if choice.is_zero:
         return ZeroEngine(model, choice, config, compute)

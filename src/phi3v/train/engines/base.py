@@ -17,17 +17,17 @@ import torch
 from phi3v.train.engines.choice import EngineChoice
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 # What is left to write of a save. It touches host memory and files only, so a thread may do it.
-Rest = Callable[[], None]
+DeferredWrite = Callable[[], None]
 
 
 class WrongEngineError(RuntimeError):
     """Another engine runs than the one that was chosen."""
 
 
-def write_nothing() -> None:
+def no_op() -> None:
     """What is left where all is written, or where another rank writes."""
 
 
@@ -87,7 +87,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> DeferredWrite:
         """Save optimizer, gradient scaler and schedule to ``folder``, which exists.
 
         Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi3v.config import RunConfig
-from phi3v.train.device import Compute
+from phi3v.train.device import RuntimeDevice
 
 Name = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -44,7 +44,7 @@ class EngineChoice:
         return gradient + -(-(whole - gradient) // ranks)
 
 
-def choose_engine(config: RunConfig, compute: Compute) -> EngineChoice:
+def choose_engine(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
     """The engine for this configuration on these ranks; whether it can run is for `phi3v.train.checks` to say."""
     wanted = config.distributed.engine
     if compute.world_size == 1:
@@ -52,7 +52,7 @@ def choose_engine(config: RunConfig, compute: Compute) -> EngineChoice:
     return _auto(config, compute) if wanted == "auto" else EngineChoice(wanted, "as configured")
 
 
-def _auto(config: RunConfig, compute: Compute) -> EngineChoice:
+def _auto(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
     if config.method.name in ("lora", "qlora"):
         return EngineChoice("ddp", "adapters are small; as the public recipe")
     if not compute.gpu.has("deepspeed"):

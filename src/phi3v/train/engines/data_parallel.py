@@ -13,13 +13,13 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
-from phi3v.train.engines.base import Engine, Rest, write_nothing, wrong_engine
+from phi3v.train.checkpoints.weights import in_stored_dtype, round_to_stored_dtype, saved_tensors
+from phi3v.train.engines.base import DeferredWrite, Engine, no_op, wrong_engine
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.saving import in_stored_dtype, round_to_stored_dtype, saved_tensors
 from phi3v.train.schedule import resume_schedule
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 
 class DataParallel(Engine):
@@ -48,9 +48,9 @@ class DataParallel(Engine):
     def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
         load_whole(model, tensors, self.world_size)
 
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> DeferredWrite:
         if self.rank > 0:
-            return write_nothing
+            return no_op
         scaler = trainer.accelerator.scaler
         facts = {
             "schedule": trainer.lr_scheduler.state_dict(),

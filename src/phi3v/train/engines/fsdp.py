@@ -19,7 +19,7 @@ from phi3v.train.engines.base import base_of, wrong_engine
 from phi3v.train.engines.sharded import ShardedEngine
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 
 class FsdpEngine(ShardedEngine):

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phi3v.config import RunConfig
-from phi3v.train.device import Compute
-from phi3v.train.engines.base import Engine, Rest, write_nothing
+from phi3v.train.checkpoints.weights import saved_names
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.engines.base import DeferredWrite, Engine, no_op
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.saving import saved_names
 from phi3v.train.schedule import resume_schedule
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 FACTS_FILE = "schedule.json"
@@ -40,7 +40,7 @@ class ShardedEngine(Engine):
 
     meets_in_every_row = True
 
-    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> None:
+    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: RuntimeDevice) -> None:
         super().__init__(compute.rank, compute.world_size, choice)
         self.config = config
         self.compute = compute
@@ -109,13 +109,13 @@ class ShardedEngine(Engine):
                 self.put_whole(own[name], tensor)
 
     @torch.no_grad()
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> Rest:
+    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> DeferredWrite:
         moments = {}
         for name, tensor in self.whole_moments(trainer):
             if self.rank == 0:
                 moments[name] = tensor.to("cpu", copy=True)
         if self.rank > 0:
-            return write_nothing
+            return no_op
         facts = {
             "schedule": trainer.lr_scheduler.state_dict(),
             "scaler": self.scaler_state(trainer),

@@ -16,14 +16,14 @@ from torch import distributed
 from torch.nn import functional
 
 from phi3v.config import RunConfig
-from phi3v.train.device import Compute
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import base_of, wrong_engine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.engines.fsdp import MOMENTS
 from phi3v.train.engines.sharded import ShardedEngine
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 BUCKET = 500_000_000  # elements, as in the public recipe
 
@@ -37,7 +37,7 @@ class ZeroEngine(ShardedEngine):
 
     can_drop_step = False  # it steps at the end of the backward pass
 
-    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: Compute) -> None:
+    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: RuntimeDevice) -> None:
         super().__init__(model, choice, config, compute)
         self.stage = int(choice.name[-1])
         # Frozen weights that half precision would change are saved as they were.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from phi3v.config import RunConfig, TrainingConfig
-from phi3v.train.strategies import part_of
+from phi3v.train.methods.strategies import part_of
 
 Moments = Literal["bf16", "8bit"]
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.pissa import as_learnt, as_trained, learnt_config, start_of
+from phi3v.train.methods.pissa import as_learnt, as_trained, learnt_config, start_of
 from phi3v.train.run_folder import write_manifest
 
 # What the file system, safetensors and torch raise where a file cannot be written.

@@ -21,8 +21,7 @@ from phi3v.data.cache import content_hash
 from phi3v.errors import UserError
 from phi3v.model.checkpoint import model_content
 from phi3v.paths import find_model, now_at
-from phi3v.train.agreement import Agreement
-from phi3v.train.checkpoint_folder import (
+from phi3v.train.checkpoints.folder import (
     checkpoints,
     damage,
     find_checkpoint,
@@ -31,7 +30,8 @@ from phi3v.train.checkpoint_folder import (
     remove_unfinished,
     step_of,
 )
-from phi3v.train.device import Compute
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.choice import choose_engine
 
 # Keys that may be others on resume, by name, or by group with a dot at the end: none changes what a step computes.
@@ -102,7 +102,7 @@ class FinishedRun:
 
 
 def find_resume_point(
-    wanted: str | None, config: RunConfig, compute: Compute, agreement: Agreement, console: Console
+    wanted: str | None, config: RunConfig, compute: RuntimeDevice, collectives: HostCollectives, console: Console
 ) -> ResumePoint | FinishedRun | None:
     """What to go on from.
 
@@ -118,16 +118,16 @@ def find_resume_point(
     if wanted is None:
         return None
     newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
-    everywhere = agreement.gather((newest, platform.node()))
+    everywhere = collectives.all_gather((newest, platform.node()))
 
     def find() -> ResumePoint | FinishedRun | None:
         _require_newest_here(everywhere, config.training.output_dir)
         return _find(wanted, config, compute, console)
 
-    return agreement.by_first(compute.rank, find)
+    return collectives.run_on_first(compute.rank, find)
 
 
-def _find(wanted: str, config: RunConfig, compute: Compute, console: Console) -> ResumePoint | FinishedRun | None:
+def _find(wanted: str, config: RunConfig, compute: RuntimeDevice, console: Console) -> ResumePoint | FinishedRun | None:
     run_folder = Path(config.training.output_dir)
     for path in remove_unfinished(run_folder):
         step = path.name.split("-")[1].split(".")[0]
@@ -263,7 +263,7 @@ def _other_content(key: str, path: str, where: str) -> UserError:
     )
 
 
-def require_same_content(contents: Mapping[str, str], point: ResumePoint | None, agreement: Agreement) -> None:
+def require_same_content(contents: Mapping[str, str], point: ResumePoint | None, collectives: HostCollectives) -> None:
     """Look whether all ranks read the same model and data, and those that the run began with.
 
     Args:
@@ -272,7 +272,7 @@ def require_same_content(contents: Mapping[str, str], point: ResumePoint | None,
     Raises:
         UserError: another copy on a machine, or a file that was replaced a moment ago.
     """
-    everywhere = agreement.gather((dict(contents), platform.node()))
+    everywhere = collectives.all_gather((dict(contents), platform.node()))
     first, machine = everywhere[0]
     keys = {name: key for key, name in MOVABLE.items()}
     for rank, (others, other_machine) in enumerate(everywhere):
@@ -290,7 +290,7 @@ def require_same_content(contents: Mapping[str, str], point: ResumePoint | None,
             raise _other_content(keys[name], f"{keys[name]}, replaced a moment ago,", str(point.folder))
 
 
-def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: Compute) -> list[str]:
+def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: RuntimeDevice) -> list[str]:
     """What another number of ranks changes, as lines to say."""
     if state["world_size"] == compute.world_size:
         return []

@@ -19,8 +19,7 @@ from transformers import TrainerCallback
 from phi3v.config import RunConfig
 from phi3v.data.features import free_space
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.agreement import Agreement
-from phi3v.train.checkpoint_folder import (
+from phi3v.train.checkpoints.folder import (
     checkpoint_name,
     checkpoints,
     link_tree,
@@ -30,18 +29,19 @@ from phi3v.train.checkpoint_folder import (
     unfinished_folder,
     write_state,
 )
-from phi3v.train.engines import Engine, Rest, to_host
+from phi3v.train.checkpoints.random_state import random_state
+from phi3v.train.checkpoints.weights import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.engines import DeferredWrite, Engine, to_host
 from phi3v.train.engines.sharded import without_weights
-from phi3v.train.optimizers import moment_bytes
-from phi3v.train.random_state import random_state
+from phi3v.train.methods.optimizers import moment_bytes
+from phi3v.train.observers.signals import Signals
 from phi3v.train.run_folder import environment
-from phi3v.train.saving import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
-from phi3v.train.signals import Signals
 
 if TYPE_CHECKING:
-    from phi3v.train.evaluation_callback import EvaluationCallback
-    from phi3v.train.progress import ProgressCallback
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
+    from phi3v.train.observers.evaluation import EvaluationCallback
+    from phi3v.train.observers.progress import ProgressCallback
 
 logger = logging.getLogger("phi3v")
 
@@ -68,7 +68,7 @@ class Checkpointer(TrainerCallback):
         self,
         config: RunConfig,
         engine: Engine,
-        agreement: Agreement,
+        collectives: HostCollectives,
         signals: Signals,
         *,
         model: Any,
@@ -82,7 +82,7 @@ class Checkpointer(TrainerCallback):
     ) -> None:
         self.config = config
         self.engine = engine
-        self.agreement = agreement
+        self.collectives = collectives
         self.signals = signals
         self.model = model
         self._skeleton = without_weights(model)  # for the thread that writes: it may touch nothing that trains
@@ -106,16 +106,16 @@ class Checkpointer(TrainerCallback):
         assert self.progress.trainer is not None
         point = self.progress.trainer.point
         if point is not None:
-            self._take_up(self.progress.trainer, point.state)
+            self._load_state(self.progress.trainer, point.state)
 
-    def _take_up(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
+    def _load_state(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
         """What a checkpoint holds beside weights, optimizer and random numbers."""
         trainer.counts = list(state["counts"])
         trainer.skipped = [tuple(entry) for entry in state["skipped"]]
         trainer.restore_loop(state["loop"])
-        self.progress.take_up(state["progress"])
+        self.progress.load_state(state["progress"])
         if self.during is not None and state["evaluation"] is not None:
-            self.during.take_up(state["evaluation"])
+            self.during.load_state(state["evaluation"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wanted = self.config.checkpoint
@@ -123,12 +123,12 @@ class Checkpointer(TrainerCallback):
         is_late = wanted.save_minutes is not None and since >= 60 * wanted.save_minutes
         mine = self.signals.received
         # The clock is rank 0's, and a signal to one rank is a signal to all.
-        late, worth_it, signalled = self.agreement.total(
+        late, worth_it, signalled = self.collectives.sum(
             [self.rank == 0 and is_late, self.rank == 0 and since >= WORTH_SAVING, mine is not None]
         )
         is_last = state.global_step >= state.max_steps or control.should_training_stop
         if signalled:
-            names = [name for name in self.agreement.gather(mine.name if mine is not None else None) if name]
+            names = [name for name in self.collectives.all_gather(mine.name if mine is not None else None) if name]
             self.stopped_by = names[0]
             control.should_training_stop = True
         if wanted.save_steps is not None:
@@ -145,7 +145,7 @@ class Checkpointer(TrainerCallback):
         self._last = started
         step = self.last_step = trainer.state.global_step
         tensors = self.engine.full_state_dict(self.model)
-        randoms = self.agreement.gather(random_state())
+        randoms = self.collectives.all_gather(random_state())
         state = self._state(trainer)
         unfinished = self.folder / f".{checkpoint_name(step)}.new"
         obstacle, needed = None, 0
@@ -153,7 +153,7 @@ class Checkpointer(TrainerCallback):
             assert tensors is not None
             needed = self._needed(tensors)
             obstacle = self._obstacle(needed)
-        obstacle, needed = self.agreement.from_first((obstacle, needed))
+        obstacle, needed = self.collectives.broadcast((obstacle, needed))
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
@@ -169,7 +169,7 @@ class Checkpointer(TrainerCallback):
                     shutil.copyfile(self.progress.metrics_file, unfinished / "metrics.jsonl")
         except OSError as error:
             obstacle = failure_text(error)
-        obstacle = self.agreement.from_first(obstacle)
+        obstacle = self.collectives.broadcast(obstacle)
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
@@ -214,7 +214,7 @@ class Checkpointer(TrainerCallback):
         self,
         unfinished: Path,
         tensors: dict[str, torch.Tensor],
-        rest: Rest,
+        rest: DeferredWrite,
         state: dict[str, Any],
         randoms: list[dict[str, Any]],
         started: float,
@@ -276,13 +276,13 @@ class Checkpointer(TrainerCallback):
             "epoch": state.epoch,
             "max_steps": state.max_steps,
             "steps_per_epoch": trainer.steps_per_epoch,
-            "world_size": self.agreement.world_size,
+            "world_size": self.collectives.world_size,
             "engine": self.engine.name,
             "config": dataclasses.asdict(self.config),
             "data": self._contents,
             "counts": trainer.counts,
             "skipped": trainer.skipped,
-            "loop": trainer.loop_state(self.agreement),
+            "loop": trainer.loop_state(self.collectives),
             "evaluation": self.during.state() if self.during is not None else None,
             "progress": self.progress.state(),
             "versions": environment()["versions"],

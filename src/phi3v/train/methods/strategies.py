@@ -21,7 +21,7 @@ from torch import nn
 from phi3v.config import LoraConfig, MethodConfig, Part
 from phi3v.errors import UserError
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.train.pissa import remember_start
+from phi3v.train.methods.pissa import remember_start
 
 # The linear layers of each part, by the names they have in the checkpoint.
 PART_TARGETS: dict[Part, tuple[str, ...]] = {

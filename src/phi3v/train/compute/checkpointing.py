@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from phi3v.config import Checkpointing
-from phi3v.train.activations import Activations, MicroBatch, Policy
+from phi3v.train.compute.activations import Activations, MicroBatch, Policy
 
 # What `selective` keeps in the decoder: products of matrices and attention. All else is cheap to compute again.
 KEPT = {

@@ -17,18 +17,18 @@ from phi3v.config import RunConfig
 from phi3v.data.batches import BatchPlan, StepLoader
 from phi3v.data.readers import Readers
 from phi3v.errors import UserError
-from phi3v.train.agreement import Agreement
+from phi3v.train.checkpoints.random_state import set_random_state
+from phi3v.train.checkpoints.weights import read_trained
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.engines import Engine
-from phi3v.train.faults import StepFaults
-from phi3v.train.optimizers import StochasticAdamW, divide_groups, has_several_rates
-from phi3v.train.random_state import set_random_state
-from phi3v.train.saving import read_trained
+from phi3v.train.methods.optimizers import StochasticAdamW, divide_groups, has_several_rates
+from phi3v.train.observers.faults import StepFaults
+from phi3v.train.observers.tracking import PROJECT
 from phi3v.train.schedule import warmup_steps
-from phi3v.train.tracking import PROJECT
 
 if TYPE_CHECKING:
-    from phi3v.train.checkpointer import Checkpointer
-    from phi3v.train.resume import ResumePoint
+    from phi3v.train.checkpoints.resume import ResumePoint
+    from phi3v.train.checkpoints.writer import Checkpointer
 
 
 class _CheckEngine(TrainerCallback):
@@ -50,7 +50,7 @@ class Phi3VTrainer(Trainer):
     Args:
         config: of the run.
         engine: how the ranks hold model and optimizer.
-        agreement: what the ranks tell each other.
+        collectives: what the ranks tell each other.
         faults: watches the steps; without it nothing does.
         plan: the rows that ``train_dataset`` makes. A step's rows differ in number, so the library counts each step as
             one batch and `training_step` goes through its rows.
@@ -64,7 +64,7 @@ class Phi3VTrainer(Trainer):
         engine: Engine,
         plan: BatchPlan,
         readers: Readers | None = None,
-        agreement: Agreement | None = None,
+        collectives: HostCollectives | None = None,
         faults: StepFaults | None = None,
         **kwargs: Any,
     ) -> None:
@@ -75,7 +75,7 @@ class Phi3VTrainer(Trainer):
         super().__init__(*args, **kwargs)
         engine.adopt(self)
         self.add_callback(_CheckEngine(self))
-        self.agreement = agreement or Agreement(self.args.world_size, timedelta(minutes=30))
+        self.collectives = collectives or HostCollectives(self.args.world_size, timedelta(minutes=30))
         self.faults = faults
         self.checkpoints: Checkpointer | None = None
         self.point: ResumePoint | None = None
@@ -115,7 +115,7 @@ class Phi3VTrainer(Trainer):
         counts = [row["counts"] for rows in steps for row in rows]
         skipped = [entry for own in counts for entry in own.skipped]
         sums = [sum(own[index] for own in counts) for index in range(4)]
-        *totals, num_skipped = self.agreement.total([*sums, len(skipped)])
+        *totals, num_skipped = self.collectives.sum([*sums, len(skipped)])
         self.counts = [before + now for before, now in zip(self.counts, totals, strict=True)]
         if num_skipped and self.faults is not None:
             self.skipped += self.faults.report_skipped(skipped)
@@ -150,11 +150,11 @@ class Phi3VTrainer(Trainer):
             steps = [next(epoch_iterator)]
         except UserError as error:
             wrong = str(error)
-        if self.agreement.total([wrong is not None])[0]:
+        if self.collectives.sum([wrong is not None])[0]:
             if self.checkpoints is not None and self.state.global_step not in (0, self.checkpoints.last_step):
                 self.checkpoints.save(self)
                 self.checkpoints.wait()
-            what = next(text for text in self.agreement.gather(wrong) if text is not None)
+            what = next(text for text in self.collectives.all_gather(wrong) if text is not None)
             raise UserError(what)
         return steps, self._get_num_items_in_batch(steps, device)
 
@@ -202,9 +202,9 @@ class Phi3VTrainer(Trainer):
             total, steps = total + rest, steps + more
         return total / max(steps, 1)
 
-    def loop_state(self, agreement: Agreement) -> dict[str, Any]:
+    def loop_state(self, collectives: HostCollectives) -> dict[str, Any]:
         """The losses that are not logged yet, of every rank, and those that are; a collective."""
-        losses = agreement.gather(self._tr_loss.item())
+        losses = collectives.all_gather(self._tr_loss.item())
         return {"losses": losses, "logged": list(self._logged), "logged_to": self._logged_to}
 
     def restore_loop(self, loop: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from phi3v.errors import UserError
 T = TypeVar("T")
 
 
-class Agreement:
+class HostCollectives:
     """Sums and lists over all ranks. Every method is a collective: all ranks call it, in the same order.
 
     Args:
@@ -29,7 +29,7 @@ class Agreement:
         self.world_size = world_size
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64."""
         if self.world_size == 1:
             return [float(value) for value in values]
@@ -38,7 +38,7 @@ class Agreement:
         summed: list[float] = numbers.tolist()
         return summed
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
         if self.world_size == 1:
             return [value]
@@ -46,7 +46,7 @@ class Agreement:
         distributed.all_gather_object(values, value, group=self._group)
         return values
 
-    def by_first(self, rank: int, work: Callable[[], T]) -> T:
+    def run_on_first(self, rank: int, work: Callable[[], T]) -> T:
         """What ``work`` gives on rank 0, which alone does it; the others, perhaps on other machines, are told.
 
         Raises:
@@ -59,13 +59,13 @@ class Agreement:
                 found = work()
             except UserError as error:
                 wrong = (error.what, error.where, error.hint)
-        found, wrong = self.from_first((found, wrong))
+        found, wrong = self.broadcast((found, wrong))
         if wrong is not None:
             raise UserError(wrong[0], where=wrong[1], hint=wrong[2])
         given: T = found
         return given
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The value of rank 0."""
         if self.world_size == 1:
             return value

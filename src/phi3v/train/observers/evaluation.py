@@ -17,12 +17,18 @@ from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.agreement import Agreement
-from phi3v.train.device import Compute
+from phi3v.train.checkpoints.weights import (
+    WRITE_ERRORS,
+    IncompleteSaveError,
+    failure_text,
+    save_replacing,
+    saved_tensors,
+)
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import Engine
-from phi3v.train.measuring import measure
-from phi3v.train.progress import ProgressCallback
-from phi3v.train.saving import WRITE_ERRORS, IncompleteSaveError, failure_text, save_replacing, saved_tensors
+from phi3v.train.observers.evaluating import measure
+from phi3v.train.observers.progress import ProgressCallback
 
 logger = logging.getLogger("phi3v")
 
@@ -49,8 +55,8 @@ class EvaluationCallback(TrainerCallback):
         processor: Phi3VProcessor,
         questions: QuestionDataset,
         config: EvaluationConfig,
-        compute: Compute,
-        agreement: Agreement,
+        compute: RuntimeDevice,
+        collectives: HostCollectives,
         *,
         stored_dtype: torch.dtype,
         folder: Path,
@@ -64,7 +70,7 @@ class EvaluationCallback(TrainerCallback):
         self.questions = questions
         self.config = config
         self.compute = compute
-        self.agreement = agreement
+        self.collectives = collectives
         self.stored_dtype = stored_dtype
         self.folder = folder
         self.console = console
@@ -86,7 +92,7 @@ class EvaluationCallback(TrainerCallback):
             "stopped_early": self.stopped_early,
         }
 
-    def take_up(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave."""
         self.best = Best(**state["best"]) if state["best"] is not None else None
         self.without_improvement = state["without_improvement"]
@@ -141,7 +147,7 @@ class EvaluationCallback(TrainerCallback):
                 raise
             except WRITE_ERRORS as error:
                 wrong = failure_text(error)
-        wrong = self.agreement.from_first(wrong)
+        wrong = self.collectives.broadcast(wrong)
         if wrong is None:
             return True
         kept = f"best/ holds those of step {before.step}" if before is not None else "there is no best/ yet"

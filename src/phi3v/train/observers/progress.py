@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from phi3v.train.trainer import Phi3VTrainer
+    from phi3v.train.loop import Phi3VTrainer
 
 
 def peak_memory_gb() -> float:
@@ -121,7 +121,7 @@ class ProgressCallback(TrainerCallback):
         now = time.perf_counter()
         return {"counted": self.counted, "seconds": now - self.start, "since_last": now - self.last}
 
-    def take_up(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave."""
         now = time.perf_counter()
         self.counted, self.start, self.last = state["counted"], now - state["seconds"], now - state["since_last"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from phi3v.errors import UserError
-from phi3v.train.strategies import PART_TARGETS
+from phi3v.train.methods.strategies import PART_TARGETS
 
 
 def require_torchao() -> None:

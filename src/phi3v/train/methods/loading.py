@@ -21,9 +21,9 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.device import Compute
-from phi3v.train.optimizers import keeps_bf16_weights
-from phi3v.train.strategies import PART_MODULES, VISION, apply_method
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.methods.optimizers import keeps_bf16_weights
+from phi3v.train.methods.strategies import PART_MODULES, VISION, apply_method
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModelFacts:
     context: int  # tokens of a record that it reads at most
 
 
-def inspect_model(config: RunConfig, compute: Compute) -> ModelFacts:
+def inspect_model(config: RunConfig, compute: RuntimeDevice) -> ModelFacts:
     """Look at a model without loading a weight.
 
     Raises:
@@ -113,7 +113,7 @@ def load_processor(config: RunConfig) -> Phi3VProcessor:
         ) from None
 
 
-def load_for_training(config: RunConfig, facts: ModelFacts, compute: Compute) -> Any:
+def load_for_training(config: RunConfig, facts: ModelFacts, compute: RuntimeDevice) -> Any:
     """The model as the method wants it: quantised, with adapters, with the right tensors trainable.
 
     Raises:
@@ -157,7 +157,7 @@ def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:
     return loaded
 
 
-def choose_attention(config: RunConfig, compute: Compute) -> tuple[str, str]:
+def choose_attention(config: RunConfig, compute: RuntimeDevice) -> tuple[str, str]:
     """The decoder's attention, as transformers knows it, and the reason for it.
 
     Raises:

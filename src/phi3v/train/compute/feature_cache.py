@@ -26,8 +26,8 @@ from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import cut_flat_pages
-from phi3v.train.device import Compute
-from phi3v.train.progress import progress_bar
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.observers.progress import progress_bar
 
 Stage = Literal["tower", "projected"]
 
@@ -49,7 +49,7 @@ def fill_features(
     model: Any,
     table: RecordTable,
     processor: Phi3VImageProcessor,
-    compute: Compute,
+    compute: RuntimeDevice,
     console: Console,
     *,
     show_bar: bool = True,
@@ -135,7 +135,7 @@ def _width(projection: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _computing(model: nn.Module, compute: Compute) -> Iterator[None]:
+def _computing(model: nn.Module, compute: RuntimeDevice) -> Iterator[None]:
     """As a training step computes, without gradients."""
     dtype = compute.autocast_dtype
     autocast = torch.autocast(compute.device.type, dtype) if dtype else contextlib.nullcontext()

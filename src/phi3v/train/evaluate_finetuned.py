@@ -18,10 +18,10 @@ from phi3v.data.table import open_table
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
-from phi3v.train.device import choose_compute, default_workers
-from phi3v.train.measuring import measure, show_scores
-from phi3v.train.progress import progress_bar
-from phi3v.train.tuned import find_tuned, inspect_tuned, load_tuned
+from phi3v.train.device import choose_device, default_workers
+from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
+from phi3v.train.observers.evaluating import measure, show_scores
+from phi3v.train.observers.progress import progress_bar
 
 
 def evaluate_tuned(
@@ -51,7 +51,7 @@ def evaluate_tuned(
         UserError: the model, the data or a setting is wrong.
     """
     require_file(data)
-    tuned = find_tuned(name, base)
+    tuned = resolve_model(name, base)
     config = dataclasses.replace(tuned.run.evaluation, **settings)
     if out is not None:
         require_new_file(out / "eval.json", "--out")
@@ -60,7 +60,7 @@ def evaluate_tuned(
         require_new_file(submission, "--submission")
         benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
-    compute = choose_compute(precision or tuned.run.training.precision)
+    compute = choose_device(precision or tuned.run.training.precision)
     reading = tuned.run.data.reading
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)

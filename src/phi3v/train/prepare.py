@@ -33,7 +33,8 @@ from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.activations import (
+from phi3v.train.checks import Case, DataFacts, require_possible
+from phi3v.train.compute.activations import (
     Activations,
     Gradients,
     MicroBatch,
@@ -41,29 +42,28 @@ from phi3v.train.activations import (
     kind_of_attention,
     residual_bytes,
 )
-from phi3v.train.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
-from phi3v.train.checks import Case, DataFacts, require_possible
-from phi3v.train.device import Compute, default_workers
+from phi3v.train.compute.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
+from phi3v.train.compute.float8 import apply_float8
+from phi3v.train.compute.kernels import apply_kernels
+from phi3v.train.device import RuntimeDevice, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.float8 import apply_float8
-from phi3v.train.kernels import apply_kernels
-from phi3v.train.loading import ModelFacts, inspect_model, load_for_training, load_processor
-from phi3v.train.optimizers import state_bytes
+from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
+from phi3v.train.methods.optimizers import state_bytes
+from phi3v.train.observers.tracking import prepare_trackers
 from phi3v.train.run_folder import check_run_folder
-from phi3v.train.tracking import prepare_trackers
 
 # Where memory is estimated before a text is tokenised.
 ASSUMED_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Setup:
+class PreparedRun:
     """A run that may begin: everything checked and loaded, nothing written yet."""
 
     config: RunConfig
     console: Console
-    compute: Compute
+    compute: RuntimeDevice
     facts: ModelFacts
     folder: Path
     accumulation: int
@@ -108,7 +108,7 @@ class Setup:
         return self.dataset()[RowPlan(((probe_index(self.train_table),),), ends_step=True)]
 
 
-def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bool = False) -> Setup:
+def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resume: bool = False) -> PreparedRun:
     """Check everything and load the model.
 
     Args:
@@ -146,7 +146,7 @@ def prepare(config: RunConfig, console: Console, compute: Compute, *, resume: bo
         apply_float8(model)
     apply_kernels(model, config.training)
     engine = make_engine(model, choice, config, compute)
-    setup = Setup(
+    setup = PreparedRun(
         config,
         console,
         compute,
@@ -175,7 +175,7 @@ def _choose_checkpointing(
     processor: Phi3VProcessor,
     table: RecordTable,
     plan: BatchPlan,
-    compute: Compute,
+    compute: RuntimeDevice,
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
@@ -201,7 +201,7 @@ def _choose_checkpointing(
     )
 
 
-def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Compute) -> Activations:
+def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: RuntimeDevice) -> Activations:
     is_adapter = config.method.name in ("lora", "qlora")
     return Activations(
         ModelShape.of(model.config),
@@ -297,7 +297,7 @@ def probe_index(table: RecordTable) -> int:
 
 
 def make_plan(
-    config: RunConfig, compute: Compute, model: Any, table: RecordTable, processor: Phi3VProcessor
+    config: RunConfig, compute: RuntimeDevice, model: Any, table: RecordTable, processor: Phi3VProcessor
 ) -> BatchPlan:
     """Which records each rank computes in which step."""
     if config.data.packing == "none":

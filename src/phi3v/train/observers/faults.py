@@ -13,7 +13,7 @@ from torch import distributed
 
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
-from phi3v.train.agreement import Agreement
+from phi3v.train.collectives import HostCollectives
 
 logger = logging.getLogger("phi3v")
 
@@ -32,7 +32,7 @@ class StepFaults:
 
     def __init__(
         self,
-        agreement: Agreement,
+        collectives: HostCollectives,
         table: RecordTable,
         console: Console,
         *,
@@ -40,7 +40,7 @@ class StepFaults:
         can_drop: bool,
         newest_checkpoint: Callable[[], str],
     ) -> None:
-        self.agreement = agreement
+        self.collectives = collectives
         self.table = table
         self.console = console
         self.limit = max_nonfinite_steps if can_drop else 1
@@ -70,14 +70,14 @@ class StepFaults:
         norm = float(grad_norm) if grad_norm is not None and not is_scaled else 0.0
         finite = torch.stack([loss for _, loss in self._losses]).isfinite().tolist()
         bad = [records for (records, _), is_finite in zip(self._losses, finite, strict=True) if not is_finite]
-        if not self.agreement.total([bool(bad) or not math.isfinite(norm)])[0]:
+        if not self.collectives.sum([bool(bad) or not math.isfinite(norm)])[0]:
             self.in_a_row = 0
             return False
         self.in_a_row += 1
         self.dropped += 1
         # The micro-batches whose loss shows it; if the loss was finite and its gradient not, all of the step.
         mine = bad or [records for records, _ in self._losses]
-        gathered = self.agreement.gather((bool(bad), [index for records in mine for index in records]))
+        gathered = self.collectives.all_gather((bool(bad), [index for records in mine for index in records]))
         guilty = any(is_bad for is_bad, _ in gathered)
         names = [self._name(index) for is_bad, records in gathered if is_bad or not guilty for index in records]
         what = "the loss" if guilty else "a gradient"
@@ -98,7 +98,7 @@ class StepFaults:
 
     def report_skipped(self, skipped: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
         """Records of all ranks that were left out, by name, said once; a collective."""
-        everywhere = [entry for own in self.agreement.gather(list(skipped)) for entry in own]
+        everywhere = [entry for own in self.collectives.all_gather(list(skipped)) for entry in own]
         named = [(self._name(index), why) for index, why in dict(everywhere).items()]
         for name, why in named:
             text = f"left out {name}: {why}"

@@ -17,9 +17,9 @@ from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.paths import find_model, now_at
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoint_folder import checkpoints, step_of
-from phi3v.train.device import Compute
-from phi3v.train.loading import (
+from phi3v.train.checkpoints.folder import checkpoints, step_of
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.methods.loading import (
     ModelFacts,
     inspect_model,
     keep_trainable_layout,
@@ -34,7 +34,7 @@ SAVES = ("final", "best")  # the folders of a run that hold a model or an adapte
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FinetunedModel:
     """Where a tuned model is.
 
     Attributes:
@@ -64,7 +64,7 @@ class Tuned:
         return self.adapter is not None and self.run.method.name == "qlora"
 
 
-def find_tuned(name: str, base: str | None = None) -> Tuned:
+def resolve_model(name: str, base: str | None = None) -> FinetunedModel:
     """Find out what ``name`` is: a run folder (its ``final/`` is meant), a checkpoint, an adapter, a model, a hub id.
 
     Args:
@@ -77,7 +77,7 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
         base = find_model(base, f"--model {base}")
     folder = Path(find_model(name, f"model.path {name}"))
     if not folder.is_dir():
-        return Tuned(name)
+        return FinetunedModel(name)
     folder, run_folder = _place_in_run(folder)
     run = (
         load_config(run_folder / "config.yaml", of_run=True).now_in(run_folder)
@@ -96,7 +96,7 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
     if of_checkpoint:
         folder = folder / "model"
     if not (folder / ADAPTER_CONFIG).is_file():
-        return Tuned(str(folder), None, run, run_folder, of_checkpoint)
+        return FinetunedModel(str(folder), None, run, run_folder, of_checkpoint)
     if base is None:
         base = _base_of(folder / ADAPTER_CONFIG)
         if run_folder is not None:
@@ -107,7 +107,7 @@ def find_tuned(name: str, base: str | None = None) -> Tuned:
         is_old = run_folder is not None and not os.path.isabs(run.training.output_dir)
         if is_old and not os.path.isdir(base) and not isinstance(try_to_load_from_cache(base, "config.json"), str):
             raise UserError("no model there: no such folder, and none from the hub is at hand", where=where, hint=hint)
-    return Tuned(base, folder, run, run_folder, of_checkpoint)
+    return FinetunedModel(base, folder, run, run_folder, of_checkpoint)
 
 
 def _place_in_run(folder: Path) -> tuple[Path, Path | None]:
@@ -144,7 +144,7 @@ class Inspected:
     processor: Phi3VProcessor
 
 
-def inspect_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = None) -> Inspected:
+def inspect_tuned(tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: int | None = None) -> Inspected:
     """Look at a model without loading its weights.
 
     Args:
@@ -168,7 +168,7 @@ def inspect_tuned(tuned: Tuned, compute: Compute, *, num_crops: int | None = Non
 
 
 def load_tuned(
-    tuned: Tuned, compute: Compute, *, num_crops: int | None = None, inspected: Inspected | None = None
+    tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: int | None = None, inspected: Inspected | None = None
 ) -> tuple[Any, Phi3VProcessor]:
     """The model, as its run measured it, and its processor.
 

@@ -12,7 +12,7 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult, evaluate
 from phi3v.findings import Finding
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.device import Compute
+from phi3v.train.device import RuntimeDevice
 
 SHOWN_ANSWER = 40  # characters of the most frequent answer
 
@@ -22,7 +22,7 @@ def measure(
     processor: Phi3VProcessor,
     questions: QuestionDataset,
     config: EvaluationConfig,
-    compute: Compute,
+    compute: RuntimeDevice,
     *,
     num_workers: int,
     bar: Progress,

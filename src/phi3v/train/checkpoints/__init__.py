@@ -1,0 +1,1 @@
+"""What is written while it trains, and going on from it."""

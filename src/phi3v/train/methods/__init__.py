@@ -1,0 +1,1 @@
+"""What is trained: LoRA, QLoRA, PiSSA, frozen parts, the optimizers."""

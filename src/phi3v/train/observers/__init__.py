@@ -1,0 +1,1 @@
+"""What looks on while it trains: progress, evaluation, faults, signals, trackers."""
