@@ -1,9 +1,9 @@
-"""How much faster packing trains: questions a second of four ways to take the same records, in turns on one machine.
+"""How much faster packing trains: questions a second of four variants of training on the same records, in turns.
 
     python benchmarks/packing.py                      # all of it; the tiny model, on this machine's device
     python benchmarks/packing.py --rounds 1 --steps 1 --batch-size 8 --seconds 20   # small, to see that it works
     python benchmarks/packing.py --data receipts   # one dataset; the result keeps what it holds of the other
-    python benchmarks/packing.py --attention          # only: what SDPA on packed rows costs, three ways
+    python benchmarks/packing.py --attention          # only: what SDPA on packed rows costs, in three forms
 
 - ``recipe``: as the public recipe trains, but with our model, not its code: one sample at a time, every image padded
   to num_crops + 1 crops which all go through the tower, logits of every position, everything recomputed in the
@@ -11,10 +11,10 @@
 - ``padded``: our batches of records, padded to the longest, without recomputing.
 - ``samples`` and ``shared-image``: packed rows (docs/packing.md).
 
-Each way takes optimizer steps of the same number of questions, as ``phi3v bench train`` measures them; the first step
-is not counted. Reading is part of a step, and the recipe's way reads float crops. On a CPU a second is one of CPU time
-on one thread. The ways take turns for ``--rounds`` rounds; speeds and ratios are medians over the rounds, beside their
-smallest and largest. A way's turn is cut off after ``--seconds``, at the end of a step.
+Each variant takes optimizer steps of the same number of questions, as ``phi3v bench train`` measures them; the first
+step is not counted. Reading is part of a step, and the recipe variant reads float crops. On a CPU a second is CPU time
+on one thread. The variants take turns for ``--rounds`` rounds; speeds and ratios are medians over the rounds,
+beside their smallest and largest. A variant's turn is cut off after ``--seconds``, at the end of a step.
 
 Datasets: easy-vqa (9.6 questions an image, 2 crops), and at num_crops=16 drawn pages in the sizes and with the lengths
 of answers of 626 public scans of receipts (``receipt_pages.csv``), four questions a page, as about DocVQA's.
@@ -41,14 +41,14 @@ from bench_result import ROOT, write_result
 from phi3v.bench.counting import timed_by
 from phi3v.bench.pages import write_pages
 from phi3v.bench.rows import measure_row
-from phi3v.bench.settings import Row, Settings, Way
+from phi3v.bench.settings import BenchSettings, Row, Variant
 from phi3v.data.convert import ConvertOptions
 from phi3v.data.sources import easy_vqa
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.attention import MaskBackend, SegmentBackend, visible
 from phi3v.model.presets import init_model
 
-WAYS = ("recipe", "padded", "samples", "shared-image")
+VARIANTS = ("recipe", "padded", "samples", "shared-image")
 DATA = ("easy-vqa", "receipts")
 
 
@@ -64,12 +64,14 @@ class Data:
     batch_size: int  # questions of an optimizer step
 
 
-def measure(ways: dict[str, Way], data: Data, model_dir: Path, settings: Settings, rounds: int) -> dict[str, Any]:
-    """Every way, by its name in the result, and the ratios of ``shared-image`` over the others."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+def measure(
+    variants: dict[str, Variant], data: Data, model_dir: Path, settings: BenchSettings, rounds: int
+) -> dict[str, Any]:
+    """Every variant, by its name in the result, and the ratios of ``shared-image`` over the others."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, way in ways.items():
-            row = measure_row(Row("full", way), settings, model_dir, data.file)
+        for name, variant in variants.items():
+            row = measure_row(Row("full", variant), settings, model_dir, data.file)
             print(f"{data.name} {name}: {json.dumps(row)}", flush=True)
             rows[name].append(row)
     result: dict[str, Any] = {}
@@ -173,13 +175,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: the tiny preset with random weights")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=int, help="questions of an optimizer step (default: 64, receipts 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every way")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn that are timed")
     parser.add_argument("--seconds", type=float, default=240, help="a turn ends after so many, at the end of a step")
     parser.add_argument("--recipe-attention", choices=("eager", "flash"), default="eager")
-    parser.add_argument("--attention", action="store_true", help="compare ways to attend on the CPU, and end")
+    parser.add_argument(
+        "--attention", action="store_true", help="compare attention implementations on the CPU, and end"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "packing.json")
     given = parser.parse_args()
     if given.attention:
@@ -212,7 +216,7 @@ def main() -> None:
                 "rounds": given.rounds,
                 "steps_of_a_round": given.steps,
             }
-            settings = Settings(
+            settings = BenchSettings(
                 batch_size=data.batch_size,
                 steps=given.steps,
                 seconds=given.seconds,
@@ -222,10 +226,10 @@ def main() -> None:
                 shared_image_max=16,
                 optimizer="adamw",
             )
-            ways: dict[str, Way] = {way: way for way in given.ways}
-            if "recipe" in ways and given.recipe_attention == "flash":
-                ways["recipe"] = "recipe-flash"
-            result |= measure(ways, data, model, settings, given.rounds)
+            variants: dict[str, Variant] = {variant: variant for variant in given.variants}
+            if "recipe" in variants and given.recipe_attention == "flash":
+                variants["recipe"] = "recipe-flash"
+            result |= measure(variants, data, model, settings, given.rounds)
             figures[data.name] = result
     print(json.dumps(write_result("packing", figures, given.out), indent=2))
 

@@ -17,7 +17,7 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.cli import main
 from phi3v.export import make, proof
 from phi3v.model.checkpoint import checkpoint_keys
-from phi3v.serve.conversation import Chat, Settings, Turn
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.train.device import choose_device
 from phi3v.train.finetuned import resolve_model
 
@@ -102,7 +102,7 @@ def test_an_export_knows_what_to_compare_it_with(exported: Path, base: Path) -> 
     assert manifest["tuned_from"] == str(base)
     chat = Chat(resolve_model(str(exported)), choose_device("fp32"))
     assert chat.base == str(base)
-    turns, settings = [Turn("what is this?")], Settings(max_new_tokens=4)
+    turns, settings = [Turn("what is this?")], AnswerSettings(max_new_tokens=4)
     *_, answer = chat.answer(turns, settings, "base")
     *_, same = Chat(resolve_model(str(base)), choose_device("fp32")).answer(turns, settings)
     assert answer == same

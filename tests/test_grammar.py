@@ -77,8 +77,8 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
     "completion": (["bash"], (), {"shell": "bash"}),
     "bench train": (
         [],
-        (["--methods", "lora", "qlora"], ["--ways", "recipe"], ["--fp8"]),
-        {"methods": ["lora", "qlora"], "ways": ["recipe"], "fp8": True},
+        (["--methods", "lora", "qlora"], ["--variants", "recipe"], ["--fp8"]),
+        {"methods": ["lora", "qlora"], "variants": ["recipe"], "fp8": True},
     ),
     "bench preprocess": ([], (["--pages", "4"], ["--images", "d"]), {"pages": 4, "images": Path("d")}),
     "bench generate": ([], (["--questions", "4"], ["--preset", "tiny"]), {"questions": 4, "preset": "tiny"}),
@@ -139,7 +139,7 @@ def test_what_is_no_list_is_given_once(verb: str, capsys: pytest.CaptureFixture[
     places, options, _ = VERBS[verb]
     words = [*verb.split(), *places, *itertools.chain(*options)]
     for name, *values in options:
-        if len(values) != 1 or name in ("--evaluation.metrics", "--ways"):
+        if len(values) != 1 or name in ("--evaluation.metrics", "--variants"):
             continue
         assert main([*words, name, "other"]) == 2
         error = capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from phi3v import __version__, commands
-from phi3v.bench.settings import WAYS, Settings
+from phi3v.bench.settings import VARIANTS, BenchSettings
 from phi3v.config import DEFAULT_MAX_PIXELS, METHODS, METRIC_NAMES, add_keys
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
 from phi3v.grammar import Parser
@@ -453,16 +453,16 @@ def _add_chat(verbs: Any) -> None:
 
 
 def _add_bench(bench: Any) -> None:
-    usual = Settings()
+    usual = BenchSettings()
     train = _command(
         bench,
         "train",
         commands.bench_train,
-        "speed and memory of training, beside the public recipe's way in the same call; also under torchrun",
-        "phi3v bench train --methods lora --ways recipe samples shared-image --out lora.json",
+        "speed and memory of training, beside the public recipe's training in the same call; also under torchrun",
+        "phi3v bench train --methods lora --variants recipe samples shared-image --out lora.json",
     )
     train.add_argument("--methods", nargs="+", action="extend", choices=METHODS, help="(default: all)")
-    train.add_argument("--ways", nargs="+", action="extend", choices=WAYS, help="(default: all)")
+    train.add_argument("--variants", "--ways", nargs="+", action="extend", choices=VARIANTS, help="(default: all)")
     train.add_argument("--steps", type=int, default=usual.steps, help="steps timed, after one (default: %(default)s)")
     train.add_argument(
         "--seconds", type=float, default=usual.seconds, help="a row ends after so many (default: %(default)s)"
@@ -470,8 +470,8 @@ def _add_bench(bench: Any) -> None:
     numbers = {
         "batch_size": "samples of an optimizer step, over all devices",
         "num_crops": "crops of a page at most",
-        "micro_batch": "samples at a time of the way padded",
-        "lean_batch": "samples of a step of the way lean",
+        "micro_batch": "samples at a time of the variant padded",
+        "lean_batch": "samples of a step of the variant lean",
         "pack_tokens": "tokens of a packed row",
         "shared_image_max": "questions of a page that share a step at most",
         "rank": "of the adapters",
@@ -484,15 +484,15 @@ def _add_bench(bench: Any) -> None:
         "--optimizer",
         choices=("auto", "adamw", "adamw_8bit", "adamw_bf16"),
         default=usual.optimizer,
-        help="of all ways but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
+        help="of all variants but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
     )
-    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="of our ways")
-    train.add_argument("--fp8", action="store_true", help="our ways multiply in float8 in the decoder; not exact")
+    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="of our variants")
+    train.add_argument("--fp8", action="store_true", help="our variants multiply in float8 in the decoder; not exact")
     preprocess = _command(
         bench,
         "preprocess",
         commands.bench_preprocess,
-        "what a page costs a core, beside the official way",
+        "what a page costs a core, beside the official processor",
         "phi3v bench preprocess --pages 4",
     )
     preprocess.add_argument("--images", type=Path, metavar="DIR", help="pictures in place of drawn pages of 1275x1650")

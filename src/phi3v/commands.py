@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v.bench.settings import WAYS, Settings
+from phi3v.bench.settings import VARIANTS, BenchSettings
 from phi3v.config import METHODS, load_config
 from phi3v.data.sources import SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.errors import UserError
@@ -238,11 +238,11 @@ def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.evaluate.streaming import Sampling
     from phi3v.serve.address import Address
     from phi3v.serve.command import answer_once, open_page
-    from phi3v.serve.conversation import Settings
+    from phi3v.serve.conversation import AnswerSettings
     from phi3v.serve.limits import Limits
 
     limits = Limits(**{entry.name: getattr(arguments, f"max_{entry.name}") for entry in dataclasses.fields(Limits)})
-    settings = Settings(
+    settings = AnswerSettings(
         arguments.max_new_tokens,
         Sampling(arguments.temperature, arguments.top_p, arguments.seed),
         arguments.num_crops,
@@ -263,10 +263,12 @@ def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 def bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.bench.training import bench_train
 
-    settings = Settings(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(Settings)})
+    settings = BenchSettings(
+        **{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(BenchSettings)}
+    )
     result = bench_train(
         arguments.methods or METHODS,
-        arguments.ways or WAYS,
+        arguments.variants or VARIANTS,
         settings,
         console,
         preset=arguments.preset,

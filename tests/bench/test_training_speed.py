@@ -21,7 +21,7 @@ from phi3v.bench.generation import bench_generate
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages
 from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
 from phi3v.bench.rows import row_config
-from phi3v.bench.settings import Row, Settings
+from phi3v.bench.settings import BenchSettings, Row
 from phi3v.bench.training import bench_train
 from phi3v.cli import main
 from phi3v.errors import UserError
@@ -30,7 +30,7 @@ from phi3v.processing.hd_transform import page_geometry
 from phi3v.train.device import choose_device
 from phi3v.train.prepare import prepare
 
-SMALL = Settings(batch_size=4, steps=1, num_crops=2, pack_tokens=1200, rank=2, optimizer="adamw", precision="fp32")
+SMALL = BenchSettings(batch_size=4, steps=1, num_crops=2, pack_tokens=1200, rank=2, optimizer="adamw", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pages(tmp_path_factory.mktemp("bench") / "pages", 3, sizes=((40, 60),))
 
 
-def bench(model: Path, data: Path, out: Path | None, *ways: Any, settings: Settings = SMALL) -> dict[str, Any]:
+def bench(model: Path, data: Path, out: Path | None, *variants: Any, settings: BenchSettings = SMALL) -> dict[str, Any]:
     console = Console(quiet=True)
-    return bench_train(["full"], ways, settings, console, model=model, data=data, cache=data.parent, out=out)
+    return bench_train(["full"], variants, settings, console, model=model, data=data, cache=data.parent, out=out)
 
 
 def test_the_drawn_pages_are_as_long_as_docvqa() -> None:
@@ -80,12 +80,12 @@ def test_every_way_is_measured_once(
 
     # A second call takes up what there is, and tries again what failed.
     tried: list[str] = []
-    monkeypatch.setattr(training, "measure_row", lambda row, *rest: tried.append(row.way) or {"error": "no"})
+    monkeypatch.setattr(training, "measure_row", lambda row, *rest: tried.append(row.variant) or {"error": "no"})
     again = bench(small_model_dir, pages, out, "recipe", "lean")
     assert tried == ["lean"]
     assert again["rows"][:2] == [recipe, shared]
     with pytest.raises(UserError, match="another settings"):
-        bench(small_model_dir, pages, out, "recipe", settings=Settings())
+        bench(small_model_dir, pages, out, "recipe", settings=BenchSettings())
 
 
 def test_a_row_without_memory_says_so(small_model_dir: Path, pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +101,11 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
     """float32, 1e-4 of the largest entry: eager attention and 3 crops at once sum in another order, and the recipe's
     global view is shrunk on the host."""
     gradients, losses = [], []
-    for way in ("recipe", "padded"):
-        config = row_config(Row("full", way), SMALL, small_model_dir, pages, tmp_path / way)  # type: ignore[arg-type]
+    for variant in ("recipe", "padded"):
+        config = row_config(Row("full", variant), SMALL, small_model_dir, pages, tmp_path / variant)  # type: ignore[arg-type]
         setup = prepare(config, Console(quiet=True), choose_device("fp32"))
         setup.model.train()
-        if way == "recipe":
+        if variant == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)
             batch = CropCollator(setup.dataset().collate)([CropDataset(setup.train_table, setup.processor)[0]])
             trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
@@ -137,8 +137,8 @@ def test_attention_is_compared_where_it_runs() -> None:
 
 def test_targets_stand_beside_what_was_measured() -> None:
     rows = [
-        {"method": "lora", "way": way, "samples_per_second": speed, "peak_gb": 41.0}
-        for way, speed in (("recipe", 2.0), ("samples", 8.0), ("shared-image", 16.0))
+        {"method": "lora", "variant": variant, "samples_per_second": speed, "peak_gb": 41.0}
+        for variant, speed in (("recipe", 2.0), ("samples", 8.0), ("shared-image", 16.0))
     ]
     found = {line["figure"]: (line["measured"], line["met"]) for line in gpu_table.targets(rows)}
     assert found["lora samples samples/s, at least"] == (8.0, True)
@@ -159,15 +159,15 @@ def test_generating_is_compared(
     assert (result["questions"], result["pages"], result["same_answers"]) == (2, 1, 2)
 
 
-@pytest.mark.parametrize("way", ["padded", "samples", "shared-image", "recipe"])
-def test_records_without_images_are_measured(small_model_dir: Path, pages: Path, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("variant", ["padded", "samples", "shared-image", "recipe"])
+def test_records_without_images_are_measured(small_model_dir: Path, pages: Path, tmp_path: Path, variant: str) -> None:
     """Steps of text only, then of text and images."""
     turn = {"user": "what?", "assistant": "that"}
     image = json.loads(pages.read_text(encoding="utf-8").splitlines()[0])["conversations"][0]["images"][0]
     lines = [{"id": str(k), "conversations": [turn | ({"images": [image]} if k == 0 else {})]} for k in range(12)]
-    file = pages.parent / f"mixed-{way}.jsonl"
+    file = pages.parent / f"mixed-{variant}.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (row,) = bench(small_model_dir, file, None, way)["rows"]
+    (row,) = bench(small_model_dir, file, None, variant)["rows"]
     assert "error" not in row
     assert row["samples_per_second"] > 0
 
@@ -177,7 +177,7 @@ def test_no_row_at_all_is_no_success(small_model_dir: Path, tmp_path: Path, caps
     line = {"id": "a", "conversations": [{"user": "what?", "assistant": "that"}]}
     (tmp_path / "text.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     files = ("--model", str(small_model_dir), "--data", str(tmp_path / "text.jsonl"))
-    assert main(["bench", "train", *files, "--methods", "full", "--ways", "padded"]) == 2
+    assert main(["bench", "train", *files, "--methods", "full", "--variants", "padded"]) == 2
     assert "no record has an image" in " ".join(capsys.readouterr().out.split())
 
 

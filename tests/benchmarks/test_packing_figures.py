@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import packing
-from phi3v.bench.settings import Row, Settings
+from phi3v.bench.settings import BenchSettings, Row
 
 
 def test_receipts_have_the_sizes_and_answers_of_the_table(tmp_path: Path) -> None:
@@ -24,19 +24,19 @@ def test_receipts_have_the_sizes_and_answers_of_the_table(tmp_path: Path) -> Non
     assert len({record["conversations"][0]["images"][0] for record in records}) == 1
 
 
-def test_ways_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"recipe": iter([1.0, 2.0, 1.5]), "shared-image": iter([10.0, 12.0, 21.0])}
     turns: list[str] = []
 
     def measure_row(row: Row, *_: Any) -> dict[str, Any]:
-        turns.append(row.way)
-        speed = next(speeds[row.way])
+        turns.append(row.variant)
+        speed = next(speeds[row.variant])
         row_facts = {"attention": "sdpa", "checkpointing": "none", "steps": 2, "tokens_per_sample": 3.0, "peak_gb": 1.0}
         return row_facts | {"questions_per_second": speed}
 
     monkeypatch.setattr(packing, "measure_row", measure_row)
     data = packing.Data("receipts", Path("none"), 16, 8192, 2, 16)
-    result = packing.measure({way: way for way in speeds}, data, Path("none"), Settings(), 3)  # type: ignore[misc]
+    result = packing.measure({name: name for name in speeds}, data, Path("none"), BenchSettings(), 3)  # type: ignore[misc]
     assert turns == ["recipe", "shared-image"] * 3
     assert result["recipe"]["questions_per_second"] == 1.5
     assert result["shared-image"]["questions_per_second_range"] == [10.0, 21.0]

@@ -12,7 +12,7 @@ import pytest
 from sample_files import clip
 
 from phi3v.serve.address import Address
-from phi3v.serve.conversation import Chat, Settings
+from phi3v.serve.conversation import AnswerSettings, Chat
 from phi3v.serve.examples import find_examples
 from phi3v.serve.server import serve
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def url(chat: Chat) -> Iterator[str]:
     examples = find_examples(chat.tuned)
-    settings = Settings(max_new_tokens=12)
+    settings = AnswerSettings(max_new_tokens=12)
     with serve(chat, Address(), title="a run", settings=settings, frames=4, examples=examples) as served:
         yield served.urls[0]
 
@@ -134,7 +134,7 @@ def test_side_by_side_about_a_clip(page: Any, tmp_path: Path) -> None:
 
 
 def test_an_answer_streams_in_and_can_be_stopped(page: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly(turns: Any, settings: Settings, which: str = "tuned") -> Iterator[str]:
+    def slowly(turns: Any, settings: AnswerSettings, which: str = "tuned") -> Iterator[str]:
         for number in range(1, 2000):
             time.sleep(0.02)
             yield " ".join(map(str, range(1, number)))

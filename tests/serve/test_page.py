@@ -14,7 +14,7 @@ import pytest
 from sample_files import picture
 
 from phi3v.serve.address import Address
-from phi3v.serve.conversation import Chat, Settings, Turn
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.serve.examples import find_examples
 from phi3v.serve.limits import LIMITS
 from phi3v.serve.server import ServedPage, serve
@@ -28,7 +28,7 @@ from phi3v.serve.page import Session
 def page(chat: Chat) -> Iterator[ServedPage]:
     """The page of the run, open to this machine."""
     chat.limits = replace(LIMITS, file_mb=0.1)
-    settings = Settings(max_new_tokens=6)
+    settings = AnswerSettings(max_new_tokens=6)
     examples = find_examples(chat.tuned)
     with serve(chat, Address(), title="a run", settings=settings, frames=4, examples=examples) as served:
         yield served
@@ -122,7 +122,7 @@ def test_the_examples_are_copies(client: httpx.Client, page: ServedPage, tuned_r
 
 def test_a_password_is_asked_for_before_anything(chat: Chat) -> None:
     before = set(Path(tempfile.gettempdir()).glob("phi3v-chat-*"))
-    settings = Settings(max_new_tokens=4)
+    settings = AnswerSettings(max_new_tokens=4)
     address = Address("0.0.0.0", password="long enough")
     with (
         serve(chat, address, title="a run", settings=settings, frames=4) as served,
@@ -146,5 +146,5 @@ def test_a_password_is_asked_for_before_anything(chat: Chat) -> None:
 def test_an_answer_that_was_cut_is_marked() -> None:
     turns = [Turn("a", answers={"tuned": "x", "base": "y"}, cut={"tuned": 6})]
     shown = {which: Session(turns, [[]]).messages(which)[-1]["content"] for which in ("tuned", "base")}
-    assert [part["text"] for part in shown["tuned"]] == ["x", "(cut at 6 tokens; Settings allow more)"]
+    assert [part["text"] for part in shown["tuned"]] == ["x", "(cut at 6 tokens; AnswerSettings allow more)"]
     assert [part["text"] for part in shown["base"]] == ["y"]

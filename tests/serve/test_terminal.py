@@ -20,11 +20,11 @@ from phi3v.evaluate import streaming
 from phi3v.evaluate.generate import generate_answers
 from phi3v.evaluate.streaming import Sampling
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.serve.conversation import Chat, Settings, Turn
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.train.device import choose_device
 from phi3v.train.finetuned import load_tuned, resolve_model
 
-SIX = Settings(max_new_tokens=6)
+SIX = AnswerSettings(max_new_tokens=6)
 
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
     return answer
 
 
-def last(chat: Chat, *turns: Turn, settings: Settings = SIX) -> str:
+def last(chat: Chat, *turns: Turn, settings: AnswerSettings = SIX) -> str:
     *_, answer = chat.answer(turns, settings)
     return answer
 
@@ -59,7 +59,7 @@ def test_the_answer_is_alone_on_standard_output(small_model_dir: Path, capsys: p
     assert main(["chat", str(small_model_dir), "--prompt", "hello", "--max-new-tokens", "3"]) == 0
     captured = capsys.readouterr()
     chat = Chat(resolve_model(str(small_model_dir)), choose_device("fp32"))
-    assert captured.out == last(chat, Turn("hello"), settings=Settings(max_new_tokens=3)) + "\n"
+    assert captured.out == last(chat, Turn("hello"), settings=AnswerSettings(max_new_tokens=3)) + "\n"
     assert "asking" in captured.err
     assert "(cut at 3 tokens; --max-new-tokens allows more)" in captured.err
 
@@ -70,7 +70,7 @@ def test_an_answer_that_was_cut_is_told_from_a_whole_one(chat: Chat, monkeypatch
         drawn = iter(tokens)
         monkeypatch.setattr(streaming._Chooser, "__call__", lambda *_, drawn=drawn: next(drawn))
         turn = Turn("hello")
-        last(chat, turn, settings=Settings(3))
+        last(chat, turn, settings=AnswerSettings(3))
         assert turn.cut == cut
 
 
@@ -115,7 +115,7 @@ def test_special_tokens_in_a_text_stay_text(chat: Chat) -> None:
 
 def test_draws_repeat_by_their_seed(chat: Chat) -> None:
     def drawn(**sampling: Any) -> str:
-        return last(chat, Turn("hello"), settings=Settings(12, Sampling(**sampling)))
+        return last(chat, Turn("hello"), settings=AnswerSettings(12, Sampling(**sampling)))
 
     assert drawn(temperature=1.0, seed=1) == drawn(temperature=1.0, seed=1) != drawn(temperature=1.0, seed=2)
     assert drawn(temperature=0.001, seed=1) == drawn() == drawn(seed=5)
@@ -131,7 +131,7 @@ def test_more_crops_are_a_longer_reading(small_model_dir: Path) -> None:
     )
     picture = Image.linear_gradient("L").resize((700, 400)).convert("RGB")
     for crops in (1, 4):
-        next(chat.answer([Turn("a", (picture,))], Settings(1, num_crops=crops)))
+        next(chat.answer([Turn("a", (picture,))], AnswerSettings(1, num_crops=crops)))
     assert lengths[0] < lengths[1]
 
 

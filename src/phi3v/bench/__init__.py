@@ -1,1 +1,1 @@
-"""Benchmarks: what training, preprocessing and generating cost here, each beside the plain way in the same call."""
+"""Benchmarks: what training, preprocessing and generating cost here, each beside the plain method in the same call."""

@@ -1,4 +1,4 @@
-"""Whether the ways to attend over packed rows agree on this device, and what each costs forward and backward."""
+"""Whether the attention backends for packed rows agree on this device, and what each costs forward and backward."""
 
 from __future__ import annotations
 

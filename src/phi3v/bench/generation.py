@@ -51,7 +51,7 @@ def bench_generate(
     max_new_tokens: int = 64,
     num_crops: int | None = None,
 ) -> dict[str, Any]:
-    """Answer the first ``questions`` of a file both ways, with the same model in one run.
+    """Answer the first ``questions`` of a file in batches and one at a time, with the same model in one run.
 
     Returns:
         ``one_by_one_questions_per_second``, ``questions_per_second``, ``times_faster``; ``same_answers``, of

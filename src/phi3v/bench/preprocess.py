@@ -1,7 +1,7 @@
-"""``phi3v bench preprocess``: what a page costs a core, as uint8 pages and as the official way's float crops.
+"""``phi3v bench preprocess``: what a page costs a core, as uint8 pages and as the official processor's float crops.
 
-One page at a time, from the file's bytes; CPU time of one thread, medians over pages and rounds. The ways take turns,
-so that a busy machine slows all of them, and are compared bit by bit first.
+One page at a time, from the file's bytes; CPU time of one thread, medians over pages and rounds. The variants take
+turns, so that a busy machine slows all of them, and are compared bit by bit first.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def plain_crops(content: bytes, num_crops: int) -> torch.Tensor:
 
 
 def milliseconds(
-    ways: dict[str, Callable[[bytes], object]], pages: Sequence[bytes], repeats: int
+    variants: dict[str, Callable[[bytes], object]], pages: Sequence[bytes], repeats: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each way for every page in every round but the first, which warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Milliseconds of each variant for every page in every round but the first, which warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for page in pages:
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 start = time.process_time()
-                way(page)
+                variant(page)
                 if repeat:
                     seconds[name].append(1e3 * (time.process_time() - start))
     return seconds
@@ -99,9 +99,9 @@ def _measure(pages: Sequence[bytes], num_crops: int, repeats: int) -> dict[str, 
         page, plain = processor.page(decode(content)), plain_crops(content, num_crops)
         cut = cut_pages(page[None])[0]
         if not torch.equal(cut, plain[: len(cut)]):
-            raise RuntimeError("our crops differ from the plain way's")
+            raise RuntimeError("our crops differ from the plain ones")
         if not torch.equal(processor(decode(content))["pixel_values"][0], plain):
-            raise RuntimeError("the processor's crops differ from the plain way's")
+            raise RuntimeError("the processor's crops differ from the plain ones")
     cut_here = {content: processor.page(decode(content))[None] for content in pages}
     each = milliseconds(
         {

@@ -1,4 +1,4 @@
-"""The public recipe's way to train, with our model: the baseline that ours is held against in the same call.
+"""Training as the public recipe does it, with our model: the baseline that ours is compared with in the same call.
 
 One sample at a time; float crops from the host, every picture filled up to ``num_crops + 1`` of them which all go
 through the tower; logits of every position; everything recomputed in the backward pass. The result is the same.

@@ -1,4 +1,4 @@
-"""One row of the table of training speed: a method in one way, through the set-up and the trainer of `phi3v train`."""
+"""One row of the table of training speed: one method and variant, with the set-up and loop of `phi3v train`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from phi3v.bench.counting import Clock, CountingTrainer, StepWork, one_thread
 from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
-from phi3v.bench.settings import BASELINES, Row, Settings, Way
+from phi3v.bench.settings import BASELINES, BenchSettings, Row, Variant
 from phi3v.config import Attention, Packing, RunConfig
 from phi3v.data.batches import PaddedDataset
 from phi3v.data.readers import Readers
@@ -35,16 +35,16 @@ from phi3v.train.observers.progress import peak_memory_gb
 from phi3v.train.prepare import PreparedRun, prepare
 
 
-def row_config(row: Row, settings: Settings, model: Path, data: Path, folder: Path) -> RunConfig:
+def row_config(row: Row, settings: BenchSettings, model: Path, data: Path, folder: Path) -> RunConfig:
     """The configuration of a row, as `phi3v train` would take it."""
     config = RunConfig()
     config.model.path, config.model.num_crops = str(model), settings.num_crops
-    config.model.attention = _attention(row.way)
+    config.model.attention = _attention(row.variant)
     config.data.train, config.data.image_check = str(data), "header"
     if not torch.cuda.is_available():
         config.data.num_workers = 0  # reading is counted with the rest
     config.method.name, config.method.lora.rank = row.method, settings.rank
-    packing: Packing = row.way if row.way == "samples" or row.way == "shared-image" else "none"
+    packing: Packing = row.variant if row.variant == "samples" or row.variant == "shared-image" else "none"
     config.data.packing, config.data.pack_tokens = packing, settings.pack_tokens
     config.data.shared_image_max = settings.shared_image_max
     training = config.training
@@ -54,22 +54,22 @@ def row_config(row: Row, settings: Settings, model: Path, data: Path, folder: Pa
     trained_whole = row.method in ("full", "frozen-vision")
     auto: Any = "adamw_8bit" if trained_whole and torch.cuda.is_available() else "adamw"
     training.optimizer = auto if settings.optimizer == "auto" else settings.optimizer
-    if row.way in BASELINES:
+    if row.variant in BASELINES:
         training.activation_checkpointing = "full"
         return config
     training.kernels, training.fp8 = settings.kernels, settings.fp8
-    if row.way == "padded":
+    if row.variant == "padded":
         training.micro_batch_size = min(settings.micro_batch, settings.batch_size)
-    if row.way == "lean":
+    if row.variant == "lean":
         training.lean, training.optimizer, training.max_grad_norm = True, "adamw_8bit", 0.0
         training.batch_size = training.micro_batch_size = settings.lean_batch
     return config
 
 
-def _attention(way: Way) -> Attention:
-    if way == "recipe":
+def _attention(variant: Variant) -> Attention:
+    if variant == "recipe":
         return "eager"
-    if way != "recipe-flash":
+    if variant != "recipe-flash":
         return "auto"
     if not torch.cuda.is_available():
         return "sdpa"
@@ -77,7 +77,7 @@ def _attention(way: Way) -> Attention:
     return "flash_attention_2" if flash_obstacle(gpu, torch.bfloat16, "flash_attn") is None else "sdpa"
 
 
-def measure_row(row: Row, settings: Settings, model: Path, data: Path) -> dict[str, Any]:
+def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> dict[str, Any]:
     """Measure a row; where it cannot run, ``error`` says why.
 
     Returns:
@@ -165,7 +165,7 @@ def _trainer(setup: PreparedRun, row: Row) -> CountingTrainer:
     arguments.report_to = []
     kind: type[CountingTrainer] = CountingTrainer
     dataset: Any = setup.dataset()
-    if row.way in BASELINES:
+    if row.variant in BASELINES:
         run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
         kind = RecipeTrainer
         dataset = PaddedDataset(CropDataset(setup.train_table, setup.processor), CropCollator(dataset.collate))

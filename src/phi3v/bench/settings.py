@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from phi3v.config import MethodName, Precision
 
-Way = Literal["recipe", "recipe-flash", "padded", "samples", "shared-image", "lean"]
-WAYS: tuple[Way, ...] = get_args(Way)
-BASELINES: tuple[Way, ...] = ("recipe", "recipe-flash")
+Variant = Literal["recipe", "recipe-flash", "padded", "samples", "shared-image", "lean"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+BASELINES: tuple[Variant, ...] = ("recipe", "recipe-flash")
 
 
 @dataclass(frozen=True)
@@ -17,21 +17,21 @@ class Row:
     """What is measured.
 
     Attributes:
-        way: ``recipe`` (eager attention) and ``recipe-flash`` (flash-attn, or torch's own flash kernel where that is
-            not installed) as the public recipe trains; ``padded`` batches; packed rows of ``samples`` or
+        variant: ``recipe`` (eager attention) and ``recipe-flash`` (flash-attn, or torch's own flash kernel where that
+            is not installed) as the public recipe trains; ``padded`` batches; packed rows of ``samples`` or
             ``shared-image``; ``lean``: padded in lean mode with 8-bit moments.
     """
 
     method: MethodName
-    way: Way
+    variant: Variant
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.way}"
+        return f"{self.method} {self.variant}"
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What all rows of a table have in common.
 
     Attributes:
@@ -40,7 +40,7 @@ class Settings:
         seconds: a row ends after so many, at the end of a step.
         micro_batch: samples at a time of ``padded``.
         lean_batch: samples of a step of ``lean``, which takes them at once.
-        optimizer: of every way but ``lean``; ``auto``: adamw, and adamw_8bit for full and frozen-vision on a GPU.
+        optimizer: of every variant but ``lean``; ``auto``: adamw, and adamw_8bit for full and frozen-vision on a GPU.
     """
 
     batch_size: int = 64

@@ -1,4 +1,4 @@
-"""``phi3v bench train``: the public recipe's table of speed on this machine, with the recipe's own way beside ours."""
+"""``phi3v bench train``: the public recipe's table of speed on this machine, the recipe's own training beside ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phi3v.bench.counting import timed_by
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, pages_for, write_pages
 from phi3v.bench.result import with_environment, write_json
 from phi3v.bench.rows import measure_row
-from phi3v.bench.settings import BASELINES, Row, Settings, Way
+from phi3v.bench.settings import BASELINES, BenchSettings, Row, Variant
 from phi3v.config import MethodName
 from phi3v.data.cache import cache_root
 from phi3v.data.table import open_table
@@ -28,13 +28,13 @@ from phi3v.model.presets import init_model
 from phi3v.paths import find_model
 from phi3v.plan.hardware import this_machine
 
-COLUMNS = ("method", "way", "GPUs", "attention", "batch", "samples/s", "pages/s", "tokens/s", "MFU", "peak GB")
+COLUMNS = ("method", "variant", "GPUs", "attention", "batch", "samples/s", "pages/s", "tokens/s", "MFU", "peak GB")
 
 
 def bench_train(
     methods: Sequence[MethodName],
-    ways: Sequence[Way],
-    settings: Settings,
+    variants: Sequence[Variant],
+    settings: BenchSettings,
     console: Console,
     *,
     preset: str | None = None,
@@ -43,7 +43,7 @@ def bench_train(
     cache: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every method in every way; print the table.
+    """Measure every method in every variant; print the table.
 
     Args:
         preset: architecture with random weights, kept in ``cache``; by default phi-3.5-vision on a GPU, else tiny.
@@ -55,7 +55,12 @@ def bench_train(
     Raises:
         UserError: ``out`` holds a result of other settings or of another machine, or nothing is left to measure.
     """
-    rows = [Row(method, way) for method in methods for way in ways if way != "lean" or method in ("full", "qlora")]
+    rows = [
+        Row(method, variant)
+        for method in methods
+        for variant in variants
+        if variant != "lean" or method in ("full", "qlora")
+    ]
     if not rows:
         raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
     if model is not None:
@@ -121,17 +126,19 @@ def _earlier_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, dict[str
             raise UserError(
                 f"holds a result with another {key}", where=str(out), hint="choose another --out, or remove it first"
             )
-    return {Row(row["method"], row["way"]).name: row for row in held["rows"]}
+    return {Row(row["method"], row["variant"]).name: row for row in held["rows"]}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Samples a second of each way over the recipe's and, shared pages, over ``samples``, method by method."""
-    speed = {(row["method"], row["way"]): row["samples_per_second"] for row in rows if "error" not in row}
+    """Samples a second of each variant over the recipe's and, shared pages, over ``samples``, method by method."""
+    speed = {(row["method"], row["variant"]): row["samples_per_second"] for row in rows if "error" not in row}
     over = {
-        f"{method} {way} over {base}": value / speed[method, base]
-        for (method, way), value in speed.items()
+        f"{method} {variant} over {base}": value / speed[method, base]
+        for (method, variant), value in speed.items()
         for base in (*BASELINES, "padded", "samples")
-        if (method, base) in speed and way not in (*BASELINES, base) and (base != "samples" or way == "shared-image")
+        if (method, base) in speed
+        and variant not in (*BASELINES, base)
+        and (base != "samples" or variant == "shared-image")
     }
     return {name: round(value, 2) for name, value in over.items()}
 
@@ -144,21 +151,21 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     title = f"{result['device']}, {result['timed_by']}: {result['model']}, {result['data']['source']}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in COLUMNS:  # a narrow terminal folds two of them
-        is_name = column in ("method", "way", "attention")
-        can_fold = column in ("way", "attention")
+        is_name = column in ("method", "variant", "attention")
+        can_fold = column in ("variant", "attention")
         table.add_column(column, overflow="fold", no_wrap=not can_fold, justify="left" if is_name else "right")
     for row in result["rows"]:
         if "error" in row:
-            table.add_row(row["method"], row["way"], "", "–")
+            table.add_row(row["method"], row["variant"], "", "–")
             continue
         mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
         names = ("gpus", "attention", "batch_size", "samples_per_second", "pages_per_second", "tokens_per_second")
         values = [str(row[name]).removeprefix("packed_") for name in names]
-        table.add_row(row["method"], row["way"], *values, mfu, str(row["peak_gb"]))
+        table.add_row(row["method"], row["variant"], *values, mfu, str(row["peak_gb"]))
     console.print(table)
     for row in result["rows"]:
         if "error" in row:
-            console.print(f"{row['method']} {row['way']}: {row['error']}", highlight=False, soft_wrap=True)
+            console.print(f"{row['method']} {row['variant']}: {row['error']}", highlight=False, soft_wrap=True)
     if all(row.get("mfu") is None for row in result["rows"]):
         console.print("no MFU: this is a CPU, or a device whose rate is not in plan/hardware.yaml")
     for name, value in result["ratios"].items():

@@ -15,7 +15,7 @@ from rich.console import Console
 from phi3v.config import Precision
 from phi3v.errors import UserError
 from phi3v.serve.address import Address
-from phi3v.serve.conversation import Chat, Settings, Turn, Which
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn, Which
 from phi3v.serve.examples import find_examples
 from phi3v.serve.limits import LIMITS, Limits
 from phi3v.serve.media import read_media
@@ -69,7 +69,7 @@ def answer_once(
     system: str | None = None,
     compare: bool = False,
     frames: int,
-    settings: Settings,
+    settings: AnswerSettings,
     limits: Limits = LIMITS,
     stream: bool = True,
 ) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def open_page(
     system: str | None = None,
     compare: bool = False,
     frames: int,
-    settings: Settings,
+    settings: AnswerSettings,
     limits: Limits = LIMITS,
 ) -> dict[str, Any]:
     """Serve the page until Ctrl-C.

@@ -32,7 +32,7 @@ Which = Literal["tuned", "base"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """How it answers.
 
     Attributes:
@@ -118,7 +118,7 @@ class Chat:
         crops: int = self._loaded["tuned"][1].image_processor.num_crops
         return crops
 
-    def answer(self, turns: Sequence[Turn], settings: Settings, which: Which = "tuned") -> Iterator[str]:
+    def answer(self, turns: Sequence[Turn], settings: AnswerSettings, which: Which = "tuned") -> Iterator[str]:
         """The answer to the last of ``turns`` so far, token by token, last the whole; that turn says if it was cut.
 
         Text that would be read as a special token is broken up by a space; the tags of pictures are ours alone.
@@ -163,7 +163,9 @@ class Chat:
                 self._loaded[which] = load_tuned(resolve_model(self.base), self.compute, num_crops=self._num_crops)
             return self._loaded[which]
 
-    def _prompt(self, turns: Sequence[Turn], settings: Settings, which: Which, processor: Phi3VProcessor) -> Sample:
+    def _prompt(
+        self, turns: Sequence[Turn], settings: AnswerSettings, which: Which, processor: Phi3VProcessor
+    ) -> Sample:
         images = [image for turn in turns for image in turn.images]
         self.limits.require_images(len(images))
         for turn in turns:

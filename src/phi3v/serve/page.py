@@ -22,7 +22,7 @@ from PIL import Image
 from phi3v.data.images import read_image
 from phi3v.errors import UserError
 from phi3v.evaluate.streaming import Sampling
-from phi3v.serve.conversation import Chat, Settings, Turn, Which
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn, Which
 from phi3v.serve.examples import Example
 from phi3v.serve.media import Media, read_media
 
@@ -65,7 +65,7 @@ class Session:
                 content = [{"type": "text", "text": answer}]
                 if which in turn.cut:
                     content.append(
-                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; Settings allow more)"}
+                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; AnswerSettings allow more)"}
                     )
                 messages.append({"role": "assistant", "content": content})
         return messages
@@ -80,7 +80,7 @@ def build_page(
     chat: Chat,
     *,
     title: str,
-    settings: Settings,
+    settings: AnswerSettings,
     frames: int,
     compare: bool,
     examples: Sequence[Example],
@@ -121,7 +121,7 @@ def build_page(
                 api_visibility="private",
             )
         both = gr.Checkbox(compare, label="Compare with the base", visible=chat.can_compare, elem_id="compare")
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Accordion("AnswerSettings", open=False, elem_id="settings"):
             with gr.Row():
                 tokens = gr.Slider(
                     1,
@@ -238,7 +238,7 @@ class _Asker:
         turn = session.turns[-1]
         try:
             with _Kindly():
-                settings = Settings(int(tokens), Sampling(temperature, top_p, int(seed)), int(crops))
+                settings = AnswerSettings(int(tokens), Sampling(temperature, top_p, int(seed)), int(crops))
                 last = 0.0
                 order: tuple[Which, ...] = ("tuned", "base") if compare else ("tuned",)
                 for which in order:

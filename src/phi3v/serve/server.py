@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from phi3v.errors import UserError
 from phi3v.serve.address import USER, Address, free_port
-from phi3v.serve.conversation import Chat, Settings
+from phi3v.serve.conversation import AnswerSettings, Chat
 from phi3v.serve.examples import Example
 
 SESSIONS = 16  # conversations kept at a time; the oldest goes
@@ -38,7 +38,7 @@ def serve(
     address: Address,
     *,
     title: str,
-    settings: Settings,
+    settings: AnswerSettings,
     frames: int,
     compare: bool = False,
     examples: Sequence[Example] = (),
