@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data import duplicates, table
+from phi3v.data import table
 from phi3v.data.cache import cache_folder, cache_root, content_hash
 from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
@@ -219,22 +219,6 @@ def test_faults_are_listed_in_line_order_and_counted(write: Any, record: MakeRec
     ]
     assert str(error).startswith(f"{path}: 7 faults (the first 3 follow)\n{path}:2: id: 'a' is the id of line 1 too")
     assert f"{path}:3: conversations[0].assistant: is empty" in str(error)
-
-
-def test_a_chance_collision_of_hashes_is_no_duplicate(
-    write: Any, record: MakeRecord, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class SameHash:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def digest(self) -> bytes:
-            return b"8 bytes."
-
-    monkeypatch.setattr(duplicates.hashlib, "blake2b", SameHash)
-    index = duplicates.IdIndex()
-    path = write("\ufeff" + '{"id": "a"}', '{"id": "b"}', '{"id": "a"}', '{"id": "c"}')
-    for line, name in enumerate("abac", 1):
-        index.add(name, line)
-    assert [(fault.line, fault.what) for fault in index.faults(path)] == [(3, "'a' is the id of line 1 too")]
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff\n"])

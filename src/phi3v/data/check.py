@@ -19,7 +19,7 @@ from rich.text import Text
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
-from phi3v.data.duplicates import IdIndex
+from phi3v.data.duplicates import repeated_ids
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
@@ -193,7 +193,8 @@ def check_file(
         return report
     faults: list[Fault] = []
     size_of = partial(image_size, root=root, max_pixels=max_pixels, exif_orientation=exif_orientation)
-    ids = IdIndex()
+    ids: list[str] = []
+    id_lines: list[int] = []
     seen_images: set[str] = set()
     kinds: list[str] = []
     workers = workers or min(8, available_cores())
@@ -214,7 +215,8 @@ def check_file(
             report.records += 1
             faults.extend(line.faults)
             if line.id is not None:
-                ids.add(line.id, number)
+                ids.append(line.id)
+                id_lines.append(number)
             if line.record is not None:
                 _count(report, line.record)
                 if context is not None:
@@ -238,7 +240,7 @@ def check_file(
 
     if not report.records:
         raise no_record(path)
-    faults.extend(ids.faults(path))
+    faults.extend(repeated_ids(path, ids, id_lines))
     # All faults up to the last line read are known here, so the first of them are the first of the file.
     faults.sort(key=lambda fault: fault.line)
     report.faults = faults[:max_errors]

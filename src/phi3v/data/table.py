@@ -21,7 +21,7 @@ from PIL import Image
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
-from phi3v.data.duplicates import IdIndex
+from phi3v.data.duplicates import repeated_ids
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import no_record, read_lines, replacing
@@ -255,7 +255,8 @@ def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int
     faults: list[Fault] = []
     total_faults = 0
     records = 0
-    ids = IdIndex()
+    ids: list[str] = []
+    id_lines: list[int] = []
     rows: list[dict[str, Any]] = []
     rows_bytes = 0
     with (
@@ -268,7 +269,8 @@ def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int
             bar.advance(len(raw))
             records += 1
             if line.id is not None:
-                ids.add(line.id, number)
+                ids.append(line.id)
+                id_lines.append(number)
             if line.record is None or total_faults:
                 total_faults += len(line.faults)
                 faults.extend(line.faults[: max_errors - len(faults)])
@@ -280,7 +282,7 @@ def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int
                 rows, rows_bytes = [], 0
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-    repeated = ids.faults(path)
+    repeated = repeated_ids(path, ids, id_lines)
     if total_faults + len(repeated):
         first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
         raise DataFaultsError(path, first, total=total_faults + len(repeated))

@@ -121,11 +121,8 @@ def most_frequent_answer(references: Sequence[Sequence[str]]) -> str:
     return written.most_common(1)[0][0]
 
 
-def _score(
-    name: str, statistic: Statistic, units: int, *, value: float | None = None, details: dict[str, Any] | None = None
-) -> Score:
-    if value is None:
-        value = float(statistic(np.ones((1, units)))[0])
+def _score(name: str, statistic: Statistic, units: int, *, details: dict[str, Any] | None = None) -> Score:
+    value = float(statistic(np.ones((1, units)))[0])
     low, high = bootstrap_interval(statistic, units)
     return Score(name, value, low, high, units, details=details or {})
 
@@ -203,9 +200,6 @@ def is_positive(references: Sequence[Sequence[str]], words: Sequence[str]) -> np
 
 def _auroc(name: str, answers: Answers) -> Score:
     """The area under the ROC curve of the first answer word's probability; ties count half."""
-    import torch
-    from torchmetrics.functional.classification import binary_auroc  # takes seconds to import
-
     if answers.probabilities is None:
         raise ValueError("AUROC needs the probabilities of the answer words")
     positive = is_positive(answers.references, answers.words)
@@ -214,11 +208,7 @@ def _auroc(name: str, answers: Answers) -> Score:
         only = "only positives" if positive.all() else "no positive"
         note = f"{only} ({answers.words[0]!r}) among {len(positive)} questions: there is nothing to rank"
         return Score(name, None, None, None, len(positive), note, details)
-    scores = answers.probabilities[:, 0]
-    value = binary_auroc(torch.from_numpy(scores), torch.from_numpy(positive).long())
-    # The library has no weights, so the resamples are scored by the same formula with them.
-    statistic = weighted_auroc(scores, positive)
-    return _score(name, statistic, len(scores), value=float(value), details=details)
+    return _score(name, weighted_auroc(answers.probabilities[:, 0], positive), len(positive), details=details)
 
 
 METRICS: dict[str, Metric] = {
