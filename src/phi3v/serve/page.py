@@ -65,7 +65,7 @@ class Session:
                 content = [{"type": "text", "text": answer}]
                 if which in turn.cut:
                     content.append(
-                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; AnswerSettings allow more)"}
+                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; Settings allow more)"}
                     )
                 messages.append({"role": "assistant", "content": content})
         return messages
@@ -121,7 +121,7 @@ def build_page(
                 api_visibility="private",
             )
         both = gr.Checkbox(compare, label="Compare with the base", visible=chat.can_compare, elem_id="compare")
-        with gr.Accordion("AnswerSettings", open=False, elem_id="settings"):
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
             with gr.Row():
                 tokens = gr.Slider(
                     1,
