@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     arguments = parser.parse_args()
     steps = arguments.steps or max(8, arguments.kills * 4 // 5)
-    _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "phi3v.doctor", "bench_result"])
+    _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "phi3v.doctor.diagnosis", "bench_result"])
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["PHI3V_CACHE"] = str(work / "cache")

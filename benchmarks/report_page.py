@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 from bench_result import ROOT, write_result
 from phi3v.config import DataConfig, RunConfig
 from phi3v.processing.tiny_tokenizer import WORDS
-from phi3v.report.command import report
 from phi3v.report.live import LiveReport
+from phi3v.report.report import report
 
 SPREAD = 0.05
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from phi3v.report.command import report
 from phi3v.report.preview import preview
+from phi3v.report.report import report
 
 IMAGES = Path(__file__).parent / "images"
 MAX_BYTES = 300_000

@@ -20,7 +20,7 @@ import torch
 from sample_files import clip, picture
 
 from phi3v import cli
-from phi3v.arguments import parse
+from phi3v.cli import parse
 from phi3v.config import load_config
 from phi3v.export import make, proof
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from phi3v.arguments import build_parser, parse
-from phi3v.cli import main
+from phi3v.cli import build_parser, main, parse
 from phi3v.config import RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.grammar import Parser
@@ -88,15 +87,12 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declared once: that takes longer than reading a line."""
-    monkeypatch.setattr("phi3v.arguments.build_parser", lambda: PARSER)
+    monkeypatch.setattr("phi3v.cli.build_parser", lambda: PARSER)
 
 
 def leaves(parser: Parser, name: str = "") -> dict[str, Parser]:
-    if parser._subparsers is None:
-        return {name: parser}
-    verbs = parser._subparsers._group_actions[0].choices
-    assert isinstance(verbs, dict)
-    return {k: p for verb, below in verbs.items() for k, p in leaves(below, f"{name} {verb}".strip()).items()}
+    below = [(f"{name} {verb}".strip(), inner) for verb, inner in parser.verbs.items()]
+    return {k: p for verb, inner in below for k, p in leaves(inner, verb).items()} or {name: parser}
 
 
 def test_every_verb_is_read_here() -> None:

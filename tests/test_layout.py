@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "phi3v"
-# From the top down; a file may import from its own room and from those after it.
+# From the top down; a file may import from its own room and from those after it. A room's command.py is a room of its
+# own, just below the command line: what a command does may need rooms above the one that it belongs to.
 ROOMS = [
     "__main__",
     "cli",
-    "arguments",
-    "commands",
+    "*/command.py",
     "azure",
     "report",
     "serve",
@@ -32,6 +32,7 @@ ROOMS = [
     "grammar",
     "machine",
     "findings",
+    "terminal",
     "json_files",
     "errors",
 ]
@@ -39,7 +40,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 
 
 def room(parts: tuple[str, ...]) -> str:
-    return parts[0].removesuffix(".py")
+    return "*/command.py" if parts[-1].removesuffix(".py") == "command" else parts[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

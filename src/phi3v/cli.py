@@ -6,8 +6,10 @@ by a signal, with everything saved that there was to save; 130 interrupted at on
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import importlib
 import io
 import json
 import logging
@@ -20,13 +22,45 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v import commands
-from phi3v.arguments import parse
+from phi3v import __version__
 from phi3v.errors import LostRankError, StoppedError, UserError
+from phi3v.grammar import Parser
 
-# The commands whose work is divided among the processes of a launcher.
-OF_MANY_RANKS = (commands.train, commands.eval, commands.bench_train)
+# Their `command.py` declares commands, with the handlers; none of them imports a heavy library before it is called.
+ROOMS = ("model", "data", "train", "evaluate", "export", "report", "serve", "plan", "doctor", "azure", "bench")
+SHELLS = ("bash", "zsh", "tcsh")
 SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
+
+
+def build_parser() -> Parser:
+    """Every command with its options."""
+    parser = Parser(
+        prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
+    )
+    parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
+    parser.add_subparsers(required=True, metavar="COMMAND")
+    for room in ROOMS:
+        importlib.import_module(f"phi3v.{room}.command").add_commands(parser)
+    completion = parser.add_command(
+        "completion",
+        _completion,
+        "print a script that completes commands and keys of the configuration in a shell",
+        'eval "$(phi3v completion bash)"',
+        brief="print a script that completes commands in a shell",
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    return parser
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; its keys of the configuration are in ``overrides``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    arguments = build_parser().parse_args(words)
+    arguments.overrides = {key: value for key, value in vars(arguments).items() if "." in key}
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: Console) -> dict[str, Any] | None:
         arguments = parse(words)
         ranks = os.environ.get("WORLD_SIZE", "1")
-        if ranks != "1" and arguments.handler not in OF_MANY_RANKS:
+        if ranks != "1" and not arguments.on_all_ranks:
             raise UserError(
                 f"this is the work of one process, and {ranks} were started",
-                where=f"phi3v {arguments.verb}",
+                where=arguments.command,
                 hint="start it without torchrun (WORLD_SIZE is set)",
             )
         result: dict[str, Any] | None = arguments.handler(arguments, console)
@@ -167,6 +201,18 @@ def lasting_output() -> Iterator[None]:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def _completion(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    import shtab
+
+    parser = build_parser()
+    for name in ("plan", "doctor"):
+        for action in parser.verbs[name]._actions:
+            action.help = "" if action.help == argparse.SUPPRESS else action.help
+    script = shtab.complete(parser, arguments.shell)
+    print(script)
+    return {"shell": arguments.shell, "script": script}
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ METRIC_NAMES = (
 )
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
+PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
@@ -565,6 +566,14 @@ def add_keys(parser: argparse.ArgumentParser, only: Container[str] | None = None
         shown: in the help text.
     """
     _add_keys(parser, parser, RunConfig(), "", only, shown)
+
+
+def add_recipe(command: argparse.ArgumentParser, *, shown: bool = False) -> None:
+    """Give a command a recipe and options for every key of the tree, which are ``shown`` in its help text or not."""
+    more = "" if shown else " (phi3v train --help lists the keys)"
+    text = f"a YAML file; --key.subkey value overrides it, or stands alone{more}"
+    command.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help=text)
+    add_keys(command, shown=shown)
 
 
 def _add_keys(parser: Any, group: Any, branch: Any, prefix: str, only: Container[str] | None, shown: bool) -> None:

@@ -1,4 +1,4 @@
-"""How every command line is read: argparse, held to one grammar.
+"""The grammar of every command line, on top of argparse.
 
 - Options come before or after what is positional, as ``--name value`` or ``--name=value``, never abbreviated.
 - A list takes one value or several, is repeated, or is written as YAML: ``--metrics anls token_f1``,
@@ -6,19 +6,23 @@
   where that is missing.
 - Any other option is given once. A value may begin with one dash; one that begins with two is written ``--name=value``.
 - An unknown option is an error that names the nearest.
+- Help texts end with the default.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
+from rich.console import Console
 
 from phi3v.errors import UserError
+
+Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 RECIPE_ENDINGS = (".yaml", ".yml")
 
@@ -75,11 +79,61 @@ class _Given:
         return isinstance(self.action.nargs, str) and self.action.nargs in "+*"
 
 
+class _HelpWithDefaults(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_none = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
+        return text if has_none or "default: " in text else f"{text} (default: %(default)s)".strip()
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of this grammar: its options are declared as argparse's are, and what is wrong is a `UserError`."""
+    """A parser of this grammar: its options are declared as argparse's are, and errors are `UserError`."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpWithDefaults, **settings)
+
+    @property
+    def verbs(self) -> dict[str, Parser]:
+        """The commands below this one, by name."""
+        choices: Any = self._subparsers._group_actions[0].choices if self._subparsers is not None else {}
+        return dict(choices)
+
+    def add_group(self, name: str, summary: str) -> Parser:
+        """A command that has others below it."""
+        group = self._add_verb(name, help=summary)
+        group.add_subparsers(required=True)
+        return group
+
+    def add_command(
+        self,
+        name: str,
+        handler: Handler,
+        summary: str,
+        example: str,
+        *,
+        brief: str | None = None,
+        on_all_ranks: bool = False,
+    ) -> Parser:
+        """A command, with ``--json``.
+
+        Args:
+            handler: does the work; returns what ``--json`` prints, where ``exit_code`` is taken out.
+            brief: its line in the list of all commands, which should fit the screen; default: ``summary``.
+            on_all_ranks: the processes of a launcher divide its work; any other command is refused there.
+        """
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = self._add_verb(name, help=brief or summary, description=description, epilog=f"example: {example}")
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output, nothing else"
+        )
+        command.set_defaults(handler=handler, on_all_ranks=on_all_ranks, command=command.prog)
+        return command
+
+    def _add_verb(self, name: str, **settings: Any) -> Parser:
+        assert self._subparsers is not None
+        verbs: Any = self._subparsers._group_actions[0]
+        parser: Parser = verbs.add_parser(name, **settings)
+        return parser
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -87,8 +141,7 @@ class Parser(argparse.ArgumentParser):
         words = list(args or [])
         if self._subparsers is not None:
             if not words or (is_option(words[0]) and words[0] not in self._option_string_actions):
-                verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
-                hint = f"choose from {', '.join(verbs.choices)}; options come after it"
+                hint = f"choose from {', '.join(self.verbs)}; options come after it"
                 raise UserError("the command comes first", where=self.prog, hint=hint)
             return super().parse_known_args(words, namespace)
         return super().parse_known_args(self._arrange(words), namespace)
@@ -179,6 +232,5 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"is given twice: {both}", where=given.name, hint="name it once")
 
     def _refuse(self, name: str) -> NoReturn:
-        name = name.split("=", 1)[0]
         near = nearest(name, self._option_string_actions)
         raise UserError(f"unknown option {name}", hint=f"did you mean {near}?" if near else f"see `{self.prog} --help`")

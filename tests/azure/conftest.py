@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from arm import SUBSCRIPTION, Arm, StaticCredential, certificate, serve
 
-from phi3v.azure import job, quota
+from phi3v.azure import account as account_module
+from phi3v.azure import quota
 from phi3v.azure.account import Account
 
 
@@ -28,7 +29,6 @@ def arm(certificate_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def account(arm: Arm, monkeypatch: pytest.MonkeyPatch) -> Account:
     account = Account(StaticCredential(), SUBSCRIPTION, arm.endpoint)
-    for module in (quota, job):
-        monkeypatch.setattr(module, "sign_in", lambda subscription: account)
+    monkeypatch.setattr(account_module, "sign_in", lambda subscription: account)
     monkeypatch.setattr(quota, "POLL_SECONDS", 0.05)
     return account

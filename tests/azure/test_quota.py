@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def test_it_asks_first_and_never_without_a_terminal(
     assert code == 2
     assert "96 → 192 vCPUs" in shown
     assert "nobody is there to say yes" in errors
-    monkeypatch.setattr(quota.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(builtins, "input", lambda *prompt: "n")
     code, shown, _ = run(capsys, "--request", "192")
     assert code == 0

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from phi3v import doctor
 from phi3v.cli import main
+from phi3v.doctor import diagnosis
 from phi3v.processing import conversation
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 
@@ -96,13 +96,13 @@ def test_kernels_that_the_machine_lacks(examine: Examine, setting: str, what: st
 
 
 def test_an_all_masked_dataset(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = doctor.encode_record
+    encode = diagnosis.encode_record
 
     def masked(*args: Any, **kwargs: Any) -> TokenStream:
         stream = encode(*args, **kwargs)
         return TokenStream(stream.input_ids, [IGNORE_INDEX] * len(stream.labels))
 
-    monkeypatch.setattr(doctor, "encode_record", masked)
+    monkeypatch.setattr(diagnosis, "encode_record", masked)
     code, findings, _ = examine()
     assert code == 2
     assert "4 of 4 sampled records are masked whole, first line 1" in findings["labels"]["what"]
@@ -122,14 +122,14 @@ def test_a_missing_optional_part(examine: Examine, monkeypatch: pytest.MonkeyPat
 
 def test_a_gradient_that_never_arrives(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose output is cut from the graph, as reentrant checkpointing behind frozen embeddings cuts it."""
-    load = doctor.load_for_training
+    load = diagnosis.load_for_training
 
     def cut(*args: Any) -> Any:
         model = load(*args)
         model.model.layers[1].register_forward_hook(lambda module, inputs, output: output.detach())
         return model
 
-    monkeypatch.setattr(doctor, "load_for_training", cut)
+    monkeypatch.setattr(diagnosis, "load_for_training", cut)
     code, findings, _ = examine()
     assert code == 2
     assert list(failures(findings)) == ["gradients"]
@@ -183,7 +183,7 @@ def test_training_looks_at_the_cheap_part(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
     keys = [
         "--model.path",
         str(tiny_model_dir),
@@ -212,7 +212,7 @@ def test_a_record_beyond_what_the_model_reads_stops_every_command(
     line = {"id": "long", "conversations": [{"images": ["red.png"], "user": "why? " * 40, "assistant": "red"}]}
     with data.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    for module in ("phi3v.train.prepare", "phi3v.doctor"):
+    for module in ("phi3v.train.prepare", "phi3v.doctor.diagnosis"):
         monkeypatch.setattr(f"{module}.load_for_training", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.setattr("phi3v.train.finetuned.load_weights", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     words = f"{data}:5: the record has "

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from report_helpers import HOSTILE, OpenPage, rewrite
 
-from phi3v.report.command import report, write_report
+from phi3v.report.report import report, write_report
 from phi3v.report.run_files import read_run
 from report_page import make_run
 

@@ -146,5 +146,5 @@ def test_a_password_is_asked_for_before_anything(chat: Chat) -> None:
 def test_an_answer_that_was_cut_is_marked() -> None:
     turns = [Turn("a", answers={"tuned": "x", "base": "y"}, cut={"tuned": 6})]
     shown = {which: Session(turns, [[]]).messages(which)[-1]["content"] for which in ("tuned", "base")}
-    assert [part["text"] for part in shown["tuned"]] == ["x", "(cut at 6 tokens; AnswerSettings allow more)"]
+    assert [part["text"] for part in shown["tuned"]] == ["x", "(cut at 6 tokens; Settings allow more)"]
     assert [part["text"] for part in shown["base"]] == ["y"]

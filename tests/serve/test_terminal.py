@@ -166,7 +166,7 @@ def test_pictures_and_clips_come_in_their_order(
         (["MODEL", "--prompt", "a", "--compare"], "name it with --model"),
         (["MODEL", "--prompt", "a", "--compare", "--base", "nowhere"], "no model there"),
         (["MODEL", "--prompt", " "], "question is empty"),
-        (["MODEL", "--image", "a.png"], "a picture without a question"),
+        (["MODEL", "--image", "a.png"], "an image without a question"),
         (["MODEL", "--prompt", "a", "--temperature", "-1"], "temperature must be between"),
         (["MODEL", "--prompt", "a", "--num-crops", "0"], "crops must be between"),
         (["MODEL", "--host", "0.0.0.0"], "there is no password"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from phi3v import doctor
 from phi3v.config import RunConfig, load_config
+from phi3v.doctor import diagnosis
 from phi3v.errors import UserError
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import Machine, find_machine
@@ -101,12 +101,12 @@ def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
 
 
 def failed_by_doctor(config: RunConfig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(doctor, "choose_compute", lambda precision: planned_compute(config, machine))
-    patient = doctor.Examination(config, None)
+    monkeypatch.setattr(diagnosis, "choose_device", lambda precision: planned_compute(config, machine))
+    checks = diagnosis.Examination(config, None)
     for name in ("precision", "configuration", "model", "data"):
-        if name == "precision" or patient.compute is not None:
-            patient.run(name, getattr(patient, name))
-    return [finding.what for finding in patient.report.findings if finding.verdict == "fail"]
+        if name == "precision" or checks.compute is not None:
+            checks.run(name, getattr(checks, name))
+    return [finding.what for finding in checks.report.findings if finding.verdict == "fail"]
 
 
 def refused_by_plan(planner: Planner, machine: Machine) -> str | None:

@@ -21,22 +21,19 @@ from typing import Any
 
 import yaml
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.text import Text
 
 import phi3v
-from phi3v.azure.account import Account, explained, require_extra, sign_in
+from phi3v.azure.account import Account, explained, require_extra
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.paths import find_model, is_hub_id
-from phi3v.plan.hardware import Machine, find_machine
-from phi3v.plan.planner import Planner
+from phi3v.plan.hardware import Machine
 
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/commandJob.schema.json"
 # torch brings its own CUDA libraries; what the image adds is what InfiniBand needs.
 IMAGE = "mcr.microsoft.com/azureml/openmpi5.0-cuda12.6-ubuntu24.04:latest"
 DATASTORE = "workspaceblobstore"  # every workspace has it
-SHARED_MEMORY_GB = 8  # a GPU, for the processes that read pictures
+SHARED_MEMORY_GB = 8  # a GPU, for the processes that read images
 ROLE = "AzureML Data Scientist"
 _REMOTE = re.compile(r"^(azureml|https|abfss|wasbs):")
 
@@ -245,70 +242,3 @@ def send_job(account: Account, path: Path, *, resource_group: str, workspace: st
         client.workspaces.get(workspace)  # a wrong name is told before the data is uploaded
         sent = client.jobs.create_or_update(load_job_file(path))
     return str(sent.name), getattr(sent, "studio_url", None)
-
-
-def submit_command(
-    config: RunConfig,
-    console: Console,
-    *,
-    sku: str,
-    nodes: int,
-    name: str,
-    out: Path | None = None,
-    workspace: str | None = None,
-    resource_group: str | None = None,
-    subscription: str | None = None,
-    dry_run: bool = False,
-    **places: Any,
-) -> dict[str, Any]:
-    """Write a recipe's job, send it unless ``dry_run``, and return what ``--json`` prints.
-
-    Args:
-        out: where the job's folder goes; default: ``azure-jobs/NAME``.
-        places: the other fields of `JobSettings`.
-
-    Raises:
-        UserError: the recipe cannot run there, the SDK is missing, or Azure refuses.
-    """
-    require_extra("azure.ai.ml")
-    machine = find_machine(None, None, sku, nodes)
-    settings = JobSettings(machine, name, **places)
-    if not dry_run and (workspace is None or resource_group is None):
-        missing = "--workspace" if workspace is None else "--resource-group"
-        raise UserError("is needed to send a job", where=missing, hint="or write it only, with --dry-run")
-    verdict = _verdict(config, machine, console)
-    folder = out or Path("azure-jobs") / name
-    path = write_job(config, settings, folder)
-    _say(console, f"job: {path}, accepted by azure-ai-ml's schema")
-    _say(console, f"checkpoints and results: {settings.run_folder}")
-    command = f"az ml job create --file {path} --workspace-name {workspace or 'W'} --resource-group "
-    command += resource_group or "G"
-    _say(console, f"the same with az (extension ml): {command}")
-    answer: dict[str, Any] = {"job": str(path), "run_folder": settings.run_folder, "az": command, "verdict": verdict}
-    if dry_run:
-        return answer | {"sent": False}
-    account = sign_in(subscription)
-    sent, page = send_job(account, path, resource_group=str(resource_group), workspace=str(workspace))
-    _say(console, f"sent: {sent}\n{page or ''}", style="bold")
-    _say(console, f"watch: az ml job stream --name {sent} --workspace-name {workspace} -g {resource_group}")
-    return answer | {"sent": True, "name": sent, "studio": page}
-
-
-def _verdict(config: RunConfig, machine: Machine, console: Console) -> str:
-    """What the planner says of the recipe as it is; said, and left to the person.
-
-    Raises:
-        UserError: it would not begin.
-    """
-    option = Planner(config, progress=False).plan(machine).own
-    if option.refusal is not None:
-        raise option.refusal
-    style = "" if option.fits and not option.changes else "bold yellow"
-    _say(console, f"{machine.label}: {config.method.name} {option.verdict}: {option.reason}", style=style)
-    if machine.quota:
-        _say(console, f"needs {machine.quota}, of Machine learning")
-    return option.verdict
-
-
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)

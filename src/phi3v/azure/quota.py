@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.text import Text
 
-from phi3v.azure.account import Account, explained, require_extra, sign_in
+from phi3v.azure.account import Account, explained
 from phi3v.errors import UserError
-from phi3v.plan.hardware import AzureSku, find_machine
+from phi3v.plan.hardware import AzureSku
+from phi3v.terminal import say
 
 Service = Literal["compute", "ml"]
 PROVIDERS: dict[Service, str] = {"compute": "Microsoft.Compute", "ml": "Microsoft.MachineLearningServices"}
@@ -33,6 +32,7 @@ class FamilyQuota:
     """What a subscription may use of a family of sizes in a region.
 
     Attributes:
+        scope: the resource whose quota is meant.
         family: as the service spells it, which differs in capitals and spaces from place to place.
         limit, used: vCPUs.
         requestable: Azure takes requests for it here; without that only a support ticket helps.
@@ -41,16 +41,28 @@ class FamilyQuota:
 
     service: Service
     region: str
+    scope: str
     family: str
     limit: int
     used: int
     requestable: bool = True
     resource_type: str | None = None
 
+    def view_command(self) -> str:
+        """The ``az`` command that shows the limit."""
+        return f'az quota show --resource-name "{self.family}" --scope "/{self.scope}"'
 
-def scope_of(account: Account, service: Service, region: str) -> str:
-    """The resource whose quota is meant."""
-    return f"subscriptions/{account.subscription}/providers/{PROVIDERS[service]}/locations/{region}"
+    def request_command(self, limit: int) -> str:
+        """The ``az`` command that requests a limit."""
+        kind = f" --resource-type {self.resource_type}" if self.resource_type else ""
+        return (
+            f'az quota update --resource-name "{self.family}" --scope "/{self.scope}" '
+            f"--limit-object value={limit} limit-object-type=LimitValue{kind}"
+        )
+
+    def status_command(self) -> str:
+        """The ``az`` command that lists requests."""
+        return f'az quota request status list --scope "/{self.scope}"'
 
 
 def read_quota(account: Account, service: Service, region: str, family: str) -> FamilyQuota:
@@ -61,7 +73,8 @@ def read_quota(account: Account, service: Service, region: str, family: str) -> 
     """
     from azure.mgmt.quota import QuotaMgmtClient
 
-    client, scope = account.client(QuotaMgmtClient), scope_of(account, service, region)
+    client = account.client(QuotaMgmtClient)
+    scope = f"subscriptions/{account.subscription}/providers/{PROVIDERS[service]}/locations/{region}"
     with _explained(service, region, role=READ_ROLE):
         usages = {str(entry.name): entry for entry in client.usages.list(scope)}
     found = {_plain(name): name for name in usages}.get(_plain(family))
@@ -79,6 +92,7 @@ def read_quota(account: Account, service: Service, region: str, family: str) -> 
     return FamilyQuota(
         service=service,
         region=region,
+        scope=scope,
         family=found,
         limit=int(limit.properties.limit["value"]),
         used=int(usage.usages.value) if usage and usage.usages else 0,
@@ -101,19 +115,19 @@ def request_quota(account: Account, quota: FamilyQuota, limit: int, console: Con
     from azure.mgmt.quota import QuotaMgmtClient
     from azure.mgmt.quota.models import CurrentQuotaLimitBase, LimitObject, QuotaProperties, ResourceName
 
-    client, scope = account.client(QuotaMgmtClient), scope_of(account, quota.service, quota.region)
+    client = account.client(QuotaMgmtClient)
     wanted = QuotaProperties(
         limit=LimitObject(value=limit), name=ResourceName(value=quota.family), resource_type=quota.resource_type
     )
     with _explained(quota.service, quota.region, role=REQUEST_ROLE):
         body = CurrentQuotaLimitBase(properties=wanted)
-        poller = client.quota.begin_create_or_update(quota.family, scope, body, polling_interval=POLL_SECONDS)
-        _say(console, f"sent; its state: `{status_command(account, quota)}`")
+        poller = client.quota.begin_create_or_update(quota.family, quota.scope, body, polling_interval=POLL_SECONDS)
+        say(console, f"sent; its state: `{quota.status_command()}`")
         begin, said = time.monotonic(), ""
         while not poller.done():
             if poller.status() != said:
                 said = poller.status()
-                _say(console, f"  {time.monotonic() - begin:4.0f} s  {said}")
+                say(console, f"  {time.monotonic() - begin:4.0f} s  {said}")
             poller.wait(POLL_SECONDS)
         granted = poller.result()
     return int(granted.properties.limit["value"]) if granted.properties and granted.properties.limit else limit
@@ -145,102 +159,3 @@ def offered_in(account: Account, sku: AzureSku, region: str) -> tuple[bool, str]
         reason = getattr(closed[0].reason_code, "value", closed[0].reason_code)
         return False, f"{sku.name} is in {region}, but not open to this subscription ({reason})"
     return True, f"{sku.name} is offered in {region}"
-
-
-def view_command(account: Account, quota: FamilyQuota) -> str:
-    """The ``az`` command that shows the limit."""
-    scope = f"/{scope_of(account, quota.service, quota.region)}"
-    return f'az quota show --resource-name "{quota.family}" --scope "{scope}"'
-
-
-def request_command(account: Account, quota: FamilyQuota, limit: int) -> str:
-    """The ``az`` command that sends the same request."""
-    scope = f"/{scope_of(account, quota.service, quota.region)}"
-    kind = f" --resource-type {quota.resource_type}" if quota.resource_type else ""
-    return (
-        f'az quota update --resource-name "{quota.family}" --scope "{scope}" '
-        f"--limit-object value={limit} limit-object-type=LimitValue{kind}"
-    )
-
-
-def status_command(account: Account, quota: FamilyQuota) -> str:
-    """The ``az`` command that lists requests."""
-    return f'az quota request status list --scope "/{scope_of(account, quota.service, quota.region)}"'
-
-
-def quota_command(
-    console: Console,
-    *,
-    region: str,
-    sku: str | None = None,
-    family: str | None = None,
-    service: Service = "compute",
-    nodes: int = 1,
-    request: int | None = None,
-    yes: bool = False,
-    subscription: str | None = None,
-) -> dict[str, Any]:
-    """Show a family's quota, request more if asked to, and return what ``--json`` prints.
-
-    Args:
-        sku, family: an Azure size, or a family by its name.
-        nodes: of that size, to say whether the limit is enough.
-        request: the new limit in vCPUs.
-        yes: send it without asking.
-
-    Raises:
-        UserError: the size is unknown, Azure refuses, or there is nobody to ask.
-    """
-    if (sku is None) == (family is None):
-        raise UserError("one of --sku and --family is needed", where="--sku", hint="e.g. --sku Standard_ND96asr_v4")
-    size = find_machine(None, None, sku).sku if sku is not None else None
-    require_extra("azure.mgmt.quota", "azure.mgmt.compute")
-    account = sign_in(subscription)
-    answer: dict[str, Any] = {"service": service, "region": region}
-    if size is not None:
-        answer["offered"], sentence = offered_in(account, size, region)
-        _say(console, sentence, style="" if answer["offered"] else "yellow")
-    quota = read_quota(account, service, region, size.family if size is not None else str(family))
-    _say(console, f"{quota.family}, {NAMES[service]}, {region}: {quota.used} of {quota.limit} vCPUs used")
-    answer |= {"family": quota.family, "limit": quota.limit, "used": quota.used, "requestable": quota.requestable}
-    if size is not None:
-        needed, free = size.vcpus * nodes, quota.limit - quota.used
-        answer |= {"needed": needed, "enough": free >= needed}
-        enough = "enough" if free >= needed else f"{needed - free} too few"
-        _say(console, f"{nodes} node(s) of {size.name} need {needed} vCPUs: {enough}")
-    wanted = request if request is not None else quota.used + (size.vcpus * nodes if size is not None else 0)
-    portal = f"Quotas → {NAMES[service]} → My quotas → {region} → {quota.family} → New Quota Request"
-    command = request_command(account, quota, wanted)
-    answer |= {"portal": f"{PORTAL} ({portal})", "az": [view_command(account, quota), command]}
-    _say(console, f"portal: {portal}\n        {PORTAL}")
-    _say(console, f"az (extension quota): {view_command(account, quota)}\n                      {command}")
-    if request is not None:
-        answer["requested"] = request
-        answer["granted"] = _request(account, quota, request, console, yes=yes)
-    return answer
-
-
-def _request(account: Account, quota: FamilyQuota, limit: int, console: Console, *, yes: bool) -> int | None:
-    """Show the change, ask, send it. Returns the limit that was granted, None if the person said no."""
-    if not quota.requestable:
-        raise UserError(
-            f"Azure takes no requests for {quota.family!r} in {quota.region}",
-            where="--request",
-            hint=f"open a support ticket in the portal, or try another region: {PORTAL}",
-        )
-    if limit <= quota.limit:
-        raise UserError(f"the limit is {quota.limit} vCPUs already", where="--request", hint="ask for more, or not")
-    _say(console, f"request: {quota.family} in {quota.region}, {quota.limit} → {limit} vCPUs", style="bold")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError("nobody is there to say yes", where="--request", hint="add --yes to send it unasked")
-        if console.input("send it? [y/N] ").strip().lower() not in ("y", "yes"):
-            _say(console, "not sent")
-            return None
-    granted = request_quota(account, quota, limit, console)
-    _say(console, f"granted: {granted} vCPUs", style="bold")
-    return granted
-
-
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.plan.hardware import GIB, AzureSku, Machine, azure_skus, known_gpus
 from phi3v.plan.planner import Option, Planner
+from phi3v.terminal import say
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,26 @@ class FittedSku:
             "note": self.sku.note,
         }
 
+    def show(self, console: Console) -> None:
+        """Two lines of a size that fits, one of another; names stay whole, to be copied."""
+        sku, option = self.sku, self.option
+        gpu = known_gpus()[sku.gpu]
+        line = Text(f"{sku.name:26} {sku.gpus * self.nodes}x {gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB: ")
+        style = "red" if not self.fits else "yellow" if option is not None and option.changes else "green"
+        line.append(self.verdict, style=style)
+        note = f" ({sku.note})" if sku.note else ""
+        if option is None or not self.fits:
+            line.append(f": {self.reason}{note}")
+            console.print(line, soft_wrap=True)
+            return
+        if option.setup.gpus > 1:
+            line.append(f" on {option.setup.engine}")
+        if option.speed is not None:
+            line.append(f", {option.speed.samples_per_second:.2f} samples/s")
+        console.print(line, soft_wrap=True)
+        quota = f"quota family {sku.family!r}, {sku.vcpus} vCPUs a node, {self.vcpus} in all"
+        say(console, f"    {quota}; {self.reason}{note}", style="dim")
+
 
 def fitted_skus(planner: Planner, *, nodes: int = 1) -> list[FittedSku]:
     """Every size of the table: those that the recipe fits first, each by GPUs and then by their memory."""
@@ -80,49 +101,14 @@ def _gpu_bytes(sku: AzureSku) -> int:
     return known_gpus()[sku.gpu].memory_bytes
 
 
-def skus_command(config: RunConfig, console: Console, *, nodes: int = 1) -> dict[str, Any]:
-    """Show all sizes for a recipe and return what ``--json`` prints."""
-    planner = Planner(config, progress=config.training.progress_bar)
-    found = fitted_skus(planner, nodes=nodes)
-    for entry in found:
-        _show(console, entry)
-    _say_what_to_ask(console, config, found)
-    return {
-        "method": config.method.name,
-        "data": planner.workload.basis,
-        "nodes": nodes,
-        "skus": [entry.to_json_dict() for entry in found],
-    }
-
-
-def _show(console: Console, entry: FittedSku) -> None:
-    """Two lines of a size that fits, one of another; names stay whole, to be copied."""
-    sku, option = entry.sku, entry.option
-    gpu = known_gpus()[sku.gpu]
-    line = Text(f"{sku.name:26} {sku.gpus * entry.nodes}x {gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB: ")
-    style = "red" if not entry.fits else "yellow" if option is not None and option.changes else "green"
-    line.append(entry.verdict, style=style)
-    note = f" ({sku.note})" if sku.note else ""
-    if option is None or not entry.fits:
-        line.append(f": {entry.reason}{note}")
-        console.print(line, soft_wrap=True)
-        return
-    if option.setup.gpus > 1:
-        line.append(f" on {option.setup.engine}")
-    if option.speed is not None:
-        line.append(f", {option.speed.samples_per_second:.2f} samples/s")
-    console.print(line, soft_wrap=True)
-    quota = f"quota family {sku.family!r}, {sku.vcpus} vCPUs a node, {entry.vcpus} in all"
-    console.print(Text(f"    {quota}; {entry.reason}{note}", style="dim"), soft_wrap=True)
-
-
-def _say_what_to_ask(console: Console, config: RunConfig, found: list[FittedSku]) -> None:
+def show_quota_request(console: Console, method: str, found: Sequence[FittedSku]) -> None:
+    """The size with the fewest GPUs, and the command that asks for its quota."""
     first = next((entry for entry in found if entry.fits and "retired" not in entry.sku.note), None)
     if first is None:
-        text = f"{config.method.name} fits none of them on {found[0].nodes} node(s): see `phi3v plan` for what would"
+        text = f"{method} fits none of them on {found[0].nodes} node(s): see `phi3v plan` for what would"
     else:
         text = (
             f"the fewest GPUs: {first.sku.name}; ask for {first.vcpus} vCPUs of {first.sku.family!r} with "
             f"`phi3v azure quota --region REGION --sku {first.sku.name} --request {first.vcpus}`"
         )
-    console.print(Text(text, style="bold"), soft_wrap=True)
+    say(console, text, style="bold")

@@ -1,81 +1,144 @@
-"""``phi3v bench`` and the scripts of ``benchmarks/``: options to a benchmark, its result to the screen and a file."""
+"""``phi3v bench``: speed and memory of training, preprocessing and generating here."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from phi3v.bench.generation import bench_generate
-from phi3v.bench.pages import LETTER, draw_page, pages_for, write_pages
-from phi3v.bench.preprocess import bench_preprocess
-from phi3v.bench.result import with_environment, write_json
-from phi3v.bench.training import default_preset, random_model
-from phi3v.data.cache import cache_root
+from phi3v.bench.settings import VARIANTS, BenchSettings
+from phi3v.config import METHODS, PRECISIONS
 from phi3v.errors import UserError
-from phi3v.paths import find_model
+from phi3v.grammar import Parser
+from phi3v.model.preset_fields import PRESET_FIELDS
 
 
-def preprocess_command(
-    console: Console, *, images: Path | None, pages: int, repeats: int, num_crops: int, out: Path | None
-) -> dict[str, Any]:
-    """Measure preprocessing on the pictures of a folder, or on drawn letter pages.
+def add_commands(verbs: Parser) -> None:
+    group = verbs.add_group("bench", "measure speed and memory here")
+    usual = BenchSettings()
+    train = group.add_command(
+        "train",
+        bench_train,
+        "speed and memory of training, beside the public recipe's training in the same call; also under torchrun",
+        "phi3v bench train --methods lora --variants recipe samples shared-image --out lora.json",
+        on_all_ranks=True,
+    )
+    train.add_argument("--methods", nargs="+", action="extend", choices=METHODS, help="(default: all)")
+    train.add_argument("--variants", "--ways", nargs="+", action="extend", choices=VARIANTS, help="(default: all)")
+    numbers = {
+        "steps": "steps timed, after one",
+        "seconds": "a row ends after so many",
+        "batch_size": "samples of an optimizer step, over all devices",
+        "num_crops": "crops of a page at most",
+        "micro_batch": "samples at a time of the variant padded",
+        "lean_batch": "samples of a step of the variant lean",
+        "pack_tokens": "tokens of a packed row",
+        "shared_image_max": "questions of a page that share a step at most",
+        "rank": "of the adapters",
+    }
+    for name, text in numbers.items():
+        value = getattr(usual, name)
+        train.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, metavar="N", help=text)
+    train.add_argument("--precision", choices=PRECISIONS, default=usual.precision, help="arithmetic")
+    train.add_argument(
+        "--optimizer",
+        choices=("auto", "adamw", "adamw_8bit", "adamw_bf16"),
+        default=usual.optimizer,
+        help="of all variants but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
+    )
+    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="of our variants")
+    train.add_argument("--fp8", action="store_true", help="our variants multiply in float8 in the decoder; not exact")
+    preprocess = group.add_command(
+        "preprocess",
+        bench_preprocess,
+        "what a page costs a core, beside the official processor",
+        "phi3v bench preprocess --pages 4",
+    )
+    preprocess.add_argument("--images", type=Path, metavar="DIR", help="images in place of drawn pages of 1275x1650")
+    preprocess.add_argument("--pages", type=int, default=8, metavar="N", help="how many pages")
+    preprocess.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds over the pages")
+    preprocess.add_argument("--num-crops", type=int, default=16, metavar="N", help="crops of a page at most")
+    generate = group.add_command(
+        "generate",
+        bench_generate,
+        "answering questions in batches, beside one at a time",
+        "phi3v bench generate --model output/first/final --data data/test.jsonl",
+    )
+    generate.add_argument("--questions", type=int, default=64, metavar="N", help="how many questions")
+    generate.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
+    generate.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
+    for command in (train, generate):
+        which = command.add_mutually_exclusive_group()
+        which.add_argument(
+            "--preset",
+            choices=tuple(PRESET_FIELDS),
+            help="random weights (default: phi-3.5-vision on a GPU, else tiny)",
+        )
+        which.add_argument("--model", type=Path, metavar="DIR", help="a model in place of random weights")
+        command.add_argument("--data", type=Path, metavar="FILE.jsonl", help="in place of drawn pages")
+    for command in (train, preprocess, generate):
+        command.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there")
 
-    Raises:
-        UserError: there is no such folder, or nothing in it.
-    """
+
+def bench_train(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.training import bench_train
+
+    names = [entry.name for entry in dataclasses.fields(BenchSettings)]
+    result = bench_train(
+        arguments.methods or METHODS,
+        arguments.variants or VARIANTS,
+        BenchSettings(**{name: getattr(arguments, name) for name in names}),
+        console,
+        preset=arguments.preset,
+        model=arguments.model,
+        data=arguments.data,
+        out=arguments.out,
+    )
+    # A row that cannot run has its reason beside the others; none at all is no result.
+    return result | {"exit_code": 2 if all("error" in row for row in result["rows"]) else 0}
+
+
+def bench_preprocess(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.pages import LETTER, draw_page
+    from phi3v.bench.preprocess import bench_preprocess
+
+    images, pages = arguments.images, arguments.pages
     if images is None:
         contents = [draw_page(seed, LETTER) for seed in range(pages)]
+    elif images.is_dir():
+        contents = [path.read_bytes() for path in sorted(path for path in images.iterdir() if path.is_file())[:pages]]
     else:
-        if not images.is_dir():
-            raise UserError("no such folder", where=f"--images {images}")
-        files = sorted(path for path in images.iterdir() if path.is_file())[:pages]
-        contents = [path.read_bytes() for path in files]
-    return _finish("preprocess", bench_preprocess(contents, num_crops, repeats), console, out)
+        raise UserError("no such folder", where=f"--images {images}")
+    figures = bench_preprocess(contents, arguments.num_crops, arguments.repeats)
+    return _finish("preprocess", figures, console, arguments.out)
 
 
-def generate_command(
-    console: Console,
-    *,
-    preset: str | None,
-    model: Path | None,
-    data: Path | None,
-    questions: int,
-    batch_size: int,
-    max_new_tokens: int,
-    num_crops: int | None,
-    out: Path | None,
-) -> dict[str, Any]:
-    """Measure generating with a model, or with random weights, on a data file, or on drawn pages."""
-    folder = cache_root() / "bench"
-    preset = preset or default_preset()
-    path = (
-        Path(find_model(str(model), f"--model {model}")) if model else random_model(preset, folder / f"model-{preset}")
-    )
-    pages = pages_for(questions)
-    file = data or write_pages(folder / f"pages-{pages}", pages)
-    figures = bench_generate(
-        path,
-        file,
-        questions=questions,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        num_crops=num_crops,
-    )
-    return _finish("generate", {"model": str(model or f"{preset}, random weights")} | figures, console, out)
+def bench_generate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.bench.generation import bench_generate
+    from phi3v.bench.training import bench_inputs
+
+    model, data, named = bench_inputs(arguments.preset, arguments.model, arguments.data, arguments.questions)
+    names = ("questions", "batch_size", "max_new_tokens", "num_crops")
+    figures = bench_generate(model, data, **{name: getattr(arguments, name) for name in names})
+    return _finish("generate", {"model": named} | figures, console, arguments.out)
 
 
 def _finish(name: str, figures: dict[str, Any], console: Console, out: Path | None) -> dict[str, Any]:
+    from phi3v.bench.result import with_environment, write_json
+
     result = with_environment(name, figures)
     table = Table("figure", "value", title=f"{name} on {result['device']}")
     for key, value in figures.items():
-        if isinstance(value, dict):
-            for inner, number in value.items():
-                table.add_row(f"{key}: {inner}", str(number))
-        else:
-            table.add_row(key, str(value))
+        rows = (
+            {f"{key}: {inner}": number for inner, number in value.items()} if isinstance(value, dict) else {key: value}
+        )
+        for figure, number in rows.items():
+            table.add_row(figure, str(number))
     console.print(table)
     if out is not None:
         write_json(result, out)

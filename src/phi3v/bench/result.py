@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from phi3v.data.jsonl import replacing
 from phi3v.train.run_folder import environment
 
 
@@ -34,6 +35,5 @@ def with_environment(name: str, figures: dict[str, Any]) -> dict[str, Any]:
 def write_json(result: dict[str, Any], out: Path) -> None:
     """Write a result whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    part.replace(out)
+    with replacing(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -63,21 +63,15 @@ def bench_train(
     ]
     if not rows:
         raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
-    if model is not None:
-        find_model(str(model), f"--model {model}")
-    folder = cache or cache_root() / "bench"
     state = PartialState(cpu=not torch.cuda.is_available())
-    preset = preset or default_preset()
     with state.main_process_first():
-        model_folder = model or random_model(preset, folder / f"model-{preset}")
-        pages = pages_for(settings.batch_size * (settings.steps + 1))
-        file = data or write_pages(folder / f"pages-{pages}", pages)
+        model_folder, file, named = bench_inputs(preset, model, data, settings.batch_size * (settings.steps + 1), cache)
         table = open_table(file, progress=False)
     machine = this_machine()
     facts = {
         "machine": machine.gpu.name,
         "devices": state.num_processes,
-        "model": str(model) if model else f"{preset}, random weights",
+        "model": named,
         "data": _describe(file, table, is_drawn=data is None),
         "settings": asdict(settings),
         "timed_by": timed_by(),
@@ -96,18 +90,26 @@ def bench_train(
     return result
 
 
-def default_preset() -> str:
-    """The real size on a GPU, the tiny one elsewhere."""
-    return "phi-3.5-vision" if torch.cuda.is_available() else "tiny"
+def bench_inputs(
+    preset: str | None, model: Path | None, data: Path | None, questions: int, cache: Path | None = None
+) -> tuple[Path, Path, str]:
+    """The model's folder, the data file and the model's name in a result; random weights and pages are made once.
 
-
-def random_model(preset: str, folder: Path) -> Path:
-    """A preset's random weights; made once."""
-    if not (folder / "complete").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        init_model(preset, folder)
-        (folder / "complete").touch()
-    return folder
+    Raises:
+        UserError: ``model`` is no model folder.
+    """
+    folder = cache or cache_root() / "bench"
+    if model is not None:
+        model_folder, named = Path(find_model(str(model), f"--model {model}")), str(model)
+    else:
+        preset = preset or ("phi-3.5-vision" if torch.cuda.is_available() else "tiny")
+        model_folder, named = folder / f"model-{preset}", f"{preset}, random weights"
+        if not (model_folder / "complete").is_file():
+            shutil.rmtree(model_folder, ignore_errors=True)
+            init_model(preset, model_folder)
+            (model_folder / "complete").touch()
+    pages = pages_for(questions)
+    return model_folder, data or write_pages(folder / f"pages-{pages}", pages), named
 
 
 def _describe(file: Path, table: Any, *, is_drawn: bool) -> dict[str, Any]:

@@ -1,46 +1,51 @@
-"""`phi3v plan`: one machine in full, or several in one table."""
+"""``phi3v plan``: one machine in full, or several in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from phi3v.config import RunConfig
+from phi3v.config import add_recipe, load_config
 from phi3v.errors import UserError
-from phi3v.plan.hardware import find_machine
-from phi3v.plan.planner import Planner, planned_recipe
-from phi3v.plan.show import show_comparison, show_plan
+from phi3v.grammar import Parser
 
 
-def plan_command(
-    config: RunConfig,
-    console: Console,
-    *,
-    gpus: Sequence[str] = (),
-    count: int | None = None,
-    sku: str | None = None,
-    nodes: int = 1,
-    write: Path | None = None,
-) -> dict[str, Any]:
-    """Plan a recipe, show it and return what ``--json`` prints.
+def add_commands(verbs: Parser) -> None:
+    command = verbs.add_command(
+        "plan",
+        plan,
+        "say what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
+        "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
+        brief="say what fits which GPUs, and how fast",
+    )
+    add_recipe(command)
+    command.add_argument(
+        "--gpu",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="e.g. a100-80gb, or 8xa100-80gb; several for one table over all (default: this machine)",
+    )
+    command.add_argument("--gpus", type=int, metavar="N", help="how many of it (default: 1)")
+    command.add_argument("--sku", metavar="SIZE", help="an Azure size in place of --gpu, e.g. Standard_ND96asr_v4")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of that size")
+    command.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the recipe as recommended")
 
-    Args:
-        gpus: names of the table, also as ``8xa100-80gb``; none is this machine, several are compared.
-        count: how many of the one GPU.
-        sku, nodes: an Azure size in place of ``gpus``.
-        write: where to put the recommended recipe.
 
-    Raises:
-        UserError: a name is unknown, the data has faults, or nothing fits and ``write`` is given.
-    """
+def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = load_config(arguments.recipe, arguments.overrides)
+    gpus, count, write = arguments.gpu or [None], arguments.gpus, arguments.write
     if len(gpus) > 1 and (write is not None or count is not None):
         where = "--write" if write is not None else "--gpus"
         raise UserError("several machines are compared", where=where, hint="name one --gpu, e.g. 8xa100-80gb")
-    named: Sequence[str | None] = gpus or [None]
-    machines = [find_machine(gpu, count, sku, nodes) for gpu in named]
+    from phi3v.plan.hardware import find_machine
+    from phi3v.plan.planner import Planner, planned_recipe
+    from phi3v.plan.show import show_comparison, show_plan
+
+    machines = [find_machine(gpu, count, arguments.sku, arguments.nodes) for gpu in gpus]
     planner = Planner(config, progress=config.training.progress_bar)
     plans = [planner.plan(machine) for machine in machines]
     if len(plans) > 1:

@@ -11,19 +11,20 @@ from rich.text import Text
 from phi3v.config import METHODS
 from phi3v.plan.hardware import GIB
 from phi3v.plan.planner import Option, Plan
+from phi3v.terminal import say
 
 
 def show_plan(console: Console, plan: Plan) -> None:
     """One machine: data, memory by part, methods and engines, the recommendation."""
-    _line(console, f"machine: {plan.machine.label}, {plan.machine.gpu.memory_bytes / GIB:.1f} GiB each")
+    say(console, f"machine: {plan.machine.label}, {plan.machine.gpu.memory_bytes / GIB:.1f} GiB each")
     if plan.machine.quota:
-        _line(console, f"Azure: {plan.machine.quota}")
-    _line(console, f"model: {plan.model_basis}")
+        say(console, f"Azure: {plan.machine.quota}")
+    say(console, f"model: {plan.model_basis}")
     _show_data(console, plan)
     _show_options(console, plan)
     if plan.recommended is not None:
         _show_memory(console, plan.recommended)
-    _line(console, f"recommended: {plan.reason}", style="bold")
+    say(console, f"recommended: {plan.reason}", style="bold")
     if plan.recommended is not None:
         _show_time(console, plan, plan.recommended)
 
@@ -47,11 +48,7 @@ def show_comparison(console: Console, plans: Sequence[Plan]) -> None:
         table.add_section()
     console.print(table)
     for plan in plans:
-        _line(console, f"{plan.machine.label}: {plan.reason}")
-
-
-def _line(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
+        say(console, f"{plan.machine.label}: {plan.reason}")
 
 
 def _verdict(option: Option) -> Text:
@@ -64,7 +61,7 @@ def _speed(option: Option) -> str:
 
 
 def _show_data(console: Console, plan: Plan) -> None:
-    _line(console, f"data: {plan.workload.basis}")
+    say(console, f"data: {plan.workload.basis}")
     table = Table(box=None, pad_edge=False)
     for column in ("num_crops", "tokens", "95 %", "longest", "> 4096", "crops", "blank", "padding", "shrunk"):
         table.add_column(column, justify="right")
@@ -82,7 +79,7 @@ def _show_data(console: Console, plan: Plan) -> None:
             f"{figures['shrunk_share']:.0%}",
         )
     console.print(table)
-    _line(
+    say(
         console,
         "  crops: with the global view; blank: white share of the pages; padding: blank crops a picture that the "
         "official processor adds and computes; shrunk: pictures that lose resolution",
@@ -91,10 +88,10 @@ def _show_data(console: Console, plan: Plan) -> None:
     most = max(histogram.values())
     for span, count in histogram.items():
         if count:
-            _line(console, f"  {span:>12} tokens {'█' * max(1, round(30 * count / most))} {count:,}")
-    _line(console, f"num_crops {plan.num_crops}: {plan.crops_reason}")
+            say(console, f"  {span:>12} tokens {'█' * max(1, round(30 * count / most))} {count:,}")
+    say(console, f"num_crops {plan.num_crops}: {plan.crops_reason}")
     if plan.workload.shared_image_factor > 1.05:
-        _line(
+        say(
             console, f"{plan.workload.shared_image_factor:.1f} records share a picture: shared-image packing gains most"
         )
 
@@ -116,9 +113,7 @@ def _show_options(console: Console, plan: Plan) -> None:
         table.add_row(*row, option.reason)
     console.print(table)
     if plan.published:
-        _line(
-            console, "published: Microsoft's figures for DocVQA on Phi-3-vision; see docs/planning.md for what differs"
-        )
+        say(console, "published: Microsoft's figures for DocVQA on Phi-3-vision; see docs/planning.md for what differs")
 
 
 def _published_engine(option: Option) -> str:
@@ -129,12 +124,12 @@ def _show_memory(console: Console, option: Option) -> None:
     if option.memory is None:
         return
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in option.memory.parts.items())
-    _line(console, f"memory at the peak ({option.memory.moment}), GiB: {parts}")
+    say(console, f"memory at the peak ({option.memory.moment}), GiB: {parts}")
 
 
 def _show_time(console: Console, plan: Plan, option: Option) -> None:
     setup = option.setup
-    _line(
+    say(
         console,
         f"  {setup.precision}, {setup.attention}, {_batch(option)}, "
         f"checkpointing {setup.checkpointing}, {setup.optimizer}{', lean' * setup.lean}: "
@@ -142,7 +137,7 @@ def _show_time(console: Console, plan: Plan, option: Option) -> None:
         + (f", about {_duration(plan.hours)}" if plan.hours is not None else ""),
     )
     if option.speed is not None:
-        _line(console, f"  speed: {option.speed.samples_per_second:.2f} samples/s, {option.speed.basis}")
+        say(console, f"  speed: {option.speed.samples_per_second:.2f} samples/s, {option.speed.basis}")
 
 
 def _batch(option: Option) -> str:

@@ -2,122 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import shlex
-from collections.abc import Sequence
-from datetime import datetime
+import argparse
 from pathlib import Path
 from typing import Any
 
-from phi3v import __version__
-from phi3v.config import RunConfig
-from phi3v.errors import UserError
-from phi3v.report.gallery import class_scores, gallery
-from phi3v.report.page import write_page
-from phi3v.report.pictures import Thumbnails
-from phi3v.report.run_files import RunFiles, read_run
+from rich.console import Console
 
-REPORT_FILE = "report.html"
-PICTURE_BUDGET = 2_000_000  # bytes of small pictures in a page
-SCRIPTS = ("page", "charts", "scores", "gallery", "report")
+from phi3v.grammar import Parser
 
 
-def report(folders: Sequence[Path], *, out: Path | None = None, picture_budget: int = PICTURE_BUDGET) -> dict[str, Any]:
-    """Write a report and return what it says in short.
-
-    Args:
-        folders: run folders; several are compared.
-        out: the file; by default ``report.html`` in the run folder, or here for several.
-        picture_budget: bytes that small pictures may take, shared by the runs.
-
-    Raises:
-        UserError: a folder is no run, or the file cannot be written.
-    """
-    repeated = [folder for folder in folders if folders.count(folder) > 1]
-    if repeated:
-        raise UserError("is named twice", where=str(repeated[0]), hint="name each run once")
-    runs = [read_run(folder) for folder in folders]
-    _name_apart(runs)
-    out = out or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
-    size = write_report(runs, out, picture_budget=picture_budget)
-    told = [
-        {
-            "folder": str(run.folder),
-            "status": run.status,
-            "missing": run.missing,
-            "before": _primary(run, "before"),
-            "after": _primary(run, "after"),
-            "predictions": len(run.predictions.get("after") or run.predictions.get("before") or []),
-        }
-        for run in runs
-    ]
-    return {"report": str(out), "bytes": size, "runs": told}
+def add_commands(verbs: Parser) -> None:
+    command = verbs.add_command(
+        "report",
+        report,
+        "write one HTML file about a run, or several compared: curves, scores, predictions, configuration",
+        "phi3v report output/first output/second --out compared.html",
+        brief="write an HTML page of a run, or of several",
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="the file (default: report.html in the run folder, or here)"
+    )
+    command.add_argument(
+        "--pictures",
+        type=float,
+        default=2.0,
+        metavar="MB",
+        help="megabytes that small pictures may take in the page",
+    )
+    command.add_argument("--open", action="store_true", help="open it in the browser")
 
 
-def write_report(runs: Sequence[RunFiles], out: Path, *, picture_budget: int = PICTURE_BUDGET) -> int:
-    """Write the page about ``runs`` and return its size in bytes."""
-    galleries, pictures = [], []
-    for run in runs:
-        thumbnails = Thumbnails(picture_budget // len(runs))
-        galleries.append(gallery(run, thumbnails))
-        pictures.append(thumbnails.encoded)
-    blocks = {
-        "runs": {
-            "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            "version": __version__,
-            "runs": [_run_block(run) for run in runs],
-        },
-        "predictions": {"galleries": galleries, "pictures": pictures},
-    }
-    title = " · ".join(run.name for run in runs) + " · phi3v report"
-    return write_page(out, title, SCRIPTS, blocks)
+def report(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.report.page import announce_page
+    from phi3v.report.report import report
 
-
-def _run_block(run: RunFiles) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "folder": str(run.folder),
-        "status": run.status,
-        "config": _flat(run.config),
-        "defaults": _flat(dataclasses.asdict(RunConfig())),
-        "environment": _flat(_with_command_line(run.environment)),
-        "curves": dataclasses.asdict(run.curves),
-        "result": run.result,
-        "evaluations": run.evaluations,
-        "confusion": class_scores(run),
-        "log": run.log,
-        "missing": run.missing,
-    }
-
-
-def _with_command_line(environment: dict[str, Any]) -> dict[str, Any]:
-    """The environment with its command as one would type it."""
-    command = environment.get("command")
-    return environment | ({"command": shlex.join(map(str, command))} if isinstance(command, list) else {})
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _primary(run: RunFiles, when: str) -> float | None:
-    score = run.evaluations.get(when, {}).get("score")
-    return score if isinstance(score, float | int) else None
-
-
-def _name_apart(runs: Sequence[RunFiles]) -> None:
-    """Runs whose folders are called the same are named by as much of their path as tells them apart."""
-    paths = [run.folder.resolve() for run in runs]
-    common = Path(os.path.commonpath(paths))
-    names = [run.name for run in runs]
-    for run, path in zip(runs, paths, strict=True):
-        if names.count(run.name) > 1:
-            run.name = str(path.relative_to(common)) if path != common else path.name
+    told = report(arguments.runs, out=arguments.out, picture_budget=int(arguments.pictures * 1e6))
+    for run in told["runs"]:
+        for note in run["missing"]:
+            console.print(f"{run['folder']}: {note}", highlight=False, markup=False, soft_wrap=True)
+    announce_page(console, told["report"], told["bytes"], show=arguments.open)
+    return told

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
 from phi3v.plan.forecast import forecast
-from phi3v.report.command import REPORT_FILE, report, write_report
+from phi3v.report.report import REPORT_FILE, report, write_report
 from phi3v.report.run_files import read_run
 from phi3v.train.checkpoints.resume import FinishedRun
 from phi3v.train.result import RunResult

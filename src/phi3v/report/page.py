@@ -12,12 +12,16 @@ import gzip
 import hashlib
 import html
 import json
+import webbrowser
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
+from phi3v.terminal import say
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -59,6 +63,13 @@ def write_page(out: Path, title: str, parts: tuple[str, ...], blocks: dict[str, 
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another --out") from None
     return len(content)
+
+
+def announce_page(console: Console, page: str, size: int, *, show: bool) -> None:
+    """Say where a page of ``size`` bytes is, and with ``show`` open it in the browser."""
+    say(console, f"{page}: {size / 1e6:.2f} MB")
+    if show:
+        webbrowser.open(Path(page).resolve().as_uri())
 
 
 def build_page(title: str, parts: tuple[str, ...], blocks: dict[str, Any]) -> str:

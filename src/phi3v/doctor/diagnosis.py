@@ -335,7 +335,7 @@ class Examination:
         self.say("plan", "pass", f"fits: {own.reason}{rate}")
 
 
-def examine(config: RunConfig, console: Console) -> Report:
+def diagnose(config: RunConfig, console: Console) -> Report:
     """Run every check of a recipe and return what they found."""
     examination = Examination(config.absolute(), console)
     examination.run("environment", examination.environment)

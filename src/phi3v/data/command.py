@@ -1,0 +1,183 @@
+"""``phi3v data``: convert, check and preview data files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from phi3v.config import DEFAULT_MAX_PIXELS, add_keys, load_config
+from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
+from phi3v.grammar import Parser
+
+MAX_PIXELS: dict[str, Any] = {"type": int, "default": DEFAULT_MAX_PIXELS, "help": "refuse larger images unread"}
+SPECIAL_TEXT: dict[str, Any] = {
+    "choices": ("refuse", "escape"),
+    "default": "refuse",
+    "help": "literal special tokens such as <|end|> in texts are faults, or are escaped",
+}
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE.jsonl", "help": "the data; images lie in images/ beside it"}
+
+
+def add_commands(verbs: Parser) -> None:
+    group = verbs.add_group("data", "convert, check and look at data")
+    _add_convert(group)
+    command = group.add_command(
+        "check",
+        check,
+        "list every fault of a data file with its line, its field and what to do; tokens are counted as the model does "
+        "(without one: about as Phi-3.5-vision)",
+        "phi3v data check data/train.jsonl",
+    )
+    command.add_argument("file", **FILE)
+    command.add_argument("--max-errors", type=int, default=20, help="stop after so many faults")
+    command.add_argument(
+        "--images",
+        choices=("decode", "header", "off"),
+        default="decode",
+        help="how images are checked: decoded in full, header only, not at all",
+    )
+    command.add_argument("--max-pixels", **MAX_PIXELS)
+    command.add_argument("--special-text", **SPECIAL_TEXT)
+    add_keys(command, ("model.path", "model.num_crops"))
+    command = group.add_command(
+        "preview",
+        preview,
+        "write an HTML page of a data file: samples as the model sees them (without a model: 16 crops and the small "
+        "built-in tokenizer), counts, sizes, faults",
+        "phi3v data preview data/train.jsonl --out preview.html --model.path microsoft/Phi-3.5-vision-instruct",
+    )
+    command.add_argument("file", **FILE)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="where to write it")
+    command.add_argument("--samples", type=int, default=12, metavar="N", help="records that are shown")
+    add_keys(command, ("model.path", "model.num_crops"))
+    command.add_argument("--special-text", **SPECIAL_TEXT)
+    command.add_argument("--open", action="store_true", help="open it in the browser")
+
+
+def _add_convert(group: Parser) -> None:
+    command = group.add_command(
+        "convert",
+        convert,
+        "bring a dataset into the JSONL format",
+        "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
+    )
+    command.add_argument(
+        "source",
+        choices=tuple(SOURCES),
+        metavar="SOURCE",
+        help=f"a dataset: {', '.join(name for name in SOURCES if name not in OWN_DATA)}; "
+        f"or the form of your own data: {', '.join(OWN_DATA)}",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    command.add_argument(
+        "--source",
+        dest="location",
+        metavar="PATH_OR_HUB_ID",
+        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+    )
+    command.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="bad records and clips: an error that lists them once the good ones are done, "
+        "or leave them out and list them",
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    command.add_argument("--max-pixels", **MAX_PIXELS)
+    # An option that was not given is None, so that a source that does not take it can refuse it.
+    own: dict[str, tuple[str, dict[str, Any]]] = {
+        "num_frames": ("frames of a clip (default: 8)", {"type": int, "metavar": "N"}),
+        "special_text": (
+            "literal special tokens such as <|end|> in texts make a record bad, or are escaped (default: refuse)",
+            {"choices": ("refuse", "escape")},
+        ),
+        "eval_share": (
+            "share that goes to eval.jsonl if the data has no splits (default: 0.1 of folders, else 0)",
+            {"type": float, "metavar": "SHARE"},
+        ),
+        "image_root": (
+            "folder that image paths are relative to (default: that of the data file)",
+            {"type": Path, "metavar": "DIR"},
+        ),
+        "question": (
+            "the question of every record; of folders, {classes} in it stands for the names of the classes",
+            {"metavar": "TEXT"},
+        ),
+        "image_columns": ("columns of image paths", {"nargs": "+", "action": "extend", "metavar": "NAME"}),
+        "question_column": ("column of questions", {"metavar": "NAME"}),
+        "answer_column": ("column of answers", {"metavar": "NAME"}),
+        "split_column": ("column of train, val, eval or test", {"metavar": "NAME"}),
+        "id_column": ("column of ids", {"metavar": "NAME"}),
+    }
+    options = command.add_argument_group("options that some sources take", "columns that are not named are guessed")
+    for field, (option, sources) in SOURCE_OPTIONS.items():
+        text, settings = own[field]
+        taken_by = "your own data" if sources == OWN_DATA else ", ".join(sources)
+        options.add_argument(option, dest=field, help=f"{taken_by}: {text}", **settings)
+
+
+def convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.data.sources.own_data import OwnDataOptions
+
+    given = {field: value for field in SOURCE_OPTIONS if (value := getattr(arguments, field)) is not None}
+    require_taken(arguments.source, given)
+    if "image_columns" in given:
+        given["image_columns"] = tuple(given["image_columns"])
+    options = OwnDataOptions(
+        out=arguments.out,
+        source=arguments.location,
+        on_bad=arguments.on_bad,
+        workers=arguments.workers,
+        max_pixels=arguments.max_pixels,
+        **given,
+    )
+    result = SOURCES[arguments.source](options)
+    result.render(console)
+    return result.to_json_dict()
+
+
+def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.data.check import check_file
+    from phi3v.data.lengths import Context
+
+    context = Context()
+    config = load_config(None, arguments.overrides)
+    if "model.path" in arguments.overrides:
+        from phi3v.plan.planned_model import planned_config
+        from phi3v.train.methods.loading import load_processor
+
+        longest = planned_config(config.model.path)[0].max_position_embeddings
+        context = Context(longest, load_processor(config))
+    report = check_file(
+        arguments.file,
+        max_errors=arguments.max_errors,
+        max_pixels=arguments.max_pixels,
+        image_level=arguments.images,
+        special_text=arguments.special_text,
+        context=context,
+    )
+    report.render(console)
+    return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+
+
+def preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    num_crops = load_config(None, arguments.overrides).model.num_crops
+    from phi3v.report.page import announce_page
+    from phi3v.report.preview import preview
+
+    told = preview(
+        arguments.file,
+        arguments.out,
+        samples=arguments.samples,
+        model=arguments.overrides.get("model.path"),
+        num_crops=num_crops,
+        special_text=arguments.special_text,
+    )
+    console.print(f"tokens: {told['tokenizer']}", highlight=False, soft_wrap=True)
+    if told["faults"]:
+        console.print(f"faults: {told['faults']}, listed in the page", highlight=False)
+    announce_page(console, told["preview"], told["bytes"], show=arguments.open)
+    return told
