@@ -126,7 +126,7 @@ def test_a_record_that_training_would_refuse_is_bad(tmp_path: Path) -> None:
     def empty(_: Conversion, number: int) -> list[Any]:
         return [record(number, [], user="" if number == 1 else "what?")]
 
-    with pytest.raises(BadUnitsError, match=r"row 1: conversations\[0\].user is empty"):
+    with pytest.raises(BadUnitsError, match=r"row 1: conversations\[0\].user: is empty"):
         run(ConvertOptions(tmp_path), count=3, work=empty)
 
 

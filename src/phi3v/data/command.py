@@ -120,7 +120,7 @@ def _add_convert(group: Parser) -> None:
 
 
 def convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from phi3v.data.sources.own_data import OwnDataOptions
+    from phi3v.data.sources.records import OwnDataOptions
 
     given = {field: value for field in SOURCE_OPTIONS if (value := getattr(arguments, field)) is not None}
     require_taken(arguments.source, given)

@@ -48,12 +48,13 @@ from phi3v.data.image_folder import ImageFolder, OutputError
 from phi3v.data.images import describe_kinds
 from phi3v.data.jsonl import TEMPORARY_SUFFIX, write_jsonl
 from phi3v.data.progress import LateProgress
-from phi3v.data.schema import read_line
+from phi3v.data.schema import SpecialText, read_line
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 
 OnBad = Literal["stop", "skip"]
 JsonRecord = dict[str, Any]
+_Outcome = Sequence["JsonRecord | BadUnit"]
 
 _LISTED = 20  # bad units that a message names; the others are counted
 _HOPELESS = 1000  # bad units after which "stop" does not look at the rest: the whole source is not what it should be
@@ -250,6 +251,8 @@ class Conversion:
     Args:
         source: the name of the source.
         options: see `ConvertOptions`.
+        special_text: ``refuse`` makes records with literal special tokens bad; ``escape`` leaves that to the setting
+            of those who read them.
 
     Attributes:
         images: where units put their images: the ``images/`` of the data folder.
@@ -259,8 +262,9 @@ class Conversion:
         UserError: on entering, if ``out`` cannot be written or another conversion is at work in it.
     """
 
-    def __init__(self, source: str, options: ConvertOptions) -> None:
+    def __init__(self, source: str, options: ConvertOptions, special_text: SpecialText = "escape") -> None:
         self.options = options
+        self._special_text = special_text
         self.images = ImageFolder(options.out / "images", options.max_pixels)
         self._source = source
         self._files: dict[str, Path] = {}
@@ -352,7 +356,7 @@ class Conversion:
         """The records of all units in order; raises at the end if they must not be written."""
         stop = self.options.on_bad == "stop"
         ids: set[int] = set()
-        for unit, parts in _in_order(units, self.options.workers or available_cores()):
+        for unit, parts in _in_order(units, self._do, self.options.workers or available_cores()):
             self._units += 1
             bar.advance(unit.amount)
             outcome = [_repeated(part, unit.place, ids) or part for part in parts]
@@ -370,11 +374,29 @@ class Conversion:
             first = f": {state.bad[0]}" if state.bad else ""
             raise UserError(f"gives no record at all{first}", where=self._source, hint="is this the right source?")
 
+    def _do(self, unit: Unit) -> _Outcome:
+        try:
+            return [part if isinstance(part, BadUnit) else self._checked(part, unit.place) for part in unit.work()]
+        except OutputError:
+            raise
+        except UserError as error:
+            return [BadUnit.of(unit.place, error)]
+        except OSError as error:  # of the source: what cannot be written is an `OutputError`
+            hint = "check its permissions and the disk"
+            return [BadUnit(unit.place, f"cannot be read: {error.strerror or error}", hint)]
 
-_Outcome = Sequence[JsonRecord | BadUnit]
+    def _checked(self, record: JsonRecord, place: str) -> JsonRecord | BadUnit:
+        """The record if the reader that training uses takes it."""
+        # Line 2, because line 1 may begin with a byte order mark.
+        line = read_line(json.dumps(record), file=Path(place), line=2, special_text=self._special_text)
+        if fault := next(iter(line.faults), None):
+            return BadUnit(place, f"{fault.field}: {fault.what}", fault.hint)
+        return record
 
 
-def _in_order(units: Iterable[Unit | BadUnit], workers: int) -> Iterator[tuple[Unit | BadUnit, _Outcome]]:
+def _in_order(
+    units: Iterable[Unit | BadUnit], work: Callable[[Unit], _Outcome], workers: int
+) -> Iterator[tuple[Unit | BadUnit, _Outcome]]:
     """Each unit with what became of it, in the given order; a few units ahead are being worked on."""
     pending: deque[tuple[Unit | BadUnit, Future[_Outcome] | None]] = deque()
 
@@ -388,7 +410,7 @@ def _in_order(units: Iterable[Unit | BadUnit], workers: int) -> Iterator[tuple[U
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     try:
         for unit in units:
-            pending.append((unit, None if isinstance(unit, BadUnit) else pool.submit(_do, unit)))
+            pending.append((unit, None if isinstance(unit, BadUnit) else pool.submit(work, unit)))
             # Enough ahead that a slow unit at the front does not leave the other workers idle.
             if len(pending) > 4 * workers:
                 yield take()
@@ -396,23 +418,6 @@ def _in_order(units: Iterable[Unit | BadUnit], workers: int) -> Iterator[tuple[U
             yield take()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _do(unit: Unit) -> _Outcome:
-    try:
-        return [part if isinstance(part, BadUnit) else _checked(part, unit.place) for part in unit.work()]
-    except OutputError:
-        raise
-    except UserError as error:
-        return [BadUnit.of(unit.place, error)]
-    except OSError as error:  # of the source: what cannot be written is an `OutputError`
-        return [BadUnit(unit.place, f"cannot be read: {error.strerror or error}", "check its permissions and the disk")]
-
-
-def _checked(record: JsonRecord, place: str) -> JsonRecord | BadUnit:
-    """The record if the reader that training uses takes it. What becomes of special text is a setting there."""
-    faults = read_line(json.dumps(record), file=Path(place), line=2, special_text="escape").faults
-    return BadUnit(place, f"{faults[0].field} {faults[0].what}", faults[0].hint) if faults else record
 
 
 def _repeated(part: JsonRecord | BadUnit, place: str, ids: set[int]) -> BadUnit | None:

@@ -32,7 +32,7 @@ from sample_files import clip, picture
 
 from phi3v.data.check import check_file
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
-from phi3v.data.sources.own_data import OwnDataOptions
+from phi3v.data.sources.records import OwnDataOptions
 from phi3v.errors import UserError
 
 DEEP, LONG = "@deep@", "@long@"  # written as brackets without end and as a number of thousands of digits

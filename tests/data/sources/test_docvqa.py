@@ -156,7 +156,7 @@ def test_a_bad_question_of_a_row_leaves_the_others(tmp_path: Path) -> None:
         *("train, row 0, texts[1]", "train, row 1, texts[1]", "val, row 0, texts[1]", "val, row 1, texts[1]"),
         "val, row 2",
     ]
-    assert "has 0 pictures, not 1" in result.skipped[-1].what
+    assert "has 0 images, not 1" in result.skipped[-1].what
 
 
 def test_an_annotation_file_that_is_broken(tmp_path: Path) -> None:

@@ -128,5 +128,5 @@ def test_a_row_with_one_picture(tmp_path: Path) -> None:
     rows = [cauldron_row([picture(0), picture(1)], [("q", "True")])] * 2
     write_parquet(tmp_path / "in" / "train-0.parquet", rows)
     write_parquet(tmp_path / "in" / "val-0.parquet", [*rows, cauldron_row([picture(1)], [("q", "True")])])
-    with pytest.raises(BadUnitsError, match="val, row 2: has 1 pictures, not 2"):
+    with pytest.raises(BadUnitsError, match="val, row 2: has 1 images, not 2"):
         run(tmp_path / "out", tmp_path / "in")

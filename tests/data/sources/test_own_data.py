@@ -8,7 +8,7 @@ import pytest
 
 from phi3v.cli import main
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
-from phi3v.data.sources.own_data import OwnDataOptions
+from phi3v.data.sources.records import OwnDataOptions
 from phi3v.errors import UserError
 
 VALUES = {"num_frames": "4", "special_text": "escape", "eval_share": "0.1"}

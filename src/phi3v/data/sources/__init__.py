@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 Converter = Callable[["ConvertOptions"], "ConversionResult"]
 
 
-def _source(module: str) -> Converter:
-    """``convert`` of ``sources/MODULE.py``, imported when it is called, so that looking up names stays fast."""
+def _source(module: str, *names: str) -> Converter:
+    """``convert`` of ``sources/MODULE.py``, imported when it is called, so that looking up names stays fast.
+
+    Args:
+        names: which of its sources, where the file has two.
+    """
 
     def convert(options: ConvertOptions) -> ConversionResult:
-        return importlib.import_module(f"phi3v.data.sources.{module}").convert(options)
+        return importlib.import_module(f"phi3v.data.sources.{module}").convert(*names, options)
 
     return convert
 
@@ -29,10 +33,10 @@ SOURCES: dict[str, Converter] = {
     "hateful-memes": _source("hateful_memes"),
     "nlvr2": _source("nlvr2"),
     "ucf101": _source("ucf101"),
-    "llava": _source("llava"),
-    "messages": _source("messages"),
-    "image-folder": _source("image_folder"),
-    "video-folder": _source("video_folder"),
+    "llava": _source("chats", "llava"),
+    "messages": _source("chats", "messages"),
+    "image-folder": _source("folders", "image-folder"),
+    "video-folder": _source("folders", "video-folder"),
     "csv": _source("csv_table"),
 }
 

@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -24,11 +24,10 @@ from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
 from phi3v.data.jsonl import require_file
 from phi3v.data.schema import MAX_LINE_BYTES, json_kind
-from phi3v.data.sources.drafts import Draft, DraftTurn, Row, convert_rows, medium_of
 from phi3v.data.sources.json_records import not_utf8, require_text_encoding
-from phi3v.data.sources.messages import table_rows
-from phi3v.data.sources.own_data import OwnDataOptions
+from phi3v.data.sources.media import medium_of
 from phi3v.data.sources.questions import id_of
+from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
 from phi3v.data.sources.splits import split_files, split_name
 from phi3v.data.sources.tables import open_folder
 from phi3v.errors import UserError
@@ -70,7 +69,7 @@ class _Columns:
 
 
 def convert(options: OwnDataOptions) -> ConversionResult:
-    """Write ``SPLIT.jsonl`` and the pictures under their own names.
+    """Write ``SPLIT.jsonl`` and the images under their own names.
 
     Args:
         options: ``source`` is a file, or a folder of one or of one for each split; its columns say the rest.
@@ -86,11 +85,11 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     names, rows = _open(source)
     columns, notes = _choose(names, options, source)
 
-    def make_draft(row: Row, _: Counter[str]) -> Draft:
+    def make_record(row: Row, _: Counter[str]) -> RawRecord:
         media = tuple(medium_of(_path(row[name]), "image", name) for name in columns.images if _filled(row[name]))
         question = options.question or ("" if columns.question is None else _text(row[columns.question]))
         name = None if columns.id is None else id_of(row, columns.id)
-        return Draft(name, (DraftTurn(question, _text(row[columns.answer]), media),))
+        return RawRecord(name, (RawTurn(question, _text(row[columns.answer]), media),))
 
     def split_of(row: Row) -> str:
         assert columns.split is not None
@@ -105,20 +104,21 @@ def convert(options: OwnDataOptions) -> ConversionResult:
         SOURCE,
         options,
         rows,
-        make_draft,
+        make_record,
         image_root=root,
+        eval_share=options.eval_share,
         split_of=split_of if columns.split is not None else None,
         notes=notes,
     )
 
 
-def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Iterable[tuple[str, Row | UserError]]]]]:
+def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Rows]]:
     """The names of the columns, which all files have, and the rows of each split."""
     if tables := open_folder(source):
         names = next(iter(tables.values())).columns
         for table in tables.values():
             table.require(names)
-        return names, {split: table_rows(table) for split, table in tables.items()}
+        return names, {split: table.numbered for split, table in tables.items()}
     files = split_files(source, SUFFIXES)
     forms = {file: _form(file) for of_split in files.values() for file in of_split}
     first = next(iter(forms))
@@ -127,7 +127,7 @@ def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Iterabl
         if form.names != names:
             raise UserError(f"has other columns than {first.name}", where=str(file), hint="give them one by one")
 
-    def rows(of_split: list[Path]) -> Callable[[], Iterable[tuple[str, Row | UserError]]]:
+    def rows(of_split: list[Path]) -> Rows:
         return lambda: chain.from_iterable(_read(file, forms[file]) for file in of_split)
 
     return names, {split: rows(of_split) for split, of_split in files.items()}

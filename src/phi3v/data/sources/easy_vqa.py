@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions, Unit
+from phi3v.data.sources.media import Medium
+from phi3v.data.sources.records import RawRecord, RawTurn, RecordWriter
 from phi3v.errors import UserError
 
 Questions = dict[int, list[tuple[str, str]]]  # image id -> (question, answer), in the order of the file
@@ -35,32 +38,27 @@ def convert(options: ConvertOptions) -> ConversionResult:
     questions = {split: _read_questions(source / split / "questions.json") for split in ("train", "test")}
     with Conversion("easy-vqa", options) as conversion:
         for split, of_split in questions.items():
-            conversion.write_split(split, _units(conversion, split, of_split, source), total=len(of_split))
+            conversion.write_split(
+                split, _units(conversion, split, of_split, source / split / "images"), total=len(of_split)
+            )
         return conversion.result()
 
 
-def _units(conversion: Conversion, split: str, questions: Questions, source: Path) -> Iterator[Unit]:
-    folder = source / split / "images"
+def _units(conversion: Conversion, split: str, questions: Questions, folder: Path) -> Iterator[Unit]:
+    writer = RecordWriter(conversion, "easy-vqa", folder)
 
-    def unit(image: int, of_image: list[tuple[str, str]]) -> Unit:
-        def work() -> list[dict[str, Any]]:
-            path = conversion.images.add_file(f"{split}/{image}", f"{image}.png", root=folder)
-            turns: list[dict[str, Any]] = [{"user": text, "assistant": answer} for text, answer in of_image]
-            if split == "train":
-                turns[0] = {"images": [path], **turns[0]}
-                return [{"id": f"train-{image:06d}", "source": "easy-vqa", "conversations": turns}]
-            return [
-                {
-                    "id": f"test-{image:06d}-{k:02d}",
-                    "source": "easy-vqa",
-                    "conversations": [{"images": [path], **turn}],
-                }
-                for k, turn in enumerate(turns)
-            ]
+    def records(image: int, of_image: list[tuple[str, str]]) -> list[RawRecord]:
+        medium = Medium("image", path=f"{image}.png", stem=f"{split}/{image}")
+        if split == "train":
+            turns = [RawTurn(text, answer) for text, answer in of_image]
+            return [RawRecord(f"train-{image:06d}", (replace(turns[0], media=(medium,)), *turns[1:]))]
+        return [
+            RawRecord(f"test-{image:06d}-{k:02d}", (RawTurn(text, answer, (medium,)),))
+            for k, (text, answer) in enumerate(of_image)
+        ]
 
-        return Unit(str(folder / f"{image}.png"), work)
-
-    return (unit(image, of_image) for image, of_image in questions.items())
+    for image, of_image in questions.items():
+        yield writer.unit(str(folder / f"{image}.png"), partial(records, image, of_image))
 
 
 def _package_data() -> Path:

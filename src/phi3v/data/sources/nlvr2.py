@@ -2,15 +2,15 @@
 
 Two forms give the same records for the same content:
 
-* The hub's ``HuggingFaceM4/the_cauldron``, config ``nlvr2`` (`cauldron.py`), or a folder of its parquet or arrow
+* The hub's ``HuggingFaceM4/the_cauldron``, config ``nlvr2`` (`questions.py`), or a folder of its parquet or arrow
   files. Its texts are taken verbatim.
 * The original distribution: ``train.json``, ``dev.json``, ``test1.json``, ``test2.json`` (in the folder or in its
   ``data/``), one object a line with ``identifier`` ``SPLIT-SET-PAIR-SENTENCE``, ``sentence``, ``label``
-  ``"True"`` or ``"False"``, and ``directory`` in train; the pictures of ``dev-850-0-1`` are
+  ``"True"`` or ``"False"``, and ``directory`` in train; the images of ``dev-850-0-1`` are
   ``dev/dev-850-0-img0.png`` and ``…-img1.png``, those of train ``images/train/DIRECTORY/…``; each of the two places
   is tried for every split.
 
-Both pictures are in one turn, the left one first. The statements about a pair are records one after the other that
+Both images are in one turn, the left one first. The statements about a pair are records one after the other that
 name the same two files. For the original distribution ids are the ``identifier``, the question is `QUESTION` and the
 answer the label. That wording is ours: the collection's own could not be looked up when this was written, so evaluate
 a model with data from the same form that it was trained on.
@@ -18,24 +18,25 @@ a model with data from the same form that it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
+from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions
 from phi3v.data.jsonl import read_lines
-from phi3v.data.sources import cauldron
-from phi3v.data.sources.layouts import json_line, unknown_layout
-from phi3v.data.sources.questions import Group, Picture, Question, group_unit, text_of
+from phi3v.data.sources import questions
+from phi3v.data.sources.media import Medium
+from phi3v.data.sources.questions import Group, json_line, question_of, text_of, write_groups
+from phi3v.data.sources.records import RawRecord
+from phi3v.data.sources.splits import unknown_layout
 from phi3v.errors import UserError
 
 SOURCE = "nlvr2"
 QUESTION = "Is the following statement about the two images true or false? {sentence}"
 SPLITS = ("train", "dev", "test1", "test2")
 
-# (line, question) of every statement about a pair of pictures; the pair is its directory and its identifier
-_Pairs = dict[tuple[str, str], list[tuple[int, Question]]]
+# (line, question) of every statement about a pair of images; the pair is its directory and its identifier
+_Pairs = dict[tuple[str, str], list[tuple[int, RawRecord]]]
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
@@ -48,13 +49,13 @@ def convert(options: ConvertOptions) -> ConversionResult:
         UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
             and are not to be skipped.
     """
-    return cauldron.convert_original_or_tables(
+    return questions.convert_original_or_tables(
         SOURCE,
         options,
         original="train.json, dev.json, test1.json with images",
         find_files=_annotation_files,
         write_original=_write_original,
-        write_tables=partial(cauldron.write_tables, source=SOURCE, num_images=2),
+        write_tables=partial(questions.write_cauldron, source=SOURCE, num_images=2),
     )
 
 
@@ -62,8 +63,8 @@ def _write_original(conversion: Conversion, folder: Path, files: dict[str, Path]
     roots = {split: _image_roots(folder, split, file) for split, file in files.items()}
     for split, file in files.items():
         pairs, bad = _read_pairs(file)
-        units = _units(conversion, split, file, roots[split], pairs)
-        conversion.write_split(split, chain(bad, units), total=len(bad) + len(pairs))
+        groups = (_group(file, roots[split], *pair, statements) for pair, statements in pairs.items())
+        write_groups(conversion, SOURCE, split, chain(bad, groups), total=len(bad) + len(pairs))
 
 
 def _annotation_files(folder: Path) -> dict[str, Path]:
@@ -92,14 +93,13 @@ def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
             sentence = text_of(row.get("sentence"), "sentence")
             label = str(row.get("label"))
             if label not in ("True", "False"):
-                raise UserError(
-                    f"label is neither True nor False: {label!r:.60}", hint="there is nothing to learn from it"
-                )
+                what = f"label is neither True nor False: {label!r:.60}"
+                raise UserError(what, hint="there is nothing to learn from it")
         except UserError as error:
             bad.append(BadUnit.of(f"{file}:{line}", error))
             continue
         pair = (str(row.get("directory", "")), "-".join(name[:3]))
-        question = Question(QUESTION.format(sentence=sentence), label, id=identifier)
+        question = question_of(QUESTION.format(sentence=sentence), label, id=identifier)
         pairs.setdefault(pair, []).append((line, question))
     return pairs, bad
 
@@ -107,28 +107,14 @@ def _read_pairs(file: Path) -> tuple[_Pairs, list[BadUnit]]:
 def _image_roots(folder: Path, split: str, file: Path) -> list[Path]:
     roots = [root for root in (folder / "images" / split, folder / split) if root.is_dir()]
     if not roots:
-        raise unknown_layout(folder, [f"images/{split}/ or {split}/ for the pictures of {file.name}"])
+        raise unknown_layout(folder, [f"images/{split}/ or {split}/ for the images of {file.name}"])
     return roots
 
 
-def _units(conversion: Conversion, split: str, file: Path, roots: list[Path], pairs: _Pairs) -> Iterator[Unit]:
-    for index, ((directory, name), statements) in enumerate(pairs.items()):
-        yield _unit(conversion, split, index, file, roots, directory, name, statements)
-
-
-def _unit(
-    conversion: Conversion,
-    split: str,
-    index: int,
-    file: Path,
-    roots: list[Path],
-    directory: str,
-    name: str,
-    statements: list[tuple[int, Question]],
-) -> Unit:
-    def read() -> Group:
+def _group(file: Path, roots: list[Path], directory: str, name: str, statements: list[tuple[int, RawRecord]]) -> Group:
+    def read() -> tuple[list[Medium], list[RawRecord]]:
         paths = [f"{directory}/{name}-img{k}.png" if directory else f"{name}-img{k}.png" for k in range(2)]
         root = next((root for root in roots if (root / paths[0]).is_file()), roots[0])
-        return [Picture(path, root) for path in paths], [question for _, question in statements]
+        return [Medium("image", path=path, root=root) for path in paths], [question for _, question in statements]
 
-    return group_unit(conversion, SOURCE, split, index, f"{file}:{statements[0][0]}", read)
+    return Group(f"{file}:{statements[0][0]}", read)

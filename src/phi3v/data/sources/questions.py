@@ -1,91 +1,207 @@
-"""Questions about one picture or a few: the records of every dataset of that form."""
+"""Questions about one image or a few: what the converters of public datasets share.
+
+Each reads its dataset's original distribution, or its part of the hub's ``HuggingFaceM4/the_cauldron``: rows of
+``images`` and of ``texts``, a list of {``user``, ``assistant``, ``source``}. Both texts are taken verbatim. The
+collection has a train split only; as in the recipe, its first 500 rows are held out as ``val``. A copy that is smaller
+than 2,500 rows holds out a fifth, and one with splits of its own keeps those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from phi3v.data.convert import BadUnit, Conversion, JsonRecord, Unit
+from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
 from phi3v.data.schema import json_kind
+from phi3v.data.sources.media import Medium
+from phi3v.data.sources.records import RawRecord, RawTurn, RecordWriter
+from phi3v.data.sources.tables import HubTable, Table, local_source, open_tables
 from phi3v.errors import UserError
 
+HUB_ID = "HuggingFaceM4/the_cauldron"
+COLUMNS = ("images", "texts")
+HELD_OUT = 500
+
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture of the source.
+class Group:
+    """Images that belong together and the questions about them.
 
     Attributes:
-        content: its bytes, or its path relative to ``root``.
-        root: the folder of the source's pictures.
-    """
-
-    content: bytes | str
-    root: Path = Path()
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question, its answer, all reference answers if there are several, and the dataset's own id if it has one."""
-
-    user: str
-    assistant: str
-    answers: tuple[str, ...] = ()
-    id: str | None = None
-
-
-Group = tuple[Sequence[Picture], Sequence[Question | BadUnit]]
-
-
-def group_unit(
-    conversion: Conversion, source: str, split: str, index: int, place: str, read: Callable[[], Group], amount: int = 1
-) -> Unit:
-    """The unit of pictures that belong together and of the questions about them.
-
-    The pictures are written once, as ``SPLIT/INDEX.png`` (or ``.jpg``), several as ``SPLIT/INDEX.0.png`` …; every
-    question is a record that names them. It keeps the dataset's own id, which official evaluators ask for; without one
-    it is ``SPLIT-INDEX-00``, ``SPLIT-INDEX-01`` … But for ids, the same content gives the same records from the hub and
-    from its own distribution.
-
-    Args:
-        conversion: that the unit belongs to.
-        source: key ``source`` of the records.
-        split: name of the split.
-        index: place of the group in the split, from 0.
         place: where it is in the source, for messages.
-        read: gives pictures and questions, a `BadUnit` in place of each bad question; runs in the worker. Raises
-            `UserError` if the whole group is bad.
+        read: gives the images and the questions (`question_of`), a `BadUnit` in place of each bad one; runs in the
+            worker. Raises `UserError` if the whole group is bad.
         amount: as of `Unit`.
     """
 
-    def work() -> list[JsonRecord | BadUnit]:
-        pictures, questions = read()
-        if not pictures or not questions:
-            raise UserError(f"has no {'picture' if questions else 'question'}", hint="complete it, or leave it out")
-        bad = [question for question in questions if isinstance(question, BadUnit)]
-        if len(bad) == len(questions):
-            return [*bad]
-        stem = f"{split}/{index:06d}"
-        images = []
-        for k, picture in enumerate(pictures):
-            own_stem = stem if len(pictures) == 1 else f"{stem}.{k}"
-            if isinstance(picture.content, bytes):
-                images.append(conversion.images.add(own_stem, picture.content, name=f"picture {k}"))
-            else:
-                images.append(conversion.images.add_file(own_stem, picture.content, root=picture.root))
-        name = f"{split}-{index:06d}"
+    place: str
+    read: Callable[[], tuple[Sequence[Medium], Sequence[RawRecord | BadUnit]]]
+    amount: int = 1
+
+
+def convert_original_or_tables(
+    source: str,
+    options: ConvertOptions,
+    *,
+    original: str,
+    find_files: Callable[[Path], dict[str, Path]],
+    write_original: Callable[[Conversion, Path, dict[str, Path]], None],
+    write_tables: Callable[[Conversion, dict[str, Table]], None],
+) -> ConversionResult:
+    """Convert a dataset from its original distribution, or from its part of the collection.
+
+    Args:
+        source: the dataset's name; with ``_`` for ``-`` its part of the collection.
+        options: ``source`` is a folder of either form, or a hub id; default the hub's collection.
+        original: what the original distribution consists of, for messages.
+        find_files: the annotation files of the original distribution in a folder, by split.
+        write_original: writes them; takes the folder and the files.
+        write_tables: writes tables, by split.
+
+    Raises:
+        UserError: the source is in neither form or cannot be read, ``out`` holds other data, or records are bad and
+            are not to be skipped.
+    """
+    folder = local_source(options.source)
+    files = {} if folder is None else find_files(folder)
+    with Conversion(source, options) as conversion:
+        if folder is not None and files:
+            write_original(conversion, folder, files)
+        else:
+            hub_table = HubTable(HUB_ID, source.replace("-", "_"))
+            write_tables(conversion, open_tables(options.source, hub_table, original=original))
+        return conversion.result()
+
+
+def write_groups(
+    conversion: Conversion, source: str, split: str, groups: Iterable[Group | BadUnit], *, total: int
+) -> None:
+    """Write a split of groups.
+
+    The images of a group are written once, as ``SPLIT/N.png`` (or ``.jpg``), several as ``SPLIT/N.0.png`` …; every
+    question is a record that names them. It keeps the dataset's own id, which official evaluators ask for; without one
+    it is ``SPLIT-N-00``, ``SPLIT-N-01`` … But for ids, the same content gives the same records from the hub and from
+    its own distribution.
+
+    Args:
+        conversion: to write into.
+        source: key ``source`` of the records.
+        split: its name.
+        groups: in order, with a `BadUnit` for what belongs to no group.
+        total: the sum of their amounts.
+
+    Raises:
+        UserError: as `Conversion.write_split`.
+    """
+    writer = RecordWriter(conversion, source)
+
+    def records(number: int, group: Group) -> list[RawRecord | BadUnit]:
+        images, questions = group.read()
+        if not images or not questions:
+            raise UserError(f"has no {'image' if questions else 'question'}", hint="complete it, or leave it out")
+        stem, name = f"{split}/{number:06d}", f"{split}-{number:06d}"
+        media = tuple(
+            replace(image, stem=stem if len(images) == 1 else f"{stem}.{k}", name=f"image {k}")
+            for k, image in enumerate(images)
+        )
         return [
             question
             if isinstance(question, BadUnit)
-            else {"id": question.id or f"{name}-{k:02d}", "source": source, "conversations": [_turn(images, question)]}
+            else RawRecord(question.id or f"{name}-{k:02d}", (replace(question.turns[0], media=media),))
             for k, question in enumerate(questions)
         ]
 
-    return Unit(place, work, amount)
+    def units() -> Iterator[Unit | BadUnit]:
+        number = 0
+        for group in groups:
+            if isinstance(group, BadUnit):
+                yield group
+            else:
+                yield writer.unit(group.place, partial(records, number, group), group.amount)
+                number += 1
+
+    conversion.write_split(split, units(), total=total)
 
 
-def question_or_bad(place: str, read: Callable[[], Question]) -> Question | BadUnit:
+def is_cauldron(table: Table) -> bool:
+    """Whether a table has the collection's columns."""
+    return all(column in table.columns for column in COLUMNS)
+
+
+def write_cauldron(conversion: Conversion, tables: dict[str, Table], *, source: str, num_images: int) -> None:
+    """Write tables of the collection by split, holding out rows of a train split that is alone.
+
+    Raises:
+        UserError: a table lacks a column.
+    """
+
+    def write(split: str, table: Table, start: int, stop: int) -> None:
+        def group(number: int, row: dict[str, Any]) -> Group:
+            place = f"{table.name}, row {number}"
+            return Group(place, lambda: _read(place, row, num_images))
+
+        rows = islice(enumerate(table), start, stop)
+        write_groups(conversion, source, split, (group(*numbered) for numbered in rows), total=stop - start)
+
+    for table in tables.values():
+        table.require(COLUMNS)
+    if list(tables) != ["train"]:
+        for split, table in tables.items():
+            write(split, table, 0, table.num_rows)
+        return
+    table = tables["train"]
+    held_out = min(HELD_OUT, max(1, table.num_rows // 5))
+    if table.num_rows < 2:
+        raise UserError("has one row, too few to hold one out", where=table.name, hint="give it more data")
+    conversion.note(f"there is a train split only; its first {held_out:,} rows are held out as val")
+    write("val", table, 0, held_out)
+    write("train", table, held_out, table.num_rows)
+
+
+def _read(place: str, row: dict[str, Any], num_images: int) -> tuple[list[Medium], list[RawRecord | BadUnit]]:
+    images = [image_of(image) for image in _list(row, "images")]
+    if len(images) != num_images:
+        raise UserError(f"has {len(images)} images, not {num_images}", hint="complete it, or leave it out")
+    texts = enumerate(_list(row, "texts"))
+    return images, [question_or_bad(f"{place}, texts[{k}]", partial(_question, text)) for k, text in texts]
+
+
+def _list(row: dict[str, Any], column: str) -> list[Any]:
+    value = row[column] or []
+    if not isinstance(value, list):
+        raise UserError(f"{column} is no list: {value!r:.60}", hint="is this the dataset that the command names?")
+    return value
+
+
+def _question(text: object) -> RawRecord:
+    if not isinstance(text, dict):
+        raise UserError(f"is no pair of texts: {text!r:.60}", hint='it holds "user" and "assistant"')
+    return question_of(text_of(text.get("user"), "user"), text_of(text.get("assistant"), "assistant"))
+
+
+def image_of(value: object) -> Medium:
+    """The image that a cell of a table holds.
+
+    Raises:
+        UserError: the cell has none, or only the name of a file elsewhere.
+    """
+    content = value.get("bytes") if isinstance(value, dict) else None
+    if not isinstance(content, bytes):
+        raise UserError("the image is not in the table", hint="save the table with its images embedded")
+    return Medium("image", data=content)
+
+
+def question_of(user: str, assistant: str, answers: Sequence[str] = (), id: str | None = None) -> RawRecord:
+    """A question of a `Group`, whose images come with the group, and the dataset's own id if it has one."""
+    return RawRecord(id, (RawTurn(user, assistant, answers=tuple(answers)),))
+
+
+def question_or_bad(place: str, read: Callable[[], RawRecord]) -> RawRecord | BadUnit:
     """What ``read`` gives, or what is wrong with it."""
     try:
         return read()
@@ -122,8 +238,16 @@ def text_of(value: object, name: str) -> str:
     return value
 
 
-def _turn(images: list[str], question: Question) -> dict[str, Any]:
-    turn: dict[str, Any] = {"images": images, "user": question.user, "assistant": question.assistant}
-    if len(question.answers) > 1:
-        turn["answers"] = list(question.answers)
-    return turn
+def json_line(raw: bytes) -> dict[str, Any]:
+    """The object of one line.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not valid JSON: {error}", hint="one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise UserError(f"must be a JSON object, not {json_kind(value)}", hint="one JSON object a line")
+    return value

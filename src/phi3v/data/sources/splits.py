@@ -1,4 +1,4 @@
-"""Which split a file, folder or record of one's own data belongs to."""
+"""Which split a file, folder or record belongs to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-from phi3v.data.sources.layouts import unknown_layout
 from phi3v.errors import UserError
 
 _NAMES = {
@@ -59,6 +59,21 @@ def split_files(source: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
             raise UserError("its name does not say which split it is", where=str(file), hint=hint)
         by_split.setdefault(split, []).append(file)
     return by_split
+
+
+def unknown_layout(folder: Path, known: Sequence[str]) -> UserError:
+    """The error for a folder or file that is in none of the known forms."""
+    if folder.is_dir():
+        inside = sorted(path.name + ("/" if path.is_dir() else "") for path in islice(folder.iterdir(), 200))
+        found = ", ".join(inside[:8]) + (" …" if len(inside) > 8 else "") if inside else "nothing"
+        found = f"; it holds {found}"
+    else:
+        found = ""
+    return UserError(
+        f"is in no form that is known here{found}",
+        where=str(folder),
+        hint=f"known are: {'; '.join(known)}",
+    )
 
 
 def hash_share(key: str) -> float:

@@ -19,16 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from phi3v.data.sources.layouts import unknown_layout
+from phi3v.data.sources.splits import split_name, unknown_layout
 from phi3v.errors import UserError
 from phi3v.paths import is_hub_id
 
 _BATCH_ROWS = 16  # a row may hold scanned pages of a megabyte each
-_SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "eval", "test")
 
 _Opened: TypeAlias = pq.ParquetFile | pa.RecordBatchReader | pa.ipc.RecordBatchFileReader
 _Cells = Mapping[str, Callable[[Any], Any]]  # by column, from what is stored to what was meant
-_SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,10 @@ class Table:
             raise UserError(
                 f"cannot be read: {_first_line(error)}", where=self.name, hint="copy or download it again"
             ) from None
+
+    def numbered(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(place, row) of every row, counted from 1."""
+        return ((f"{self.name}: row {number}", row) for number, row in enumerate(self, start=1))
 
     def require(self, columns: Iterable[str]) -> None:
         """Raise `UserError` unless all of these columns are there."""
@@ -133,7 +136,7 @@ def open_hub(source: str | None, default: HubTable) -> dict[str, Table]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise cannot_reach_hub(label, error) from None
     return {
-        _SPLIT_NAMES.get(split, split): Table(
+        split_name(split) or split: Table(
             f"{label}, {split}", tuple(rows.column_names), len(rows), rows.to_iterable_dataset().decode(False)
         )
         for split, rows in splits.items()
@@ -172,7 +175,7 @@ def _split_of(file: Path, folder: Path) -> str:
     inner = file.parent.relative_to(folder).parts if file != folder else ()
     for name in (file.name, *reversed(inner)):
         word = re.match(r"[A-Za-z]+", name)
-        if word and (split := _SPLIT_NAMES.get(word[0].lower(), word[0].lower())) in _SPLITS:
+        if word and (split := split_name(word[0])):
             return split
     return "train"
 

@@ -35,7 +35,9 @@ from typing import IO, Any
 import huggingface_hub
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
-from phi3v.data.sources.layouts import unknown_layout
+from phi3v.data.sources.media import Medium
+from phi3v.data.sources.records import RawRecord, RawTurn, RecordWriter
+from phi3v.data.sources.splits import unknown_layout
 from phi3v.data.sources.tables import cannot_reach_hub, local_source
 from phi3v.data.video import VIDEO_SUFFIXES
 from phi3v.errors import UserError
@@ -84,32 +86,28 @@ def convert(options: ConvertOptions) -> ConversionResult:
         clips, bad = _clips(files, conversion)
         if not clips:
             raise unknown_layout(path, _KNOWN)
+        writer = RecordWriter(conversion, SOURCE)
         labels = sorted({clip.label for clip in clips})
         prompt = f"Classify the video into one of the following classes: {', '.join(labels)}."
         for split in SPLITS:
             of_split = [clip for clip in clips if clip.split == split]
             if of_split:
-                units = (_unit(conversion, files, path, clip, prompt) for clip in of_split)
+                units = (_unit(writer, files, path, clip, prompt) for clip in of_split)
                 total = len(bad) + len(of_split)
                 conversion.write_split(split, chain(bad, units), total=total, file_name=f"ucf101_{split}.jsonl")
                 bad = []
         return conversion.result()
 
 
-def _unit(conversion: Conversion, files: _Files, path: Path, clip: _Clip, prompt: str) -> Unit:
+def _unit(writer: RecordWriter, files: _Files, path: Path, clip: _Clip, prompt: str) -> Unit:
     place = f"{path}/{clip.path}" if path.is_dir() else f"{path}: {clip.path}"
+    name = f"{clip.label}/{clip.name}"
 
-    def work() -> list[dict[str, Any]]:
-        frames = conversion.images.add_frames(
-            f"{clip.split}/{clip.label}/{clip.name}",
-            files[clip.path](),
-            conversion.options.num_frames,
-            name=place,
-        )
-        turn = {"images": frames, "user": prompt, "assistant": clip.label}
-        return [{"id": f"{clip.label}/{clip.name}", "source": SOURCE, "conversations": [turn]}]
+    def read() -> list[RawRecord]:
+        medium = Medium("video", data=files[clip.path](), stem=f"{clip.split}/{name}", name=place)
+        return [RawRecord(name, (RawTurn(prompt, clip.label, (medium,)),))]
 
-    return Unit(place, work)
+    return writer.unit(place, read)
 
 
 def _download(source: str | None) -> Path:

@@ -1,8 +1,18 @@
-"""From other people's chat formats to ours: messages with images in their text become turns with images.
+"""Chats with images, in the formats of LLaVA and of OpenAI and TRL: the sources ``llava`` and ``messages``.
 
-What `llava` and `messages` share, and that is all but the key of the list: who speaks, what is learnt, which image
-belongs where, and what of a record has no use here. A message is ``{"from": "human", "value": …}`` or
-``{"role": "user", "content": …}``; a content is a text or a list of parts.
+The two differ in what people call them; a file of either is read by what its records hold::
+
+    {"id": "7", "image": "coco/7.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A dog."}]}
+
+    {"messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A dog."}], "images": ["7.jpg"]}
+
+From JSON lines, a JSON array, or parquet files with embedded images. ``image``, ``images``, ``video`` and ``videos``
+are a path, a list of paths, or absent. A content is a text, in which image and video tags are understood, or a list of
+parts. A part ``{"type": "image"}`` takes the next of ``images`` unless it names an image itself, as ``image_url`` parts
+do: a path or a base64 ``data:`` URI. A clip becomes frames; in LLaVA-Video's files its tag is ``<image>``.
 """
 
 from __future__ import annotations
@@ -11,15 +21,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
 from phi3v.data.schema import json_kind
-from phi3v.data.sources.drafts import Draft, DraftTurn, Medium, MediumKind, Row, media_of, medium_of, medium_size
-from phi3v.data.sources.grounding import BOX, Objects
+from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
+from phi3v.data.sources.media import Medium, MediumKind, media_of, medium_of, medium_size
 from phi3v.data.sources.questions import id_of
-from phi3v.data.sources.tags import Tag, like_a_tag, names_an_image, refuse_control_tokens, split_tags
+from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
+from phi3v.data.sources.splits import split_files
+from phi3v.data.sources.tables import open_folder
+from phi3v.data.sources.tags import BOX, Objects, Tag, like_a_tag, names_an_image, refuse_control_tokens, split_tags
 from phi3v.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
@@ -84,46 +99,61 @@ class Message:
         return [piece for piece in self.pieces if isinstance(piece, Medium)]
 
 
-class DialogueReader:
-    """Makes the draft of a record that holds a list of messages, and its media beside them in ``image`` and ``video``.
+def convert(source: str, options: OwnDataOptions) -> ConversionResult:
+    """Write ``SPLIT.jsonl``, images under their own names and embedded ones in ``images/embedded/``.
 
     Args:
-        image_root: the folder that media are relative to.
+        source: ``llava`` or ``messages``.
+        options: ``source`` is a file, or a folder of such files.
+
+    Raises:
+        UserError: the data cannot be read, ``out`` holds other data, or records are bad and are not to be skipped.
     """
+    path = options.required_source("llava.json" if source == "llava" else "chats.jsonl")
+    root = options.image_root or (path.parent if path.is_file() else path)
+    rows: dict[str, Rows]
+    if tables := open_folder(path):
+        for table in tables.values():
+            table.require([key for key in KEYS if key in table.columns] or KEYS[:1])
+        rows = {split: table.numbered for split, table in tables.items()}
+    else:
+        files = split_files(path, (*JSON_SUFFIXES, ".parquet", ".arrow"))
+        rows = {split: json_rows(of_split) for split, of_split in files.items()}
+    make_record = partial(_record, image_root=root)
+    return convert_rows(source, options, rows, make_record, image_root=root, eval_share=options.eval_share)
 
-    def __init__(self, image_root: Path) -> None:
-        self._image_root = image_root
 
-    def __call__(self, row: Row, notes: Counter[str]) -> Draft:
-        """
-        Args:
-            notes: counts what was decided on the way, and keys that have no use here.
+def _record(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
+    """The raw record of one that holds a list of messages, and its media beside them in ``image`` and ``video``.
 
-        Raises:
-            UserError: the record cannot be used.
-        """
-        decided: Counter[str] = Counter()  # not in `notes` yet: a record that is refused has decided nothing
-        media = [*media_of(row, "image"), *media_of(row, "video")]
-        images = [medium for medium in media if medium.kind == "image"]
-        objects = Objects(row.get("objects"), len(images), lambda index: medium_size(images[index], self._image_root))
-        key = next((key for key in KEYS if row.get(key) is not None), None)
-        if key is None:
-            hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
-            raise UserError(f"has neither {' nor '.join(KEYS)}", hint=hint)
-        messages = _messages(row[key], key, objects, decided)
-        objects.require_all_used()
-        decided[BOX] += objects.boxes
-        used = {"id", "system", key, *(["objects"] if objects.used else []), *_media_keys(row)}
-        _weight(row, "", used)
-        system, messages = _system(row.get("system"), messages)
-        _require_alternating(messages)
-        _place_media(messages, media, decided)
-        _require_images(row, messages, used, decided)
-        _count_unused(row, used, "", decided)
-        pairs = zip(messages[::2], messages[1::2], strict=True)
-        turns = tuple(_turn(question, answer) for question, answer in pairs)
-        notes.update(+decided)
-        return Draft(id_of(row, "id"), turns, system)
+    Args:
+        notes: counts what was decided on the way, and keys that have no use here.
+
+    Raises:
+        UserError: the record cannot be used.
+    """
+    decided: Counter[str] = Counter()  # not in `notes` yet: a record that is refused has decided nothing
+    media = [*media_of(row, "image"), *media_of(row, "video")]
+    images = [medium for medium in media if medium.kind == "image"]
+    objects = Objects(row.get("objects"), len(images), lambda index: medium_size(images[index], image_root))
+    key = next((key for key in KEYS if row.get(key) is not None), None)
+    if key is None:
+        hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
+        raise UserError(f"has neither {' nor '.join(KEYS)}", hint=hint)
+    messages = _messages(row[key], key, objects, decided)
+    objects.require_all_used()
+    decided[BOX] += objects.boxes
+    used = {"id", "system", key, *(["objects"] if objects.used else []), *_media_keys(row)}
+    _weight(row, "", used)
+    system, messages = _system(row.get("system"), messages)
+    _require_alternating(messages)
+    _place_media(messages, media, decided)
+    _require_images(row, messages, used, decided)
+    _count_unused(row, used, "", decided)
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    turns = tuple(_turn(question, answer) for question, answer in pairs)
+    notes.update(+decided)
+    return RawRecord(id_of(row, "id"), turns, system)
 
 
 def _messages(items: object, key: str, objects: Objects, decided: Counter[str]) -> list[Message]:
@@ -390,7 +420,7 @@ def _count_unused(item: Mapping[str, Any], used: set[str], path: str, decided: C
             decided[f"the key {path}{key} is not used"] += 1
 
 
-def _turn(question: Message, answer: Message) -> DraftTurn:
+def _turn(question: Message, answer: Message) -> RawTurn:
     """Leading images come before the text in a line of their own; if there are others, all keep their places."""
     media, text = tuple(question.media), ""
     places: list[int] = []
@@ -400,5 +430,5 @@ def _turn(question: Message, answer: Message) -> DraftTurn:
         else:
             places.append(len(text))
     if not text[: max(places, default=0)].strip():
-        return DraftTurn(text.lstrip() if media else text, answer.text, media, weight=answer.weight)
-    return DraftTurn(text, answer.text, media, tuple(places), answer.weight)
+        return RawTurn(text.lstrip() if media else text, answer.text, media, weight=answer.weight)
+    return RawTurn(text, answer.text, media, tuple(places), answer.weight)

@@ -1,6 +1,6 @@
-"""Folders of pictures or clips that say the answer: a folder for each class, or a text beside each file.
+"""Folders of images or clips that say the answer: the sources ``image-folder`` and ``video-folder``.
 
-What `image-folder` and `video-folder` share. Known forms, each with or without folders ``train/``, ``val/``, ``test/``
+Known forms, each with or without folders ``train/``, ``val/``, ``test/``
 around it:
 
 * ``CLASS/NAME.jpg``: which of the classes is it? The answer is the name of the folder.
@@ -12,17 +12,20 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from phi3v.data.convert import Conversion, ConversionResult
+from PIL import Image
+
+from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.sources.drafts import Draft, DraftTurn, DraftWriter, Medium, MediumKind, Row
+from phi3v.data.image_formats import FORMATS, UNREADABLE_SUFFIXES
 from phi3v.data.sources.json_records import not_utf8
-from phi3v.data.sources.layouts import unknown_layout
-from phi3v.data.sources.own_data import OwnDataOptions
-from phi3v.data.sources.splits import choose_eval, split_name
+from phi3v.data.sources.media import Medium, MediumKind
+from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
+from phi3v.data.sources.splits import choose_eval, split_name, unknown_layout
+from phi3v.data.video import VIDEO_SUFFIXES
 from phi3v.errors import UserError
 
 EVAL_SHARE = 0.1
@@ -36,7 +39,7 @@ _SPLIT_FOLDERS = "all folders at the top are splits (train, val, eval, test), or
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A picture or clip.
+    """An image or clip.
 
     Attributes:
         path: relative to the source, with ``/``.
@@ -49,24 +52,23 @@ class _File:
     label: str | None
 
 
-def convert_folders(
-    source: str, kind: MediumKind, suffixes: Collection[str], options: OwnDataOptions
-) -> ConversionResult:
-    """Write ``SPLIT.jsonl``, a record a file, and pictures and frames under the files' own paths.
+def convert(source: str, options: OwnDataOptions) -> ConversionResult:
+    """Write ``SPLIT.jsonl``, a record a file, and images and frames under the files' own paths.
 
     Splits are those of the folders. Where there are none, `EVAL_SHARE` of each class (or of the described files) goes
     to eval: those whose path has the lowest hash, so that adding files hardly moves others.
 
     Args:
-        source: name of the source.
-        kind: of the files.
-        suffixes: their endings, in lower case.
+        source: ``image-folder`` or ``video-folder``.
         options: ``source`` is the folder; in ``question``, ``{classes}`` stands for the names of the classes.
 
     Raises:
         UserError: the folder is in none of the known forms, ``out`` holds other data, or files are bad and are not to
             be skipped.
     """
+    kind: MediumKind = "image" if source == "image-folder" else "video"
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    suffixes = suffixes | UNREADABLE_SUFFIXES if kind == "image" else set(VIDEO_SUFFIXES)
     folder = options.required_source("photos/")
     if not folder.is_dir():
         raise UserError("is a file", where=str(folder), hint="name the folder that holds the folders of the classes")
@@ -77,23 +79,23 @@ def convert_folders(
     question = _question(kind, labels, options.question)
     splits = _splits(files, options)
 
-    def make_draft(row: Row, _: Counter[str]) -> Draft:
+    def make_record(row: Row, _: Counter[str]) -> RawRecord:
         file: _File = row["file"]
         answer = _caption(folder / file.path) if file.label is None else file.label
-        return Draft(file.path, (DraftTurn(question, answer, (Medium(kind, file.path),)),))
+        return RawRecord(file.path, (RawTurn(question, answer, (Medium(kind, file.path),)),))
 
-    with Conversion(source, options) as conversion:
-        for split, of_split in splits.items():
-            writer = DraftWriter(source, conversion, folder, options.special_text, split=split, notes=Counter())
-            units = (writer.unit(str(folder / file.path), {"file": file}, make_draft) for file in of_split)
-            conversion.write_split(split, units, total=len(of_split))
-        if files[0].split is None and options.eval_share is None and "eval" not in splits:
-            conversion.note("there is one file a class at most, so none was held out for evaluation")
-        used = {*ours, *(str(PurePosixPath(file.path).with_suffix(".txt")) for file in files if file.label is None)}
-        if left := [path for path in paths if path not in used]:
-            endings = ", ".join(sorted({PurePosixPath(path).suffix or "none" for path in left}))
-            conversion.note(f"{len(left):,} files are no {kind}s and were left out (endings: {endings})")
-        return conversion.result()
+    def rows(of_split: list[_File]) -> Rows:
+        return lambda: ((str(folder / file.path), {"file": file}) for file in of_split)
+
+    notes = []
+    if files[0].split is None and options.eval_share is None and "eval" not in splits:
+        notes.append("there is one file a class at most, so none was held out for evaluation")
+    used = {*ours, *(str(PurePosixPath(file.path).with_suffix(".txt")) for file in files if file.label is None)}
+    if left := [path for path in paths if path not in used]:
+        endings = ", ".join(sorted({PurePosixPath(path).suffix or "none" for path in left}))
+        notes.append(f"{len(left):,} files are no {kind}s and were left out (endings: {endings})")
+    by_split = {split: rows(of_split) for split, of_split in splits.items()}
+    return convert_rows(source, options, by_split, make_record, image_root=folder, notes=notes)
 
 
 def _visible_files(folder: Path) -> list[str]:
