@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import errno
-import functools
 import io
 import os
-import stat
-import unicodedata
-from collections.abc import Callable, Mapping
-from itertools import islice
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, BinaryIO, Literal, TypeVar
+from typing import IO, BinaryIO, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import quote
-from phi3v.data.image_formats import FORMATS, RAW_HINT, unreadable
+from phi3v.data.image_files import ImageFaultError, faults_of, find_file, require_usable_file
 from phi3v.data.schema import image_path_fault
-from phi3v.errors import UserError
 from phi3v.processing.rgb import GreyRangeError, as_transparent, is_deep_grey, to_rgb
 
 ImageLevel = Literal["decode", "header", "off"]
-T = TypeVar("T")
+
+# Pixel formats that Pillow reads by itself. Others stay out: EPS, for one, runs Ghostscript on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
+
+_RAW_HINT = "save it as JPEG or PNG in a program that develops your camera's files"
+# What else is found among images -> (how its bytes begin, what to do).
+_UNREADABLE = {
+    "an AVIF image that this Pillow cannot read": (
+        rb"....ftyp.{0,40}?avi[fs]",
+        "`pip install --upgrade Pillow`, or save it as PNG or JPEG",
+    ),
+    "a HEIC or HEIF photo": (
+        rb"....ftyp(?:hei[cmsx]|hev[cmsx]|m[is]f1)",
+        "save it as JPEG, e.g. `heif-convert photo.heic photo.jpg` or `magick photo.heic photo.jpg`",
+    ),
+    "a camera's raw file": (
+        rb"....ftypcrx|II\*\0....CR|IIR[OS]|IIU\0|MMOR|FUJIFILMCCD-RAW|FOVb|\0MRM",
+        _RAW_HINT,
+    ),
+    "a PDF document": (rb".*?%PDF-", "make an image of each page, e.g. `pdftoppm -r 150 -png scan.pdf scan`"),
+    "a web page": (rb"\s*<(?:!doctype html|html)", "a download that failed? Fetch the image itself"),
+    "an SVG drawing": (rb".*?<svg", "render it, e.g. `rsvg-convert -w 1000 draw.svg -o draw.png`"),
+    "a PostScript file": (rb"%!PS|\xc5\xd0\xd3\xc6", "render it as PNG"),
+    "a Photoshop file": (rb"8BPS", "export it as PNG or JPEG"),
+    "a JPEG XL image": (rb"\xff\x0a|\0\0\0\x0cJXL ", "save it as PNG or JPEG, e.g. `djxl image.jxl image.png`"),
+}
+# How files of images end that no Pillow reads, or not every one: refused by name, not left out as something else.
+UNREADABLE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("heic", "heif", "hif", "avif", "webp", "jp2", "jxl", "svg", "svgz", "pdf", "eps", "ps", "psd"),
+        *("raw", "dng", "cr2", "cr3", "nef", "nrw", "arw", "srf", "raf", "rw2", "orf", "pef", "srw", "x3f"),
+    )
+)
 
 # What is done to an image beyond decoding it -> as a summary says it, after the number of such images.
 IMAGE_KINDS = {
@@ -42,26 +72,11 @@ _LIMIT_KEY = "data.max_image_pixels (`phi3v data …`: --max-pixels)"
 _SAVE_AS = "save it again as PNG or JPEG"
 _EXIF_ORIENTATION = 0x0112
 _DNG_VERSION, _SUBFILE_TYPE = 50706, 254  # TIFF tags
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TURNED_BACK = {6: 8, 8: 6}  # each of the others undoes itself
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
-
-class _ImageFaultError(Exception):
-    """Carries (what, hint) from where an image is found wanting."""
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+# Between one and two times its limit Pillow warns; such images are refused here, with what to do.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def check_image(
@@ -89,16 +104,13 @@ def check_image(
         return wrong
     if level == "off":
         return None
-
-    def look(image: Image.Image, name: str) -> None:
-        if level == "decode":
-            _decode(image, name, exif_orientation=True, kinds=kinds)
-        elif kinds is not None:
-            kinds.extend(_header_kinds(image))
-
     try:
-        _read(path, root, max_pixels, look)
-    except _ImageFaultError as fault:
+        with _open_file(path, root, max_pixels) as image:
+            if level == "decode":
+                _decode(image, path, exif_orientation=True, kinds=kinds)
+            elif kinds is not None:
+                kinds.extend(_header_kinds(image))
+    except ImageFaultError as fault:
         return fault.what, fault.hint
     return None
 
@@ -119,47 +131,20 @@ def load_image(
     Raises:
         UserError: the image cannot be used; the same words as `check_image`.
     """
-    return _use(path, root, max_pixels, functools.partial(_decode, exif_orientation=exif_orientation))
+    with faults_of(root / path), _open_file(path, root, max_pixels) as image:
+        return _decode(image, path, exif_orientation=exif_orientation)
 
 
 def image_size(
     path: str, *, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
 ) -> tuple[int, int]:
     """Width and height of the image that `load_image` would give, from its header alone; raises the same."""
-    return _use(path, root, max_pixels, functools.partial(_size, exif_orientation=exif_orientation))
-
-
-def _use(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, str], T]) -> T:
-    try:
-        if wrong := image_path_fault(path):
-            raise _ImageFaultError(*wrong)
-        return _read(path, root, max_pixels, take)
-    except _ImageFaultError as fault:
-        raise UserError(f"the image {fault.what}", where=str(root / path), hint=fault.hint) from None
-
-
-def read_image(path: str, *, root: Path) -> bytes:
-    """The bytes of an image file as they are, not decoded.
-
-    Args:
-        path: relative to ``root``; may not leave it.
-        root: the folder that the image is looked up in.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read; the same words as `check_image`.
-    """
-    full = find_file(path, root)
-    try:
-        if wrong := image_path_fault(path):
-            raise _ImageFaultError(*wrong)
-        _require_regular_file(path, full, root)
-        return full.read_bytes()
-    except _ImageFaultError as fault:
-        raise UserError(f"the image {fault.what}", where=str(full), hint=fault.hint) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror or error}", where=str(full), hint="check its permissions"
-        ) from None
+    with faults_of(root / path), _open_file(path, root, max_pixels) as image:
+        width, height = image.size
+        turned = exif_orientation and _orientation(image) in _ON_ITS_SIDE
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXIF_ORIENTATION) in _ON_ITS_SIDE:
+            width, height = height, width  # Pillow has turned it already
+        return (height, width) if turned else (width, height)
 
 
 def decode_image(
@@ -184,8 +169,8 @@ def decode_image(
     Raises:
         UserError: the image cannot be used; the same words as `check_image`.
     """
-    take = functools.partial(_decode, exif_orientation=exif_orientation, kinds=kinds)
-    return _of_bytes(data, name, max_pixels, take, limit_key)
+    with faults_of(), io.BytesIO(data) as file, _open(file, name, max_pixels, limit_key) as image:
+        return _decode(image, name, exif_orientation=exif_orientation, kinds=kinds)
 
 
 def image_kinds(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> list[str]:
@@ -194,15 +179,12 @@ def image_kinds(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS)
     Raises:
         UserError: the image cannot be used.
     """
-
-    def look(image: Image.Image, name: str) -> list[str]:
+    with faults_of(), io.BytesIO(data) as file, _open(file, name, max_pixels) as image:
         kinds = _header_kinds(image)
         if image.has_transparency_data:
             kinds.clear()
             _decode(image, name, exif_orientation=False, kinds=kinds)
         return kinds
-
-    return _of_bytes(data, name, max_pixels, look)
 
 
 def describe_kinds(counts: Mapping[str, int]) -> str:
@@ -210,70 +192,16 @@ def describe_kinds(counts: Mapping[str, int]) -> str:
     return "; ".join(f"{counts[kind]:,} {what}" for kind, what in IMAGE_KINDS.items() if counts.get(kind))
 
 
-def _of_bytes(
-    data: bytes, name: str, max_pixels: int, take: Callable[[Image.Image, str], T], limit_key: str = _LIMIT_KEY
-) -> T:
-    try:
-        if not data:
-            raise _ImageFaultError(f"is an empty file: {quote(name)}", "copy or download it again")
-        with io.BytesIO(data) as file, _open_without_bomb_check(file, name) as image:
-            _require_size(image, name, max_pixels, limit_key)
-            return take(image, name)
-    except _ImageFaultError as fault:
-        raise UserError(f"the image {fault.what}", hint=fault.hint) from None
-
-
-def find_file(path: str, root: Path) -> Path:
-    """``root / path``; where that is not there, the file whose name is the same in another Unicode normal form.
-
-    ``ü`` is one character or two (NFC, NFD). macOS, archives and file servers change between them, and a person sees
-    no difference.
-    """
-    full = root / path
-    if path.isascii() or os.path.lexists(full):
-        return full
-    found = root
-    for part in Path(path).parts:
-        if not os.path.lexists(found / part):
-            try:
-                names = _names_by_form(str(found), os.stat(found).st_mtime_ns)
-            except OSError:
-                return full
-            part = names.get(unicodedata.normalize("NFC", part), part)
-        found /= part
-    return found if os.path.lexists(found) else full
-
-
-@functools.lru_cache(maxsize=256)
-def _names_by_form(folder: str, _changed: int) -> dict[str, str]:
-    return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder)) if not name.isascii()}
-
-
-def near_name(name: str, folder: Path) -> str | None:
-    """A name in ``folder`` that ``name`` may have meant: other case, other extension, or a slip."""
-    try:
-        # Bounded, so that a million images with one missing do not make a check slow.
-        names = [entry.name for entry in islice(os.scandir(folder), 20_000)]
-    except OSError:
-        return None
-    for same in (str.lower, lambda text: Path(text).stem, lambda text: Path(text).stem.lower()):
-        for candidate in sorted(names):
-            if same(candidate) == same(name):
-                return candidate
-    near = difflib.get_close_matches(name, names[:2_000], n=1, cutoff=0.8)
-    return near[0] if near else None
-
-
-def _read(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, str], T]) -> T:
-    """What ``take`` makes of the opened image, of which only the header has been read."""
+@contextlib.contextmanager
+def _open_file(path: str, root: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """The image, of which only the header has been read."""
     full = find_file(path, root)
-    _require_regular_file(path, full, root)
+    require_usable_file(path, full, root)
     try:
-        with full.open("rb") as file, _open_without_bomb_check(file, path) as image:
-            _require_size(image, path, max_pixels)
-            return take(image, path)
+        with full.open("rb") as file, _open(file, path, max_pixels) as image:
+            yield image
     except OSError as error:
-        raise _ImageFaultError(
+        raise ImageFaultError(
             f"cannot be read ({error.strerror or error}): {quote(path)}",
             "raise the limit of open files: ulimit -n 4096"
             if error.errno in (errno.EMFILE, errno.ENFILE)
@@ -281,93 +209,51 @@ def _read(path: str, root: Path, max_pixels: int, take: Callable[[Image.Image, s
         ) from None
 
 
-def _require_regular_file(path: str, full: Path, root: Path) -> None:
-    try:
-        real, real_root = os.path.realpath(full), os.path.realpath(root)
-        status = os.stat(full)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(path, root) from None
-    except OSError as error:
-        raise _ImageFaultError(
-            f"cannot be read ({error.strerror}): {quote(path)}", "check the path and its permissions"
-        ) from None
-    if os.path.commonpath([real, real_root]) != real_root:
-        raise _ImageFaultError(
-            f"leaves the data root through a link: {quote(path)} is {quote(real)}",
-            f"copy the image below {root}, or let that folder itself be the link",
-        )
-    if stat.S_ISDIR(status.st_mode):
-        raise _ImageFaultError(f"is a folder, not an image: {quote(path)}", "name the files in it, one by one")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise _ImageFaultError(f"is not a regular file: {quote(path)}", "name an image file")
-    if status.st_size == 0:
-        raise _ImageFaultError(f"is an empty file: {quote(path)}", "copy or download it again")
-
-
-def _missing(path: str, root: Path) -> _ImageFaultError:
-    """Names the first part of the path that is not there, and what may have been meant."""
-    what = f"does not exist: {quote(path)}"
-    if not root.is_dir():
-        return _ImageFaultError(what, f"images are looked up in {root}, and there is no such folder")
-    inner = path.removeprefix("images/")
-    if inner != path and (root / inner).is_file():
-        return _ImageFaultError(what, f"paths are relative to images/: write {quote(inner)}")
-    folder = root
-    for part in Path(path).parts:
-        if not (folder / part).exists():
-            if near := near_name(part, folder):
-                found = (folder / near).relative_to(root).as_posix()
-                return _ImageFaultError(what, f"did you mean {quote(found)}?")
-            break
-        folder /= part
-    return _ImageFaultError(what, f"it is looked up in {root}")
-
-
-def _open_without_bomb_check(file: BinaryIO, path: str) -> Image.Image:
-    """`Image.open` for `FORMATS`, without its fixed pixel limit.
-
-    That limit warns or raises at sizes of Pillow's own, and can only be moved for the whole process; ours is
-    checked right after this. Only the header is read here.
-    """
+def _open(file: BinaryIO, name: str, max_pixels: int, limit_key: str = _LIMIT_KEY) -> Image.Image:
+    """`Image.open` for `FORMATS` and images up to ``max_pixels``. Only the header is read here."""
+    # Pillow's limit is one for the process: it is raised to ours, never lowered, and ours is checked below.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     Image.init()
-    prefix = file.read(16)
-    for name in FORMATS:
-        if name not in Image.OPEN:  # a Pillow built without that codec
-            continue
-        factory, accept = Image.OPEN[name]
-        accepted = accept is None or accept(prefix)
-        if not accepted or isinstance(accepted, str):
-            continue
-        file.seek(0)
-        try:
-            image = factory(file, path)
-            _refuse_camera_file(image, path)
-            return image
-        except _ImageFaultError:
+    try:
+        # MPO is opened as JPEG, and a Pillow may be built without a codec.
+        image = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
+        _refuse_camera_file(image, name)
+    except ImageFaultError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = max(map(int, re.findall(r"\d+", str(error))))
+        raise _too_large(f"{pixels:,} pixels", name, max_pixels, limit_key) from None
+    except Exception as error:  # a plugin may raise anything on bytes that are not its own
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
             raise
-        except OSError as error:
-            if error.errno is not None:  # the disk, not the content
-                raise
-        except Exception:  # a plugin may raise anything on bytes that are not its own
-            continue
-    file.seek(0)
-    if known := unreadable(file):
-        raise _ImageFaultError(f"is {known[0]}, which is not read here: {quote(path)}", known[1])
-    raise _ImageFaultError(
-        f"is not an image that can be read: {quote(path)}", f"{_SAVE_AS}; readable are {', '.join(FORMATS)}"
+        raise _unreadable(file, name) from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageFaultError(f"has no pixels ({width}x{height}): {quote(name)}", _SAVE_AS)
+    if width * height > max_pixels:
+        raise _too_large(f"{width}x{height} = {width * height:,} pixels", name, max_pixels, limit_key)
+    return image
+
+
+def _too_large(pixels: str, name: str, max_pixels: int, limit_key: str) -> ImageFaultError:
+    return ImageFaultError(
+        f"has {pixels}, above the limit of {max_pixels:,}: {quote(name)}",
+        f"make it smaller; or, if you trust the file, raise {limit_key}",
     )
 
 
-def _require_size(image: Image.Image, path: str, max_pixels: int, limit_key: str = _LIMIT_KEY) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise _ImageFaultError(f"has no pixels ({width}x{height}): {quote(path)}", _SAVE_AS)
-    if width * height > max_pixels:
-        pixels = f"{width}x{height} = {width * height:,} pixels"
-        raise _ImageFaultError(
-            f"has {pixels}, above the limit of {max_pixels:,}: {quote(path)}",
-            f"make it smaller; or, if you trust the file, raise {limit_key}",
-        )
+def _unreadable(file: BinaryIO, name: str) -> ImageFaultError:
+    if not file.seek(0, os.SEEK_END):
+        return ImageFaultError(f"is an empty file: {quote(name)}", "copy or download it again")
+    file.seek(0)
+    start = file.read(1024)
+    for what, (begins, hint) in _UNREADABLE.items():
+        if re.match(begins, start, re.DOTALL | re.IGNORECASE):
+            return ImageFaultError(f"is {what}, which is not read here: {quote(name)}", hint)
+    return ImageFaultError(
+        f"is not an image that can be read: {quote(name)}", f"{_SAVE_AS}; readable are {', '.join(FORMATS)}"
+    )
 
 
 def _refuse_camera_file(image: Image.Image, path: str) -> None:
@@ -376,7 +262,7 @@ def _refuse_camera_file(image: Image.Image, path: str) -> None:
         is_preview = image.tag_v2.get(_SUBFILE_TYPE, 0) & 1
         if _DNG_VERSION in image.tag_v2 or is_preview:
             what = f"is a camera's raw file, of which only a small preview can be read: {quote(path)}"
-            raise _ImageFaultError(what, RAW_HINT)
+            raise ImageFaultError(what, _RAW_HINT)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -388,7 +274,7 @@ def _orientation(image: Image.Image) -> int:
         value = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
     except Exception:  # damaged EXIF data, of an image that is whole
         return 1
-    return value if value in _TURNS else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _png_exif(file: IO[bytes]) -> dict[str | tuple[int, int], bytes]:
@@ -424,14 +310,6 @@ def _has_pages(image: Image.Image) -> bool:
         return False
 
 
-def _size(image: Image.Image, path: str, *, exif_orientation: bool) -> tuple[int, int]:
-    width, height = image.size
-    turned = exif_orientation and _orientation(image) in _ON_ITS_SIDE
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXIF_ORIENTATION) in _ON_ITS_SIDE:
-        width, height = height, width  # Pillow has turned it already
-    return (height, width) if turned else (width, height)
-
-
 def _decode(image: Image.Image, path: str, *, exif_orientation: bool, kinds: list[str] | None = None) -> Image.Image:
     try:
         orientation = _orientation(image)
@@ -442,22 +320,25 @@ def _decode(image: Image.Image, path: str, *, exif_orientation: bool, kinds: lis
         rgb = to_rgb(image)
         rgb = rgb.copy() if rgb is image else rgb
     except GreyRangeError as error:
-        raise _ImageFaultError(
-            f"{error}: {quote(path)}", "scale the values to 0–255 or 0–65535, and save it as PNG"
-        ) from None
+        hint = "scale the values to 0–255 or 0–65535, and save it as PNG"
+        raise ImageFaultError(f"{error}: {quote(path)}", hint) from None
     except Exception as error:  # what a codec raises on damaged bytes is not limited to OSError
         if isinstance(error, OSError) and error.errno is not None:
             raise
         ends_early = isinstance(error, EOFError) or "truncated" in str(error).lower()
         what = "is truncated" if ends_early else f"is damaged ({type(error).__name__}: {error})"
-        raise _ImageFaultError(f"{what}: {quote(path)}", "copy or download it again") from None
-    rgb.info = {}
+        raise ImageFaultError(f"{what}: {quote(path)}", "copy or download it again") from None
+    turns = orientation if exif_orientation else 1
     if isinstance(image, TiffImageFile):  # which Pillow has turned
         turns = 1 if exif_orientation else _TURNED_BACK.get(orientation, orientation)
-    else:
-        turns = orientation if exif_orientation else 1
-    if not exif_orientation and orientation != 1:
-        exif = Image.Exif()
-        exif[_EXIF_ORIENTATION] = orientation
-        rgb.info["exif"] = exif.tobytes()
-    return rgb.transpose(_TURNS[turns]) if turns in _TURNS else rgb
+    if turns != 1:
+        rgb.info["exif"] = _exif_of(turns)
+        rgb = ImageOps.exif_transpose(rgb)
+    rgb.info = {} if exif_orientation or orientation == 1 else {"exif": _exif_of(orientation)}
+    return rgb
+
+
+def _exif_of(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[_EXIF_ORIENTATION] = orientation
+    return exif.tobytes()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.image_formats import FORMATS, UNREADABLE_SUFFIXES
+from phi3v.data.images import FORMATS, UNREADABLE_SUFFIXES
 from phi3v.data.sources.json_records import not_utf8
 from phi3v.data.sources.media import Medium, MediumKind
 from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
