@@ -1,12 +1,16 @@
-"""What an examination finds: lines of pass, warn or fail, each with what to do."""
+"""What checks find: lines of pass, warn or fail, each with what to do."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
+
+from phi3v.errors import UserError
 
 Verdict = Literal["pass", "warn", "fail"]
 _STYLE = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -31,14 +35,43 @@ class Finding:
 
 @dataclass
 class Report:
-    """All findings, in order."""
+    """All findings, in order; each is shown on ``console`` as it is made."""
 
+    console: Console | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Nothing failed."""
         return not any(finding.verdict == "fail" for finding in self.findings)
+
+    def has_failed(self, *checks: str) -> bool:
+        """Whether one of these checks failed."""
+        return any(finding.verdict == "fail" and finding.check in checks for finding in self.findings)
+
+    def add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        if self.console is not None:
+            finding.render(self.console)
+
+    def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
+        self.add(Finding(check, verdict, what, hint))
+
+    def fail(self, check: str, error: UserError) -> bool:
+        """Add an error as a failure, unless it is known already; whether it was new."""
+        what = f"{error.where}: {error.what}" if error.where else error.what
+        if any(finding.verdict == "fail" and finding.what == what for finding in self.findings):
+            return False
+        self.say(check, "fail", what, error.hint)
+        return True
+
+    @contextlib.contextmanager
+    def checking(self, check: str) -> Iterator[None]:
+        """What is raised inside as `UserError` is a failure of ``check``."""
+        try:
+            yield
+        except UserError as error:
+            self.fail(check, error)
 
     def to_json_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}

@@ -73,7 +73,7 @@ def test_a_sound_run_passes(examine: Examine, tmp_path: Path, method: str) -> No
         assert "adapters on qkv_proj ×4" in findings["trained, decoder"]["what"] or (
             "qkv_proj ×4" in findings["trained, decoder"]["what"]
         )
-    assert "[picture 1: 313 tokens]" in shown
+    assert "[image 1: 313 tokens]" in shown
     assert "red<|end|>" in shown
     assert "ready to train" in shown
     assert not (tmp_path / "run").exists()
@@ -105,7 +105,7 @@ def test_an_all_masked_dataset(examine: Examine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(diagnosis, "encode_record", masked)
     code, findings, _ = examine()
     assert code == 2
-    assert "4 of 4 sampled records are masked whole, first line 1" in findings["labels"]["what"]
+    assert "4 of 4 sampled records are masked entirely, first line 1" in findings["labels"]["what"]
     assert findings["gradients"]["verdict"] == "warn"
 
 
@@ -141,7 +141,7 @@ def test_an_unsupervised_end(examine: Examine, monkeypatch: pytest.MonkeyPatch) 
     code, findings, _ = examine()
     assert code == 2
     assert list(failures(findings)) == ["end of answers"]
-    assert "<|endoftext|> is not learnt" in findings["end of answers"]["what"]
+    assert "<|endoftext|> is not trained on" in findings["end of answers"]["what"]
     assert "would not learn to stop" in findings["end of answers"]["what"]
 
 
@@ -233,7 +233,7 @@ def test_a_record_beyond_what_the_model_reads_stops_every_command(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_measured_on_is_not_learnt_from(examine: Examine, data: Path) -> None:
+def test_evaluation_data_is_not_trained_on(examine: Examine, data: Path) -> None:
     assert examine()[1]["overlap"]["verdict"] == "pass"
     code, findings, _ = examine(data__eval=data)
     assert code == 0

@@ -12,6 +12,7 @@ from rich.console import Console
 from phi3v.config import RunConfig, load_config
 from phi3v.doctor import diagnosis
 from phi3v.errors import UserError
+from phi3v.findings import Report
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import Machine, find_machine
 from phi3v.plan.inputs import planned_compute, recipe_changes, setup_from_config
@@ -102,11 +103,10 @@ def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
 
 def failed_by_doctor(config: RunConfig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(diagnosis, "choose_device", lambda precision: planned_compute(config, machine))
-    checks = diagnosis.Examination(config, None)
-    for name in ("precision", "configuration", "model", "data"):
-        if name == "precision" or checks.compute is not None:
-            checks.run(name, getattr(checks, name))
-    return [finding.what for finding in checks.report.findings if finding.verdict == "fail"]
+    report = Report()
+    case, _, processor = diagnosis.check_setup(config, report)
+    diagnosis.check_data(config, report, case, processor)
+    return [finding.what for finding in report.findings if finding.verdict == "fail"]
 
 
 def refused_by_plan(planner: Planner, machine: Machine) -> str | None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from phi3v.errors import UserError
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
-from phi3v.findings import Finding, Report, Verdict
+from phi3v.findings import Report
 from phi3v.json_files import content_of, read_json
 from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
 from phi3v.model.configuration import Phi3VConfig
@@ -25,42 +25,33 @@ INCOMPLETE = "the save was not complete: export the run again"
 
 
 def verify_folder(folder: Path, console: Console | None) -> Report:
-    """Look at every part of a model or adapter folder; each finding is said as it is made.
+    """Check every part of a model or adapter folder; each finding is shown as it is made.
 
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder))
-    inspection = _Inspection(folder, console)
-    inspection.run()
-    return inspection.report
+    return _Inspection(folder, console).run()
 
 
 class _Inspection:
     def __init__(self, folder: Path, console: Console | None) -> None:
         self.folder = folder
-        self.console = console
-        self.report = Report()
+        self.report = Report(console)
+        self.say = self.report.say
         self.is_adapter = (folder / "adapter_config.json").is_file()
 
-    def run(self) -> None:
+    def run(self) -> Report:
         checks: list[Callable[[], None]] = [self.manifest]
         checks += [self.adapter] if self.is_adapter else [self.keys, self.end_tokens, self.remote_code]
         checks += [self.values, self.processor, self.answer]
         for check in checks:
-            try:
+            with self.report.checking(check.__name__.replace("_", " ")):  # a damaged file of the folder
                 check()
-            except UserError as error:  # a file of the folder is damaged; it says which
-                self.say(check.__name__.replace("_", " "), "fail", f"{error.where}: {error.what}", error.hint)
             if not self.report.ok and check in (self.keys, self.adapter, self.values, self.processor):
-                return  # the rest would stumble over the same
-
-    def say(self, check: str, verdict: Verdict, what: str, hint: str | None = None) -> None:
-        finding = Finding(check, verdict, what, hint)
-        self.report.findings.append(finding)
-        if self.console is not None:
-            finding.render(self.console)
+                break  # the rest would fail for the same reason
+        return self.report
 
     def manifest(self) -> None:
         path = self.folder / "manifest.json"
