@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.cli import main
 from phi3v.export import make, proof
-from phi3v.model.checkpoint import checkpoint_keys
+from phi3v.model.checkpoint import checkpoint_shapes
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.train.device import choose_device
 from phi3v.train.finetuned import resolve_model
@@ -135,7 +135,7 @@ def test_every_method_gives_the_official_layout(
     result = export(runs[method], tmp_path / "out", capsys)
     assert result["dtype"] == "bfloat16"
     assert result["method"] == method
-    assert checkpoint_keys(tmp_path / "out") == checkpoint_keys(base)
+    assert checkpoint_shapes(tmp_path / "out") == checkpoint_shapes(base)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["auto_map"] == {"AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM"}
     assert (tmp_path / "out" / "modeling_phi3_v.py").is_file()
@@ -296,7 +296,7 @@ def test_data_that_is_gone_is_drawn_instead(
     else:
         (tmp_path / "data" / "test.jsonl").unlink()
     result = export(run, tmp_path / "out", capsys, "--adapter")
-    assert result["probes"].startswith("drawn pictures, as the run's own data cannot be used (")
+    assert result["probes"].startswith("drawn images, as the run's own data cannot be used (")
     assert str(tmp_path / "data") in result["probes"]
 
 

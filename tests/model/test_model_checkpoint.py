@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM
-from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys, embedding_key_mapping
+from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes, embedding_key_mapping
 
 # What the official remote code, vLLM and others read of config.json.
 OFFICIAL_FIELDS = {
@@ -106,7 +106,7 @@ def test_saved_equals_the_source(kind: str, shards: str, golden: Path, tmp_path:
             model.save_pretrained(folder)
             assert [file.name for file in folder.glob("*.safetensors*")] == ["model.safetensors"]
         check_bit_identical(saved_tensors(folder), expected)
-        assert checkpoint_keys(folder) == expected.keys()
+        assert checkpoint_shapes(folder).keys() == expected.keys()
         source = folder
 
 
@@ -141,7 +141,7 @@ def test_second_name_is_needed_only_where_the_first_is_missing(golden: Path, tmp
         write_source(golden, tmp_path / kind, kind)
         mapping = embedding_key_mapping(tmp_path / kind)
         assert (mapping is None) if name is None else (list((mapping or {}).values()) == [name])
-    assert checkpoint_keys(tmp_path) == set()
+    assert checkpoint_shapes(tmp_path) == {}
 
 
 def test_no_two_names_share_storage(golden: Path, tmp_path: Path) -> None:

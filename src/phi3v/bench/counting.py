@@ -26,7 +26,7 @@ class StepWork:
         samples, questions: records, and turns of them.
         tokens: without padding; a shared prefix counts once.
         tokens_squared: twice the pairs of query and key.
-        pages: pictures that went through the tower; a page that records of a batch share counts once.
+        pages: images that went through the tower; a page that records of a batch share counts once.
         crops, image_tokens: of these pages, without padded crops.
         answer_tokens: that are learnt.
     """

@@ -30,11 +30,11 @@ def one_by_one(
     with torch.inference_mode():
         for index in range(len(questions)):
             names = questions.question(index).images
-            pictures = [questions.table.of_image(load_image, name) for name in names]
-            counts = processor.image_processor.calc_num_image_tokens(pictures)
+            images = [questions.table.of_image(load_image, name) for name in names]
+            counts = processor.image_processor.calc_num_image_tokens(images)
             inputs = {"input_ids": torch.tensor([questions.prompt(index, counts)])}
-            if pictures:
-                pixels = processor.image_processor(pictures)
+            if images:
+                pixels = processor.image_processor(images)
                 inputs |= {"pixel_values": pixels["pixel_values"].to(model.dtype), "image_sizes": pixels["image_sizes"]}
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = model.generate(**inputs, generation_config=settings)

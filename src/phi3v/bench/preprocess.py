@@ -72,7 +72,7 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
     """Measure on one core.
 
     Args:
-        pages: contents of picture files.
+        pages: contents of image files.
 
     Returns:
         ``milliseconds_per_page``: ``plain_float``, as the official processor; ``processor_float``, our public
@@ -84,7 +84,7 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
         UserError: there is no page.
     """
     if not pages:
-        raise UserError("there is no picture to measure on", where="--images")
+        raise UserError("there is no image to measure on", where="--images")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,6 @@
 """Training as the public recipe does it, with our model: the baseline that ours is compared with in the same call.
 
-One sample at a time; float crops from the host, every picture filled up to ``num_crops + 1`` of them which all go
+One sample at a time; float crops from the host, every image filled up to ``num_crops + 1`` of them which all go
 through the tower; logits of every position; everything recomputed in the backward pass. The result is the same.
 """
 
@@ -35,7 +35,7 @@ class CropSample(Sample):
 
 
 class CropDataset(Dataset[CropSample]):
-    """Whole records, each picture decoded, cut and normalised on the host."""
+    """Whole records, each image decoded, cut and normalised on the host."""
 
     def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
         self.table = table
@@ -46,9 +46,9 @@ class CropDataset(Dataset[CropSample]):
 
     def __getitem__(self, index: int) -> CropSample:
         record = self.table[index]
-        pictures = self.table.load_images(record)
-        made = self.processor.image_processor(pictures)
-        stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(pictures))
+        images = self.table.load_images(record)
+        made = self.processor.image_processor(images)
+        stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(images))
         return CropSample(
             stream.input_ids,
             stream.labels,
@@ -92,9 +92,9 @@ class RecipeTrainer(CountingTrainer):
 
 
 def run_padded_crops(model: Any, num_crops: int) -> None:
-    """Let the tower compute ``num_crops + 1`` crops of every picture, as the recipe does, with the decoder's attention.
+    """Let the tower compute ``num_crops + 1`` crops of every image, as the recipe does, with the decoder's attention.
 
-    For batches of one picture.
+    For batches of one image.
     """
     embedding = next(module for module in model.modules() if isinstance(module, Phi3VImageEmbedding))
     for layer in embedding.img_processor.vision_model.encoder.layers:

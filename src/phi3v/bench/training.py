@@ -27,6 +27,7 @@ from phi3v.errors import UserError
 from phi3v.model.presets import init_model
 from phi3v.paths import find_model
 from phi3v.plan.hardware import this_machine
+from phi3v.terminal import say
 
 COLUMNS = ("method", "variant", "GPUs", "attention", "batch", "samples/s", "pages/s", "tokens/s", "MFU", "peak GB")
 
@@ -83,7 +84,7 @@ def bench_train(
             measured[row.name] = asdict(row) | measure_row(row, settings, model_folder, file)
         result = with_environment("train", facts | {"rows": list(measured.values())})
         result["ratios"] = ratios(result["rows"])
-        console.print(f"{row.name}: {_short(measured[row.name])}", highlight=False, soft_wrap=True)
+        say(console, f"{row.name}: {_short(measured[row.name])}")
         if out is not None and state.is_main_process:
             write_json(result, out)
     _show(console, result)
@@ -167,8 +168,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     for row in result["rows"]:
         if "error" in row:
-            console.print(f"{row['method']} {row['variant']}: {row['error']}", highlight=False, soft_wrap=True)
+            say(console, f"{row['method']} {row['variant']}: {row['error']}")
     if all(row.get("mfu") is None for row in result["rows"]):
-        console.print("no MFU: this is a CPU, or a device whose rate is not in plan/hardware.yaml")
+        say(console, "no MFU: this is a CPU, or a device whose rate is not in plan/hardware.yaml")
     for name, value in result["ratios"].items():
-        console.print(f"{name}: {value}x", highlight=False)
+        say(console, f"{name}: {value}x")

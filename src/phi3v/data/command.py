@@ -11,6 +11,7 @@ from rich.console import Console
 from phi3v.config import DEFAULT_MAX_PIXELS, add_keys, load_config
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.grammar import Parser
+from phi3v.terminal import say
 
 MAX_PIXELS: dict[str, Any] = {"type": int, "default": DEFAULT_MAX_PIXELS, "help": "refuse larger images unread"}
 SPECIAL_TEXT: dict[str, Any] = {
@@ -176,8 +177,8 @@ def preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         num_crops=num_crops,
         special_text=arguments.special_text,
     )
-    console.print(f"tokens: {told['tokenizer']}", highlight=False, soft_wrap=True)
+    say(console, f"tokens: {told['tokenizer']}")
     if told["faults"]:
-        console.print(f"faults: {told['faults']}, listed in the page", highlight=False)
+        say(console, f"faults: {told['faults']}, listed in the page")
     announce_page(console, told["preview"], told["bytes"], show=arguments.open)
     return told

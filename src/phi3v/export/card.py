@@ -1,17 +1,18 @@
-"""The README.md of an export: what it is, how far it is from what was tuned, how to use it."""
+"""What an export says of itself: its result, and the README.md in its folder."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from rich.console import Console
 
 from phi3v import __version__
-from phi3v.export.proof import TOLERANCE
+from phi3v.export.proof import TOLERANCE, Comparison
 from phi3v.json_files import content_of, read_json
+from phi3v.terminal import say
 from phi3v.train.finetuned import FinetunedModel
-
-if TYPE_CHECKING:
-    from phi3v.export.make import ExportResult
 
 CARD = """---
 library_name: phi3v
@@ -38,8 +39,8 @@ With phi3v, without remote code:
 ```python
 from PIL import Image, ImageOps
 {load}
-picture = ImageOps.exif_transpose(Image.open("picture.png"))
-inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [picture])
+image = ImageOps.exif_transpose(Image.open("image.png"))
+inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image])
 answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
@@ -64,6 +65,56 @@ vllm serve {folder} --trust-remote-code --max-model-len 8192 --limit-mm-per-prom
 The official remote code {code}. There is no converter of this architecture for llama.cpp, and so none for Ollama."""
 ADAPTER_ELSEWHERE = """vLLM and others take the merged model, not the adapter.
 `phi3v export` without `--adapter` makes it."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export and how far it is from what was tuned.
+
+    Attributes:
+        merge: the merged weights in float32 against adapter and base apart; none without an adapter.
+        files: a fresh process that loaded the folder against the same weights here.
+        tuned: the export against the model as it was tuned, with what rounding and 4-bit weights do.
+        probes: where the prompts are from.
+    """
+
+    folder: Path
+    source: str
+    method: str
+    dtype: str
+    is_adapter: bool
+    parameters: int
+    merge: Comparison | None
+    files: Comparison
+    tuned: Comparison
+    probes: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "source": self.source,
+            "method": self.method,
+            "dtype": self.dtype,
+            "adapter": self.is_adapter,
+            "parameters": self.parameters,
+            "probes": self.probes,
+            "tolerance": TOLERANCE,
+            "merge": vars(self.merge) if self.merge is not None else None,
+            "files": vars(self.files),
+            "tuned": vars(self.tuned),
+        }
+
+    def render(self, console: Console) -> None:
+        what = "adapter" if self.is_adapter else f"model, {self.dtype}"
+        say(console, f"{what}: {self.parameters:,} parameters in {self.folder}")
+        for text, value in (
+            ("merged against unmerged, float32", self.merge),
+            ("a fresh process against this one", self.files),
+            ("the export against the model as tuned", self.tuned),
+        ):
+            if value is not None:
+                say(console, f"{text}: {value}")
+        say(console, f"next: phi3v eval {self.folder} --data …, or see {self.folder / 'README.md'}")
 
 
 def write_card(folder: Path, result: ExportResult, tuned: FinetunedModel, scores: str) -> None:

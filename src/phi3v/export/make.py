@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.utils import cached_file
 
 from phi3v.data.features import free_space
 from phi3v.errors import UserError
-from phi3v.export.card import score_table, write_card
+from phi3v.export.card import ExportResult, score_table, write_card
 from phi3v.export.proof import (
     TOLERANCE,
     Answers,
@@ -35,6 +34,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, is_hub_id, require_writable
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.terminal import say
 from phi3v.train.checkpoints.weights import set_end_tokens
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
@@ -46,58 +46,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 class ExportDiffersError(RuntimeError):
     """An export does not answer as what it was made from; nothing was left under its name."""
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """An export and how far it is from what was tuned.
-
-    Attributes:
-        merge: the merged weights in float32 against adapter and base apart; none without an adapter.
-        files: a fresh process that loaded the folder against the same weights here.
-        tuned: the export against the model as it was tuned, with what rounding and 4-bit weights do.
-        probes: where the prompts are from.
-    """
-
-    folder: Path
-    source: str
-    method: str
-    dtype: str
-    is_adapter: bool
-    parameters: int
-    merge: Comparison | None
-    files: Comparison
-    tuned: Comparison
-    probes: str
-
-    def to_json_dict(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder),
-            "source": self.source,
-            "method": self.method,
-            "dtype": self.dtype,
-            "adapter": self.is_adapter,
-            "parameters": self.parameters,
-            "probes": self.probes,
-            "tolerance": TOLERANCE,
-            **{name: vars(value) if value else None for name, value in self._comparisons().items()},
-        }
-
-    def render(self, console: Console) -> None:
-        what = "adapter" if self.is_adapter else f"model, {self.dtype}"
-        console.print(f"{what}: {self.parameters:,} parameters in {self.folder}", highlight=False, soft_wrap=True)
-        texts = {
-            "merge": "merged against unmerged, float32",
-            "files": "a fresh process against this one",
-            "tuned": "the export against the model as tuned",
-        }
-        for name, value in self._comparisons().items():
-            if value is not None:
-                console.print(f"{texts[name]}: {value}", highlight=False, soft_wrap=True)
-        console.print(f"next: phi3v eval {self.folder} --data …, or see {self.folder / 'README.md'}", highlight=False)
-
-    def _comparisons(self) -> dict[str, Comparison | None]:
-        return {"merge": self.merge, "files": self.files, "tuned": self.tuned}
 
 
 def export(
@@ -149,7 +97,7 @@ def export(
     ):
         folder, work = Path(made) / out.name, Path(exchanged)
         probes, source = make_probes(tuned, samples, work)
-        console.print(f"comparing {len(probes)} prompts from {source}", highlight=False, soft_wrap=True)
+        say(console, f"comparing {len(probes)} prompts from {source}")
         maker = _Maker(tuned, compute, probes, folder, console)
         here = maker.write_adapter() if adapter else maker.write_model(wanted, max_shard_size)
         theirs = answer_in_fresh_process(folder, probes, work)

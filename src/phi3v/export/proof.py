@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt in the chat format, with image tags, and its pictures."""
+    """A prompt in the chat format, with image tags, and its images."""
 
     prompt: str
     images: tuple[str, ...]
@@ -92,7 +92,7 @@ def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[P
     """``count`` probes and where they are from: the run's own questions where they are still there, else drawn ones.
 
     Args:
-        folder: for their pictures; must stay until the last use.
+        folder: for their images; must stay until the last use.
     """
     data = tuned.run.data.eval or tuned.run.data.train
     why = ""
@@ -101,7 +101,7 @@ def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[P
             return _own_probes(tuned, Path(data), count, folder), data
         except UserError as error:  # of a file or an image that is there no more, or not as it was
             why = f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
-    return [drawn_probe(folder, index) for index in range(count)], f"drawn pictures{why}"
+    return [drawn_probe(folder, index) for index in range(count)], f"drawn images{why}"
 
 
 def _own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
@@ -113,9 +113,9 @@ def _own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> 
         record = table[place]
         turn = record.turns[0]
         names = []
-        for k, picture in enumerate(table.load_images(record)[: len(turn.images)]):
+        for k, image in enumerate(table.load_images(record)[: len(turn.images)]):
             names.append(str(folder / f"probe-{place}-{k}.png"))
-            picture.save(names[-1])
+            image.save(names[-1])
         numbers = range(1, len(names) + 1)
         prompt = user_prompt(turn.user, numbers, turn.image_offsets, system=record.system)
         probes.append(Probe(prompt, tuple(names)))
@@ -141,8 +141,8 @@ def answer_probes(model: Any, processor: Phi3VProcessor, probes: Sequence[Probe]
     stops = stop_token_ids(processor)
     logits, texts = [], []
     for probe in probes:
-        pictures = [Image.open(path) for path in probe.images]
-        inputs = processor(probe.prompt, pictures or None).to(device)
+        images = [Image.open(path) for path in probe.images]
+        inputs = processor(probe.prompt, images or None).to(device)
         logits.append(model(**inputs, logits_to_keep=KEPT_LOGITS, use_cache=False).logits[0].float().cpu())
         ids = model.generate(
             **inputs,

@@ -15,7 +15,7 @@ from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Report
 from phi3v.json_files import content_of, read_json
-from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_keys
+from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_shapes
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import file_hash, is_hub_id
@@ -73,7 +73,7 @@ class _Inspection:
     def keys(self) -> None:
         try:
             config = Phi3VConfig.from_pretrained(self.folder)
-            keys = checkpoint_keys(self.folder)
+            shapes = checkpoint_shapes(self.folder)
         except (OSError, ValueError, SafetensorError) as error:
             hint = "is this the folder of a model?"
             self.say("weights", "fail", f"cannot be read: {str(error).splitlines()[0]}", hint)
@@ -81,11 +81,10 @@ class _Inspection:
         with content_of(self.folder / "config.json"), torch.device("meta"):
             skeleton = Phi3VForCausalLM(config)
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        missing = sorted(expected.keys() - keys)
-        unexpected = sorted(keys - expected.keys() - {SECOND_EMBEDDING})
-        shapes = {name: shape for name, shape in self._shapes().items() if name in expected}
-        other = sorted(name for name, shape in shapes.items() if shape != expected[name])
-        if SECOND_EMBEDDING in keys:
+        missing = sorted(expected.keys() - shapes.keys())
+        unexpected = sorted(shapes.keys() - expected.keys() - {SECOND_EMBEDDING})
+        other = sorted(name for name in expected.keys() & shapes.keys() if shapes[name] != expected[name])
+        if SECOND_EMBEDDING in shapes:
             what = f"{SECOND_EMBEDDING} is a second copy of the embeddings"
             self.say("weights", "warn", what, "export it with phi3v export, which leaves it out")
         for names, what in (
@@ -94,8 +93,7 @@ class _Inspection:
             (other, "of another shape"),
         ):
             if names:
-                hint = INCOMPLETE
-                self.say("weights", "fail", f"{len(names)} tensors are {what}, first {names[0]}", hint)
+                self.say("weights", "fail", f"{len(names)} tensors are {what}, first {names[0]}", INCOMPLETE)
         if not (missing or unexpected or other):
             self.say("weights", "pass", f"{len(expected)} tensors, by the names and shapes of the official layout")
 
@@ -178,18 +176,11 @@ class _Inspection:
             with tempfile.TemporaryDirectory() as work:
                 answers = answer_probes(model, processor, [drawn_probe(Path(work), 0)])
         except (OSError, ValueError, RuntimeError) as error:
-            what = f"a question about a drawn picture fails: {str(error).splitlines()[0]}"
+            what = f"a question about a drawn image fails: {str(error).splitlines()[0]}"
             self.say("answer", "fail", what, "is config.json that of these weights?")
             return
         finite = bool(torch.isfinite(answers.logits[0]).all())
         if not finite:
             self.say("answer", "fail", "the logits are not finite", "take an earlier checkpoint of the run")
         else:
-            self.say("answer", "pass", f"a question about a drawn picture: {answers.texts[0]!r}")
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        return shapes
+            self.say("answer", "pass", f"a question about a drawn image: {answers.texts[0]!r}")

@@ -16,8 +16,8 @@ SAMPLE = 64 * 1024
 SECOND_EMBEDDING = "model.vision_embed_tokens.wte.weight"
 
 
-def checkpoint_keys(folder: Path) -> set[str]:
-    """Names of the tensors in a folder of safetensors, single or sharded; empty where there are none.
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder of safetensors, single or sharded; empty where there are none.
 
     Raises:
         OSError, SafetensorError: a file that the index names is missing, or one is cut short.
@@ -32,11 +32,11 @@ def checkpoint_keys(folder: Path) -> set[str]:
         files = sorted(set(weight_map.values()))
     else:
         files = [name for name in ("model.safetensors",) if (folder / name).is_file()]
-    keys: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         with safe_open(folder / name, framework="pt") as weights:
-            keys |= set(weights.keys())
-    return keys
+            shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    return shapes
 
 
 def embedding_key_mapping(folder: Path) -> dict[str, str] | None:
@@ -44,7 +44,7 @@ def embedding_key_mapping(folder: Path) -> dict[str, str] | None:
 
     Tools that drop one of two names of a shared tensor at saving may have kept either.
     """
-    keys = checkpoint_keys(folder)
+    keys = checkpoint_shapes(folder)
     if SECOND_EMBEDDING in keys and EMBEDDING not in keys:
         return {r"^model\.vision_embed_tokens\.wte\.weight": EMBEDDING}
     return None

@@ -12,6 +12,7 @@ from rich.console import Console
 from phi3v.errors import UserError
 from phi3v.grammar import Parser
 from phi3v.model.preset_fields import PRESET_FIELDS
+from phi3v.terminal import say
 
 
 def add_commands(verbs: Parser) -> None:
@@ -58,5 +59,5 @@ def init_model(arguments: argparse.Namespace, console: Console) -> dict[str, Any
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
         tokenizer = arguments.tokenizer if preset != "tiny" else None
         parameters = init_model(preset, out, seed=arguments.seed, dtype=dtype, tokenizer=tokenizer)
-    console.print(f"{preset}: {parameters:,} parameters in {out}", highlight=False)
+    say(console, f"{preset}: {parameters:,} parameters in {out}")
     return {"preset": preset, "parameters": parameters, "folder": str(out)}

@@ -11,6 +11,7 @@ from rich.console import Console
 from phi3v.config import add_recipe, load_config
 from phi3v.errors import UserError
 from phi3v.grammar import Parser
+from phi3v.terminal import say
 
 
 def add_commands(verbs: Parser) -> None:
@@ -54,5 +55,5 @@ def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     show_plan(console, plans[0])
     if write is not None:
         write.write_text(planned_recipe(plans[0]), encoding="utf-8")
-        console.print(f"recipe: {write}", highlight=False, soft_wrap=True)
+        say(console, f"recipe: {write}")
     return plans[0].to_json_dict()

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from phi3v.grammar import Parser
+from phi3v.terminal import say
 
 
 def add_commands(verbs: Parser) -> None:
@@ -40,6 +41,6 @@ def report(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     told = report(arguments.runs, out=arguments.out, picture_budget=int(arguments.pictures * 1e6))
     for run in told["runs"]:
         for note in run["missing"]:
-            console.print(f"{run['folder']}: {note}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{run['folder']}: {note}")
     announce_page(console, told["report"], told["bytes"], show=arguments.open)
     return told

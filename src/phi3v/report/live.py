@@ -15,6 +15,7 @@ from phi3v.config import RunConfig
 from phi3v.plan.forecast import forecast
 from phi3v.report.report import REPORT_FILE, report, write_report
 from phi3v.report.run_files import read_run
+from phi3v.terminal import say
 from phi3v.train.checkpoints.resume import FinishedRun
 from phi3v.train.result import RunResult
 from phi3v.train.run import run_training
@@ -80,5 +81,5 @@ def train_with_report(config: RunConfig, console: Console, resume: str | None = 
         result = run_training(config, console, resume, callbacks=[live], forecast=forecast)
     written = live.folder / REPORT_FILE
     if live.started and written.is_file():
-        console.print(f"report: {written}", highlight=False, soft_wrap=True)
+        say(console, f"report: {written}")
     return result

@@ -37,7 +37,7 @@ class AnswerSettings:
 
     Attributes:
         max_new_tokens: longest answer, in tokens.
-        num_crops: crops of a picture at most; by default as the model was saved.
+        num_crops: crops of an image at most; by default as the model was saved.
     """
 
     max_new_tokens: int = 256
@@ -57,7 +57,7 @@ class AnswerSettings:
 
 @dataclass
 class Turn:
-    """A question with its pictures, and what was answered, as far as it was written.
+    """A question with its images, and what was answered, as far as it was written.
 
     Attributes:
         cut: whose answers reached the limit of tokens before their end, and that limit.
@@ -78,7 +78,7 @@ class Chat:
     Args:
         tuned: the model.
         base: what to compare a whole model with, in place of what its run says: a model, an adapter or a run.
-        num_crops: crops of a picture at most; by default as the model was saved.
+        num_crops: crops of an image at most; by default as the model was saved.
         system: the system message of every conversation, as the data had it that the model was tuned on.
 
     Raises:
@@ -121,7 +121,7 @@ class Chat:
     def answer(self, turns: Sequence[Turn], settings: AnswerSettings, which: Which = "tuned") -> Iterator[str]:
         """The answer to the last of ``turns`` so far, token by token, last the whole; that turn says if it was cut.
 
-        Text that would be read as a special token is broken up by a space; the tags of pictures are ours alone.
+        Text that would be read as a special token is broken up by a space; the tags of images are ours alone.
 
         Raises:
             UserError: the conversation is too long, or the model cannot be loaded.
@@ -132,7 +132,7 @@ class Chat:
         if len(prompt.input_ids) + settings.max_new_tokens > longest:
             raise UserError(
                 f"the conversation is too long for the model: {len(prompt.input_ids):,} tokens of {longest:,}",
-                hint="clear it, give fewer pictures or frames, or allow fewer crops",
+                hint="clear it, give fewer images or frames, or allow fewer crops",
             )
         is_whole = yield from stream_answer(
             model,

@@ -15,7 +15,7 @@ MOST = 3
 
 @dataclass(frozen=True)
 class Example:
-    """A question of the evaluation data, its pictures' paths below ``root``, and the reference answer."""
+    """A question of the evaluation data, its images' paths below ``root``, and the reference answer."""
 
     prompt: str
     images: tuple[str, ...]
@@ -24,7 +24,7 @@ class Example:
 
 
 def find_examples(tuned: FinetunedModel, most: int = MOST) -> list[Example]:
-    """First questions about different pictures among the run's predictions; none where run or data are not at hand."""
+    """First questions about different images among the run's predictions; none where run or data are not at hand."""
     if tuned.run_folder is None or tuned.run.data.eval is None:
         return []
     root = Path(tuned.run.data.eval).parent / "images"

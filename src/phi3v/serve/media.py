@@ -1,4 +1,4 @@
-"""Pictures and clips that a person gives to a chat, within limits."""
+"""Images and clips that a person gives to a chat, within limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/*(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Media:
-    """A file as the model sees it: one picture, or the chosen frames of a clip."""
+    """A file as the model sees it: one image, or the chosen frames of a clip."""
 
     name: str
     images: tuple[Image.Image, ...]

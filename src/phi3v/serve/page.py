@@ -29,7 +29,7 @@ from phi3v.serve.media import Media, read_media
 logger = logging.getLogger("phi3v")
 
 SHOWN_EVERY = 0.05  # seconds between two sights of a growing answer
-SHOWN_SIDE = 768  # pixels of a picture as it is shown; the model gets the original
+SHOWN_SIDE = 768  # pixels of an image as it is shown; the model gets the original
 SHEET_COLUMNS = 4
 
 CSS = """
@@ -49,7 +49,7 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 @dataclass
 class Session:
-    """One browser tab's conversation: the turns as the model reads them, and their pictures as they are shown."""
+    """One browser tab's conversation: the turns as the model reads them, and their images as they are shown."""
 
     turns: list[Turn] = field(default_factory=list)
     shown: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -57,9 +57,9 @@ class Session:
     def messages(self, which: Which) -> list[dict[str, Any]]:
         """The conversation with one of the models, as Gradio's Chatbot takes it."""
         messages: list[dict[str, Any]] = []
-        for turn, pictures in zip(self.turns, self.shown, strict=True):
+        for turn, images in zip(self.turns, self.shown, strict=True):
             question = [{"type": "text", "text": turn.text}] if turn.text else []
-            messages.append({"role": "user", "content": [*pictures, *question]})
+            messages.append({"role": "user", "content": [*images, *question]})
             if which in turn.answers:
                 answer = turn.answers[which] or "(an empty answer)"
                 content = [{"type": "text", "text": answer}]
@@ -91,7 +91,7 @@ def build_page(
     Args:
         title: the model as people call it.
         settings: what is set first, as are ``frames`` (of a clip) and ``compare``.
-        folder: for pictures as they are shown, below Gradio's own; whoever may see the page may read what lies in it.
+        folder: for images as they are shown, below Gradio's own; whoever may see the page may read what lies in it.
     """
     asker = _Asker(chat, folder)
     with gr.Blocks(title=f"{title} · phi3v", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
@@ -102,7 +102,7 @@ def build_page(
             base = _chatbot("base", "base", visible=compare)
         box = gr.MultimodalTextbox(
             show_label=False,
-            placeholder="Ask about a picture, several, or a clip: drop the files here",
+            placeholder="Ask about an image, several, or a clip: drop the files here",
             file_count="multiple",
             file_types=["image", "video"],
             sources=["upload"],
@@ -150,7 +150,7 @@ def build_page(
                     max(16, chat.default_num_crops),
                     settings.num_crops or chat.default_num_crops,
                     step=1,
-                    label="Crops of a picture",
+                    label="Crops of an image",
                     info="fewer are faster",
                     min_width=220,
                 )
@@ -256,11 +256,11 @@ class _Asker:
         yield seen()
 
     def _show(self, media: Media) -> dict[str, Any]:
-        """A picture, or the frames of a clip side by side, small enough for a browser."""
-        picture = _contact_sheet(media.images) if media.is_clip else _small(media.images[0], SHOWN_SIDE)
+        """An image, or the frames of a clip side by side, small enough for a browser."""
+        image = _contact_sheet(media.images) if media.is_clip else _small(media.images[0], SHOWN_SIDE)
         self.count += 1
         path = self.folder / f"shown-{self.count}.jpg"
-        picture.save(path, quality=85)
+        image.save(path, quality=85)
         alt = f"{len(media.images)} frames of {media.name}" if media.is_clip else media.name
         return {"path": str(path), "alt_text": alt}
 
@@ -279,7 +279,7 @@ class _Kindly:
             hint = f": {error.hint}" if error.hint else ""
             raise _error(f"{where}{error.what}{hint}") from None
         if isinstance(error, torch.OutOfMemoryError):
-            raise _error("The device has too little memory: give fewer pictures, or allow fewer crops") from None
+            raise _error("The device has too little memory: give fewer images, or allow fewer crops") from None
         logger.error("the chat page failed", exc_info=error)
         raise _error("Something went wrong here; the terminal of the server says what") from None
 
@@ -300,11 +300,11 @@ def _chatbot(label: str, name: str, *, visible: bool = True) -> Any:
         visible=visible,
         elem_id=name,
         elem_classes="chat",
-        # Plain text, as it was written: Markdown could show what is not there, or load pictures from elsewhere.
+        # Plain text, as it was written: Markdown could show what is not there, or load images from elsewhere.
         render_markdown=False,
         buttons=["copy"],
         feedback_options=None,
-        placeholder="Ask about a picture. The answer comes from this machine alone.",
+        placeholder="Ask about an image. The answer comes from this machine alone.",
     )
 
 
@@ -319,7 +319,7 @@ def _head(chat: Chat, title: str) -> str:
 
 
 def _offers(examples: Sequence[Example], folder: Path) -> list[list[dict[str, Any]]]:
-    """Questions to start from, with copies of their pictures: no path of the data is ever served."""
+    """Questions to start from, with copies of their images: no path of the data is ever served."""
     offers = []
     for number, example in enumerate(examples, 1):
         copies = []

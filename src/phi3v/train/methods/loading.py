@@ -16,7 +16,7 @@ from phi3v.errors import UserError
 from phi3v.json_files import content_of
 from phi3v.machine import Accelerator
 from phi3v.model.attention import choose_packed_attention, flash_obstacle
-from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_keys
+from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import find_model
@@ -81,7 +81,7 @@ _MODEL_HINT = "give a folder in the official layout (make one with `phi3v model 
 def _check_weights(folder: Path, skeleton: nn.Module, where: str) -> None:
     """A model whose file lacks tensors would otherwise train on random numbers in their place."""
     try:
-        keys = checkpoint_keys(folder)
+        keys = set(checkpoint_shapes(folder))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"the weights are damaged: {error}", where=where, hint="copy or download them again") from None
     if not keys:
