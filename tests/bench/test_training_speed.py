@@ -19,7 +19,7 @@ from phi3v.bench.attention import compare_attention
 from phi3v.bench.counting import StepWork, pairs_of
 from phi3v.bench.generation import bench_generate
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages
-from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
+from phi3v.bench.recipe import CropCollator, CropDataset, RecipeLoop, run_padded_crops
 from phi3v.bench.rows import row_config
 from phi3v.bench.settings import BenchSettings, Row
 from phi3v.bench.training import bench_train
@@ -108,8 +108,9 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
         if variant == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)
             batch = CropCollator(setup.dataset().collate)([CropDataset(setup.train_table, setup.processor)[0]])
-            trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
-            loss = RecipeTrainer.compute_loss(trainer, setup.model, batch, num_items_in_batch=1.0)
+            engine = SimpleNamespace(forward=lambda inputs, last, model=setup.model: model(**inputs))
+            loop: Any = SimpleNamespace(engine=engine)
+            loss = RecipeLoop.compute_loss(loop, batch, 1.0, last=True)
         else:
             batch = setup.dataset().collate([setup.dataset().samples[0]])
             assert StepWork.of(batch).pages == 1

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
-from phi3v.data.batches import BatchPlan, Step, StepLoader, rows_of_rank
+from phi3v.data.batches import BatchPlan, Step, read_steps, rows_of_rank
 from phi3v.data.collate import Sample
 from phi3v.data.packing import (
     PackedDataset,
@@ -280,10 +280,7 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
     (step,) = plan.steps(3)
     tokens = 0
     for rank in range(2):
-        loader = StepLoader(dataset, plan, rank, Readers(dataset.__getitem__))
-        assert len(loader) == 1
-        loader.set_epoch(3)
-        (rows,) = loader
+        (rows,) = read_steps(plan, rank, Readers(dataset.__getitem__), 3)
         assert [len(row["layout"]) for row in rows] == [len(row) for row in step[rank]]
         for row in rows:
             assert row["input_ids"].shape == (1, sum(map(sum, row["layout"])))

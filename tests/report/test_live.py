@@ -11,6 +11,7 @@ from report_helpers import block
 from phi3v.cli import main
 from phi3v.report import live
 from phi3v.report.live import LiveReport
+from phi3v.train.state import TrainState
 
 
 def arguments(model: Path, data: Path, folder: Path, **settings: Any) -> list[str]:
@@ -72,11 +73,11 @@ def test_refreshes_rest_a_hundred_times_as_long_as_they_take(tmp_path: Path, mon
     monkeypatch.setattr(live.time, "perf_counter", lambda: now)
     monkeypatch.setattr(live, "read_run", slow)
     report = LiveReport(tmp_path)
-    report.on_log(None, None, None)
+    report.on_step(TrainState(steps_per_epoch=1, max_steps=1))
     assert report.refreshes == 0  # not begun
     report.started = True
     for _ in range(300):
-        report.on_log(None, None, None)
+        report.on_step(TrainState(steps_per_epoch=1, max_steps=1))
         now += 1.0
     assert report.refreshes == 2
     assert report.seconds == 4.0

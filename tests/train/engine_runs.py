@@ -11,13 +11,13 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from phi3v.config import RunConfig, load_config
+from phi3v.train import prepare as preparation
 from phi3v.train.engines.base import WrongEngineError
 from phi3v.train.engines.fsdp import FsdpEngine
-from phi3v.train.loop import Phi3VTrainer
 from phi3v.train.run import run_training
+from phi3v.train.state import Observer, TrainState
 
 
 def settings(engine: str, model: Path, data: Path, out: Path) -> RunConfig:
@@ -34,31 +34,31 @@ def settings(engine: str, model: Path, data: Path, out: Path) -> RunConfig:
     return load_config(None, [part for name, value in values.items() for part in (f"--{name}", str(value))])
 
 
-class KeepAndTakeBack(TrainerCallback):
-    """Saves after two steps and, after a third, takes the saved state up again."""
+class SaveAndLoad(Observer):
+    """Saves after two steps and, after a third, loads what was saved."""
 
-    def __init__(self, trainer: Phi3VTrainer, folder: Path) -> None:
-        self.trainer = trainer
+    def __init__(self, folder: Path) -> None:
+        self.engine: Any = None
         self.folder = folder
         self.weights: dict[str, torch.Tensor] | None = None
         self.compared = 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine, trainer = self.trainer.engine, self.trainer
+    def on_step(self, state: TrainState) -> None:
+        engine = self.engine
         is_first = PartialState().is_main_process
         early, late = self.folder / "early", self.folder / "late"
-        if state.global_step == 2:
-            self.weights = engine.full_state_dict(trainer.model)
+        if state.step == 2:
+            self.weights = engine.full_state_dict()
             assert (self.weights is not None) == is_first
             early.mkdir(parents=True, exist_ok=True)
-            engine.save_optimizer(trainer, early)()
-        if state.global_step == 3:
-            moved = engine.full_state_dict(trainer.model)
-            engine.load_full_state_dict(trainer.model, self.weights)
-            engine.load_optimizer(trainer, early if is_first else None)
-            back = engine.full_state_dict(trainer.model)
+            engine.save_optimizer(early)()
+        if state.step == 3:
+            moved = engine.full_state_dict()
+            engine.load_full_state_dict(self.weights)
+            engine.load_optimizer(early if is_first else None)
+            back = engine.full_state_dict()
             late.mkdir(parents=True, exist_ok=True)
-            engine.save_optimizer(trainer, late)()
+            engine.save_optimizer(late)()
             if is_first:
                 assert self.weights is not None
                 assert moved is not None
@@ -67,30 +67,29 @@ class KeepAndTakeBack(TrainerCallback):
                 assert all(torch.equal(self.weights[name], back[name]) for name in back)
                 one, two = (load_file(folder / "optimizer.safetensors") for folder in (early, late))
                 assert one.keys() == two.keys()
-                assert len(one) == 2 * sum(p.requires_grad for p in trainer.model.parameters())
+                assert len(one) == 2 * sum(p.requires_grad for p in engine.model.parameters())
                 assert all(torch.equal(one[name], two[name]) for name in one)
                 assert (early / "schedule.json").read_text() == (late / "schedule.json").read_text()
             self.compared += 1
 
 
-def keep_and_take_back(engine: str, model: Path, data: Path, out: Path) -> None:
-    added: list[KeepAndTakeBack] = []
+def save_and_load(engine: str, model: Path, data: Path, out: Path) -> None:
+    observer = SaveAndLoad(out.with_name("state"))
+    make = preparation.make_engine
 
-    class Trainer(Phi3VTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            added.append(KeepAndTakeBack(self, out.with_name("state")))
-            self.add_callback(added[0])
+    def make_and_keep(*args: Any) -> Any:
+        observer.engine = make(*args)
+        return observer.engine
 
-    with mock.patch("phi3v.train.run.Phi3VTrainer", Trainer):
-        run_training(settings(engine, model, data, out), Console(quiet=True))
-    assert added[0].compared == 1
+    with mock.patch.object(preparation, "make_engine", make_and_keep):
+        run_training(settings(engine, model, data, out), Console(quiet=True), observers=[observer])
+    assert observer.compared == 1
 
 
 def train_undivided(model: Path, data: Path, out: Path) -> None:
     """FSDP that silently does nothing, as accelerate's on the CPU."""
     with (
-        mock.patch.object(FsdpEngine, "shard"),
+        mock.patch.object(FsdpEngine, "wrap"),
         pytest.raises(WrongEngineError, match="the engine is fsdp2, but what trains is"),
     ):
         run_training(settings("fsdp2", model, data, out), Console(quiet=True))

@@ -15,7 +15,7 @@ from phi3v.config import LoraConfig, MethodConfig, load_config
 from phi3v.errors import UserError
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoints.weights import read_trained, save_final, saved_tensors
+from phi3v.train.methods.weights import read_trained, save_final, saved_tensors
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"init": "default"},

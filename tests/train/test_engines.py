@@ -6,12 +6,11 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import keep_and_take_back, train_undivided
+from engine_runs import save_and_load, train_undivided
 from ranks import run_ranks
 from rich.console import Console
 from run_helpers import read_metrics
@@ -24,7 +23,7 @@ from phi3v.model.checkpoint import checkpoint_shapes
 from phi3v.train.checks import Case, refusals
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import WrongEngineError
-from phi3v.train.engines.choice import choose_engine
+from phi3v.train.engines.choice import EngineChoice, choose_engine
 from phi3v.train.engines.data_parallel import DataParallel
 
 OFFLOAD = {"distributed.offload_optimizer": "true"}
@@ -196,7 +195,7 @@ def test_a_divided_model_is_measured_and_the_best_kept(
 def test_weights_and_optimizer_go_out_and_come_back(
     tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str
 ) -> None:
-    run_ranks(2, keep_and_take_back, engine, small_model_dir, easy_vqa, tmp_path / "run", folder=tmp_path / "printed")
+    run_ranks(2, save_and_load, engine, small_model_dir, easy_vqa, tmp_path / "run", folder=tmp_path / "printed")
 
 
 @pytest.mark.parametrize(
@@ -221,9 +220,9 @@ def test_a_divided_run_goes_on_on_more_ranks(
 
 def test_another_engine_than_asked_for_is_noticed(tmp_path: Path, small_model_dir: Path, easy_vqa: Path) -> None:
     run_ranks(2, train_undivided, small_model_dir, easy_vqa, tmp_path / "run", folder=tmp_path / "printed")
-    trainer: Any = SimpleNamespace(model_wrapped=torch.nn.Linear(1, 1))
+    one = RuntimeDevice(torch.device("cpu"), "fp32", "", 0, 1)
     with pytest.raises(WrongEngineError, match="the engine is ddp, but what trains is Linear"):
-        DataParallel(0, 2).check(trainer)
+        DataParallel(torch.nn.Linear(1, 1), EngineChoice("ddp", ""), RunConfig(), one).prepare(1)
 
 
 def config(*overrides: object) -> RunConfig:

@@ -11,12 +11,15 @@ import torch
 from run_helpers import Train, read_metrics
 from safetensors.torch import load_file
 
+from phi3v.config import RunConfig
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.evaluate.metrics import Score
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
-from phi3v.train.checkpoints.weights import in_stored_dtype, read_trained, save_replacing
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines import DataParallel
+from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.methods.weights import in_stored_dtype, read_trained, save_replacing
 from phi3v.train.observers import evaluation as evaluation_callback
 
 SIX_STEPS = ("training.max_steps", 6, "training.batch_size", 1, "training.micro_batch_size", 1)
@@ -139,16 +142,17 @@ def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_mode
     from phi3v.processing.processor import Phi3VProcessor
 
     model = Phi3VForCausalLM.from_pretrained(small_model_dir)
-    engine = DataParallel(0, 1)
+    device = RuntimeDevice(torch.device("cpu"), "fp32", "", 0, 1)
+    engine = DataParallel(model, EngineChoice("none", ""), RunConfig(), device)
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
     for value in (1.0, 2.0):
         with torch.no_grad():
             model.lm_head.weight.fill_(value)
-        save_replacing(model, processor, tmp_path / "best", engine.full_state_dict(model))
+        save_replacing(model, processor, tmp_path / "best", engine.full_state_dict())
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
     with torch.no_grad():
         model.lm_head.weight.fill_(3.0)
-    engine.load_full_state_dict(model, read_trained(model, tmp_path / "best"))
+    engine.load_full_state_dict(read_trained(model, tmp_path / "best"))
     assert bool((model.lm_head.weight == 2.0).all())
 
 

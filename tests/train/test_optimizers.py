@@ -15,7 +15,7 @@ from phi3v.train.checks import Case, refusals
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.optimizers import (
     StochasticAdamW,
-    divide_groups,
+    make_optimizer,
     round_stochastically,
     state_bytes,
 )
@@ -239,13 +239,21 @@ def test_parts_have_learning_rates_of_their_own(train: Train, optimizer: str) ->
 
 
 def test_groups_keep_their_weight_decay(small_model_dir: Path) -> None:
-    config = load_config(None, ["--training.learning_rates.vision", "1e-5", "--training.learning_rate", "1e-3"])
+    config = load_config(
+        None,
+        [
+            "--training.learning_rates.vision",
+            "1e-5",
+            "--training.learning_rate",
+            "1e-3",
+            "--training.weight_decay",
+            "0.1",
+        ],
+    )
     model = load(small_model_dir, config.method)
     decayed = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
     others = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = StochasticAdamW(groups, lr=1e-3)
-    divide_groups(optimizer, model, config)
+    optimizer = make_optimizer(model, config, fused=True)
     found = {(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     rates = {"vision": 1e-5, "projector": 1e-3, "decoder": 1e-3}
     assert found == {(part, rate, decay) for part, rate in rates.items() for decay in (0.1, 0.0)}

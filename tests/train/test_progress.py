@@ -5,32 +5,29 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from phi3v.train.observers.progress import ProgressCallback
+from phi3v.train.observers.progress import ProgressObserver
+from phi3v.train.state import TrainState
 
 
-def run(callback: ProgressCallback, loss: float = 1.25) -> None:
-    """What the trainer does to a callback in a run of two steps."""
-    callback.trainer = SimpleNamespace(seen={"samples": 8, "questions": 80, "tokens": 4000})  # type: ignore[assignment]
-    args = SimpleNamespace(world_size=1)
-    state = SimpleNamespace(is_world_process_zero=True, max_steps=2, global_step=0, epoch=0.0)
-    callback.on_train_begin(args, state, None)
-    for step in (1, 2):
-        state.global_step, state.epoch = step, step / 10
-        callback.on_step_end(args, state, None)
-        callback.on_log(args, state, None, logs={"loss": loss, "grad_norm": 2.0, "learning_rate": 1e-3})
-    callback.close()
+def run(observer: ProgressObserver, loss: float = 1.25) -> None:
+    """What the loop does to an observer in a run of two steps."""
+    state = TrainState(steps_per_epoch=10, max_steps=2, counts=[8.0, 8.0, 80.0, 4000.0])
+    observer.on_begin(state)
+    for state.step in (1, 2):
+        observer.on_log(state, {"loss": loss, "grad_norm": 2.0, "learning_rate": 1e-3})
+        observer.on_step(state)
+    observer.close()
 
 
 @pytest.mark.parametrize(("terminal", "show_bar"), [(True, True), (True, False), (False, True)])
 def test_it_shows_loss_rates_memory_and_time_left(tmp_path: Path, terminal: bool, show_bar: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=160)
-    run(ProgressCallback(console, tmp_path / "metrics.jsonl", show_bar=show_bar))
+    run(ProgressObserver(console, tmp_path / "metrics.jsonl", rank=0, show_bar=show_bar))
     shown = out.getvalue()
     for words in ("loss 1.25", "samples/s", "tokens/s", "GB", "left", "2/2"):
         assert words in shown
@@ -41,7 +38,7 @@ def test_it_shows_loss_rates_memory_and_time_left(tmp_path: Path, terminal: bool
 
 
 def test_metrics_are_json_whatever_the_loss(tmp_path: Path) -> None:
-    run(ProgressCallback(Console(file=io.StringIO()), tmp_path / "metrics.jsonl"), loss=float("nan"))
+    run(ProgressObserver(Console(file=io.StringIO()), tmp_path / "metrics.jsonl", rank=0), loss=float("nan"))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

@@ -21,7 +21,7 @@ from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoints import weights as saving
+from phi3v.train.methods import weights as saving
 
 
 def batch_of(easy_vqa: Path, folder: Path, count: int = 2) -> dict[str, torch.Tensor]:

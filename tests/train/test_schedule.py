@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from run_helpers import Train
 from safetensors.torch import load_file
-from transformers import TrainerCallback, get_scheduler
+from transformers import get_scheduler
 
 from phi3v.cli import main
 from phi3v.config import RunConfig, TrainingConfig
 from phi3v.train.run import run_training
 from phi3v.train.schedule import describe_schedule, total_steps, warmup_steps
+from phi3v.train.state import Observer, TrainState
 
 
 @pytest.mark.parametrize(
@@ -65,14 +66,14 @@ def test_a_run_of_one_step_learns(
         assert all(moved)
 
 
-class Rates(TrainerCallback):
+class Rates(Observer):
     """The learning rate of every step, as the optimizer takes it."""
 
     def __init__(self) -> None:
         self.found: dict[int, float] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.found[state.global_step + 1] = kwargs["optimizer"].param_groups[0]["lr"]
+    def on_log(self, state: TrainState, values: dict[str, float]) -> None:
+        self.found[state.step] = values["learning_rate"]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -89,12 +90,12 @@ def test_a_finished_run_goes_on_by_the_longer_schedule(
     config.method.name, config.method.lora.rank = "lora", 2
     training = config.training
     training.output_dir, training.schedule, training.learning_rate = str(tmp_path / "run"), schedule, 1e-3
-    training.batch_size, training.epochs, training.warmup_steps = 1, 2.0, 2
+    training.batch_size, training.epochs, training.warmup_steps, training.logging_steps = 1, 2.0, 2, 1
     assert total_steps(training, 6) == 12
     run_training(config, Console(quiet=True))
     training.epochs = 4.0
     rates = Rates()
-    run_training(config, Console(), "auto", callbacks=[rates])
+    run_training(config, Console(), "auto", observers=[rates])
     assert "rate is that of a run planned for so many" in " ".join(capsys.readouterr().out.split())
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)

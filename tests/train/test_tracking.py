@@ -28,14 +28,16 @@ def _write(kind, value):
     with open(os.environ["TRACKED"], "a") as file:
         file.write(json.dumps([kind, value]) + "\\n")
 
+class Run:
+    def log(self, values, step):
+        _write("log", values)
+
+    def finish(self):
+        _write("finish", None)
+
 def init(**settings):
     _write("init", {name: settings[name] for name in ("project", "name")})
-
-def log(values):
-    _write("log", values)
-
-def finish():
-    _write("finish", None)
+    return Run()
 """
 
 

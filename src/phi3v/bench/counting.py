@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from phi3v.model.attention import Layout
 from phi3v.plan.throughput import SampleWork
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, num_img_tokens
-from phi3v.train.loop import Phi3VTrainer
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.loop import Row, TrainingLoop
+from phi3v.train.state import Observer, TrainState
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,20 @@ def pairs_of(layout: Layout) -> int:
     return sum(prefix**2 + sum(b * (b + 2 * prefix) for b in branches) for prefix, *branches in layout)
 
 
-class CountingTrainer(Phi3VTrainer):
-    """The trainer, keeping what each step of this rank computes."""
+class CountingLoop(TrainingLoop):
+    """The training loop, keeping what each step of this rank computes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.steps: list[StepWork] = []
+        self.work: list[StepWork] = []
 
-    def _get_num_items_in_batch(self, steps: list[list[dict[str, Any]]], device: torch.device) -> torch.Tensor:
-        self.steps.append(sum((StepWork.of(row) for rows in steps for row in rows), StepWork()))
-        return super()._get_num_items_in_batch(steps, device)
+    def count(self, rows: Sequence[Row]) -> list[float]:
+        self.work.append(sum(map(StepWork.of, rows), StepWork()))
+        return super().count(rows)
 
     def mean_step(self, steps: list[StepWork]) -> StepWork:
         """The mean step over all ranks together."""
-        total = sum(steps, StepWork()).divided(len(steps))
-        if self.args.world_size == 1:
-            return total
-        device = self.args.device
-        values = torch.tensor([getattr(total, entry.name) for entry in fields(total)], device=device)
-        return StepWork(*self.accelerator.reduce(values, reduction="sum").tolist())
+        return StepWork(*self.collectives.sum(astuple(sum(steps, StepWork()).divided(len(steps)))))
 
 
 def timed_by() -> str:
@@ -121,24 +117,23 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Clock(TrainerCallback):
+class Clock(Observer):
     """The seconds of every step, from the end of the one before: reading is part of it.
 
     The first step has no beginning that could be compared and is not among them. Asks for the end when they add up to
     ``limit``.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, collectives: HostCollectives) -> None:
         self.limit = limit
+        self.collectives = collectives
         self.seconds: list[float] = []
         self.last: float | None = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState) -> None:
         now = clock_seconds()
         if self.last is not None:
             self.seconds.append(now - self.last)
         self.last = now
-        over = torch.tensor(float(sum(self.seconds) > self.limit), device=args.device)
-        if args.world_size > 1:  # all ranks stop together
-            torch.distributed.all_reduce(over, op=torch.distributed.ReduceOp.MAX)
-        control.should_training_stop = control.should_training_stop or bool(over)
+        if self.collectives.sum([sum(self.seconds) > self.limit])[0]:  # all ranks stop together
+            state.should_stop = True

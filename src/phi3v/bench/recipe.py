@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from phi3v.bench.counting import CountingTrainer
+from phi3v.bench.counting import CountingLoop
 from phi3v.data.collate import Collator, Sample, encode_record
 from phi3v.data.table import RecordTable
 from phi3v.model.vision import Phi3VImageEmbedding
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.loop import Row
 
 
 @dataclass
@@ -73,22 +74,18 @@ class CropCollator:
         return self.collator(samples) | {"pixel_values": sample.pixel_values, "image_sizes": sample.image_sizes}
 
 
-class RecipeTrainer(CountingTrainer):
+class RecipeLoop(CountingLoop):
     """The recipe's loss: logits of every position."""
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, inputs: Row, normalizer: float, *, last: bool) -> torch.Tensor:
         names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        logits = model(**{name: inputs[name] for name in names if name in inputs}, use_cache=False).logits
+        own = {name: inputs[name] for name in names if name in inputs}
+        logits = self.engine.forward(own | {"use_cache": False}, last=last).logits
         targets = inputs["labels"][:, 1:]
         losses = functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
         )
-        loss = (losses * inputs["loss_weights"][:, 1:].flatten()).sum() / num_items_in_batch
-        # The ranks' gradients are averaged, the weight is of all of them.
-        loss = loss * self.args.world_size
-        return (loss, logits) if return_outputs else loss
+        return (losses * inputs["loss_weights"][:, 1:].flatten()).sum() / normalizer
 
 
 def run_padded_crops(model: Any, num_crops: int) -> None:

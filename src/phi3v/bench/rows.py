@@ -7,15 +7,15 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.trainer_callback import PrinterCallback
 
-from phi3v.bench.counting import Clock, CountingTrainer, StepWork, one_thread
-from phi3v.bench.recipe import CropCollator, CropDataset, RecipeTrainer, run_padded_crops
+from phi3v.bench.counting import Clock, CountingLoop, StepWork, one_thread
+from phi3v.bench.recipe import CropCollator, CropDataset, RecipeLoop, run_padded_crops
 from phi3v.bench.settings import BASELINES, BenchSettings, Row, Variant
 from phi3v.config import Attention, Packing, RunConfig
 from phi3v.data.batches import PaddedDataset
@@ -27,9 +27,8 @@ from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import training_flops
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
-from phi3v.train.loop import training_arguments
-from phi3v.train.methods.optimizers import optimizer_factory
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.observers.progress import peak_memory_gb
 from phi3v.train.prepare import PreparedRun, prepare
@@ -118,16 +117,15 @@ def _clean_memory() -> Iterator[None]:
 
 def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
     setup = prepare(config, Console(quiet=True), choose_device(config.training.precision))
-    trainer = _trainer(setup, row)
-    clock = Clock(limit)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(clock)
-    with trainer.readers:
-        trainer.train()
+    collectives = HostCollectives(setup.compute.world_size, timedelta(minutes=30))
+    clock = Clock(limit, collectives)
+    loop = _loop(setup, row, collectives, clock)
+    with loop.readers:
+        loop.run()
     if not clock.seconds:
         return {"error": "the data has no second step"}
-    steps = trainer.steps[1 : 1 + len(clock.seconds)]
-    work = trainer.mean_step(steps)
+    steps = loop.work[1 : 1 + len(clock.seconds)]
+    work = loop.mean_step(steps)
     seconds = statistics.median(clock.seconds)
     ranks = setup.compute.world_size
     speeds = [ranks * step.samples / own for step, own in zip(steps, clock.seconds, strict=True)]
@@ -154,30 +152,22 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _trainer(setup: PreparedRun, row: Row) -> CountingTrainer:
-    config, compute = setup.config, setup.compute
-    arguments = training_arguments(
-        config,
-        setup.folder,
-        precision=compute.precision,
-        use_cpu=compute.device.type == "cpu",
-    )
-    arguments.report_to = []
-    kind: type[CountingTrainer] = CountingTrainer
+def _loop(setup: PreparedRun, row: Row, collectives: HostCollectives, clock: Clock) -> CountingLoop:
+    kind: type[CountingLoop] = CountingLoop
     dataset: Any = setup.dataset()
     if row.variant in BASELINES:
         run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
-        kind = RecipeTrainer
+        kind = RecipeLoop
         dataset = PaddedDataset(CropDataset(setup.train_table, setup.processor), CropCollator(dataset.collate))
     return kind(
-        model=setup.model,
-        args=arguments,
-        optimizer_cls_and_kwargs=optimizer_factory(config.training),
-        config=config,
-        engine=setup.engine,
-        train_dataset=dataset,
-        plan=setup.plan,
-        readers=Readers(dataset.__getitem__, setup.num_workers),
+        setup.config,
+        setup.engine,
+        setup.plan,
+        Readers(dataset.__getitem__, setup.num_workers),
+        setup.compute,
+        collectives,
+        setup.faults(collectives),
+        observers=[clock],
     )
 
 

@@ -127,51 +127,30 @@ def without_weight(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"loss_weights": torch.zeros_like(row["loss_weights"]), "counts": counts}
 
 
-class StepLoader:
-    """The steps of one rank, each as the list of its rows. Its length is in steps.
+def read_steps(
+    plan: BatchPlan,
+    rank: int,
+    readers: Readers,
+    epoch: int,
+    *,
+    first_step: int = 0,
+    equal: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """The steps of an epoch, each as the list of a rank's rows; nothing is read of those before ``first_step``.
 
     Args:
-        dataset: makes the row of a `RowPlan`.
-        readers: with ``dataset.__getitem__`` to fetch with; whoever made them ends them.
+        readers: fetch the row of a `RowPlan`.
         equal: as of `rows_of_rank`.
         pin_memory: put tensors where a GPU copies from without waiting.
     """
-
-    def __init__(
-        self,
-        dataset: Dataset[dict[str, Any]],
-        plan: BatchPlan,
-        rank: int,
-        readers: Readers,
-        *,
-        equal: bool = False,
-        pin_memory: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.plan = plan
-        self.rank = rank
-        self.readers = readers
-        self.equal = equal
-        self.pin_memory = pin_memory
-        self.epoch = 0
-        self.first_step = 0  # where the next epoch begins; those after it begin at 0
-
-    def __len__(self) -> int:
-        return self.plan.num_steps
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        first, self.first_step = self.first_step, 0
-        rows: list[dict[str, Any]] = []
-        plans = rows_of_rank(self.plan, self.rank, self.epoch, first_step=first, equal=self.equal)
-        for row in self.readers.read(plans):
-            ends_step = row.pop("ends_step")
-            rows.append(_pinned(row) if self.pin_memory else row)
-            if ends_step:
-                yield rows
-                rows = []
+    rows: list[dict[str, Any]] = []
+    for row in readers.read(rows_of_rank(plan, rank, epoch, first_step=first_step, equal=equal)):
+        ends_step = row.pop("ends_step")
+        rows.append(_pinned(row) if pin_memory else row)
+        if ends_step:
+            yield rows
+            rows = []
 
 
 def _pinned(row: dict[str, Any]) -> dict[str, Any]:

@@ -35,11 +35,10 @@ from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, is_hub_id, require_writable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
-from phi3v.train.checkpoints.weights import set_end_tokens
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
 from phi3v.train.methods.loading import load_weights
-from phi3v.train.run_folder import write_manifest
+from phi3v.train.methods.weights import set_end_tokens, write_manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -6,10 +6,9 @@ import logging
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
-from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
 from phi3v.plan.forecast import forecast
@@ -19,6 +18,7 @@ from phi3v.terminal import say
 from phi3v.train.checkpoints.resume import FinishedRun
 from phi3v.train.result import RunResult
 from phi3v.train.run import run_training
+from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
 
@@ -27,8 +27,8 @@ SECONDS_BETWEEN = 30.0
 REST = 100.0
 
 
-class LiveReport(TrainerCallback):
-    """Writes ``report.html`` at logging and evaluation steps, without the predictions, and at the end with them.
+class LiveReport(Observer):
+    """Writes ``report.html`` after steps, now and then, without the predictions, and at the end with them.
 
     A context manager around training: leaving it writes the last report, however training ended. What goes wrong here
     is logged and never raised.
@@ -41,10 +41,10 @@ class LiveReport(TrainerCallback):
         self.seconds = 0.0  # spent on refreshing
         self._next = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = bool(state.is_world_process_zero)
+    def on_begin(self, state: TrainState) -> None:
+        self.started = PartialState().is_main_process
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState) -> None:
         start = time.perf_counter()
         if not self.started or start < self._next:
             return
@@ -78,7 +78,7 @@ def train_with_report(config: RunConfig, console: Console, resume: str | None = 
     """`run_training`, with its report in the run folder."""
     live = LiveReport(Path(config.training.output_dir))
     with live:
-        result = run_training(config, console, resume, callbacks=[live], forecast=forecast)
+        result = run_training(config, console, resume, observers=[live], forecast=forecast)
     written = live.folder / REPORT_FILE
     if live.started and written.is_file():
         say(console, f"report: {written}")

@@ -27,7 +27,7 @@ from phi3v.train.methods.loading import (
     load_weights,
     quantization,
 )
-from phi3v.train.run_folder import read_tuned_from
+from phi3v.train.methods.weights import read_tuned_from
 
 ADAPTER_CONFIG = "adapter_config.json"
 SAVES = ("final", "best")  # the folders of a run that hold a model or an adapter

@@ -33,7 +33,9 @@ from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.checkpoints.folder import newest_checkpoint
 from phi3v.train.checks import Case, DataFacts, require_possible
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import (
     Activations,
     Gradients,
@@ -50,6 +52,7 @@ from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.optimizers import state_bytes
+from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.tracking import prepare_trackers
 from phi3v.train.run_folder import check_run_folder
 
@@ -102,6 +105,18 @@ class PreparedRun:
             return PackedDataset(table, processor, weighting, features=features, on_bad=on_bad)
         collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting)
         return PaddedDataset(ConversationDataset(table, processor, features=features, on_bad=on_bad), collator)
+
+    def faults(self, collectives: HostCollectives) -> StepFaults:
+        """What watches the steps."""
+        return StepFaults(
+            collectives,
+            self.train_table,
+            self.console,
+            max_nonfinite_steps=self.config.training.max_nonfinite_steps,
+            can_drop=self.engine.can_drop_step and not self.config.training.lean,
+            is_scaled=self.compute.precision == "fp16",
+            newest_checkpoint=lambda: newest_checkpoint(self.folder),
+        )
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with an image, or the first, as training takes it."""

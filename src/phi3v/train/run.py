@@ -16,15 +16,12 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
-from transformers.trainer_callback import ProgressCallback as LibraryProgressCallback
 
 from phi3v.config import RunConfig
-from phi3v.data.features import FeatureStore
 from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.train.checkpoints.folder import checkpoint_name, checkpoints
+from phi3v.train.checkpoints.folder import checkpoint_name, newest_checkpoint
 from phi3v.train.checkpoints.resume import (
     FinishedRun,
     ResumePoint,
@@ -32,24 +29,25 @@ from phi3v.train.checkpoints.resume import (
     reopen_run_folder,
     require_same_content,
 )
-from phi3v.train.checkpoints.weights import read_trained, save_replacing, saved_tensors
 from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.feature_cache import fill_features
 from phi3v.train.device import choose_device
 from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.header import Forecast, print_header
-from phi3v.train.loop import Phi3VTrainer, training_arguments
+from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.gradient_check import check_gradients
-from phi3v.train.methods.optimizers import optimizer_factory
+from phi3v.train.methods.weights import read_trained, save_replacing, saved_tensors
 from phi3v.train.observers.evaluating import measure, show_scores
-from phi3v.train.observers.evaluation import EvaluationCallback
+from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
-from phi3v.train.observers.progress import ProgressCallback, progress_bar
+from phi3v.train.observers.progress import ProgressObserver, progress_bar
 from phi3v.train.observers.signals import Signals
+from phi3v.train.observers.tracking import Trackers
 from phi3v.train.prepare import PreparedRun, prepare, questions_of
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
+from phi3v.train.state import Observer
 
 logger = logging.getLogger("phi3v")
 
@@ -58,7 +56,7 @@ def run_training(
     config: RunConfig,
     console: Console,
     resume: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    observers: Sequence[Observer] = (),
     forecast: Forecast | None = None,
 ) -> RunResult | FinishedRun:
     """Train as configured.
@@ -69,7 +67,7 @@ def run_training(
     Args:
         resume: ``auto`` to go on from the newest valid checkpoint of the run folder, or a checkpoint; nothing to go on
             from means to start anew.
-        callbacks: told of every step after our own, when its line of ``metrics.jsonl`` is written.
+        observers: told of every step after our own, when its line of ``metrics.jsonl`` is written.
         forecast: what the run will take, by its configuration, the number of records and of ranks.
 
     Raises:
@@ -92,7 +90,7 @@ def run_training(
             print_header(setup, forecast)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-            result = _in_run_folder(setup, point, collectives, signals, callbacks)
+            result = _in_run_folder(setup, point, collectives, signals, observers)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(config, signals, error) from error
@@ -109,7 +107,7 @@ def _in_run_folder(
     point: ResumePoint | None,
     collectives: HostCollectives,
     signals: Signals,
-    callbacks: Sequence[TrainerCallback],
+    observers: Sequence[Observer],
 ) -> RunResult:
     try:
         if setup.compute.rank == 0:
@@ -120,17 +118,18 @@ def _in_run_folder(
                 describe_again(setup.config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_measure(setup, point, collectives, signals, callbacks)
+        return _train_and_measure(setup, point, collectives, signals, observers)
     except UserError as error:
         error.one_rank = setup.compute.rank > 0
         raise
 
 
 def _out_of_memory(config: RunConfig, signals: Signals, error: BaseException) -> UserError:
+    newest = newest_checkpoint(Path(config.training.output_dir))
     said = UserError(
         f"out of memory while {signals.doing.split(';')[0]}: {' '.join(str(error).split())[:200]}",
         where=config.training.output_dir,
-        hint=f"{_kept(config)}; lower training.micro_batch_size, data.pack_tokens or model.num_crops, or set "
+        hint=f"{newest}; lower training.micro_batch_size, data.pack_tokens or model.num_crops, or set "
         "training.activation_checkpointing to full (`phi3v plan` tells what fits)",
     )
     said.one_rank = True
@@ -140,16 +139,11 @@ def _out_of_memory(config: RunConfig, signals: Signals, error: BaseException) ->
 def _lost(config: RunConfig, signals: Signals, error: BaseException) -> str:
     """What to say where another process is gone."""
     why = " ".join(str(error).split())[:200]
+    newest = newest_checkpoint(Path(config.training.output_dir))
     return (
         f"another process of this run ended, or did not answer within {config.distributed.timeout_minutes:g} minutes "
-        f"(while {signals.doing}: {why})\n  → {_kept(config)}; start again with --resume"
+        f"(while {signals.doing}: {why})\n  → {newest}; start again with --resume"
     )
-
-
-def _kept(config: RunConfig) -> str:
-    folder = Path(config.training.output_dir)
-    newest = next(iter(checkpoints(folder)), None)
-    return f"{newest} is the newest checkpoint" if newest is not None else f"there is no checkpoint in {folder} yet"
 
 
 def _train_and_measure(
@@ -157,7 +151,7 @@ def _train_and_measure(
     point: ResumePoint | None,
     collectives: HostCollectives,
     signals: Signals,
-    callbacks: Sequence[TrainerCallback],
+    observers: Sequence[Observer],
 ) -> RunResult:
     config, compute, model = setup.config, setup.compute, setup.model
     features = fill_features(
@@ -173,25 +167,58 @@ def _train_and_measure(
     before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken by this process"
 
-    trainer, progress, during, saves = _trainer(setup, features, point, collectives, signals)
-    for callback in callbacks:
-        trainer.add_callback(callback)
+    runtime = setup.compute
+    transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
+    progress = ProgressObserver(
+        setup.console, setup.folder / "metrics.jsonl", rank=runtime.rank, show_bar=config.training.progress_bar
+    )
+    trackers = Trackers(setup.folder, config.training.report_to, runtime.rank)
+    faults = setup.faults(collectives)
+    during = _during(setup, collectives, progress, faults, trackers)
+    saves = Checkpointer(
+        config,
+        setup.engine,
+        collectives,
+        signals,
+        processor=setup.processor,
+        rank=runtime.rank,
+        folder=setup.folder,
+        console=setup.console,
+        progress=progress,
+        during=during,
+        faults=faults,
+        contents=setup.contents,
+    )
+    # In this order: a checkpoint holds what the others came to.
+    own: list[Observer] = [progress, trackers, *([during] if during is not None else []), saves]
+    dataset = setup.dataset(features)
+    readers = Readers(dataset.__getitem__, setup.num_workers, timeout=60 * config.distributed.timeout_minutes)
+    loop = TrainingLoop(
+        config,
+        setup.engine,
+        setup.plan,
+        readers,
+        runtime,
+        collectives,
+        faults,
+        observers=[*own, *observers],
+        checkpoints=saves,
+    )
     try:
-        with signals.waiting():
+        with readers, trackers, signals.waiting():
             signals.doing = "training, within a step; start again with --resume"
-            trainer.train()
+            state = loop.run(point)
             seconds = progress.seconds
             saves.wait()
     finally:
-        trainer.readers.close()
         saves.join()
         progress.close()
     if saves.stopped_by is not None:
-        raise _stopped(saves, trainer.state.global_step)
+        raise _stopped(saves, state.step)
     signals.doing = "saving the result; start again with --resume to finish it"
 
     best = during.best if during is not None and config.evaluation.keep_best else None
-    tuned = setup.engine.finished(model, setup.facts.stored_dtype)
+    tuned = setup.engine.final_model(setup.facts.stored_dtype)
     if best is not None and during is not None:
         trained = read_trained(tuned, during.best_folder) if compute.rank == 0 else None
         load_whole(tuned, trained, compute.world_size)
@@ -200,98 +227,38 @@ def _train_and_measure(
         try:
             save_replacing(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
         except (OSError, SafetensorError) as error:
-            hint = f"{saves.newest()}; make room and start again with --resume"
+            hint = f"{newest_checkpoint(setup.folder)}; make room and start again with --resume"
             raise UserError(f"cannot be saved: {error}", where=str(setup.folder / "final"), hint=hint) from error
-    trainer.accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
     signals.doing = "measuring after training; final/ is saved, start again with --resume to measure it"
     after = _measure(setup, tuned, "after") if config.evaluation.after else None
 
-    seen = trainer.seen
+    seen = state.seen
     return RunResult(
         folder=setup.folder,
         before=before,
         after=after,
-        steps=trainer.state.global_step,
+        steps=state.step,
         train_seconds=round(seconds, 2),
         questions_per_second=round(seen["questions"] / seconds, 2),
         samples_per_second=round(seen["samples"] / seconds, 2),
         tokens_per_second=round(seen["tokens"] / seconds, 2),
-        mean_train_loss=trainer.mean_loss,
+        mean_train_loss=state.mean_loss,
         best=best,
         stopped_early=during is not None and during.stopped_early,
-        skipped=tuple(trainer.skipped),
-        dropped_steps=trainer.faults.dropped if trainer.faults is not None else 0,
+        skipped=tuple(state.skipped),
+        dropped_steps=faults.dropped,
     )
-
-
-def _trainer(
-    setup: PreparedRun,
-    features: FeatureStore | None,
-    point: ResumePoint | None,
-    collectives: HostCollectives,
-    signals: Signals,
-) -> tuple[Phi3VTrainer, ProgressCallback, EvaluationCallback | None, Checkpointer]:
-    """The trainer, and what looks on while it trains."""
-    config, compute, console = setup.config, setup.compute, setup.console
-    transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
-    progress = ProgressCallback(console, setup.folder / "metrics.jsonl", show_bar=config.training.progress_bar)
-    during = _during(setup, collectives, progress)
-    saves = Checkpointer(
-        config,
-        setup.engine,
-        collectives,
-        signals,
-        model=setup.model,
-        processor=setup.processor,
-        rank=compute.rank,
-        folder=setup.folder,
-        console=console,
-        progress=progress,
-        during=during,
-        contents=setup.contents,
-    )
-    dataset = setup.dataset(features)
-    trainer = Phi3VTrainer(
-        model=setup.model,
-        args=training_arguments(
-            config,
-            setup.folder,
-            precision=compute.precision,
-            use_cpu=compute.device.type == "cpu",
-        ),
-        train_dataset=dataset,
-        readers=Readers(dataset.__getitem__, setup.num_workers, timeout=60 * config.distributed.timeout_minutes),
-        optimizer_cls_and_kwargs=optimizer_factory(config.training),
-        config=config,
-        engine=setup.engine,
-        collectives=collectives,
-        faults=StepFaults(
-            collectives,
-            setup.train_table,
-            console,
-            max_nonfinite_steps=config.training.max_nonfinite_steps,
-            can_drop=setup.engine.can_drop_step and not config.training.lean,
-            newest_checkpoint=saves.newest,
-        ),
-        plan=setup.plan,
-    )
-    trainer.checkpoints, trainer.point = saves, point
-    progress.trainer = trainer
-    for callback in (PrinterCallback, LibraryProgressCallback):
-        trainer.remove_callback(callback)
-    for own in (progress, during, saves):  # in this order: a checkpoint holds what the others came to
-        if own is not None:
-            trainer.add_callback(own)
-    return trainer, progress, during, saves
 
 
 def _stopped(saves: Checkpointer, step: int) -> BaseException:
     """The end of a run that a signal stopped after a step."""
-    if saves.last_failure is not None:
+    if saves.last_step != step or saves.last_failure is not None:
+        why = saves.last_failure or "its gradient is not finite"
         return UserError(
-            f"stopped by {saves.stopped_by} after step {step}, which could not be saved: {saves.last_failure}",
+            f"stopped by {saves.stopped_by} after step {step}, which could not be saved: {why}",
             where=str(saves.folder),
-            hint=f"{saves.newest()}; start again with --resume",
+            hint=f"{newest_checkpoint(saves.folder)}; start again with --resume",
         )
     return StoppedError(
         f"stopped by {saves.stopped_by} after step {step}, which is saved in {saves.folder / checkpoint_name(step)}; "
@@ -299,7 +266,13 @@ def _stopped(saves: Checkpointer, step: int) -> BaseException:
     )
 
 
-def _during(setup: PreparedRun, collectives: HostCollectives, progress: ProgressCallback) -> EvaluationCallback | None:
+def _during(
+    setup: PreparedRun,
+    collectives: HostCollectives,
+    progress: ProgressObserver,
+    faults: StepFaults,
+    trackers: Trackers,
+) -> EvaluationObserver | None:
     """What measures while it trains, if that is wanted."""
     config = setup.config
     if setup.questions is None or config.evaluation.eval_steps is None:
@@ -307,8 +280,7 @@ def _during(setup: PreparedRun, collectives: HostCollectives, progress: Progress
     fewer = config.evaluation.eval_steps_questions
     questions = questions_of(config, setup.questions.table, setup.processor, fewer)
     assert questions is not None
-    return EvaluationCallback(
-        setup.model,
+    return EvaluationObserver(
         setup.engine,
         setup.processor,
         questions,
@@ -319,6 +291,8 @@ def _during(setup: PreparedRun, collectives: HostCollectives, progress: Progress
         folder=setup.folder,
         console=setup.console,
         progress=progress,
+        faults=faults,
+        trackers=trackers,
         num_workers=setup.num_workers,
     )
 

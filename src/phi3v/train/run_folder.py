@@ -24,7 +24,7 @@ from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.json_files import read_json
 from phi3v.machine import available_cores
-from phi3v.paths import absolute, cannot_write, file_hash
+from phi3v.paths import absolute, cannot_write
 from phi3v.train.checkpoints.folder import checkpoints, remove_unfinished
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
@@ -162,8 +162,8 @@ def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
         ("data.eval", config.data.eval),
     ):
         for name in (*RUN_FILES, *RUN_FOLDERS, *saved):
-            doomed = (folder / name).resolve()
-            if needed is not None and doomed.exists() and Path(needed).resolve().is_relative_to(doomed):
+            replaced = (folder / name).resolve()
+            if needed is not None and replaced.exists() and Path(needed).resolve().is_relative_to(replaced):
                 raise UserError(
                     f"{key} is {needed}, which this run would replace",
                     where=str(folder),
@@ -237,22 +237,3 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
-
-
-def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
-    """``manifest.json``: the SHA-256 of every file of a saved model, and which model it was tuned from."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != "manifest.json":
-            hashes[path.name] = file_hash(path)
-    facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
-    (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def read_tuned_from(folder: Path) -> str | None:
-    """Which model a saved one was tuned from, where its manifest says so."""
-    try:
-        found = read_json(folder / "manifest.json").get("tuned_from")
-    except UserError:  # none, or none of ours
-        return None
-    return found if isinstance(found, str) else None

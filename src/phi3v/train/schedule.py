@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
 from phi3v.config import TrainingConfig
 from phi3v.findings import Finding
 
@@ -52,13 +56,21 @@ def describe_schedule(training: TrainingConfig, total: int) -> Finding:
     return Finding("schedule", "pass", says)
 
 
-def resume_schedule(scheduler: Any, optimizer: Any, saved: Mapping[str, Any]) -> None:
+def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig, total: int) -> LambdaLR:
+    """The learning rate of a run of ``total`` steps, by transformers' schedules."""
+    return get_scheduler(
+        training.schedule, optimizer, num_warmup_steps=warmup_steps(training, total), num_training_steps=total
+    )
+
+
+def resume_schedule(schedule: LambdaLR, saved: Mapping[str, Any]) -> None:
     """Go on at the step that was saved, on the schedule as it is now, which may be a longer one.
 
     What was saved holds the rate of the next step by the old schedule; of a finished one that is 0.
     """
-    scheduler.load_state_dict(dict(saved))
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    scheduler._last_lr = [peak * factor for peak, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+    schedule.load_state_dict(dict(saved))
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    rates = [peak * factor for peak, factor in zip(schedule.base_lrs, factors, strict=True)]
+    schedule.load_state_dict(schedule.state_dict() | {"_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

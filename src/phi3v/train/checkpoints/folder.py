@@ -69,6 +69,12 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
+def newest_checkpoint(run_folder: Path) -> str:
+    """The newest checkpoint, in words."""
+    saved = checkpoints(run_folder)
+    return f"the newest checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+
+
 def find_checkpoint(run_folder: Path) -> Found:
     """The newest checkpoint whose files are all there and unchanged."""
     skipped: list[tuple[Path, str]] = []
@@ -152,9 +158,9 @@ def remove_older(run_folder: Path, keep: int) -> None:
     """Leave the newest ``keep`` checkpoints."""
     for folder in checkpoints(run_folder)[keep:]:
         # Renamed first: what is half deleted must not look like a checkpoint.
-        doomed = folder.with_name(f".{folder.name}.new")
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}.new")
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_state(folder: Path, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:

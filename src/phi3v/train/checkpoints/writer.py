@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from transformers import TrainerCallback
 
 from phi3v.config import RunConfig
 from phi3v.data.features import free_space
@@ -23,6 +22,7 @@ from phi3v.train.checkpoints.folder import (
     checkpoint_name,
     checkpoints,
     link_tree,
+    newest_checkpoint,
     publish,
     remove_older,
     tensor_bytes,
@@ -30,18 +30,17 @@ from phi3v.train.checkpoints.folder import (
     write_state,
 )
 from phi3v.train.checkpoints.random_state import random_state
-from phi3v.train.checkpoints.weights import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.engines import DeferredWrite, Engine, to_host
 from phi3v.train.engines.sharded import without_weights
 from phi3v.train.methods.optimizers import moment_bytes
+from phi3v.train.methods.weights import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
+from phi3v.train.observers.evaluation import EvaluationObserver
+from phi3v.train.observers.faults import StepFaults
+from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
 from phi3v.train.run_folder import environment
-
-if TYPE_CHECKING:
-    from phi3v.train.loop import Phi3VTrainer
-    from phi3v.train.observers.evaluation import EvaluationCallback
-    from phi3v.train.observers.progress import ProgressCallback
+from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
 
@@ -51,7 +50,7 @@ WORTH_SAVING = 60.0
 MEMORY_SHARE = 0.8
 
 
-class Checkpointer(TrainerCallback):
+class Checkpointer(Observer):
     """Saves checkpoints, and tells training to stop after a step in which a signal came.
 
     One save is in flight at most. One that fails takes nothing with it: the earlier checkpoints stay, training goes
@@ -71,27 +70,27 @@ class Checkpointer(TrainerCallback):
         collectives: HostCollectives,
         signals: Signals,
         *,
-        model: Any,
         processor: Phi3VProcessor,
         rank: int,
         folder: Path,
         console: Console,
-        progress: ProgressCallback,
-        during: EvaluationCallback | None,
+        progress: ProgressObserver,
+        during: EvaluationObserver | None,
+        faults: StepFaults,
         contents: dict[str, str],
     ) -> None:
         self.config = config
         self.engine = engine
         self.collectives = collectives
         self.signals = signals
-        self.model = model
-        self._skeleton = without_weights(model)  # for the thread that writes: it may touch nothing that trains
+        self._skeleton = without_weights(engine.model)  # for the thread that writes: it may touch nothing that trains
         self.processor = processor
         self.rank = rank
         self.folder = folder
         self.console = console
         self.progress = progress
         self.during = during
+        self.faults = faults
         self.stopped_by: str | None = None
         self.failed = 0
         self.last_failure: str | None = None
@@ -101,23 +100,10 @@ class Checkpointer(TrainerCallback):
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_begin(self, state: TrainState) -> None:
         self._last = time.monotonic()
-        assert self.progress.trainer is not None
-        point = self.progress.trainer.point
-        if point is not None:
-            self._load_state(self.progress.trainer, point.state)
 
-    def _load_state(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
-        """What a checkpoint holds beside weights, optimizer and random numbers."""
-        trainer.counts = list(state["counts"])
-        trainer.skipped = [tuple(entry) for entry in state["skipped"]]
-        trainer.restore_loop(state["loop"])
-        self.progress.load_state(state["progress"])
-        if self.during is not None and state["evaluation"] is not None:
-            self.during.load_state(state["evaluation"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState) -> None:
         wanted = self.config.checkpoint
         since = time.monotonic() - self._last
         is_late = wanted.save_minutes is not None and since >= 60 * wanted.save_minutes
@@ -126,27 +112,32 @@ class Checkpointer(TrainerCallback):
         late, worth_it, signalled = self.collectives.sum(
             [self.rank == 0 and is_late, self.rank == 0 and since >= WORTH_SAVING, mine is not None]
         )
-        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if wanted.save_steps is not None:
+            is_due = state.step % wanted.save_steps == 0 or state.is_last
+        else:
+            is_due = state.is_last and worth_it > 0
         if signalled:
             names = [name for name in self.collectives.all_gather(mine.name if mine is not None else None) if name]
             self.stopped_by = names[0]
-            control.should_training_stop = True
-        if wanted.save_steps is not None:
-            is_due = state.global_step % wanted.save_steps == 0 or is_last
-        else:
-            is_due = is_last and worth_it > 0
+            state.should_stop = True
         if is_due or late or signalled:
-            control.should_save = True
+            self.save(state)
 
-    def save(self, trainer: Phi3VTrainer) -> None:
-        """Save a checkpoint of the step that has just ended; a collective."""
+    def save(self, state: TrainState) -> None:
+        """Save a checkpoint of the step that has just ended, if it is not saved; a collective.
+
+        Not within a row of steps that were dropped: a resumed run would not count them.
+        """
+        self.faults.settle()
+        if self.faults.in_a_row or state.step in (0, self.last_step):
+            return
         self.wait()
         started = time.monotonic()
         self._last = started
-        step = self.last_step = trainer.state.global_step
-        tensors = self.engine.full_state_dict(self.model)
+        step = self.last_step = state.step
+        tensors = self.engine.full_state_dict()
         randoms = self.collectives.all_gather(random_state())
-        state = self._state(trainer)
+        facts = self._facts(state)
         unfinished = self.folder / f".{checkpoint_name(step)}.new"
         obstacle, needed = None, 0
         if self.rank == 0:
@@ -158,8 +149,7 @@ class Checkpointer(TrainerCallback):
             self._report_failure(step, obstacle)
             return
         # On a CPU the copy lies beside what it is of, for nothing if no step follows.
-        is_last = trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
-        in_thread = not (is_last and trainer.args.device.type == "cpu") and self._may_wait_for_thread(needed)
+        in_thread = not (state.is_last and state.loss.device.type == "cpu") and self._may_wait_for_thread(needed)
         try:
             if self.rank == 0:
                 unfinished_folder(self.folder, step)
@@ -173,14 +163,14 @@ class Checkpointer(TrainerCallback):
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
-        rest = self.engine.save_optimizer(trainer, unfinished / "optimizer", copy=in_thread)
+        rest = self.engine.save_optimizer(unfinished / "optimizer", copy=in_thread)
         if tensors is None:
             return
         if in_thread:
             tensors = to_host(tensors)
 
         def write() -> None:
-            self._write(unfinished, tensors, rest, state, randoms, started)
+            self._write(unfinished, tensors, rest, facts, randoms, started)
 
         if in_thread:
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
@@ -205,31 +195,26 @@ class Checkpointer(TrainerCallback):
             self._thread.join()
             self._thread = None
 
-    def newest(self) -> str:
-        """The newest checkpoint, in words."""
-        saved = checkpoints(self.folder)
-        return f"the newest checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-
     def _write(
         self,
         unfinished: Path,
         tensors: dict[str, torch.Tensor],
         rest: DeferredWrite,
-        state: dict[str, Any],
+        facts: dict[str, Any],
         randoms: list[dict[str, Any]],
         started: float,
     ) -> None:
         try:
             save_final(self._skeleton, self.processor, unfinished / "model", tensors)
             rest()
-            write_state(unfinished, state, randoms)
+            write_state(unfinished, facts, randoms)
             folder = publish(unfinished)
             remove_older(self.folder, self.config.checkpoint.keep_last)
         except IncompleteSaveError:
             raise
         except WRITE_ERRORS as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            self._report_failure(state["step"], failure_text(error))
+            self._report_failure(facts["step"], failure_text(error))
             return
         self.last_failure = None
         took = time.monotonic() - started
@@ -246,7 +231,7 @@ class Checkpointer(TrainerCallback):
         self.failed += 1
         self.last_failure = why
         if self.rank == 0:
-            text = f"checkpoint of step {step} not saved: {why}; {self.newest()}, and training goes on"
+            text = f"checkpoint of step {step} not saved: {why}; {newest_checkpoint(self.folder)}, and training goes on"
             logger.error("%s", text)
             self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
@@ -254,7 +239,7 @@ class Checkpointer(TrainerCallback):
         """Bytes of a checkpoint: as the last one, or weights and moments if there is none."""
         for folder in checkpoints(self.folder)[:1]:
             return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.engine.model.parameters() if p.requires_grad)
         return tensor_bytes(tensors) + trained * moment_bytes(self.config.training)
 
     def _obstacle(self, needed: int) -> str | None:
@@ -265,24 +250,16 @@ class Checkpointer(TrainerCallback):
 
     def _may_wait_for_thread(self, needed: int) -> bool:
         """Whether to copy and go on; a copy that does not fit into memory would end the run."""
-        if not (self.config.checkpoint.asynchronous and self.engine.asynchronous):
+        if not self.config.checkpoint.asynchronous:
             return False
         return needed < MEMORY_SHARE * psutil.virtual_memory().available
 
-    def _state(self, trainer: Phi3VTrainer) -> dict[str, Any]:
-        state = trainer.state
+    def _facts(self, state: TrainState) -> dict[str, Any]:
         return {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "max_steps": state.max_steps,
-            "steps_per_epoch": trainer.steps_per_epoch,
-            "world_size": self.collectives.world_size,
+            **state.to_json(self.collectives),
             "engine": self.engine.name,
             "config": dataclasses.asdict(self.config),
             "data": self._contents,
-            "counts": trainer.counts,
-            "skipped": trainer.skipped,
-            "loop": trainer.loop_state(self.collectives),
             "evaluation": self.during.state() if self.during is not None else None,
             "progress": self.progress.state(),
             "versions": environment()["versions"],

@@ -21,4 +21,4 @@ def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: Ru
         return ZeroEngine(model, choice, config, compute)
     if choice.name == "fsdp2":
         return FsdpEngine(model, choice, config, compute)
-    return DataParallel(compute.rank, compute.world_size, choice)
+    return DataParallel(model, choice, config, compute)

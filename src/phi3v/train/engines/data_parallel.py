@@ -4,59 +4,94 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from phi3v.train.checkpoints.weights import in_stored_dtype, round_to_stored_dtype, saved_tensors
-from phi3v.train.engines.base import DeferredWrite, Engine, no_op, wrong_engine
-from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.engines.base import DeferredWrite, Engine, no_op
+from phi3v.train.methods.optimizers import takes_found_inf
+from phi3v.train.methods.weights import in_stored_dtype, round_to_stored_dtype, saved_tensors
 from phi3v.train.schedule import resume_schedule
-
-if TYPE_CHECKING:
-    from phi3v.train.loop import Phi3VTrainer
 
 
 class DataParallel(Engine):
     """Every rank holds everything."""
 
-    def __init__(self, rank: int, world_size: int, choice: EngineChoice | None = None) -> None:
-        super().__init__(rank, world_size, choice or EngineChoice("ddp" if world_size > 1 else "none", "the default"))
+    wrapped: Any
+    scaler: torch.amp.GradScaler | None = None
 
-    def check(self, trainer: Phi3VTrainer) -> None:
-        is_ddp = isinstance(trainer.model_wrapped, DistributedDataParallel)
-        if is_ddp != (self.choice.name == "ddp"):
-            raise wrong_engine(self.choice.name, type(trainer.model_wrapped).__name__)
+    def wrap(self) -> None:
+        device = self.runtime.device
+        if self.runtime.precision == "fp16":
+            self.scaler = torch.amp.GradScaler(device.type)
+        self.wrapped = self.model
+        if self.runtime.world_size > 1:
+            self.wrapped = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are constants
+            )
+
+    def mismatch(self) -> str | None:
+        is_ddp = isinstance(self.wrapped, DistributedDataParallel)
+        return type(self.wrapped).__name__ if is_ddp != (self.name == "ddp") else None
+
+    def forward(self, inputs: Mapping[str, Any], *, last: bool) -> Any:
+        if self.wrapped is not self.model:
+            # As in DDP's no_sync: ranks meet once a step, however many rows each has.
+            self.wrapped.require_backward_grad_sync = last
+        with self.autocast():
+            return self.wrapped(**inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+
+    def grad_norm(self) -> torch.Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return clip_gradients(self.model, self.config.training.max_grad_norm)
+
+    def step(self, norm: torch.Tensor) -> None:
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() >= scale:  # else the step was left out
+                self.schedule.step()
+        else:
+            step_if_finite(self.optimizer, norm)
+            self.schedule.step()
+        self.optimizer.zero_grad()
 
     @contextlib.contextmanager
-    def as_saved(self, model: Any, dtype: torch.dtype) -> Iterator[Any]:
-        with in_stored_dtype(model, dtype):
-            yield model
+    def whole_model(self, dtype: torch.dtype) -> Iterator[Any]:
+        with in_stored_dtype(self.model, dtype):
+            yield self.model
 
-    def finished(self, model: Any, dtype: torch.dtype) -> Any:
-        round_to_stored_dtype(model, dtype)
-        return model
+    def final_model(self, dtype: torch.dtype) -> Any:
+        round_to_stored_dtype(self.model, dtype)
+        return self.model
 
-    def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
-        return saved_tensors(model) if self.rank == 0 else None
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        return saved_tensors(self.model) if self.runtime.rank == 0 else None
 
-    def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
-        load_whole(model, tensors, self.world_size)
+    def load_full_state_dict(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        load_whole(self.model, tensors, self.runtime.world_size)
 
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> DeferredWrite:
-        if self.rank > 0:
+    def save_optimizer(self, folder: Path, *, copy: bool = True) -> DeferredWrite:
+        if self.runtime.rank > 0:
             return no_op
-        scaler = trainer.accelerator.scaler
         facts = {
-            "schedule": trainer.lr_scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
-        state = to_host(trainer.optimizer.state_dict(), copy=copy)
+        state = to_host(self.optimizer.state_dict(), copy=copy)
 
         def write() -> None:
             torch.save(state, folder / "optimizer.pt")
@@ -64,19 +99,37 @@ class DataParallel(Engine):
 
         return write
 
-    def load_optimizer(self, trainer: Phi3VTrainer, folder: Path | None) -> None:
+    def load_optimizer(self, folder: Path | None) -> None:
         loaded: list[Any] = [None, None]
-        if self.rank == 0:
+        if self.runtime.rank == 0:
             assert folder is not None
             loaded[0] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             loaded[1] = json.loads((folder / "schedule.json").read_text(encoding="utf-8"))
-        if self.world_size > 1:
-            _send_tensors(loaded, trainer.args.device)
+        if self.runtime.world_size > 1:
+            _send_tensors(loaded, self.runtime.device)
         state, facts = loaded
-        trainer.optimizer.load_state_dict(state)
-        resume_schedule(trainer.lr_scheduler, trainer.optimizer, facts["schedule"])
-        if facts["scaler"] is not None and trainer.accelerator.scaler is not None:
-            trainer.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.optimizer.load_state_dict(state)
+        resume_schedule(self.schedule, facts["schedule"])
+        if facts["scaler"] is not None and self.scaler is not None:
+            self.scaler.load_state_dict(facts["scaler"])
+
+
+def clip_gradients(model: Any, max_norm: float) -> torch.Tensor:
+    """The norm of all gradients, which are then scaled down to ``max_norm`` if it is above 0."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in parameters])
+    if max_norm > 0:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Update the weights unless the norm of their gradient is not finite; the host need not know of it."""
+    if takes_found_inf(optimizer):
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif norm.isfinite():  # these optimizers cannot be told on the device
+        optimizer.step()
 
 
 def load_whole(model: Any, tensors: dict[str, torch.Tensor] | None, world_size: int) -> None:

@@ -8,7 +8,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -18,36 +18,31 @@ from safetensors.torch import save_file
 from torch import nn
 
 from phi3v.config import RunConfig
-from phi3v.train.checkpoints.weights import saved_names
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import DeferredWrite, Engine, no_op
 from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.methods.weights import saved_names
 from phi3v.train.schedule import resume_schedule
-
-if TYPE_CHECKING:
-    from phi3v.train.loop import Phi3VTrainer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 FACTS_FILE = "schedule.json"
 
 
 class ShardedEngine(Engine):
-    """Measures and saves with whole tensors, so that what is written fits any number of ranks.
+    """Evaluates and saves with whole tensors, so that what is written fits any number of ranks.
 
-    Ranks answer different questions, of different lengths, so their forward passes cannot meet. They are measured with
-    a copy of the model, which takes its size in the dtype of the checkpoint on each device while that lasts.
+    Ranks answer different questions, of different lengths, so their forward passes cannot meet. Evaluation uses a copy
+    of the model, which takes its size in the dtype of the checkpoint on each device while that lasts.
     """
 
     meets_in_every_row = True
 
-    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, compute: RuntimeDevice) -> None:
-        super().__init__(compute.rank, compute.world_size, choice)
-        self.config = config
-        self.compute = compute
+    def __init__(self, model: Any, choice: EngineChoice, config: RunConfig, runtime: RuntimeDevice) -> None:
+        super().__init__(model, choice, config, runtime)
         self._skeleton = without_weights(model)
 
     @abstractmethod
-    def whole_tensors(self, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole and in the precision it is trained in, on every rank."""
 
     @abstractmethod
@@ -55,36 +50,36 @@ class ShardedEngine(Engine):
         """Let a trained parameter be ``value``, float32 and whole on every rank."""
 
     @abstractmethod
-    def whole_moments(self, trainer: Phi3VTrainer) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole_moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's moments, whole, as ``key/parameter``, on every rank."""
 
     @abstractmethod
-    def steps_taken(self, trainer: Phi3VTrainer) -> float:
+    def steps_taken(self) -> float:
         """AdamW's count of steps, which corrects its moments."""
 
     @abstractmethod
-    def put_moments(self, trainer: Phi3VTrainer, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def put_moments(self, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
         """The reverse of these two; ``moments`` as of `whole_moments` on every rank."""
 
-    def scaler_state(self, trainer: Phi3VTrainer) -> dict[str, Any] | None:
+    def scaler_state(self) -> dict[str, Any] | None:
         """Of fp16's loss scale."""
         return None
 
-    def put_scaler_state(self, trainer: Phi3VTrainer, state: dict[str, Any]) -> None:
+    def put_scaler_state(self, state: dict[str, Any]) -> None:
         """The reverse."""
 
     @contextlib.contextmanager
-    def as_saved(self, model: Any, dtype: torch.dtype) -> Iterator[Any]:
-        yield self._copy(model, dtype)
+    def whole_model(self, dtype: torch.dtype) -> Iterator[Any]:
+        yield self._copy(dtype)
 
-    def finished(self, model: Any, dtype: torch.dtype) -> Any:
-        return self._copy(model, dtype)
+    def final_model(self, dtype: torch.dtype) -> Any:
+        return self._copy(dtype)
 
     @torch.no_grad()
-    def _copy(self, model: Any, dtype: torch.dtype) -> Any:
+    def _copy(self, dtype: torch.dtype) -> Any:
         whole = copy.deepcopy(self._skeleton)
         keep = isinstance(whole, PeftModel)  # adapters stay float32
-        for name, tensor in self.whole_tensors(model):
+        for name, tensor in self.whole_tensors():
             own = whole.get_parameter(name)
             wanted = own.dtype if keep else dtype
             module, _, leaf = name.rpartition(".")
@@ -93,33 +88,33 @@ class ShardedEngine(Engine):
         return whole
 
     @torch.no_grad()
-    def full_state_dict(self, model: Any) -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         wanted = set(saved_names(self._skeleton).values())
         tensors = {}
-        for name, tensor in self.whole_tensors(model):
-            if name in wanted and self.rank == 0:
+        for name, tensor in self.whole_tensors():
+            if name in wanted and self.runtime.rank == 0:
                 tensors[name] = tensor.to("cpu", copy=True)  # the next ones need the device's memory
-        return tensors if self.rank == 0 else None
+        return tensors if self.runtime.rank == 0 else None
 
     @torch.no_grad()
-    def load_full_state_dict(self, model: Any, tensors: dict[str, torch.Tensor] | None) -> None:
-        own = dict(model.named_parameters())
+    def load_full_state_dict(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        own = dict(self.model.named_parameters())
         for name, tensor in self._from_rank_0(tensors):
             if own[name].requires_grad:
                 self.put_whole(own[name], tensor)
 
     @torch.no_grad()
-    def save_optimizer(self, trainer: Phi3VTrainer, folder: Path, *, copy: bool = True) -> DeferredWrite:
+    def save_optimizer(self, folder: Path, *, copy: bool = True) -> DeferredWrite:
         moments = {}
-        for name, tensor in self.whole_moments(trainer):
-            if self.rank == 0:
+        for name, tensor in self.whole_moments():
+            if self.runtime.rank == 0:
                 moments[name] = tensor.to("cpu", copy=True)
-        if self.rank > 0:
+        if self.runtime.rank > 0:
             return no_op
         facts = {
-            "schedule": trainer.lr_scheduler.state_dict(),
-            "scaler": self.scaler_state(trainer),
-            "steps": self.steps_taken(trainer),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler_state(),
+            "steps": self.steps_taken(),
         }
 
         def write() -> None:
@@ -129,18 +124,18 @@ class ShardedEngine(Engine):
         return write
 
     @torch.no_grad()
-    def load_optimizer(self, trainer: Phi3VTrainer, folder: Path | None) -> None:
+    def load_optimizer(self, folder: Path | None) -> None:
         facts: list[Any] = [None]
         moments = None
-        if folder is not None and self.rank == 0:
+        if folder is not None and self.runtime.rank == 0:
             facts[0] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
             with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
                 moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         broadcast_object_list(facts)
-        self.put_moments(trainer, facts[0]["steps"], self._from_rank_0(moments))
-        resume_schedule(trainer.lr_scheduler, trainer.optimizer, facts[0]["schedule"])
+        self.put_moments(facts[0]["steps"], self._from_rank_0(moments))
+        resume_schedule(self.schedule, facts[0]["schedule"])
         if facts[0]["scaler"] is not None:
-            self.put_scaler_state(trainer, facts[0]["scaler"])
+            self.put_scaler_state(facts[0]["scaler"])
 
     def _from_rank_0(self, tensors: dict[str, torch.Tensor] | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of rank 0, one after the other, in float32 on every rank's device."""
@@ -148,9 +143,9 @@ class ShardedEngine(Engine):
         broadcast_object_list(shapes)
         for name, shape in shapes[0].items():
             if tensors is None:
-                value = torch.empty(shape, device=self.compute.device)
+                value = torch.empty(shape, device=self.runtime.device)
             else:
-                value = tensors[name].to(self.compute.device, torch.float32)
+                value = tensors[name].to(self.runtime.device, torch.float32)
             yield name, broadcast(value, from_process=0)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
 
 from phi3v.config import RunConfig, TrainingConfig
 from phi3v.train.methods.strategies import part_of
@@ -21,6 +23,8 @@ Moments = Literal["bf16", "8bit"]
 BLOCK = 256  # values that share a scale, as bitsandbytes has it
 # Smaller tensors keep float32 moments, as with bitsandbytes: they cost nothing and norms are sensitive.
 MIN_8BIT_SIZE = 4096
+# Names of tensors without weight decay, as in transformers' `Trainer`.
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 SLICE = 2**24  # values updated at a time, which bounds the float32 copies; a multiple of BLOCK
 
 
@@ -182,20 +186,61 @@ class StochasticAdamW(torch.optim.Optimizer):
                 self.state[parameter][key] = value.to(parameter.device, copy=True) if is_tensor else value
 
 
-def divide_groups(optimizer: torch.optim.Optimizer, model: Any, config: RunConfig) -> None:
-    """Give parameters the learning rates of their parts, and B matrices LoRA+'s; before the first step.
+def make_optimizer(model: Any, config: RunConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer of what is trained; weight decay spares biases and norms, as in transformers' ``Trainer``.
 
-    Each of the optimizer's groups, which differ in weight decay, is divided by name and rate; the ``name`` of a group
-    is its part.
+    Parameters get the learning rates of their parts, and B matrices LoRA+'s; the ``name`` of a group is its part.
+
+    Args:
+        fused: torch's fused AdamW, for ``adamw``.
     """
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = []
-    for group in optimizer.param_groups:
-        divided: dict[tuple[str, float], list[torch.Tensor]] = {}
-        for parameter in group["params"]:
-            divided.setdefault(_group_and_rate(name_of[id(parameter)], config), []).append(parameter)
-        groups += [group | {"params": members, "name": name, "lr": rate} for (name, rate), members in divided.items()]
-    optimizer.param_groups[:] = groups
+    training = config.training
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    one_rate = not has_several_rates(config)
+    groups: list[dict[str, Any]] = []
+    for decay in (True, False):
+        divided: dict[tuple[str, float], list[torch.Tensor]] = {("", training.learning_rate): []} if one_rate else {}
+        for name, parameter in trained.items():
+            if (name in decayed) == decay:
+                key = ("", training.learning_rate) if one_rate else _group_and_rate(name, config)
+                divided.setdefault(key, []).append(parameter)
+        for (name, rate), members in divided.items():
+            about = {} if one_rate else {"name": name, "lr": rate}
+            groups.append({"params": members, "weight_decay": training.weight_decay * decay, **about})
+    arguments: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    if keeps_bf16_weights(training):
+        moments: Moments = "8bit" if training.optimizer == "adamw_8bit" else "bf16"
+        optimizer = StochasticAdamW(groups, **arguments, moments=moments, seed=training.seed)
+        if training.lean:
+            optimizer.step_in_backward()
+        return optimizer
+    if training.optimizer == "adamw_8bit":
+        return _bitsandbytes_adamw(model, groups, arguments)
+    return torch.optim.AdamW(groups, **arguments, fused=fused)
+
+
+def _bitsandbytes_adamw(model: Any, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with 8-bit moments, 32-bit ones for embeddings, as in transformers' ``Trainer``."""
+    from bitsandbytes.optim import AdamW, GlobalOptimManager
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    optimizer: torch.optim.Optimizer = AdamW(groups, **arguments, optim_bits=8)
+    return optimizer
+
+
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step changes nothing if the attribute ``found_inf`` of the optimizer is 1, a value on the device.
+
+    That is how torch's fused optimizers hear of a non-finite gradient from ``GradScaler``.
+    """
+    return bool(optimizer.defaults.get("fused"))
 
 
 def _group_and_rate(name: str, config: RunConfig) -> tuple[str, float]:
@@ -229,18 +274,3 @@ def state_bytes(training: TrainingConfig) -> int:
 def moment_bytes(training: TrainingConfig) -> int:
     """Bytes of a trained parameter's moments."""
     return {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 4}[training.optimizer]
-
-
-def optimizer_factory(training: TrainingConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Class and arguments in the Trainer's form; ``None`` where the Trainer has the optimizer itself."""
-    if not keeps_bf16_weights(training):
-        return None
-    moments: Moments = "8bit" if training.optimizer == "adamw_8bit" else "bf16"
-    arguments = {
-        "lr": training.learning_rate,
-        "betas": (training.adam_beta1, training.adam_beta2),
-        "eps": training.adam_epsilon,
-        "moments": moments,
-        "seed": training.seed,
-    }
-    return StochasticAdamW, arguments

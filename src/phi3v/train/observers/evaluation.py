@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback
 
 from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoints.weights import (
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import RuntimeDevice
+from phi3v.train.engines.base import Engine
+from phi3v.train.methods.weights import (
     WRITE_ERRORS,
     IncompleteSaveError,
     failure_text,
     save_replacing,
     saved_tensors,
 )
-from phi3v.train.collectives import HostCollectives
-from phi3v.train.device import RuntimeDevice
-from phi3v.train.engines.base import Engine
 from phi3v.train.observers.evaluating import measure
-from phi3v.train.observers.progress import ProgressCallback
+from phi3v.train.observers.faults import StepFaults
+from phi3v.train.observers.progress import ProgressObserver
+from phi3v.train.observers.tracking import Trackers
+from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
 
@@ -41,7 +43,7 @@ class Best:
     score: float
 
 
-class EvaluationCallback(TrainerCallback):
+class EvaluationObserver(Observer):
     """Measures every ``eval_steps`` optimizer steps and at the last one; training goes on as if it had not.
 
     What is measured, and kept in ``best/``, are the weights as they would be saved: in the dtype of the checkpoint.
@@ -50,7 +52,6 @@ class EvaluationCallback(TrainerCallback):
 
     def __init__(
         self,
-        model: Any,
         engine: Engine,
         processor: Phi3VProcessor,
         questions: QuestionDataset,
@@ -61,10 +62,11 @@ class EvaluationCallback(TrainerCallback):
         stored_dtype: torch.dtype,
         folder: Path,
         console: Console,
-        progress: ProgressCallback,
+        progress: ProgressObserver,
+        faults: StepFaults,
+        trackers: Trackers,
         num_workers: int,
     ) -> None:
-        self.model = model
         self.engine = engine
         self.processor = processor
         self.questions = questions
@@ -75,6 +77,8 @@ class EvaluationCallback(TrainerCallback):
         self.folder = folder
         self.console = console
         self.progress = progress
+        self.faults = faults
+        self.trackers = trackers
         self.num_workers = num_workers
         self.best: Best | None = None
         self.without_improvement = 0
@@ -92,20 +96,23 @@ class EvaluationCallback(TrainerCallback):
             "stopped_early": self.stopped_early,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
+    def on_resume(self, saved: dict[str, Any]) -> None:
+        state = saved["evaluation"]
+        if state is None:
+            return
         self.best = Best(**state["best"]) if state["best"] is not None else None
         self.without_improvement = state["without_improvement"]
         self.stopped_early = state["stopped_early"]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState) -> None:
         assert self.config.eval_steps is not None
-        if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
+        if state.step % self.config.eval_steps and state.step != state.max_steps:
             return
+        self.faults.settle()
         start = time.perf_counter()
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
-        with torch.random.fork_rng(devices), self.engine.as_saved(self.model, self.stored_dtype) as model:
+        with torch.random.fork_rng(devices), self.engine.whole_model(self.stored_dtype) as model:
             result = measure(
                 model,
                 self.processor,
@@ -114,22 +121,22 @@ class EvaluationCallback(TrainerCallback):
                 self.compute,
                 num_workers=self.num_workers,
                 bar=self.progress.bar,
-                description=f"evaluating step {state.global_step}",
+                description=f"evaluating step {state.step}",
             )
             before = self.best
-            improved = self._judge(state.global_step, result)
+            improved = self._judge(state.step, result)
             if improved and self.config.keep_best and not self._keep(model, before):
                 self.best, improved = before, False
         took = time.perf_counter() - start
         self.progress.leave_out(took)
         if self.compute.rank == 0:
-            self._report(state, control, result, took, improved)
+            self._report(state, result, took, improved)
         patience = self.config.early_stopping_patience
-        if patience is not None and self.without_improvement >= patience and state.global_step < state.max_steps:
+        if patience is not None and self.without_improvement >= patience and state.step < state.max_steps:
             self.stopped_early = True
-            control.should_training_stop = True
+            state.should_stop = True
             self.console.print(
-                f"stopping at step {state.global_step}: {patience} measurements without a better {result.primary.name}",
+                f"stopping at step {state.step}: {patience} measurements without a better {result.primary.name}",
                 highlight=False,
             )
 
@@ -166,23 +173,21 @@ class EvaluationCallback(TrainerCallback):
         self.without_improvement += 1
         return False
 
-    def _report(self, state: Any, control: Any, result: EvaluationResult, seconds: float, improved: bool) -> None:
+    def _report(self, state: TrainState, result: EvaluationResult, seconds: float, improved: bool) -> None:
         line = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0.0, 4),
+            "step": state.step,
+            "epoch": round(state.epoch, 4),
             "eval": {score.name: score.summary() for score in result.scores},
             "num_cut": result.num_cut,
             "best": improved,
             "eval_seconds": round(seconds, 2),
         }
         self.progress.write(line)
-        if self.progress.trainer is not None:  # for TensorBoard
-            values = {f"eval_{score.name}": score.value for score in result.scores if score.value is not None}
-            should_log = control.should_log
-            self.progress.trainer.log(values)
-            control.should_log = should_log  # which that call withdrew, and the loss of this step with it
+        self.trackers.log(
+            {f"eval/{score.name}": score.value for score in result.scores if score.value is not None}, state.step
+        )
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
+            f"step {state.step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -20,14 +20,41 @@ logger = logging.getLogger("phi3v")
 SHOWN_RECORDS = 20
 
 
+class Readback:
+    """Numbers of a step, on their way from the device to the host; nothing waits for them until they are asked for."""
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        stacked = torch.stack([value.detach().float() for value in values])
+        self._host = stacked.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if stacked.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def values(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[float] = self._host.tolist()
+        return numbers
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    rows: list[Sequence[int]]  # the records of each
+    numbers: Readback  # the rows' losses, then the norm of the gradient
+
+
 class StepFaults:
-    """Watches the steps of all ranks.
+    """Looks whether each step was finite, one step late so that no step waits for the device.
+
+    An engine lets a step whose gradient is not finite change nothing, and a loss that is not finite makes the gradient
+    so (`poison`), on all ranks; here it is said, with the records' names, and counted.
 
     Args:
         table: the records, for their names.
         max_nonfinite_steps: stop after so many in a row.
-        can_drop: a step's gradients may be dropped before they reach the weights; otherwise the first such step is
-            the last.
+        can_drop: such a step changes no weight; otherwise the first one is the last.
+        is_scaled: a loss scale is looked for (fp16), so only the losses count.
     """
 
     def __init__(
@@ -38,63 +65,66 @@ class StepFaults:
         *,
         max_nonfinite_steps: int,
         can_drop: bool,
+        is_scaled: bool,
         newest_checkpoint: Callable[[], str],
     ) -> None:
         self.collectives = collectives
         self.table = table
         self.console = console
         self.limit = max_nonfinite_steps if can_drop else 1
+        self.is_scaled = is_scaled
         self.newest_checkpoint = newest_checkpoint
         self.in_a_row = 0
         self.dropped = 0
-        self._losses: list[tuple[Sequence[int], torch.Tensor]] = []
+        self._pending: list[_Step] = []
 
-    def begin_step(self) -> None:
-        self._losses = []
+    def add(
+        self, number: int, rows: Sequence[Sequence[int]], losses: Sequence[torch.Tensor], norm: torch.Tensor
+    ) -> None:
+        """A step that was computed: the records of its rows, their losses and the norm of its gradient."""
+        self.settle()
+        self._pending.append(_Step(number, list(rows), Readback([*losses, norm])))
 
-    def add(self, records: Sequence[int], loss: torch.Tensor) -> None:
-        """A micro-batch of the step: its records and its share of the loss."""
-        self._losses.append((records, loss))
-
-    def must_drop(self, step: int, grad_norm: Any, *, is_scaled: bool) -> bool:
-        """Whether this step may not change the weights; a collective, before the optimizer's step.
-
-        Args:
-            step: the number that it has.
-            grad_norm: of the whole gradient.
-            is_scaled: a loss scaler looks after gradients that overflow, so only the losses count.
+    def settle(self) -> None:
+        """Judge the steps that were added; a collective where one was not finite, and in fp16.
 
         Raises:
             UserError: so many such steps came in a row.
         """
-        norm = float(grad_norm) if grad_norm is not None and not is_scaled else 0.0
-        finite = torch.stack([loss for _, loss in self._losses]).isfinite().tolist()
-        bad = [records for (records, _), is_finite in zip(self._losses, finite, strict=True) if not is_finite]
-        if not self.collectives.sum([bool(bad) or not math.isfinite(norm)])[0]:
+        pending, self._pending = self._pending, []
+        for step in pending:
+            self._judge(step)
+
+    def _judge(self, step: _Step) -> None:
+        *losses, norm = step.numbers.values()
+        bad = [records for records, loss in zip(step.rows, losses, strict=True) if not math.isfinite(loss)]
+        # The norm is that of all ranks, so they agree on it.
+        not_finite = self.collectives.sum([bool(bad)])[0] if self.is_scaled else not math.isfinite(norm)
+        if not not_finite:
             self.in_a_row = 0
-            return False
+            return
         self.in_a_row += 1
         self.dropped += 1
-        # The micro-batches whose loss shows it; if the loss was finite and its gradient not, all of the step.
-        mine = bad or [records for records, _ in self._losses]
-        gathered = self.collectives.all_gather((bool(bad), [index for records in mine for index in records]))
-        guilty = any(is_bad for is_bad, _ in gathered)
-        names = [self._name(index) for is_bad, records in gathered if is_bad or not guilty for index in records]
-        what = "the loss" if guilty else "a gradient"
+        # The rows whose loss shows it; if the loss was finite and its gradient not, all of the step.
+        gathered = self.collectives.all_gather(
+            (bool(bad), [index for records in bad or step.rows for index in records])
+        )
+        has_bad_loss = any(is_bad for is_bad, _ in gathered)
+        names = [self._name(index) for is_bad, records in gathered if is_bad or not has_bad_loss for index in records]
+        what = "the loss" if has_bad_loss else "a gradient"
         listed = ", ".join(names[:SHOWN_RECORDS]) + (
             f" and {len(names) - SHOWN_RECORDS} more" if len(names) > SHOWN_RECORDS else ""
         )
         if self.in_a_row >= self.limit:
             times = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
             raise UserError(
-                f"{what} is not finite at step {step}{times}; records: {listed}",
+                f"{what} is not finite at step {step.number}{times}; records: {listed}",
                 where=str(self.table.path),
                 hint=f"{self.newest_checkpoint()}: look at these records, or lower training.learning_rate in a new run",
             )
-        text = f"step {step}: {what} is not finite, so the step changes no weight; records: {listed}"
+        text = f"step {step.number}: {what} is not finite, so the step changes no weight; records: {listed}"
         logger.warning("%s", text)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        return True
 
     def report_skipped(self, skipped: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
         """Records of all ranks that were left out, by name, said once; a collective."""
@@ -109,6 +139,11 @@ class StepFaults:
     def _name(self, index: int) -> str:
         record = self.table[index]
         return f"{record.id} (line {record.line})"
+
+
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself if it is finite, else one whose gradients are NaN, for all ranks to see."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def is_lost_rank(error: BaseException) -> bool:

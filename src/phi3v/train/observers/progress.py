@@ -8,15 +8,13 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from phi3v.train.loop import Phi3VTrainer
+from phi3v.train.state import Observer, TrainState
 
 
 def peak_memory_gb() -> float:
@@ -42,8 +40,8 @@ def progress_bar(console: Console, *, enabled: bool = True) -> Progress:
     )
 
 
-class ProgressCallback(TrainerCallback):
-    """A progress bar on a terminal, plain lines elsewhere, and a line of ``metrics.jsonl`` a logging step.
+class ProgressObserver(Observer):
+    """A progress bar on a terminal, plain lines elsewhere, and a line of ``metrics.jsonl`` a logging step; on rank 0.
 
     Args:
         console: where they are shown.
@@ -51,41 +49,38 @@ class ProgressCallback(TrainerCallback):
         show_bar: false for plain lines on a terminal too.
     """
 
-    def __init__(self, console: Console, metrics_file: Path, *, show_bar: bool = True) -> None:
+    def __init__(self, console: Console, metrics_file: Path, *, rank: int, show_bar: bool = True) -> None:
         self.console = console
         self.metrics_file = metrics_file
-        self.trainer: Phi3VTrainer | None = None
+        self.rank = rank
         self.bar = progress_bar(console, enabled=show_bar)
         self.task: Any = None
         self.start = self.last = 0.0
         self.counted: dict[str, int] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_begin(self, state: TrainState) -> None:
         self.start = self.last = time.perf_counter()
-        if state.is_world_process_zero:
+        if self.rank == 0:
             self.bar.start()
-            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, extra="")
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.step, extra="")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState) -> None:
         if self.task is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.task, completed=state.step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs or self.trainer is None:
+    def on_log(self, state: TrainState, values: dict[str, float]) -> None:
+        if self.rank > 0:
             return
         now = time.perf_counter()
-        seen = dict(self.trainer.seen)
+        seen = state.seen
         rates = {
             f"{name}_per_second": round((count - self.counted.get(name, 0)) / max(now - self.last, 1e-9), 2)
             for name, count in seen.items()
         }
         line = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0.0, 4),
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
-            "learning_rate": logs.get("learning_rate"),
-            **{name: rate for name, rate in logs.items() if name.startswith("learning_rate_")},
+            "step": state.step,
+            "epoch": round(state.epoch, 4),
+            **values,
             **seen,
             **rates,
             "peak_memory_gb": round(peak_memory_gb(), 3),
@@ -93,19 +88,16 @@ class ProgressCallback(TrainerCallback):
         }
         self.counted, self.last = seen, now
         # JSON has no infinity; fp16's first steps have gradients that do.
-        line = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
-        self.write(line)
+        self.write({key: value if math.isfinite(value) else None for key, value in line.items()})
         text = (
-            f"loss {logs['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
+            f"loss {values['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
         if not self.bar.disable:
             self.bar.update(self.task, extra=text)
         else:
-            left = (now - self.start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False
-            )
+            left = (now - self.start) / max(state.step, 1) * (state.max_steps - state.step)
+            self.console.print(f"step {state.step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``; where that fails, as on a full disk, say so and let training go on."""
@@ -121,9 +113,8 @@ class ProgressCallback(TrainerCallback):
         now = time.perf_counter()
         return {"counted": self.counted, "seconds": now - self.start, "since_last": now - self.last}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
-        now = time.perf_counter()
+    def on_resume(self, saved: dict[str, Any]) -> None:
+        now, state = time.perf_counter(), saved["progress"]
         self.counted, self.start, self.last = state["counted"], now - state["seconds"], now - state["since_last"]
 
     @property

@@ -1,16 +1,61 @@
-"""Where metrics go beside ``metrics.jsonl`` and TensorBoard: services, through the library's own integrations."""
+"""Where metrics go beside ``metrics.jsonl``: TensorBoard and services, through accelerate's trackers."""
 
 from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
 from phi3v.errors import UserError
+from phi3v.train.state import Observer, TrainState
 
 PROJECT = "phi3v"
+
+
+class Trackers(Observer):
+    """Sends what is logged to TensorBoard (``RUN/runs``) and to the services that are configured; on rank 0.
+
+    A context manager: at its end the services are told that the run has ended.
+    """
+
+    def __init__(self, folder: Path, services: Sequence[str], rank: int) -> None:
+        self.folder = folder
+        self.services = services
+        self.rank = rank
+        self._trackers: list[GeneralTracker] = []
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def on_begin(self, state: TrainState) -> None:
+        if self.rank == 0:
+            self._trackers = [TensorBoardTracker("runs", self.folder), *map(self._service, self.services)]
+            for tracker in self._trackers:
+                tracker.start()
+
+    def on_log(self, state: TrainState, values: Mapping[str, float]) -> None:
+        self.log({f"train/{name}": value for name, value in values.items()} | {"train/epoch": state.epoch}, state.step)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers under their whole names."""
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=step)
+
+    def _service(self, name: str) -> GeneralTracker:
+        run = self.folder.resolve().name
+        if name == "wandb":
+            return WandBTracker(os.environ["WANDB_PROJECT"], name=run)
+        if name == "mlflow":
+            return MLflowTracker(run_name=run)
+        return TrackioTracker(PROJECT, name=run)
 
 
 def prepare_trackers(names: Sequence[str], rank: int) -> list[str]:

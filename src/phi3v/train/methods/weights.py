@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from phi3v.errors import UserError
 from phi3v.evaluate.decoding import stop_token_ids
+from phi3v.json_files import read_json
 from phi3v.model.checkpoint import make_weights_readable
+from phi3v.paths import file_hash
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.methods.pissa import as_learnt, as_trained, learnt_config, start_of
-from phi3v.train.run_folder import write_manifest
 
 # What the file system, safetensors and torch raise where a file cannot be written.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -198,3 +201,22 @@ def verify_saved(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> 
     if missing:
         raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors were not saved, first {missing[0]}")
     return len(found)
+
+
+def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
+    """``manifest.json``: the SHA-256 of every file of a saved model, and which model it was tuned from."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "manifest.json":
+            hashes[path.name] = file_hash(path)
+    facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
+    (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tuned_from(folder: Path) -> str | None:
+    """Which model a saved one was tuned from, where its manifest says so."""
+    try:
+        found = read_json(folder / "manifest.json").get("tuned_from")
+    except UserError:  # none, or none of ours
+        return None
+    return found if isinstance(found, str) else None
