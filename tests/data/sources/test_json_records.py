@@ -77,7 +77,7 @@ def test_what_is_no_object_and_a_broken_line_do_not_end_the_reading(tmp_path: Pa
         ('[{"a": 1},\n', 2, "Expecting value"),
         ('[{"a": 1}', 1, "the array has no end"),
         ('[{"a": 1},\n{"b": "x', 2, "Unterminated string"),
-        ('[{"a": 1}]\n[{"a": 2}]', 1, "something follows the array"),
+        ('[{"a": 1}]\n[{"a": 2}]', 2, "something follows the array"),
         ('[{"a": 1},]', 1, "Expecting value"),
     ],
 )

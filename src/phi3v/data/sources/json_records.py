@@ -63,22 +63,14 @@ def read_json_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserEr
     """
     require_file(path)
     require_text_encoding(path, utf16=False)
-    first = [raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in islice(read_lines(path), 2)]
-    if first and first[0].startswith(b"["):
-        read = _read_array
-    elif first and _is_spread(first):
-        read = _read_spread
-    elif len(first) == 1:
-        yield from _unpacked(list(_read_json_lines(path)), path)
+    lines = [raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in islice(read_lines(path), 2)]
+    if lines and lines[0].startswith(b"["):
+        yield from _read_values(path, is_array=True)
         return
-    else:
-        yield from _read_json_lines(path)
-        return
-    try:
-        with path.open(encoding="utf-8-sig") as text:
-            yield from read(text, path)
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
+    records = _read_values(path, is_array=False) if lines and _is_spread(lines) else _read_json_lines(path)
+    first = list(islice(records, 2))
+    yield from _unpacked(*first[0], path) if len(first) == 1 else first
+    yield from records
 
 
 def _is_spread(lines: Sequence[bytes]) -> bool:
@@ -96,12 +88,11 @@ def _is_spread(lines: Sequence[bytes]) -> bool:
 
 
 def _unpacked(
-    records: Sequence[tuple[str, dict[str, Any] | UserError]], path: Path
+    place: str, value: dict[str, Any] | UserError, path: Path
 ) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     """What the only object of a file is around: a list of records under some key, or each under its id."""
-    value = records[0][1] if len(records) == 1 else None
-    if not isinstance(value, dict) or any(key in value for key in _RECORD_KEYS):
-        yield from records
+    if isinstance(value, UserError) or any(key in value for key in _RECORD_KEYS):
+        yield place, value
         return
     lists = [key for key, items in value.items() if _is_list_of_objects(items) and (items or len(value) == 1)]
     if len(lists) == 1:
@@ -115,7 +106,7 @@ def _unpacked(
         for key, item in value.items():
             yield f"{path}: {quote(key, 40)}", {"id": key} | item
     else:
-        yield from records
+        yield place, value
 
 
 def _is_list_of_objects(value: object) -> bool:
@@ -172,96 +163,100 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserErr
             yield place, _object(value, place, decoder)
 
 
-def _read_spread(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """Objects that follow each other with nothing between them but space."""
-    records = _read_values(file, path, "")
-    first = list(islice(records, 2))
-    yield from _unpacked(first, path)
-    yield from records
-
-
-def _read_array(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    return _read_values(file, path, "[")
-
-
-def _read_values(file: TextIO, path: Path, bracket: str) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """The values of an array (``bracket`` is ``[``), or of a text of nothing else (it is empty)."""
-    decoder = _Decoder()
-    text = file.read(_CHUNK)
-    position = text.index(bracket) + len(bracket)  # read up to there, in `text`
-    line = 1 + text.count("\n", 0, position)
-    index = 0
-    while True:
-        chunk = _CHUNK
-        while True:
-            begin = _end_of_space(text, position)
-            if index == 0 and text[begin : begin + 1] == "]":
-                end = after = begin
-                break
-            value, end, fault = _decode_at(decoder, text, begin)
-            after = _end_of_space(text, end)
-            # What follows the value is there, so it is there in full; an object ends itself.
-            if fault is None and (after < len(text) or not bracket):
-                break
-            more = file.read(chunk)
-            if not more and not bracket and begin == len(text):
-                return
-            if len(text) - position > MAX_LINE_BYTES:
-                what = f"is not valid JSON: one value is longer than {MAX_LINE_BYTES // 2**20} MiB"
-                raise UserError(what, where=f"{path}:{line}", hint=f"{_FORMS}, e.g. `jq -c '.data[]' {path.name}`")
-            if not more:
-                why = fault or json.JSONDecodeError("the array has no end", text, len(text))
-                raise _broken(path, line, text, position, why)
-            text, position = text[position:] + more, 0
-            chunk *= 2  # a large record is tried again few times
-        line += text.count("\n", position, begin)
-        if end > begin:
-            place = f"{path}:{line}" + f": [{index}]" * bool(bracket)
-            yield place, _object(value, place, decoder)
-            index += 1
-        if bracket:
-            if text[after] == "]":
-                break
-            if text[after] != ",":
-                why = json.JSONDecodeError("Expecting ',' delimiter", text, after)
-                raise _broken(path, line, text, begin, why)
-            after += 1
-        line += text.count("\n", begin, after)
-        position = after
-    rest = text[after + 1 :].strip() or file.read(_CHUNK).strip()
-    if rest:
-        line += text.count("\n", begin, after)
-        hint = "write one array of all records"
-        raise UserError(f"something follows the array: {quote(rest, 40)}", where=f"{path}:{line}", hint=hint)
-
-
-def _decode_at(decoder: _Decoder, text: str, begin: int) -> tuple[Any, int, json.JSONDecodeError | None]:
-    """(value, its end, None), or (None, ``begin``, why there is none), perhaps only because ``text`` ends."""
-    decoder.repeated.clear()
+def _read_values(path: Path, *, is_array: bool) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """The values of an array, or of a text of objects with nothing between them but space."""
     try:
-        value, end = decoder.raw_decode(text, begin)
-    except json.JSONDecodeError as error:
-        return None, begin, error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
-        return None, begin, json.JSONDecodeError(str(error), text, begin)
-    return value, end, None
+        with path.open(encoding="utf-8-sig") as file:
+            text, index, after_comma = _Text(file, path), 0, False
+            if is_array:
+                text.skip("[")
+            while text.next_character() != ("]" if is_array else "") or after_comma:
+                place = f"{path}:{text.line}" + f": [{index}]" * is_array
+                yield place, _object(text.take_value(), place, text.decoder)
+                index += 1
+                after_comma = is_array and text.next_character() != "]"
+                if after_comma:
+                    text.skip(",")
+            if is_array:
+                text.skip("]")
+            if text.next_character():
+                what = f"something follows the array: {quote(text.text[text.position :], 40)}"
+                raise UserError(what, where=f"{path}:{text.line}", hint="write one array of all records")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
 
 
-def _end_of_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    assert match is not None  # it matches nothing, too
-    return match.end()
+class _Text:
+    """A JSON file of which a part is in memory, from what is being read on.
 
+    Attributes:
+        text, position, line: the part, what of it has been read, and the line there.
+        decoder: of the values.
+    """
 
-def _broken(path: Path, line: int, text: str, counted_to: int, error: json.JSONDecodeError) -> UserError:
-    """``line`` is that of ``text[counted_to]``."""
-    line += text.count("\n", counted_to, error.pos)
-    near = quote(text[max(0, error.pos - 20) : error.pos + 20])
-    return UserError(
-        f"is not valid JSON: {error.msg}",
-        where=f"{path}:{line}",
-        hint=f"look near {near}; `python -m json.tool {path.name}` looks at the whole file",
-    )
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self.decoder = _Decoder()
+        self.text, self.position, self.line = "", 0, 1
+        self._file, self._path = file, path
+
+    def next_character(self) -> str:
+        """The next one that is no space, not taken; empty at the end."""
+        while True:
+            space = _SPACE.match(self.text, self.position)
+            assert space is not None  # it matches nothing, too
+            self._advance(space.end())
+            if self.position < len(self.text) or not self._read_more():
+                return self.text[self.position : self.position + 1]
+
+    def skip(self, expected: str) -> None:
+        """Take a character of an array."""
+        if (found := self.next_character()) != expected:
+            what = f"Expecting '{expected}' delimiter" if found else "the array has no end"
+            raise self._broken(json.JSONDecodeError(what, self.text, self.position))
+        self._advance(self.position + 1)
+
+    def take_value(self) -> Any:
+        size = _CHUNK
+        while True:
+            self.decoder.repeated.clear()
+            fault, value, end = None, None, 0
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                fault = error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+                fault = json.JSONDecodeError(str(error), self.text, self.position)
+            # What follows the value is there, so it is there in full.
+            if fault is None and end < len(self.text):
+                break
+            if len(self.text) - self.position > MAX_LINE_BYTES:
+                what = f"is not valid JSON: one value is longer than {MAX_LINE_BYTES // 2**20} MiB"
+                hint = f"{_FORMS}, e.g. `jq -c '.data[]' {self._path.name}`"
+                raise UserError(what, where=f"{self._path}:{self.line}", hint=hint)
+            if not self._read_more(size):
+                if fault is not None:
+                    raise self._broken(fault)
+                break
+            size *= 2  # a large record is tried again few times
+        self._advance(end)
+        return value
+
+    def _read_more(self, size: int | None = None) -> bool:
+        more = self._file.read(size or _CHUNK)
+        self.text, self.position = self.text[self.position :] + more, 0
+        return bool(more)
+
+    def _advance(self, end: int) -> None:
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
+
+    def _broken(self, error: json.JSONDecodeError) -> UserError:
+        near = quote(self.text[max(0, error.pos - 20) : error.pos + 20])
+        return UserError(
+            f"is not valid JSON: {error.msg}",
+            where=f"{self._path}:{self.line + self.text.count(chr(10), self.position, error.pos)}",
+            hint=f"look near {near}; `python -m json.tool {self._path.name}` looks at the whole file",
+        )
 
 
 def _object(value: object, place: str, decoder: _Decoder) -> dict[str, Any] | UserError:
