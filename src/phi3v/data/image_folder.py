@@ -77,20 +77,8 @@ class ImageFolder:
             UserError: the image cannot be used.
             OutputError: there is another image of that name, or the folder cannot be written.
         """
-        verbatim = data.startswith((_JPEG, _PNG))
         path = self._path(f"{stem}.{'jpg' if data.startswith(_JPEG) else 'png'}")
-        digest = _digest(data)
-        if path.exists():
-            if verbatim and path.stat().st_size == len(data):
-                same = path.read_bytes() == data
-            else:
-                same = not verbatim and _origin(path) == digest
-            if not same:
-                raise _other_content(path)
-            self._keep(path, data, name or stem)
-        else:
-            image = self._decode(path, data, name or stem)
-            self._write(path, data if verbatim else _as_png(image, digest))
+        self._put(path, data, name or stem, verbatim=data.startswith((_JPEG, _PNG)))
         return path.relative_to(self.root).as_posix()
 
     def add_file(self, stem: str, path: str, *, root: Path) -> str:
@@ -117,15 +105,7 @@ class ImageFolder:
             UserError: the image cannot be used.
             OutputError: there is another image of that name, or the folder cannot be written.
         """
-        data = read_image(path, root=root)
-        to = self._path(path)
-        if not to.exists():
-            self._decode(to, data, path)
-            self._write(to, data)
-        elif to.stat().st_size != len(data) or to.read_bytes() != data:
-            raise _other_content(to)
-        else:
-            self._keep(to, data, path)
+        self._put(self._path(path), read_image(path, root=root), path, verbatim=True)
         return path
 
     def add_frames(self, stem: str, clip: Path | bytes, count: int, *, name: str | None = None) -> list[str]:
@@ -149,9 +129,8 @@ class ImageFolder:
             try:
                 data = clip.read_bytes()
             except OSError as error:
-                raise UserError(
-                    f"cannot be read: {error.strerror}", where=name, hint="is the source complete?"
-                ) from None
+                what = f"cannot be read: {error.strerror}"
+                raise UserError(what, where=name, hint="is the source complete?") from None
         else:
             data = clip
         origins = [f"{_digest(data)} {k}/{count}" for k in range(count)]
@@ -171,15 +150,20 @@ class ImageFolder:
                     self._write(path, _as_jpeg(frame, origin))
         return [path.relative_to(self.root).as_posix() for path in paths]
 
-    def _decode(self, path: Path, data: bytes, name: str) -> Image.Image:
-        """The image as it is stored, not turned: whether it is to be turned is a setting of those who read it."""
-        kinds: list[str] = []
-        image = decode_image(data, name, max_pixels=self.max_pixels, exif_orientation=False, kinds=kinds)
-        self._kinds[path] = kinds
-        return image
-
-    def _keep(self, path: Path, data: bytes, name: str) -> None:
-        """Account for an image that is there already."""
+    def _put(self, path: Path, data: bytes, name: str, *, verbatim: bool) -> None:
+        if not path.exists():
+            kinds: list[str] = []
+            # As it is stored, not turned: whether it is to be turned is a setting of those who read it.
+            image = decode_image(data, name, max_pixels=self.max_pixels, exif_orientation=False, kinds=kinds)
+            self._kinds[path] = kinds
+            self._write(path, data if verbatim else _as_png(image, _digest(data)))
+            return
+        if verbatim:
+            same = path.stat().st_size == len(data) and path.read_bytes() == data
+        else:
+            same = _origin(path) == _digest(data)
+        if not same:
+            raise _other_content(path)
         if path not in self._kinds:
             self._kinds[path] = image_kinds(data, name, max_pixels=self.max_pixels)
         self._added.add(path)

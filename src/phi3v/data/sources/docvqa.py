@@ -37,15 +37,7 @@ SOURCE = "docvqa"
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split.
-
-    Args:
-        options: ``source`` is one of the forms above; default the collection on the hub.
-
-    Raises:
-        UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
-            and are not to be skipped.
-    """
+    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
     return questions.convert_original_or_tables(
         SOURCE,
         options,

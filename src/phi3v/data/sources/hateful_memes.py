@@ -34,15 +34,7 @@ SPLITS = ("train", "dev", "dev_seen", "dev_unseen", "test", "test_seen", "test_u
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split.
-
-    Args:
-        options: ``source`` is one of the forms above; default the hub's.
-
-    Raises:
-        UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
-            and are not to be skipped.
-    """
+    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
     return questions.convert_original_or_tables(
         SOURCE,
         options,

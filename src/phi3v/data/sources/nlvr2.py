@@ -40,15 +40,7 @@ _Pairs = dict[tuple[str, str], list[tuple[int, RawRecord]]]
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.{0,1}.png`` and ``SPLIT.jsonl`` of every split.
-
-    Args:
-        options: ``source`` is one of the forms above; default the hub's.
-
-    Raises:
-        UserError: the source is in none of the forms or cannot be read, ``out`` holds other data, or records are bad
-            and are not to be skipped.
-    """
+    """Write ``images/SPLIT/N.{0,1}.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
     return questions.convert_original_or_tables(
         SOURCE,
         options,

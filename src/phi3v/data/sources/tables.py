@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,18 +51,18 @@ class Table:
         name: for messages: a folder and split, or a hub id and split.
         columns: their names.
         num_rows: how many.
-        rows: an iterable over them as dicts; images are ``{"bytes": …, "path": …}``, not decoded, and the cells of a
-            folder's files are those that a person put in (`_cells`, `_class_cells`).
+        rows: gives them as dicts, as often as it is called; images are ``{"bytes": …, "path": …}``, not decoded, and
+            the cells of a folder's files are those that a person put in (`_cells`, `_class_cells`).
     """
 
     name: str
     columns: tuple[str, ...]
     num_rows: int
-    rows: Iterable[dict[str, Any]]
+    rows: Callable[[], Iterable[dict[str, Any]]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
-            yield from self.rows
+            yield from self.rows()
         except (OSError, ValueError, OverflowError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise UserError(
                 f"cannot be read: {_first_line(error)}", where=self.name, hint="copy or download it again"
@@ -137,7 +137,10 @@ def open_hub(source: str | None, default: HubTable) -> dict[str, Table]:
         raise cannot_reach_hub(label, error) from None
     return {
         split_name(split) or split: Table(
-            f"{label}, {split}", tuple(rows.column_names), len(rows), rows.to_iterable_dataset().decode(False)
+            f"{label}, {split}",
+            tuple(rows.column_names),
+            len(rows),
+            partial(iter, rows.to_iterable_dataset().decode(False)),
         )
         for split, rows in splits.items()
     }
@@ -189,24 +192,17 @@ def _table(name: str, files: list[Path], cells: _Cells) -> Table:
                 num_rows += opened.metadata.num_rows
             else:
                 num_rows += sum(batch.num_rows for batch in _batches(opened))
-    return Table(name, columns, num_rows, _Rows(files, cells))
+    return Table(name, columns, num_rows, partial(_rows, files, cells))
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows of files, as often as they are asked for."""
-
-    files: list[Path]
-    cells: _Cells
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for file in self.files:
-            with _open(file) as opened:
-                cells = {**self.cells, **_class_cells(file, _schema(opened))}
-                for batch in _batches(opened):
-                    for start in range(0, batch.num_rows, _BATCH_ROWS):
-                        for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                            yield row | {name: cell(row[name]) for name, cell in cells.items()}
+def _rows(files: list[Path], cells: _Cells) -> Iterator[dict[str, Any]]:
+    for file in files:
+        with _open(file) as opened:
+            of_file = {**cells, **_class_cells(file, _schema(opened))}
+            for batch in _batches(opened):
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        yield row | {name: cell(row[name]) for name, cell in of_file.items()}
 
 
 def _cells(files: Sequence[Path]) -> _Cells:
@@ -228,9 +224,11 @@ def _cells(files: Sequence[Path]) -> _Cells:
                     is_whole[name] &= _is_whole(batch.column(batch.schema.get_field_index(name)))
         for name in loose:
             if pa.types.is_timestamp(types[name]):
-                cells[name] = _day if is_whole[name] else lambda cell: cell
+                cells[name] = _unless_missing(datetime.date if is_whole[name] else lambda cell: cell)
+            elif types[name] == pa.float32() and not is_whole[name]:
+                cells[name] = _unless_missing(lambda cell: float(str(np.float32(cell))))  # 0.1, not 0.10000000149
             else:
-                cells[name] = _whole_number if is_whole[name] else _shortest if types[name] == pa.float32() else _number
+                cells[name] = _unless_missing(int if is_whole[name] else float)
     return cells
 
 
@@ -242,21 +240,9 @@ def _is_whole(column: pa.Array) -> bool:
     return bool((np.isfinite(values) & (values == np.floor(values))).all())
 
 
-def _number(cell: float | None) -> float | None:
-    return None if cell is None or cell != cell else cell
-
-
-def _shortest(cell: float | None) -> float | None:
-    """Of 32 bits: 0.1, not 0.10000000149."""
-    return None if cell is None or cell != cell else float(str(np.float32(cell)))
-
-
-def _whole_number(cell: float | None) -> int | None:
-    return None if cell is None or cell != cell else int(cell)
-
-
-def _day(cell: datetime | None) -> date | None:
-    return None if cell is None else cell.date()
+def _unless_missing(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``convert``, and None of a cell that is none or NaN."""
+    return lambda cell: None if cell is None or cell != cell else convert(cell)
 
 
 def _class_cells(file: Path, schema: pa.Schema) -> _Cells:

@@ -16,9 +16,7 @@ clips' own, ``CLASS/NAME``.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
 import lzma
 import os
 import re
@@ -30,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, cast
 
 import huggingface_hub
 
@@ -48,7 +46,6 @@ HUB_FILE = "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 LISTS = {"train": "trainlist01.txt", "test": "testlist01.txt"}
 
-_OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _KNOWN = ["{train,val,test}/CLASS/NAME.avi", f"CLASS/NAME.avi, with or without {LISTS['train']} and {LISTS['test']}"]
 
 # Path inside the folder or tar, with "/" -> reads its bytes. Read from several threads.
@@ -82,7 +79,7 @@ def convert(options: ConvertOptions) -> ConversionResult:
         files = {} if path.is_file() else _in_folder(path)
         if not any(map(_is_clip, files)) and len(archives) == 1:
             path = archives[0]
-            files = _in_archive(path, options.out, stack)
+            files = stack.enter_context(_in_archive(path, options.out))
         clips, bad = _clips(files, conversion)
         if not clips:
             raise unknown_layout(path, _KNOWN)
@@ -125,38 +122,28 @@ def _in_folder(folder: Path) -> _Files:
 
 
 @contextlib.contextmanager
-def _plain_tar(archive: Path, scratch: Path) -> Iterator[IO[bytes]]:
-    """The tar, expanded to a nameless file in ``scratch`` if it is compressed (by its bytes: names often lie)."""
-    with archive.open("rb") as file:
-        start = file.read(8)
-        opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-        if opener is None:
-            yield file
-            return
-    with tempfile.TemporaryFile(dir=scratch) as plain:
-        with opener(archive) as packed:
-            shutil.copyfileobj(packed, plain)
-        plain.flush()
-        yield plain
-
-
-def _in_archive(archive: Path, scratch: Path, stack: contextlib.ExitStack) -> _Files:
-    """The files of a tar, readable until ``stack`` is closed. Nothing is unpacked under a name of the tar's choice."""
+def _in_archive(archive: Path, scratch: Path) -> Iterator[_Files]:
+    """The files of a tar, while this is open. Nothing is unpacked under a name of the tar's choice."""
     files: _Files = {}
-    try:
-        plain = stack.enter_context(_plain_tar(archive, scratch))
-        plain.seek(0)
-        with tarfile.open(fileobj=plain, mode="r:") as members:
-            for member in members:
-                # For the names alone: a dataset has no file that lies or points outside of it.
-                tarfile.data_filter(member, str(scratch))
-                if member.isfile():
-                    files[str(PurePosixPath(member.name))] = _reader(plain.fileno(), member)
-    except tarfile.FilterError as error:
-        raise UserError(f"is not safe: {error}", where=str(archive), hint="do not use this file") from None
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(archive), hint="copy or download it again") from None
-    return files
+    # Uncompressed into a nameless file, so that members can be read in any order.
+    with tempfile.TemporaryFile(dir=scratch) as plain:
+        try:
+            with tarfile.open(archive) as members:
+                packed = cast(IO[bytes], members.fileobj)
+                packed.seek(0)
+                shutil.copyfileobj(packed, plain)
+            plain.seek(0)
+            with tarfile.open(fileobj=plain, mode="r:") as members:
+                for member in members:
+                    # For the names alone: a dataset has no file that lies or points outside of it.
+                    tarfile.data_filter(member, str(scratch))
+                    if member.isfile():
+                        files[str(PurePosixPath(member.name))] = _reader(plain.fileno(), member)
+        except tarfile.FilterError as error:
+            raise UserError(f"is not safe: {error}", where=str(archive), hint="do not use this file") from None
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"cannot be read: {error}", where=str(archive), hint="copy or download it again") from None
+        yield files
 
 
 def _reader(descriptor: int, member: tarfile.TarInfo) -> Callable[[], bytes]:
@@ -216,9 +203,8 @@ def _by_lists(
             if path := there.pop(entry, None):
                 clips.append(_Clip(path, split, _label(path)))
             else:
-                bad.append(
-                    BadUnit(entry, f"is in {LISTS[split]}, but there is no such clip", "is the source complete?")
-                )
+                what = f"is in {LISTS[split]}, but there is no such clip"
+                bad.append(BadUnit(entry, what, "is the source complete?"))
     if there:
         conversion.note(f"{len(there):,} clips are in neither list and are not converted")
     return clips, bad
