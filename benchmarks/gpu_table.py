@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from attention_backends import compare_attention
 from bench_result import ROOT, write_result
-from phi3v.bench.attention import compare_attention
 
 # For an H100; (method, variant) → the least samples/s, the most GB.
 TARGETS: dict[tuple[str, str], tuple[float | None, float | None]] = {

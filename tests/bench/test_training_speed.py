@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import gpu_table
+from attention_backends import compare_attention
 from phi3v.bench import rows as bench_rows
 from phi3v.bench import training
-from phi3v.bench.attention import compare_attention
 from phi3v.bench.counting import StepWork, pairs_of
 from phi3v.bench.generation import bench_generate
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages

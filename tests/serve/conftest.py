@@ -15,7 +15,7 @@ from phi3v.train.finetuned import resolve_model
 
 @pytest.fixture(scope="session")
 def tuned_run(tmp_path_factory: pytest.TempPathFactory, easy_vqa: Path, small_model_dir: Path) -> Path:
-    """The folder of a short LoRA run on easy-vqa, measured on four questions."""
+    """The folder of a short LoRA run on easy-vqa, evaluated on four questions."""
     folder = tmp_path_factory.mktemp("chat") / "run"
     settings = {
         "model.path": small_model_dir,

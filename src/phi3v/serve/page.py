@@ -6,6 +6,7 @@ settings; earlier turns are never read back from it.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import math
@@ -64,9 +65,8 @@ class Session:
                 answer = turn.answers[which] or "(an empty answer)"
                 content = [{"type": "text", "text": answer}]
                 if which in turn.cut:
-                    content.append(
-                        {"type": "text", "text": f"(cut at {turn.cut[which]:,} tokens; Settings allow more)"}
-                    )
+                    cut = f"(cut at {turn.cut[which]:,} tokens; Settings allow more)"
+                    content.append({"type": "text", "text": cut})
                 messages.append({"role": "assistant", "content": content})
         return messages
 
@@ -115,54 +115,24 @@ def build_page(
             gr.Examples(
                 offers,
                 [box],
-                label="Questions that the run was measured on",
+                label="Questions that the run was evaluated on",
                 elem_id="offers",
                 cache_examples=False,
                 api_visibility="private",
             )
         both = gr.Checkbox(compare, label="Compare with the base", visible=chat.can_compare, elem_id="compare")
         with gr.Accordion("Settings", open=False, elem_id="settings"):
+            crops_now = settings.num_crops or chat.default_num_crops
             with gr.Row():
-                tokens = gr.Slider(
-                    1,
-                    max(2048, settings.max_new_tokens),
-                    settings.max_new_tokens,
-                    step=1,
-                    label="Longest answer",
-                    info="in tokens",
-                    min_width=220,
+                longest = settings.max_new_tokens
+                tokens = _slider("Longest answer", "in tokens", longest, 1, max(2048, longest))
+                temperature = _slider(
+                    "Temperature", "0: always the likeliest", settings.sampling.temperature, 0, 2, step=0.05
                 )
-                temperature = gr.Slider(
-                    0,
-                    2,
-                    settings.sampling.temperature,
-                    step=0.05,
-                    label="Temperature",
-                    info="0: always the likeliest",
-                    min_width=220,
-                )
-                top_p = gr.Slider(
-                    0.05, 1, settings.sampling.top_p, step=0.05, label="Top-p", info="of a draw", min_width=220
-                )
+                top_p = _slider("Top-p", "of a draw", settings.sampling.top_p, 0.05, 1, step=0.05)
             with gr.Row():
-                crops = gr.Slider(
-                    1,
-                    max(16, chat.default_num_crops),
-                    settings.num_crops or chat.default_num_crops,
-                    step=1,
-                    label="Crops of an image",
-                    info="fewer are faster",
-                    min_width=220,
-                )
-                clip_frames = gr.Slider(
-                    1,
-                    chat.limits.frames,
-                    frames,
-                    step=1,
-                    label="Frames of a clip",
-                    info="evenly spaced",
-                    min_width=220,
-                )
+                crops = _slider("Crops of an image", "fewer are faster", crops_now, 1, max(16, chat.default_num_crops))
+                clip_frames = _slider("Frames of a clip", "evenly spaced", frames, 1, chat.limits.frames)
                 seed = gr.Number(
                     settings.sampling.seed, precision=0, label="Seed", info="of the draws", minimum=0, min_width=220
                 )
@@ -201,7 +171,7 @@ class _Asker:
 
     def ask(self, message: dict[str, Any], session: Session, frames: float) -> tuple[Any, ...]:
         """Take the question into the conversation."""
-        with _Kindly():
+        with _errors_on_the_page():
             text = (message.get("text") or "").strip()
             files = [Path(name) for name in message.get("files") or []]
             if not text:
@@ -237,7 +207,7 @@ class _Asker:
 
         turn = session.turns[-1]
         try:
-            with _Kindly():
+            with _errors_on_the_page():
                 settings = AnswerSettings(int(tokens), Sampling(temperature, top_p, int(seed)), int(crops))
                 last = 0.0
                 order: tuple[Which, ...] = ("tuned", "base") if compare else ("tuned",)
@@ -265,21 +235,20 @@ class _Asker:
         return {"path": str(path), "alt_text": alt}
 
 
-class _Kindly:
-    """Turns what goes wrong into a short message on the page; what is a fault of ours goes to the terminal's log."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None or isinstance(error, gr.Error | GeneratorExit | KeyboardInterrupt):
-            return
-        if isinstance(error, UserError):
-            where = f"{error.where} " if error.where else ""
-            hint = f": {error.hint}" if error.hint else ""
-            raise _error(f"{where}{error.what}{hint}") from None
-        if isinstance(error, torch.OutOfMemoryError):
-            raise _error("The device has too little memory: give fewer images, or allow fewer crops") from None
+@contextlib.contextmanager
+def _errors_on_the_page() -> Iterator[None]:
+    """Turn errors into short messages on the page; faults of ours also go to the terminal's log."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except UserError as error:
+        where = f"{error.where} " if error.where else ""
+        hint = f": {error.hint}" if error.hint else ""
+        raise _error(f"{where}{error.what}{hint}") from None
+    except torch.OutOfMemoryError:
+        raise _error("The device has too little memory: give fewer images, or allow fewer crops") from None
+    except Exception as error:
         logger.error("the chat page failed", exc_info=error)
         raise _error("Something went wrong here; the terminal of the server says what") from None
 
@@ -290,6 +259,10 @@ def _error(message: str) -> Any:
 
 def _ready() -> Any:
     return gr.update(submit_btn=True, stop_btn=False)
+
+
+def _slider(label: str, info: str, value: float, low: float, high: float, *, step: float = 1) -> Any:
+    return gr.Slider(low, high, value, step=step, label=label, info=info, min_width=220)
 
 
 def _chatbot(label: str, name: str, *, visible: bool = True) -> Any:
