@@ -95,6 +95,7 @@ def run_padded_crops(model: Any, num_crops: int) -> None:
     """
     embedding = next(module for module in model.modules() if isinstance(module, Phi3VImageEmbedding))
     for layer in embedding.img_processor.vision_model.encoder.layers:
+        # The library's setter leaves a tower that is no model of its own alone.
         layer.self_attn.config._attn_implementation = model.config._attn_implementation
     plain = embedding.img_processor.forward
 

@@ -105,10 +105,8 @@ class Phi3VConfig(Phi3Config):
 
     def vision_config(self) -> CLIPVisionConfig:
         """The tower's configuration as transformers' CLIP blocks want it."""
-        config = CLIPVisionConfig(**(self.clip_vision_config or CLIP_VIT_L_14_336))
         # The tower is dense and unmasked, so SDPA picks the fastest kernel by itself on every device.
-        config._attn_implementation = "sdpa"
-        return config
+        return CLIPVisionConfig(**(self.clip_vision_config or CLIP_VIT_L_14_336), attn_implementation="sdpa")
 
     @property
     def long_context_start(self) -> int:

@@ -18,10 +18,10 @@ from phi3v.data.table import open_table
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
+from phi3v.terminal import progress_bar
 from phi3v.train.device import choose_device, default_workers
 from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
 from phi3v.train.observers.evaluating import measure, show_scores
-from phi3v.train.observers.progress import progress_bar
 
 
 def evaluate_tuned(

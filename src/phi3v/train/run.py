@@ -21,6 +21,7 @@ from phi3v.config import RunConfig
 from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
+from phi3v.terminal import progress_bar
 from phi3v.train.checkpoints.folder import checkpoint_name, newest_checkpoint
 from phi3v.train.checkpoints.resume import (
     FinishedRun,
@@ -41,12 +42,12 @@ from phi3v.train.methods.weights import read_trained, save_replacing, saved_tens
 from phi3v.train.observers.evaluating import measure, show_scores
 from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
-from phi3v.train.observers.progress import ProgressObserver, progress_bar
+from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
 from phi3v.train.observers.tracking import Trackers
 from phi3v.train.prepare import PreparedRun, prepare, questions_of
 from phi3v.train.result import RunResult, print_result
-from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
+from phi3v.train.run_folder import claim_run_folder, describe_again, environment, hold_run_folder
 from phi3v.train.state import Observer
 
 logger = logging.getLogger("phi3v")
@@ -187,7 +188,7 @@ def _train_and_measure(
         progress=progress,
         during=during,
         faults=faults,
-        contents=setup.contents,
+        facts={"data": setup.contents, "versions": environment()["versions"]},
     )
     # In this order: a checkpoint holds what the others came to.
     own: list[Observer] = [progress, trackers, *([during] if during is not None else []), saves]

@@ -39,7 +39,6 @@ from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
-from phi3v.train.run_folder import environment
 from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
@@ -55,6 +54,9 @@ class Checkpointer(Observer):
 
     One save is in flight at most. One that fails takes nothing with it: the earlier checkpoints stay, training goes
     on, and the next save is tried in its turn.
+
+    Args:
+        facts: what ``state.json`` holds beside how far the run is.
 
     Attributes:
         stopped_by: the signal that ended training.
@@ -77,7 +79,7 @@ class Checkpointer(Observer):
         progress: ProgressObserver,
         during: EvaluationObserver | None,
         faults: StepFaults,
-        contents: dict[str, str],
+        facts: dict[str, Any],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -94,7 +96,7 @@ class Checkpointer(Observer):
         self.stopped_by: str | None = None
         self.failed = 0
         self.last_failure: str | None = None
-        self._contents = contents
+        self._about = facts
         self.last_step = -1
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -259,8 +261,7 @@ class Checkpointer(Observer):
             **state.to_json(self.collectives),
             "engine": self.engine.name,
             "config": dataclasses.asdict(self.config),
-            "data": self._contents,
             "evaluation": self.during.state() if self.during is not None else None,
             "progress": self.progress.state(),
-            "versions": environment()["versions"],
+            **self._about,
         }

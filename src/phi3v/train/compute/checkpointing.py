@@ -66,6 +66,7 @@ def apply_checkpointing(model: nn.Module, policy: Policy) -> None:
         is_vision = isinstance(layer, CLIPEncoderLayer)
         layer.gradient_checkpointing = policy != "none" and (is_vision or policy != "vision")
         recompute_all = is_vision or policy == "full"
+        # `gradient_checkpointing_enable` would give all layers of a model one policy.
         layer._gradient_checkpointing_func = _RECOMPUTE_ALL if recompute_all else _RECOMPUTE_CHEAP
 
 

@@ -26,8 +26,8 @@ from phi3v.paths import require_writable
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import cut_flat_pages
+from phi3v.terminal import progress_bar
 from phi3v.train.device import RuntimeDevice
-from phi3v.train.observers.progress import progress_bar
 
 Stage = Literal["tower", "projected"]
 
