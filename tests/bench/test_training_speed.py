@@ -19,11 +19,12 @@ from phi3v.bench import training
 from phi3v.bench.counting import StepWork, pairs_of
 from phi3v.bench.generation import bench_generate
 from phi3v.bench.pages import QUESTIONS_PER_PAGE, SIZES, write_pages
-from phi3v.bench.recipe import CropCollator, CropDataset, RecipeLoop, run_padded_crops
+from phi3v.bench.recipe import CropDataset, RecipeLoop, run_padded_crops
 from phi3v.bench.rows import row_config
 from phi3v.bench.settings import BenchSettings, Row
 from phi3v.bench.training import bench_train
 from phi3v.cli import main
+from phi3v.data.batches import RowPlan
 from phi3v.errors import UserError
 from phi3v.model.attention import visible
 from phi3v.processing.hd_transform import page_geometry
@@ -107,12 +108,12 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
         setup.model.train()
         if variant == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)
-            batch = CropCollator(setup.dataset().collate)([CropDataset(setup.train_table, setup.processor)[0]])
+            batch = CropDataset(setup.train_table, setup.processor)[RowPlan(((0,),), ends_step=True)]
             engine = SimpleNamespace(forward=lambda inputs, last, model=setup.model: model(**inputs))
             loop: Any = SimpleNamespace(engine=engine)
             loss = RecipeLoop.compute_loss(loop, batch, 1.0, last=True)
         else:
-            batch = setup.dataset().collate([setup.dataset().samples[0]])
+            batch = setup.dataset()[RowPlan(((0,),), ends_step=True)]
             assert StepWork.of(batch).pages == 1
             inputs = {name: value for name, value in batch.items() if name != "counts"}
             loss = setup.model(**inputs, logits_to_keep=None, use_cache=False, loss_normalizer=1.0).loss

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from phi3v.data import pages as pages_module
-from phi3v.data.collate import Sample, stack_pictures
+from phi3v.data.collate import Sample, stack_images
 from phi3v.data.pages import KEPT_PAGES, PageReader
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
@@ -39,13 +39,13 @@ def test_a_batch_holds_each_page_once_and_in_order(
     table = open_table(write(*lines))
     reader = PageReader(table, processor)
     samples = [Sample([], [], reader.pages(table[index])) for index in range(len(table))]
-    batch = stack_pictures(samples)
+    batch = stack_images(samples)
     assert batch["page_index"].tolist() == [0, 1, 1, 2, 0, 2]
     expected = [processor.page(Image.open(table.images_root / name)) for name in pictures[:3]]
     assert batch["image_sizes"].tolist() == [[page.shape[0], page.shape[1]] for page in expected]
     assert batch["pages"].dtype == torch.uint8
     assert torch.equal(batch["pages"], flatten_pages(expected))
-    assert stack_pictures([samples[2]]) == {}
+    assert stack_images([samples[2]]) == {}
 
 
 def test_the_last_pages_are_kept_and_no_more(

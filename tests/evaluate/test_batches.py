@@ -10,15 +10,15 @@ import pytest
 
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.table import open_table
-from phi3v.evaluate.batches import Prompt, PromptBatches, cut_batches, deal, measure_prompts
+from phi3v.evaluate.batches import Prompt, PromptBatches, cut_batches, list_prompts, prompts_of_ranks
 from phi3v.processing.processor import Phi3VProcessor
 
 
-def prompts(*pages: int, head: int = 100) -> list[Prompt]:
+def prompts(*pages: int, prefix: int = 100) -> list[Prompt]:
     """As many prompts on each page."""
     made: list[Prompt] = []
     for page, count in enumerate(pages):
-        made += [Prompt(len(made) + k, page, head + page, head + page + 5 + k) for k in range(count)]
+        made += [Prompt(len(made) + k, page, prefix + page, prefix + page + 5 + k) for k in range(count)]
     return made
 
 
@@ -26,7 +26,7 @@ def prompts(*pages: int, head: int = 100) -> list[Prompt]:
 @pytest.mark.parametrize("pages", [(7,), (1, 1, 1), (4, 9, 2, 1), (1,)])
 def test_every_prompt_goes_to_exactly_one_rank(ranks: int, pages: tuple[int, ...]) -> None:
     asked = prompts(*pages)
-    shares = deal(asked, ranks, 4)
+    shares = prompts_of_ranks(asked, ranks, 4)
     assert len(shares) == ranks
     assert sorted(p.index for share in shares for p in share) == [p.index for p in asked]
     assert sum(1 for share in shares if share) == min(ranks, len(asked)) or len(asked) > ranks
@@ -35,14 +35,14 @@ def test_every_prompt_goes_to_exactly_one_rank(ranks: int, pages: tuple[int, ...
 
 
 def test_ranks_get_about_as_much_to_do() -> None:
-    shares = deal(prompts(*[4] * 50), 4, 8)
+    shares = prompts_of_ranks(prompts(*[4] * 50), 4, 8)
     loads = [sum(p.length for p in share) for share in shares]
     assert max(loads) < 1.1 * min(loads)
 
 
 def test_pages_stay_together_and_similar_lengths_too() -> None:
     mixed = prompts(3, 3) + [Prompt(6 + k, 10 + k, 0, length) for k, length in enumerate((500, 20, 480, 30))]
-    batches = cut_batches(deal(mixed, 1, 3)[0], 3, 10**6)
+    batches = cut_batches(prompts_of_ranks(mixed, 1, 3)[0], 3, 10**6)
     assert [[p.length for p in batch] for batch in batches] == [
         [500, 480, 108],
         [107, 106, 107],
@@ -71,25 +71,28 @@ def questions(easy_vqa: Path, tiny_model_dir: Path) -> QuestionDataset:
 def test_lengths_are_known_without_decoding(questions: QuestionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [questions[index].input_ids for index in range(len(questions))]
     monkeypatch.setattr("phi3v.data.table.load_image", lambda *args, **kwargs: pytest.fail("decoded"))
-    measured = measure_prompts(questions, 4096)
+    measured = list_prompts(questions, 4096)
     assert [p.length for p in measured] == [len(row) for row in ids]
-    # Four questions about one picture share it; text only and a turn before the picture do not.
-    assert [p.page for p in measured] == [0, 0, 0, 0, 1, 2, 3]
-    assert measured[0].head == ids[0].index(-1) + ids[0].count(-1)
-    assert measured[4].head == 0
+    # Four questions about one image share it; text only and a turn before the image do not.
+    pages = [p.page for p in measured]
+    assert len({*pages[:4]}) == 1
+    assert len({*pages}) == 4
+    assert measured[0].prefix == ids[0].index(-1) + ids[0].count(-1)
+    assert measured[4].prefix == 0
 
 
-def test_a_head_is_not_shared_across_the_rotary_switch(questions: QuestionDataset) -> None:
-    first = measure_prompts(questions, 4096)[0]
-    for start, shared in ((first.head - 1, True), (first.head, False), (first.length - 1, False), (first.length, True)):
-        again = measure_prompts(questions, start)[0]
-        assert (again.head > 0) == shared, start
+def test_a_prefix_is_not_shared_across_the_rotary_switch(questions: QuestionDataset) -> None:
+    first = list_prompts(questions, 4096)[0]
+    short, long = first.prefix, first.length
+    for start, shared in ((short - 1, True), (short, False), (long - 1, False), (long, True)):
+        again = list_prompts(questions, start)[0]
+        assert (again.prefix > 0) == shared, start
 
 
 def test_a_shared_batch_decodes_each_picture_once(questions: QuestionDataset) -> None:
-    batches = cut_batches(measure_prompts(questions, 4096)[:4], 8, 10**6)
+    batches = cut_batches(list_prompts(questions, 4096)[:4], 8, 10**6)
     batch = PromptBatches(questions, batches)[0]
-    assert len(batch.heads) == len(batch.pictures["image_sizes"]) == 1
+    assert len(batch.prefixes) == len(batch.images["image_sizes"]) == 1
     for row, index in enumerate(batch.indices):
-        assert batch.heads[batch.page_of_row[row]] + batch.tails[row] == questions[index].input_ids
+        assert batch.prefixes[batch.page_of_row[row]] + batch.suffixes[row] == questions[index].input_ids
     assert batch.lengths() == [len(questions[index].input_ids) for index in batch.indices]

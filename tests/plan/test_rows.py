@@ -7,18 +7,18 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from phi3v.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, load_config
-from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
+from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.lengths import measure_table
 from phi3v.data.table import open_table
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
 from phi3v.plan.planner import Planner, planned_recipe
-from phi3v.plan.rows import pack_workload, record_lengths
-from phi3v.plan.workload import LONG_CONTEXT, read_workload
+from phi3v.plan.rows import pack_workload
+from phi3v.plan.workload import read_workload
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -49,17 +49,6 @@ def config_of(data: Path, model: Path, **settings: object) -> RunConfig:
     )
 
 
-def test_records_are_measured_as_training_does(data: Path, tiny_model_dir: Path) -> None:
-    processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
-    workload = read_workload(data, DataConfig(), processor, progress=False)
-    planned = record_lengths(workload, workload.at(4))
-    trained = measure_records(open_table(data), processor, LONG_CONTEXT)
-    assert planned.tokens.tolist() == trained.tokens.tolist()
-    assert planned.head.tolist() == trained.head.tolist()
-    same = planned.page[:, None] == planned.page
-    assert np.array_equal(same, trained.page[:, None] == trained.page)
-
-
 @pytest.mark.parametrize("packing", ["samples", "shared-image"])
 def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: str) -> None:
     """Against the rows themselves: within the few tokens after a picture that questions have in common."""
@@ -67,16 +56,16 @@ def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: s
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
     workload = read_workload(data, config.data, processor, progress=False)
     setup = TrainSetup(packing=config.data.packing, pack_tokens=1500, num_crops=4)
-    rows = pack_workload(workload, setup, config)
+    rows = pack_workload(workload, setup, config, 53.0)
     table = open_table(data)
-    plan = PackingPlan(
-        measure_records(table, processor, LONG_CONTEXT),
+    plan = BatchPlan(
+        measure_table(table, processor).at(4),
         config.data.packing,
         batch_size=8,
         pack_tokens=1500,
         shared_image_max=config.data.shared_image_max,
     )
-    dataset = PackedDataset(table, processor)
+    dataset = RowDataset(table, processor, packed=True)
     made = [dataset[RowPlan(row, False)] for step in islice(plan.steps(0), 200) for row in step[0]]
     assert rows.steps == plan.num_steps
     assert rows.row_count == len(made) / plan.num_steps

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from phi3v.config import DataConfig
-from phi3v.data.collate import ConversationDataset
+from phi3v.data.batches import RowDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.plan.workload import CANDIDATE_CROPS, Workload, assumed_workload, read_workload
@@ -65,16 +64,16 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
     workload = read(path, Phi3VProcessor.from_pretrained(tiny_model_dir))
     for num_crops in (1, 4, 16):
         processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=num_crops)
-        dataset = ConversationDataset(open_table(path), processor)
-        samples = [dataset[index] for index in range(len(dataset))]
+        dataset = RowDataset(open_table(path), processor)
+        samples = [dataset.samples((index,))[0] for index in range(len(dataset))]
         choice = workload.at(num_crops)
         assert choice.tokens.tolist() == [len(sample.input_ids) for sample in samples]
         # A page of one crop is its own global view and is computed once.
         grids = [[(page.size[0] // 336, page.size[1] // 336) for page in sample.pages] for sample in samples]
-        assert choice.crops.tolist() == [
+        assert choice.lengths.crops.tolist() == [
             sum(1 + rows * columns if rows * columns > 1 else 1 for rows, columns in grid) for grid in grids
         ]
-        assert workload.answer_tokens.tolist() == [sum(label != -100 for label in s.labels) for s in samples]
+        assert choice.lengths.targets.tolist() == [sum(label != -100 for label in s.labels) for s in samples]
         assert sum(choice.histogram().values()) == len(samples)
     largest = workload.largest(16, 2)
     assert largest.rows == 2
@@ -85,14 +84,14 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
 def test_without_a_tokenizer_texts_are_estimated(folder: Path) -> None:
     path = write(folder, [[(["small.png"], "a question of some forty characters here", "yes")]], "estimate.jsonl")
     workload = read(path, None)
-    assert 10 < int(workload.text_tokens[0]) < 40
+    assert 10 < int(workload.lengths.text[0]) < 40
     assert "4 characters a token" in workload.basis
     line = json.loads(path.read_text())
     line["system"] = "Answer the question as briefly as you can."
     path.write_text(json.dumps(line))
     told = read(path, None)
-    assert 10 <= int(told.text_tokens[0] - workload.text_tokens[0]) <= 11
-    assert int(told.heads[0] - workload.heads[0]) == 10
+    assert 10 <= int(told.lengths.text[0] - workload.lengths.text[0]) <= 11
+    assert int(told.lengths.prefixes[0] - workload.lengths.prefixes[0]) == 10
 
 
 def test_num_crops_that_keeps_the_detail_and_no_more(folder: Path) -> None:
@@ -113,7 +112,7 @@ def test_num_crops_that_keeps_the_detail_and_no_more(folder: Path) -> None:
 def test_blank_and_padding_crops_are_counted(folder: Path) -> None:
     wide = read(write(folder, [[(["wide.png"], "a", "b")]], "wide.jsonl"), None)
     choice = wide.at(16)
-    assert choice.crops.tolist() == [1 + 16 - int(choice.padding_crops)]
+    assert choice.lengths.crops.tolist() == [1 + 16 - int(choice.padding_crops)]
     page = read(write(folder, [[(["page.png"], "a", "b")]], "page.jsonl"), None)
     width, height = page_geometry(1275, 1650, 16).resized
     assert page.at(16).blank == pytest.approx(1 - width * height / (16 * 336 * 336))
@@ -144,5 +143,5 @@ def test_forty_thousand_records_of_few_pictures(folder: Path, tiny_model_dir: Pa
     path = write(folder, records, "forty.jsonl")
     workload = read(path, Phi3VProcessor.from_pretrained(tiny_model_dir))
     assert len(workload) == 40_000
-    assert np.bincount(workload.owner).max() == 1
+    assert workload.lengths.images.max() == 1
     assert sum(workload.at(16).histogram().values()) == 40_000

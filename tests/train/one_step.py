@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
 from phi3v.config import Packing, RunConfig
-from phi3v.data.batches import PaddedDataset
-from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
-from phi3v.data.packing import PackedDataset
+from phi3v.data.batches import RowDataset
+from phi3v.data.collate import LossWeighting
 from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
@@ -24,7 +22,7 @@ from phi3v.train.engines.choice import choose_engine
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.loading import inspect_model, load_for_training
 from phi3v.train.observers.faults import StepFaults
-from phi3v.train.prepare import make_plan
+from phi3v.train.prepare import make_plan, require_lengths
 
 
 class KeepGradients(DataParallel):
@@ -50,13 +48,11 @@ def one_step(
     config.data.pack_tokens = 500  # two records at most, so that ranks have several rows
     compute = choose_device("fp32")
     processor = Phi3VProcessor.from_pretrained(model_path)
-    model = load_for_training(config, inspect_model(config, compute), compute)
+    facts = inspect_model(config, compute)
+    model = load_for_training(config, facts, compute)
     table = open_table(Path(data))
-    plan = make_plan(config, compute, model, table, processor)
-    dataset: Any = PackedDataset(table, processor, weighting)
-    if packing == "none":
-        collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting)
-        dataset = PaddedDataset(ConversationDataset(table, processor), collator)
+    plan = make_plan(config, compute, model, require_lengths(config, table, facts, processor))
+    dataset = RowDataset(table, processor, weighting, packed=plan.is_packed)
     engine = KeepGradients(model, choose_engine(config, compute), config, compute)
     collectives = HostCollectives(compute.world_size, timedelta(minutes=5))
     faults = StepFaults(

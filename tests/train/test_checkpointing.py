@@ -15,7 +15,8 @@ from run_helpers import Train, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi3v.config import LoraConfig, MethodConfig, RunConfig, load_config
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.batches import RowDataset
+from phi3v.data.collate import Collator
 from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape
@@ -32,8 +33,8 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 @pytest.fixture
 def batch(easy_vqa: Path, small_model_dir: Path) -> dict[str, Any]:
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
-    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
-    batch = Collator(processor.tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    dataset = RowDataset(open_table(easy_vqa / "train.jsonl"), processor)
+    batch = Collator(processor.tokenizer.pad_token_id)([dataset.samples((0,))[0], dataset.samples((1,))[0]])
     del batch["counts"]
     return batch
 

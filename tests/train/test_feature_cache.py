@@ -15,7 +15,8 @@ from rich.console import Console
 from run_helpers import Train, load, read_metrics
 
 from phi3v.config import LoraConfig, MethodConfig
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.batches import RowDataset
+from phi3v.data.collate import Collator
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
@@ -63,8 +64,8 @@ def test_loss_and_gradients_are_those_of_pixels(
     ran.clear()
 
     def run(features: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        dataset = ConversationDataset(table, processor, features=features)
-        batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(3)])
+        dataset = RowDataset(table, processor, features=features)
+        batch = Collator(processor.tokenizer.pad_token_id)([dataset.samples((index,))[0] for index in range(3)])
         assert ("pages" in batch) == (features is None)
         del batch["counts"]
         model.zero_grad()

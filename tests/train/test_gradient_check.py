@@ -9,7 +9,8 @@ import torch
 from run_helpers import load
 
 from phi3v.config import LoraConfig, MethodConfig
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.batches import RowDataset
+from phi3v.data.collate import Collator
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
@@ -20,8 +21,8 @@ from phi3v.train.methods.gradient_check import check_gradients
 @pytest.fixture
 def batch(easy_vqa: Path, small_model_dir: Path) -> dict[str, torch.Tensor]:
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
-    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
-    return Collator(processor.tokenizer.pad_token_id)([dataset[0]])
+    dataset = RowDataset(open_table(easy_vqa / "train.jsonl"), processor)
+    return Collator(processor.tokenizer.pad_token_id)([dataset.samples((0,))[0]])
 
 
 @pytest.mark.parametrize("name", ["full", "frozen-vision", "lora", "qlora"])

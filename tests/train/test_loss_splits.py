@@ -82,18 +82,19 @@ def assert_same(got: dict[str, Any], reference: dict[str, Any], what: str) -> No
 
 def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_model_dir: Path, uneven: Path) -> None:
     """``sample`` is the mean of each record's own mean loss, ``token`` the mean over all answer tokens."""
-    from phi3v.data.collate import Collator, ConversationDataset
+    from phi3v.data.batches import RowDataset
+    from phi3v.data.collate import Collator
     from phi3v.data.table import open_table
     from phi3v.model.modeling import Phi3VForCausalLM
     from phi3v.processing.processor import Phi3VProcessor
 
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
-    dataset = ConversationDataset(open_table(uneven), processor)
+    dataset = RowDataset(open_table(uneven), processor)
     model = Phi3VForCausalLM.from_pretrained(small_model_dir).eval()
     collate = Collator(processor.tokenizer.pad_token_id)
     means, tokens = [], []
     for index in range(4):
-        inputs = collate([dataset[index]])
+        inputs = collate([dataset.samples((index,))[0]])
         del inputs["counts"], inputs["loss_weights"]
         with torch.no_grad():
             means.append(model(**inputs).loss.item())

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from phi3v.data.collate import Collator, ConversationDataset, LossWeighting
-from phi3v.data.packing import PackedDataset, PackingPlan, RowPlan, measure_records
+from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.collate import Collator, LossWeighting
+from phi3v.data.lengths import measure_table
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor
@@ -55,20 +56,21 @@ class Step:
         self.table: RecordTable = open_table(file)
         self.weighting = weighting
         self.collate = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=weighting)
-        self.dataset = ConversationDataset(self.table, self.processor)
+        self.dataset = RowDataset(self.table, self.processor)
         # SDPA for ordinary rows, its segments for packed ones.
         self.model = Phi3VForCausalLM.from_pretrained(model_dir, attn_implementation="packed_segments", **overrides)
 
     def batches(self, size: int) -> list[dict[str, Any]]:
-        every = [self.dataset[index] for index in range(len(self.dataset))]
+        every = [self.dataset.samples((index,))[0] for index in range(len(self.dataset))]
         return [self.collate(every[start : start + size]) for start in range(0, len(every), size)]
 
     def rows(self, packing: Any, pack_tokens: int, backend: str = "packed_segments") -> list[dict[str, Any]]:
         self.model.set_attn_implementation(backend)
-        lengths = measure_records(self.table, self.processor, self.model.config.long_context_start)
+        num_crops = self.processor.image_processor.num_crops
+        lengths = measure_table(self.table, self.processor).at(num_crops, self.model.config.long_context_start)
         count = len(self.table)
-        plan = PackingPlan(lengths, packing, batch_size=count, pack_tokens=pack_tokens, shared_image_max=count)
-        dataset = PackedDataset(self.table, self.processor, self.weighting)
+        plan = BatchPlan(lengths, packing, batch_size=count, pack_tokens=pack_tokens, shared_image_max=count)
+        dataset = RowDataset(self.table, self.processor, self.weighting, packed=True)
         ((rows,),) = plan.steps(0)
         made = [dataset[RowPlan(row, ends_step=False)] for row in rows]
         assert all(row["counts"][3] <= pack_tokens or len(row["layout"]) == 1 for row in made)
@@ -106,7 +108,7 @@ def test_every_packing_gives_the_same_gradients(small_model_dir: Path, records: 
     expected = step.run(step.batches(1))
     assert max(float(gradient.abs().max()) for gradient in expected[1].values()) > 0.1
     assert_same(step.run(step.batches(len(step.dataset))), expected, "padded batch")
-    separate = sum(len(step.dataset[index].input_ids) for index in range(len(step.dataset)))
+    separate = sum(len(step.dataset.samples((index,))[0].input_ids) for index in range(len(step.dataset)))
     # All in one row; in several rows, for which groups are cut.
     for packing, pack_tokens in (("samples", 800), ("shared-image", 100_000), ("shared-image", 800)):
         rows = step.rows(packing, pack_tokens)
@@ -163,7 +165,7 @@ def test_a_record_beyond_the_real_switch(small_model_dir: Path, records: Path) -
     path = records.with_name("beyond.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in (short, long, other)))
     step = Step(small_model_dir, path, "sample")
-    lengths = [len(step.dataset[index].input_ids) for index in range(3)]
+    lengths = [len(step.dataset.samples((index,))[0].input_ids) for index in range(3)]
     assert lengths[0] < 400
     assert 4096 < lengths[1] < 6000
     expected = step.run(step.batches(1))

@@ -16,7 +16,8 @@ from run_helpers import Train, read_metrics
 from safetensors.torch import load_file
 
 from phi3v.config import load_config
-from phi3v.data.collate import Collator, ConversationDataset
+from phi3v.data.batches import RowDataset
+from phi3v.data.collate import Collator
 from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
@@ -26,8 +27,8 @@ from phi3v.train.methods import weights as saving
 
 def batch_of(easy_vqa: Path, folder: Path, count: int = 2) -> dict[str, torch.Tensor]:
     processor = Phi3VProcessor.from_pretrained(folder)
-    dataset = ConversationDataset(open_table(easy_vqa / "train.jsonl"), processor)
-    batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(count)])
+    dataset = RowDataset(open_table(easy_vqa / "train.jsonl"), processor)
+    batch = Collator(processor.tokenizer.pad_token_id)([dataset.samples((index,))[0] for index in range(count)])
     del batch["counts"], batch["loss_weights"]
     return batch
 

@@ -51,7 +51,7 @@ def test_settings_reach_optimizer_schedule_and_loss(train: Train, loops: list[Tr
     assert rates == pytest.approx([0.0, 0.002, 0.004, 0.003, 0.002, 0.001])
     assert min(line["grad_norm"] for line in read_metrics(folder)) > 0.25  # so that it is clipped
     dataset: Any = loop.readers.fetch.__self__  # type: ignore[attr-defined]
-    assert dataset.collate.loss_weighting == "token"
+    assert dataset.loss_weighting == "token"
     layers = loop.engine.model.model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     assert not (folder / "eval_before.json").exists()
@@ -68,10 +68,11 @@ def test_checkpointing_is_chosen_by_memory_and_the_reason_is_said(
     assert re.search(
         r"activation checkpointing: none \(\d[\d,]* tokens and 2 crops at a time need about .* GB are free\)", shown
     )
-    # Of packed rows, a full one: 2000 tokens have room for 6.4 pages of one crop.
+    # Of packed rows, a full one, of records with the most crops for their tokens: one in about 400.
     settings = ("data.packing", "samples", "data.pack_tokens", 2000, "training.micro_batch_size", 1)
     assert train("training.max_steps", 1, "data.eval", "null", *settings, out="packed")[0] == 0
-    assert "none (2,000 tokens and 7 crops at a time need about" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "none (2,000 tokens and 5 crops at a time need about" in shown
 
 
 def test_every_run_checks_its_gradients(
@@ -99,9 +100,16 @@ def test_reading_in_worker_processes_changes_nothing(train: Train) -> None:
     assert losses[0] == losses[1]
 
 
-def test_an_image_that_vanishes_is_named_by_a_worker_too(
-    train: Train, tmp_path: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("when", ["before the start", "before it is read"])
+def test_an_image_that_vanishes_is_named(
+    train: Train,
+    tmp_path: Path,
+    easy_vqa: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
 ) -> None:
+    """Where lengths are counted, and by a process that reads ahead."""
     images = tmp_path / "data" / "images" / "train"
     images.mkdir(parents=True)
     lines = (easy_vqa / "train.jsonl").read_text().splitlines()[:4]
@@ -112,7 +120,10 @@ def test_an_image_that_vanishes_is_named_by_a_worker_too(
     file.write_text("\n".join(lines) + "\n")
     settings = ("data.train", file, "data.eval", "null", "data.image_check", "off", "data.num_workers", 1)
     last = Path(json.loads(lines[-1])["conversations"][0]["images"][0]).name
-    (images / last).unlink()
+    if when == "before the start":
+        (images / last).unlink()
+    else:
+        monkeypatch.setattr(run_module, "check_gradients", lambda *_, **__: (images / last).unlink() or 1)
     code, _ = train(*settings)
     assert code == 2
     error = capsys.readouterr().err

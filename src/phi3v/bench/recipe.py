@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from phi3v.bench.counting import CountingLoop
-from phi3v.data.collate import Collator, Sample, encode_record
-from phi3v.data.table import RecordTable
+from phi3v.data.batches import Group, RowDataset
+from phi3v.data.collate import Sample, encode_record
 from phi3v.model.vision import Phi3VImageEmbedding
 from phi3v.processing.conversation import IGNORE_INDEX
-from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.loop import Row
 
 
@@ -27,51 +25,28 @@ class CropSample(Sample):
     """A sample with the official processor's float crops.
 
     Attributes:
-        pixel_values: float32 (N, num_crops + 1, 3, 336, 336).
-        image_sizes: int64 (N, 2).
+        crops: with images ``pixel_values`` float32 (N, num_crops + 1, 3, 336, 336) and ``image_sizes`` int64 (N, 2).
     """
 
-    pixel_values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    image_sizes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    crops: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class CropDataset(Dataset[CropSample]):
-    """Whole records, each image decoded, cut and normalised on the host."""
+class CropDataset(RowDataset):
+    """Rows of one record, its images decoded, cut and normalised on the host."""
 
-    def __init__(self, table: RecordTable, processor: Phi3VProcessor) -> None:
-        self.table = table
-        self.processor = processor
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> CropSample:
+    def samples(self, group: Group) -> list[Sample]:
+        (index,) = group
         record = self.table[index]
         images = self.table.load_images(record)
         made = self.processor.image_processor(images)
         stream = encode_record(record, self.processor, self.processor.image_processor.calc_num_image_tokens(images))
-        return CropSample(
-            stream.input_ids,
-            stream.labels,
-            [],
-            record.num_questions,
-            index,
-            pixel_values=made["pixel_values"],
-            image_sizes=made["image_sizes"],
-        )
+        crops = {name: made[name] for name in ("pixel_values", "image_sizes") if images}
+        return [CropSample(stream.input_ids, stream.labels, [], record.num_questions, index, crops)]
 
-
-@dataclass
-class CropCollator:
-    """Batches of one sample."""
-
-    collator: Collator
-
-    def __call__(self, samples: list[CropSample]) -> dict[str, Any]:
-        (sample,) = samples
-        if not len(sample.image_sizes):
-            return self.collator(samples)
-        return self.collator(samples) | {"pixel_values": sample.pixel_values, "image_sizes": sample.image_sizes}
+    def collate(self, groups: list[list[Sample]]) -> dict[str, Any]:
+        ((sample,),) = groups
+        assert isinstance(sample, CropSample)
+        return super().collate(groups) | sample.crops
 
 
 class RecipeLoop(CountingLoop):

@@ -15,10 +15,9 @@ import torch
 from rich.console import Console
 
 from phi3v.bench.counting import Clock, CountingLoop, StepWork, one_thread
-from phi3v.bench.recipe import CropCollator, CropDataset, RecipeLoop, run_padded_crops
+from phi3v.bench.recipe import CropDataset, RecipeLoop, run_padded_crops
 from phi3v.bench.settings import BASELINES, BenchSettings, Row, Variant
 from phi3v.config import Attention, Packing, RunConfig
-from phi3v.data.batches import PaddedDataset
 from phi3v.data.readers import Readers
 from phi3v.errors import UserError
 from phi3v.machine import accelerator_of
@@ -158,7 +157,7 @@ def _loop(setup: PreparedRun, row: Row, collectives: HostCollectives, clock: Clo
     if row.variant in BASELINES:
         run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
         kind = RecipeLoop
-        dataset = PaddedDataset(CropDataset(setup.train_table, setup.processor), CropCollator(dataset.collate))
+        dataset = CropDataset(setup.train_table, setup.processor)
     return kind(
         setup.config,
         setup.engine,

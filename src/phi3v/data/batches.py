@@ -1,73 +1,261 @@
-"""The plan of batches: which records every rank computes in every step.
+"""The plan of batches: which records share a step, a rank and a row; and the rows made as it says.
 
-A **row** is what a device computes at a time: a padded micro-batch, or records side by side (see `packing.py`). The
-plan of an epoch follows from the data, the seed and the epoch alone, so every rank makes the same one, any step of it
-can be made again, and the records of a step are the same on any number of ranks.
+A **row** is what a device computes at a time: a padded micro-batch, or records side by side with no padding. In
+``shared-image`` packing, records about the same images form a **group** in it: the images and the text before them
+once (the prefix), then the rest of each record (its branch). `model/attention.py` draws what sees what. A record's loss
+and gradients are those that it has alone.
+
+The plan of an epoch follows from the lengths of the records, the seed and the epoch alone, so every rank makes the same
+one, any step of it can be made again, and the records of a step are the same on any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import heapq
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from phi3v.data.collate import Counts
+from phi3v.config import Packing
+from phi3v.data.collate import (
+    Collator,
+    Counts,
+    LossWeighting,
+    OnBadSample,
+    Sample,
+    encode_record,
+    make_sample,
+    pack_row,
+)
+from phi3v.data.features import FeatureStore
+from phi3v.data.lengths import RecordLengths
+from phi3v.data.pages import PageReader
 from phi3v.data.readers import Readers
+from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
+from phi3v.processing.processor import Phi3VProcessor
 
 Group = tuple[int, ...]  # the records of a group; of a padded batch each is its own
 Row = tuple[Group, ...]
 Step = list[list[Row]]  # the rows of each rank
 
 
-class BatchPlan:
-    """Padded micro-batches: records in the order of accelerate's seeded sampler, dealt to the ranks in turn.
+def assign_to_ranks(work: Sequence[float], ranks: int, most: int | None = None) -> list[int]:
+    """The rank of each item: the largest first, each to the rank that has the least work so far.
 
     Args:
-        num_records: in the data.
+        most: items of a rank at most.
+    """
+    assigned, counts = [0] * len(work), [0] * ranks
+    loads = [(0.0, rank) for rank in range(ranks)]
+    for item in sorted(range(len(work)), key=lambda item: -work[item]):
+        load, rank = heapq.heappop(loads)
+        assigned[item] = rank
+        counts[rank] += 1
+        if counts[rank] != most:
+            heapq.heappush(loads, (load + work[item], rank))
+    return assigned
+
+
+class BatchPlan:
+    """The rows of every rank in every step of an epoch, in the order of torch's seeded sampler.
+
+    Rows are given to ranks by their work: tokens, and crops of the vision tower at ``crop_cost``.
+
+    Args:
+        lengths: of the records.
+        packing: ``none``: padded rows; ``samples``: every record by itself; ``shared-image``: records of a page in
+            groups, where one of them comes in the order.
         batch_size: records of a step, over all ranks. The last step of an epoch has what is left.
-        micro_batch_size: records of a row.
+        micro_batch_size: records of a padded row.
+        batch_tokens: in place of ``batch_size``, about so many tokens a step.
+        pack_tokens: tokens of a packed row at most, unless one record has more.
+        shared_image_max: records of a group at most, when the pages are cut. Two groups of a page that chance brings
+            into one step become one.
+        crop_cost: work of a crop, in tokens (`ModelShape.crop_cost`).
         world_size: ranks.
         seed: of the order.
     """
 
     def __init__(
-        self, num_records: int, *, batch_size: int, micro_batch_size: int = 1, world_size: int = 1, seed: int = 0
+        self,
+        lengths: RecordLengths,
+        packing: Packing = "none",
+        *,
+        batch_size: int,
+        micro_batch_size: int = 1,
+        batch_tokens: int | None = None,
+        pack_tokens: int = 0,
+        shared_image_max: int = 1,
+        crop_cost: float = 0.0,
+        world_size: int = 1,
+        seed: int = 0,
     ) -> None:
-        self.num_records = num_records
+        self.lengths = lengths
+        self.packing = packing
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.pack_tokens = pack_tokens
+        self.shared_image_max = shared_image_max
+        self.crop_cost = crop_cost
         self.world_size = world_size
         self.seed = seed
-        self.num_steps = -(-num_records // batch_size)
+        # Plain numbers: one at a time they are looked up far faster than out of an array.
+        self._tokens: list[int] = lengths.tokens.tolist()
+        self._prefix: list[int] = lengths.prefix.tolist()
+        self._page: list[int] = lengths.page.tolist()
+        self._crops: list[int] = lengths.crops.tolist()
+        self.num_steps = -(-len(self) // batch_size)
+        self.by_tokens = batch_tokens is not None
+        if batch_tokens is not None:
+            self.num_steps = min(max(1, round(self.epoch_tokens() / batch_tokens)), len(self))
+
+    def __len__(self) -> int:
+        """Records."""
+        return len(self.lengths)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packing != "none"
+
+    def tokens(self, group: Group) -> int:
+        """Tokens that a group has in a row."""
+        prefix = self._prefix[group[0]]
+        return prefix + sum(self._tokens[index] - prefix for index in group)
+
+    def work(self, row: Row) -> float:
+        """What a row costs, in tokens."""
+        crops = self.crop_cost * sum(self._crops[group[0]] for group in row)
+        sizes = [self.tokens(group) for group in row]
+        return crops + (sum(sizes) if self.is_packed else len(row) * max(sizes))
+
+    def branch_pairs(self, row: Row) -> int:
+        """Queries of branches times the keys of their group, in all groups of a row that share a prefix."""
+        pairs = 0
+        for group in row:
+            if len(group) > 1 and (prefix := self._prefix[group[0]]):
+                tokens = self.tokens(group)
+                pairs += (tokens - prefix) * tokens
+        return pairs
+
+    def epoch_tokens(self) -> int:
+        """Tokens of the first epoch, but for groups that the end of a step cuts; others differ a little."""
+        return int(self._added_tokens(self._chunks(0)).sum())
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[Step]:
         """The steps of an epoch in order, from the ``first``. A rank may have no row in one with few records."""
-        order = self.order(epoch)
-        for step in range(first, self.num_steps):
-            records = order[step * self.batch_size : (step + 1) * self.batch_size]
-            size = self.micro_batch_size
-            rows: list[Row] = [
-                tuple((index,) for index in records[start : start + size]) for start in range(0, len(records), size)
-            ]
-            yield [rows[rank :: self.world_size] for rank in range(self.world_size)]
+        chunks = self._chunks(epoch)
+        order = list(chain.from_iterable(chunks))
+        chunk_of = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
+        for start, end in islice(zip(*self._bounds(chunks), strict=True), first, None):
+            pieces = groupby(range(start, end), key=lambda place: chunk_of[place])
+            groups = [tuple(order[place] for place in places) for _, places in pieces]
+            yield self._pack(groups) if self.is_packed else self._pad(groups)
 
     def order(self, epoch: int) -> list[int]:
         """All records in the order of an epoch."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.num_records, generator=generator).tolist()
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
         return order
 
-    def size(self, row: Row) -> int:
-        """What a row costs, to compare it with others."""
-        return sum(map(len, row))
+    def _chunks(self, epoch: int) -> list[Group]:
+        """All records in the order of the epoch; those of a page in chunks that come together."""
+        order = self.order(epoch)
+        if self.packing != "shared-image":
+            return [(index,) for index in order]
+        pages: dict[int, list[int]] = {}
+        for index in order:
+            pages.setdefault(self._page[index], []).append(index)
+        chunks = [chunk for records in pages.values() for chunk in self._cut(records, even=True)]
+        # By the place of the record with the lowest index: so a page of many comes no earlier than others.
+        place = {index: at for at, index in enumerate(order)}
+        return sorted(chunks, key=lambda chunk: place[min(chunk)])
+
+    def _cut(self, records: Sequence[int], *, even: bool = False) -> list[Group]:
+        """Records of one page in groups that fit into a row and, with ``even``, have about equally many."""
+        limit = len(records)
+        if even:
+            limit = math.ceil(len(records) / math.ceil(len(records) / self.shared_image_max))
+        groups: list[list[int]] = []
+        tokens = 0
+        for index in records:
+            branch = self._tokens[index] - self._prefix[index]
+            if groups and len(groups[-1]) < limit and tokens + branch <= self.pack_tokens:
+                groups[-1].append(index)
+                tokens += branch
+            else:
+                groups.append([index])
+                tokens = self._tokens[index]
+        return [tuple(group) for group in groups]
+
+    def _added_tokens(self, chunks: Sequence[Group]) -> npt.NDArray[np.int64]:
+        """Tokens that each record adds, in the order of ``chunks``."""
+        order = list(chain.from_iterable(chunks))
+        first = np.zeros(len(order), dtype=bool)
+        first[np.cumsum([0] + [len(chunk) for chunk in chunks[:-1]])] = True
+        return np.asarray(self.lengths.tokens[order] - np.where(first, 0, self.lengths.prefix[order]))
+
+    def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
+        """Where each step starts and ends among the records in their order."""
+        if not self.by_tokens:
+            starts = [step * self.batch_size for step in range(self.num_steps)]
+        else:
+            reached = np.cumsum(self._added_tokens(chunks))
+            wanted = reached[-1] / self.num_steps * np.arange(self.num_steps)
+            places = np.arange(self.num_steps)
+            # At least one record a step, from the front and from the back.
+            front = np.maximum.accumulate(np.searchsorted(reached, wanted, side="right") - places) + places
+            starts = np.minimum(front, len(self) - places[::-1] - 1).tolist()
+        return starts, [*starts[1:], len(self)]
+
+    def _pad(self, groups: list[Group]) -> Step:
+        """Padded rows of a step, as evenly many on each rank as can be."""
+        size = self.micro_batch_size
+        rows: list[Row] = [tuple(groups[start : start + size]) for start in range(0, len(groups), size)]
+        return self._assign(rows, math.ceil(len(rows) / self.world_size))
+
+    def _pack(self, groups: list[Group]) -> Step:
+        """The groups of a step to the ranks, then into rows."""
+        if self.packing == "shared-image":
+            pages: dict[int, list[int]] = {}
+            for group in groups:
+                pages.setdefault(self._page[group[0]], []).extend(group)
+            groups = [group for records in pages.values() for group in self._cut(records)]
+        while len(groups) < self.world_size and len(largest := max(groups, key=len)) > 1:
+            groups.remove(largest)
+            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return [self._fill([group for (group,) in rows]) for rows in self._assign([(group,) for group in groups])]
+
+    def _assign(self, rows: Sequence[Row], most: int | None = None) -> Step:
+        ranks = assign_to_ranks([self.work(row) for row in rows], self.world_size, most)
+        return [[row for row, at in zip(rows, ranks, strict=True) if at == rank] for rank in range(self.world_size)]
+
+    def _fill(self, groups: Sequence[Group]) -> list[Row]:
+        """Groups into rows by best fit, the largest first: each goes where it leaves the least room."""
+        rows: list[list[Group]] = []
+        room: list[int] = []
+        for tokens, group in sorted(((self.tokens(group), group) for group in groups), key=lambda sized: -sized[0]):
+            fits = [place for place, left in enumerate(room) if left >= tokens]
+            if fits:
+                place = min(fits, key=lambda place: room[place])
+                rows[place].append(group)
+                room[place] -= tokens
+            else:
+                rows.append([group])
+                room.append(self.pack_tokens - tokens)
+        return [tuple(row) for row in rows]
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A row to make, whether it is its rank's last of a step, and whether nothing is to be learnt from it."""
+    """A row to make, whether it is its rank's last of a step, and whether it only fills: then it weighs nothing."""
 
     row: Row
     ends_step: bool
@@ -86,7 +274,7 @@ def rows_of_rank(
     """
     for step in plan.steps(epoch, first_step):
         own = step[rank]
-        smallest = min(own or [row for rows in step for row in rows], key=plan.size)
+        smallest = min(own or [row for rows in step for row in rows], key=plan.work)
         missing = max(map(len, step)) - len(own) if equal else int(not own)
         rows = [RowPlan(row, ends_step=False) for row in own]
         rows[-1:-1] = [RowPlan(smallest, ends_step=False, fills=True)] * missing
@@ -94,31 +282,86 @@ def rows_of_rank(
         yield replace(rows[-1], ends_step=True)
 
 
-class PaddedDataset(Dataset[dict[str, Any]]):
-    """Padded micro-batches, made as a plan asks for them.
+class RowDataset(Dataset[dict[str, Any]]):
+    """Rows, made as a plan asks for them; the images of a group are decoded once.
 
     Args:
-        samples: by their records' indices.
-        collate: makes a batch of them.
+        packed: side by side, in place of padded.
+        features: of the images, where a frozen vision part has made them already.
+        on_bad: a group whose images cannot be read: raise that, or leave it out. A row that has no other is made of
+            a record that can be read, and weighs nothing: every rank must run the same parts of the model.
     """
 
-    def __init__(self, samples: Dataset[Any], collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.samples = samples
-        self.collate = collate
+    def __init__(
+        self,
+        table: RecordTable,
+        processor: Phi3VProcessor,
+        loss_weighting: LossWeighting = "sample",
+        *,
+        packed: bool = False,
+        features: FeatureStore | None = None,
+        on_bad: OnBadSample = "stop",
+    ) -> None:
+        self.table = table
+        self.processor = processor
+        self.reader = PageReader(table, processor.image_processor, features)
+        self.loss_weighting = loss_weighting
+        self.packed = packed
+        self.on_bad = on_bad
 
     def __len__(self) -> int:
-        return len(self.samples)  # type: ignore[arg-type]
+        return len(self.table)
 
     def __getitem__(self, plan: RowPlan) -> dict[str, Any]:
-        batch = self.collate([self.samples[index] for (index,) in plan.row])
-        return finish_row(batch, plan)
+        groups: list[list[Sample]] = []
+        skipped: list[tuple[int, str]] = []
+        for group in plan.row:
+            try:
+                groups.append(self.samples(group))
+            except UserError as error:
+                if self.on_bad == "stop":
+                    raise
+                skipped += [(index, str(error).splitlines()[0]) for index in group]
+                wrong = error
+        weighs = bool(groups)
+        if not groups:
+            groups = [[self._first_readable(plan.row[-1][-1], wrong)]]
+        row = self.collate(groups)
+        if not weighs or plan.fills:
+            row = without_weight(row)
+        counts = Counts(0.0, 0, 0, 0) if plan.fills else row["counts"]._replace(skipped=tuple(skipped))
+        return row | {"counts": counts, "ends_step": plan.ends_step}
 
+    def collate(self, groups: list[list[Sample]]) -> dict[str, Any]:
+        """The row of samples, as of `pack_row` or `Collator`."""
+        if self.packed:
+            return pack_row(groups, self.loss_weighting)
+        collator = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=self.loss_weighting)
+        return collator([sample for samples in groups for sample in samples])
 
-def finish_row(row: dict[str, Any], plan: RowPlan) -> dict[str, Any]:
-    """What a row is to the step that it belongs to."""
-    if plan.fills:
-        row = without_weight(row) | {"counts": Counts(0.0, 0, 0, 0)}
-    return row | {"ends_step": plan.ends_step}
+    def samples(self, group: Group) -> list[Sample]:
+        """The samples of records about the same images.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
+        counts = [self.processor.image_processor.num_tokens_of_page(page.size) for page in first.pages]
+        samples = [first]
+        for index in group[1:]:
+            record = self.table[index]
+            stream = encode_record(record, self.processor, counts)
+            samples.append(Sample(stream.input_ids, stream.labels, first.pages, record.num_questions, index))
+        return samples
+
+    def _first_readable(self, after: int, error: UserError) -> Sample:
+        """The first record after one that cannot be read, going round; raises ``error`` if there is none."""
+        for step in range(1, len(self.table)):
+            try:
+                return self.samples(((after + step) % len(self.table),))[0]
+            except UserError:
+                continue
+        raise error
 
 
 def without_weight(row: dict[str, Any]) -> dict[str, Any]:

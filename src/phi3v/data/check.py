@@ -329,8 +329,7 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
 
 def _length_fault(path: Path, record: Record, context: Context, size_of: SizeOf) -> Iterator[Fault]:
     """The fault of a record that is longer than the model reads; unreadable images have faults of their own."""
-    texts = [record.system or "", *(text for turn in record.turns for text in (turn.user, turn.assistant))]
-    if not context.may_exceed(sum(len(text.encode()) for text in texts), len(record.turns), len(record.images)):
+    if not context.may_exceed(record):
         return
     sizes = []
     for name in record.images:

@@ -14,11 +14,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from phi3v.data.features import FeatureStore
 from phi3v.data.pages import Page, PageReader
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
-from phi3v.errors import UserError
 from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
 from phi3v.processing.pages import flatten_pages
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
@@ -32,9 +30,8 @@ class Sample:
     """One record, or one question of it, as the model sees it.
 
     Attributes:
-        pages: of each picture, in order.
+        pages: of each image, in order.
         index: of the record in its table.
-        fault: why the record cannot be read; the sample is then another one, and weighs nothing.
     """
 
     input_ids: list[int]
@@ -42,7 +39,6 @@ class Sample:
     pages: list[Page]
     num_questions: int = 1
     index: int = -1
-    fault: str | None = None
 
 
 class Counts(NamedTuple):
@@ -52,7 +48,7 @@ class Counts(NamedTuple):
         weight: the sum of its loss weights.
         samples, questions, tokens: how many, padding left out.
         records: the index of every sample's record.
-        skipped: index and reason of records that could not be read; other ones are in their place and weigh nothing.
+        skipped: index and reason of records that could not be read.
     """
 
     weight: float
@@ -66,7 +62,7 @@ class Counts(NamedTuple):
 def make_sample(
     reader: PageReader, record: Record, processor: Phi3VProcessor, *, question: int | None = None
 ) -> Sample:
-    """The token stream and the pictures of a record.
+    """The token stream and the images of a record.
 
     Args:
         question: make the prompt of this turn, after the turns before it with their answers; by default the whole
@@ -90,7 +86,7 @@ def encode_record(
     """The token stream of a record, or of the prompt that ends with turn ``question``, its last.
 
     Args:
-        num_img_tokens: tokens of every picture of the record, in order.
+        num_img_tokens: tokens of every image of the record, in order.
     """
     chat = [
         ChatTurn(
@@ -105,63 +101,9 @@ def encode_record(
     return encode_conversation(processor, chat, num_img_tokens, system=record.system)
 
 
-class ConversationDataset(Dataset[Sample]):
-    """Whole records, to learn from.
-
-    Args:
-        features: of their pictures, where a frozen vision part has made them already.
-        on_bad: a record whose pictures cannot be read: raise that, or give the next one that can in its place, with
-            ``fault`` set.
-    """
-
-    def __init__(
-        self,
-        table: RecordTable,
-        processor: Phi3VProcessor,
-        *,
-        features: FeatureStore | None = None,
-        on_bad: OnBadSample = "stop",
-    ) -> None:
-        self.table = table
-        self.processor = processor
-        self.reader = PageReader(table, processor.image_processor, features)
-        self.on_bad = on_bad
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            return replace(make_sample(self.reader, self.table[index], self.processor), index=index)
-        except UserError as error:
-            if self.on_bad == "stop":
-                raise
-            other = first_readable(self.reader, self.table, self.processor, after=index, error=error)
-            return replace(other, index=index, fault=str(error).splitlines()[0])
-
-
-def first_readable(
-    reader: PageReader, table: RecordTable, processor: Phi3VProcessor, *, after: int, error: UserError
-) -> Sample:
-    """The first record after one that cannot be read, going round.
-
-    It takes the place of that one: every rank must run the same parts of the model, whatever it could read.
-
-    Raises:
-        UserError: ``error``, if no record can be read.
-    """
-    for step in range(1, len(table)):
-        index = (after + step) % len(table)
-        try:
-            return replace(make_sample(reader, table[index], processor), index=index)
-        except UserError:
-            continue
-    raise error
-
-
 @dataclass(frozen=True)
 class Question:
-    """One question as it is scored: its text, its reference answers and the pictures it is about."""
+    """One question as it is scored: its text, its reference answers and the images it is about."""
 
     id: str
     text: str
@@ -170,7 +112,7 @@ class Question:
 
 
 class QuestionDataset(Dataset[Sample]):
-    """Every question that is learnt from, as a prompt to answer.
+    """Every question with a weight, as a prompt to answer.
 
     Args:
         limit: take so many questions, drawn by ``seed`` and kept in the order of the file.
@@ -191,7 +133,7 @@ class QuestionDataset(Dataset[Sample]):
         return len(self.index)
 
     def question(self, index: int) -> Question:
-        """What is asked, without the pictures' content."""
+        """What is asked, without the images' content."""
         record_index, turn_index = self.index[index]
         return _question(self.table[int(record_index)], int(turn_index))
 
@@ -205,17 +147,10 @@ class QuestionDataset(Dataset[Sample]):
                 yield _question(record, turn_index)
 
     def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:
-        """The token ids of a prompt whose pictures have so many tokens each."""
+        """The token ids of a prompt whose images have so many tokens each."""
         record_index, turn_index = self.index[index]
         record = upto_question(self.table[int(record_index)], int(turn_index))
         return encode_record(record, self.processor, num_img_tokens, question=int(turn_index)).input_ids
-
-    def num_img_tokens(self, index: int) -> list[int]:
-        """The tokens of each picture of a prompt, from the headers of the files alone."""
-        record_index, turn_index = self.index[index]
-        record = upto_question(self.table[int(record_index)], int(turn_index))
-        count = self.processor.image_processor.calc_num_image_tokens_from_image_size
-        return [count(width, height) for width, height in self.table.image_sizes(record)]
 
     def __getitem__(self, index: int) -> Sample:
         record_index, turn_index = self.index[index]
@@ -235,7 +170,7 @@ class Collator:
 
     Args:
         pad_token_id: fills ``input_ids``.
-        padding_side: right to learn, left to generate.
+        padding_side: right to train, left to generate.
         loss_weighting: ``sample`` weighs each label by one over its sample's number of labels, so that every sample
             weighs 1; ``token`` weighs every label 1.
     """
@@ -247,9 +182,8 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), and with
-            pictures what `stack_pictures` gives. Also ``counts``, see `Counts`. A sample with a fault weighs nothing
-            and is not counted.
+            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), ``counts``
+            (see `Counts`), and with images what `stack_images` gives.
         """
         rows = [sample.input_ids for sample in samples]
         batch: dict[str, Any] = dict(pad_rows(rows, self.pad_token_id, self.padding_side))
@@ -257,45 +191,97 @@ class Collator:
         labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
         weights = torch.zeros(len(samples), length)
         for row, sample in enumerate(samples):
-            own = torch.tensor(sample.labels, dtype=torch.int64)
-            learnt = own != IGNORE_INDEX
-            where = slice(length - len(own), length) if self.padding_side == "left" else slice(0, len(own))
-            labels[row, where] = own
-            weight = 1.0 / max(1, int(learnt.sum())) if self.loss_weighting == "sample" else 1.0
-            weights[row, where] = learnt * weight * (sample.fault is None)
-        good = [sample for sample in samples if sample.fault is None]
-        batch |= {
-            "labels": labels,
-            "loss_weights": weights,
-            "counts": Counts(
-                float(weights.sum()),
-                len(good),
-                sum(sample.num_questions for sample in good),
-                sum(len(sample.input_ids) for sample in good),
-                tuple(sample.index for sample in samples),
-                tuple((sample.index, sample.fault) for sample in samples if sample.fault is not None),
-            ),
-        }
-        return batch | stack_pictures(samples)
+            own = len(sample.labels)
+            where = slice(length - own, length) if self.padding_side == "left" else slice(0, own)
+            labels[row, where] = torch.tensor(sample.labels, dtype=torch.int64)
+            weights[row, where] = torch.tensor(label_weights(sample.labels, self.loss_weighting))
+        tokens = sum(map(len, rows))
+        batch |= {"labels": labels, "loss_weights": weights, "counts": count_samples(samples, weights, tokens)}
+        return batch | stack_images(samples)
 
 
-def stack_pictures(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """The pages of all pictures, each page once; nothing where there is none.
+def shared_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens at the beginning that all samples have in common, short of the last one before an answer.
+
+    The loss uses that one's output once for each sample, so it belongs to the branches.
+    """
+    if len(samples) == 1:
+        return 0
+    limits = [
+        next((place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX), len(sample.labels)) - 1
+        for sample in samples
+    ]
+    shared = min(limits)
+    first = samples[0].input_ids
+    for sample in samples[1:]:
+        pairs = enumerate(zip(first[:shared], sample.input_ids[:shared], strict=True))
+        shared = next((place for place, (a, b) in pairs if a != b), shared)
+    return shared
+
+
+def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting = "sample") -> dict[str, Any]:
+    """One row out of groups of samples; the images of a group are those of its first sample.
+
+    Returns:
+        ``input_ids``, ``labels`` int64 and ``loss_weights`` float32 (1, T); ``layout``, the prefix and the branches of
+        each group in tokens (see ``model/attention.py``); with images what `stack_images` gives, a page of several
+        groups once; and ``counts`` as of `Collator`.
+    """
+    layout: list[tuple[int, ...]] = []
+    ids: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for samples in groups:
+        prefix = shared_tokens(samples)
+        layout.append((prefix, *(len(sample.input_ids) - prefix for sample in samples)))
+        ids += samples[0].input_ids[:prefix]
+        labels += [IGNORE_INDEX] * prefix
+        weights += [0.0] * prefix
+        for sample in samples:
+            ids += sample.input_ids[prefix:]
+            labels += sample.labels[prefix:]
+            weights += label_weights(sample.labels[prefix:], loss_weighting)
+    loss_weights = torch.tensor([weights])
+    return {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
+        "loss_weights": loss_weights,
+        "layout": tuple(layout),
+        "counts": count_samples([sample for samples in groups for sample in samples], loss_weights, len(ids)),
+        **stack_images([samples[0] for samples in groups]),
+    }
+
+
+def label_weights(labels: Sequence[int], loss_weighting: LossWeighting) -> list[float]:
+    """The loss weight of each label of a sample; 0 of those that are masked."""
+    is_target = [label != IGNORE_INDEX for label in labels]
+    weight = 1.0 / max(1, sum(is_target)) if loss_weighting == "sample" else 1.0
+    return [weight * target for target in is_target]
+
+
+def count_samples(samples: Sequence[Sample], weights: torch.Tensor, tokens: int) -> Counts:
+    """The `Counts` of a batch with these loss weights."""
+    questions = sum(sample.num_questions for sample in samples)
+    return Counts(float(weights.sum()), len(samples), questions, tokens, tuple(sample.index for sample in samples))
+
+
+def stack_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """The pages of all images, each page once; nothing where there is none.
 
     Returns:
         ``pages`` uint8 (P, 3), all pixels page after page, or ``image_features`` where these were kept;
-        ``image_sizes`` int64 (pages, 2), height and width of each; ``page_index`` int64 (N,), the page of each picture
-        in order.
+        ``image_sizes`` int64 (pages, 2), height and width of each; ``page_index`` int64 (N,), the page of each image in
+        order.
     """
-    pictures = [page for sample in samples for page in sample.pages]
-    if not pictures:
+    images = [page for sample in samples for page in sample.pages]
+    if not images:
         return {}
-    distinct = {page.name: page for page in pictures}
+    distinct = {page.name: page for page in images}
     place = {name: index for index, name in enumerate(distinct)}
     contents = [page.content for page in distinct.values()]
     is_pixels = contents[0].dtype == torch.uint8
     return {
         **({"pages": flatten_pages(contents)} if is_pixels else {"image_features": torch.cat(contents)}),
         "image_sizes": torch.tensor([page.size for page in distinct.values()]),
-        "page_index": torch.tensor([place[page.name] for page in pictures]),
+        "page_index": torch.tensor([place[page.name] for page in images]),
     }

@@ -1,20 +1,41 @@
-"""Which records are longer than a model reads, found without making the tokens of all."""
+"""How long records are: the one place that counts tokens and crops, for everything that plans by them.
+
+What does not depend on ``num_crops`` is counted once for each data file and tokenizer, in parallel, and kept beside the
+file's table. Images are not decoded: their headers tell their sizes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from phi3v.data.images import image_size
+from phi3v.data.jsonl import replacing
+from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record
 from phi3v.errors import UserError
+from phi3v.machine import available_cores
 from phi3v.processing.hd_transform import num_img_tokens, page_geometry
 
 if TYPE_CHECKING:
     from phi3v.data.table import RecordTable
     from phi3v.processing.processor import Phi3VProcessor
 
+Ints = npt.NDArray[np.int64]
+
+VERSION = 1  # of the kept files: raise it whenever the same record would be counted otherwise
+LONG_CONTEXT = 4096  # longer samples use LongRoPE's long factors, unless the model's configuration says otherwise
 RELEASED_CONTEXT = 131_072  # max_position_embeddings of the released models
 RELEASED_CROPS = (16, 4)  # what they advise for one image and for several
 CHARACTERS_PER_TOKEN = 4  # of texts, where there is no tokenizer to ask
@@ -22,6 +43,310 @@ CHARACTERS_PER_TOKEN = 4  # of texts, where there is no tokenizer to ask
 _AROUND = 32
 SHOWN_LINES = 5
 LENGTH_HINT = "split the record, give it fewer images, lower model.num_crops, or leave it out"
+
+HEADER_THREADS = 8  # that read headers of images
+CHUNK = 256  # records that a process counts at a time
+PARALLEL = 4096  # records from which on processes are worth starting
+
+
+class RecordCount(NamedTuple):
+    """Of one record: its tokens that are no image, those that the loss is on; and for each turn the tokens of the
+    prompt that ends with its question, those up to the last image (0 if there is none), and a key that is equal for
+    prompts which are the same up to there.
+    """
+
+    text: int
+    targets: int
+    prompts: list[int]
+    prefixes: list[int]
+    keys: list[bytes]
+
+
+@dataclass(frozen=True)
+class RecordLengths:
+    """``n`` records at one ``num_crops``.
+
+    Attributes:
+        tokens: (n,) of the whole record.
+        image_tokens: (n,) those that are images.
+        targets: (n,) those that the loss is on.
+        crops: (n,) that run through the tower, global views included.
+        prefix: (n,) tokens up to the last image, which records of the same page have in common; 0: shares nothing.
+        page: (n,) equal for records that may share their prefix.
+    """
+
+    tokens: Ints
+    image_tokens: Ints
+    targets: Ints
+    crops: Ints
+    prefix: Ints
+    page: Ints
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def repeated(self, times: int) -> RecordLengths:
+        """As if there were so many times as many records, about other images."""
+        arrays = {field.name: np.tile(getattr(self, field.name), times) for field in fields(self)}
+        pages = int(self.page.max()) + 1
+        return RecordLengths(**arrays | {"page": arrays["page"] + pages * np.repeat(np.arange(times), len(self))})
+
+
+@dataclass(frozen=True)
+class TableLengths:
+    """``n`` records of ``t`` turns with ``m`` images, at whatever ``num_crops``.
+
+    Attributes:
+        text, targets: (n,) as of `RecordCount`.
+        turns: (n,) number of turns of each record.
+        prompts, prefixes: (t,) as of `RecordCount`.
+        pages: (t,) equal where the keys are.
+        images: (t,) number of images of each turn.
+        sizes: (m, 2) width and height of each image; 0 where its header cannot be read.
+    """
+
+    text: Ints
+    targets: Ints
+    turns: Ints
+    prompts: Ints
+    prefixes: Ints
+    pages: Ints
+    images: Ints
+    sizes: Ints
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @cached_property
+    def distinct_sizes(self) -> tuple[Ints, Ints]:
+        """The sizes that occur, and the place of each image's size among them."""
+        sizes, place = np.unique(self.sizes, axis=0, return_inverse=True)
+        return sizes, place.reshape(-1)
+
+    @cached_property
+    def first_turn(self) -> Ints:
+        """(n,) place of each record's first turn."""
+        return np.asarray(np.cumsum(self.turns) - self.turns)
+
+    @cached_property
+    def image_record(self) -> Ints:
+        """(m,) the record of each image."""
+        return np.repeat(np.repeat(np.arange(len(self)), self.turns), self.images)
+
+    def at(self, num_crops: int, long_context_start: int = LONG_CONTEXT) -> RecordLengths:
+        """All records at ``num_crops``.
+
+        Args:
+            long_context_start: longer samples use other rotary factors (LongRoPE), so records on both sides of it
+                cannot share a prefix, even of the same page.
+        """
+        per_image, crops = self._of_images(num_crops)
+        image_tokens, record_crops = (
+            np.bincount(self.image_record, values, len(self)).astype(np.int64) for values in (per_image, crops)
+        )
+        tokens = self.text + image_tokens
+        first = self.first_turn
+        # Only what is the same for all records of a page can be shared: no answer may stand before the last image.
+        shares = (np.bincount(self.image_record, minlength=len(self)) == self.images[first]) & (self.images[first] > 0)
+        alone = 2 * (int(self.pages.max()) + 1) + np.arange(len(self))
+        return RecordLengths(
+            tokens=tokens,
+            image_tokens=image_tokens,
+            targets=self.targets,
+            crops=record_crops,
+            prefix=np.where(shares, self.prefixes[first] + image_tokens, 0),
+            page=np.where(shares, 2 * self.pages[first] + (tokens > long_context_start), alone),
+        )
+
+    def prompts_at(self, questions: Ints, num_crops: int, long_context_start: int) -> tuple[Ints, Ints, Ints]:
+        """Tokens, prefix and page of prompts, as of `RecordLengths`.
+
+        Args:
+            questions: (q, 2) the record and the turn that each prompt ends with.
+        """
+        per_image, _ = self._of_images(num_crops)
+        turn_of_image = np.repeat(np.arange(len(self.images)), self.images)
+        of_turns = np.bincount(turn_of_image, per_image, len(self.images)).astype(np.int64)
+        first = self.first_turn[questions[:, 0]]
+        turn = first + questions[:, 1]
+        upto = np.cumsum(of_turns)
+        image_tokens = upto[turn] - upto[first] + of_turns[first]
+        tokens = self.prompts[turn] + image_tokens
+        prefix = np.where(self.prefixes[turn] > 0, self.prefixes[turn] + image_tokens, 0)
+        prefix[(prefix > long_context_start) != (tokens > long_context_start)] = 0
+        alone = int(self.pages.max(initial=0)) + 1 + np.arange(len(questions))
+        return tokens, prefix, np.where(prefix > 0, self.pages[turn], alone)
+
+    def _of_images(self, num_crops: int) -> tuple[Ints, Ints]:
+        """Tokens and crops of each image."""
+        sizes, place = self.distinct_sizes
+        pages = [page_geometry(width, height, num_crops) if width else None for width, height in sizes.tolist()]
+        tokens = np.array([page.num_img_tokens if page else 0 for page in pages], dtype=np.int64)
+        crops = np.array([page.num_distinct_crops if page else 0 for page in pages], dtype=np.int64)
+        return tokens[place], crops[place]
+
+
+def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCount:
+    """The tokens of a record by the model's tokenizer; without one, estimated."""
+    if processor is None:
+        return _estimate(record)
+    from phi3v.data.collate import encode_record  # takes seconds to import, and a check may do without
+    from phi3v.processing.conversation import IGNORE_INDEX
+
+    # One token an image, and its own number added elsewhere: the runs of a page would cost the most.
+    stream = encode_record(record, processor, [1] * len(record.images))
+    prompts, prefixes = [], []
+    images = prefix = 0
+    for turn, end in zip(record.turns, stream.prompts, strict=True):
+        images += len(turn.images)
+        if turn.images:
+            prefix = end - next(back for back in range(end) if stream.input_ids[end - 1 - back] < 0) - images
+        prompts.append(end - images)
+        prefixes.append(prefix)
+    targets = sum(label != IGNORE_INDEX for label in stream.labels)
+    return RecordCount(len(stream.input_ids) - images, targets, prompts, prefixes, _page_keys(record))
+
+
+def _estimate(record: Record) -> RecordCount:
+    """By characters, and what a turn and an image have around them."""
+    text = 2 + len(record.system or "") / CHARACTERS_PER_TOKEN
+    answers, prefix = 0.0, 0
+    prompts, prefixes = [], []
+    for turn in record.turns:
+        if turn.images:
+            before = (turn.image_offsets or [0])[-1] / CHARACTERS_PER_TOKEN
+            prefix = int(text + before) + 2 + 3 * (len(turn.images) - 1)
+        text += 8 + 3 * len(turn.images) + len(turn.user) / CHARACTERS_PER_TOKEN
+        prompts.append(int(text) - 3)
+        prefixes.append(prefix)
+        answer = len(turn.assistant) / CHARACTERS_PER_TOKEN
+        text += answer
+        answers += turn.weight * answer
+    return RecordCount(int(text), int(answers) + 2 * record.num_questions + 1, prompts, prefixes, _page_keys(record))
+
+
+def _page_keys(record: Record) -> list[bytes]:
+    """For each turn a digest of all that its prompt holds up to its last image."""
+    digest = hashlib.blake2b(repr(record.system).encode(), digest_size=16)
+    keys, key = [], b""
+    for turn in record.turns:
+        if turn.images:
+            before = turn.user[: turn.image_offsets[-1]] if turn.image_offsets else ""
+            own = digest.copy()
+            own.update(repr((turn.images, turn.image_offsets, before)).encode())
+            key = own.digest()
+        keys.append(key)
+        digest.update(repr((turn.images, turn.image_offsets, turn.user, turn.assistant)).encode())
+    return keys
+
+
+def measure_table(
+    table: RecordTable, processor: Phi3VProcessor | None, *, skip_unreadable: bool = False, progress: bool = False
+) -> TableLengths:
+    """The lengths of all records; kept in the cache, where that can be written.
+
+    Args:
+        processor: with the model's tokenizer; without one tokens are estimated.
+        skip_unreadable: an image whose header cannot be read has no tokens, in place of an error.
+        progress: show a bar if it takes long and standard error is a terminal.
+
+    Raises:
+        UserError: the header of an image cannot be read; names the line and the field.
+    """
+    names, name_of_image = table.distinct_images()
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        stamp = np.array(list(pool.map(lambda name: _stamp(table.images_root / name), names)), dtype=np.int64)
+    file = table.folder / f"lengths-{_identity(table, processor)}.npz"
+    known = _recall(file, table, stamp, len(name_of_image))
+    if known is not None:
+        return known
+    sizes = _read_sizes(table, names, skip_unreadable)
+    with LateProgress("measuring records", len(table), enabled=progress) as bar:
+        counts = _count_all(table, processor, bar)
+    numbers: dict[bytes, int] = {}
+    arrays = {
+        "text": [count.text for count in counts],
+        "targets": [count.targets for count in counts],
+        "prompts": [tokens for count in counts for tokens in count.prompts],
+        "prefixes": [tokens for count in counts for tokens in count.prefixes],
+        "pages": [numbers.setdefault(key, len(numbers)) for count in counts for key in count.keys],
+        "sizes": sizes[name_of_image],
+    }
+    kept = {name: np.asarray(values, dtype=np.int64) for name, values in arrays.items()}
+    if sizes.all():  # else it may be another time
+        _keep(file, kept | {"stamp": stamp})
+    return TableLengths(**kept, turns=table.turn_counts(), images=table.turn_image_counts())
+
+
+def _count_all(table: RecordTable, processor: Phi3VProcessor | None, bar: LateProgress) -> list[RecordCount]:
+    from phi3v.data.readers import reading  # which imports torch
+
+    def count_chunk(start: int) -> list[RecordCount]:
+        return [count_record(record, processor) for record in table.records(start, start + CHUNK)]
+
+    counts: list[RecordCount] = []
+    workers = available_cores() if processor is not None and len(table) >= PARALLEL else 0
+    with reading(count_chunk, range(0, len(table), CHUNK), workers) as chunks:
+        for chunk in chunks:
+            counts += chunk
+            bar.advance(len(chunk))
+    return counts
+
+
+def _identity(table: RecordTable, processor: Phi3VProcessor | None) -> str:
+    """Of everything but the data file that the kept lengths depend on."""
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor is not None else ""
+    settings = [VERSION, tokenizer, os.path.abspath(table.images_root), table.max_pixels, table.exif_orientation]
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells whether an image was replaced since."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _recall(file: Path, table: RecordTable, stamp: Ints, num_images: int) -> TableLengths | None:
+    """What was kept, if it is whole and of these images."""
+    try:
+        with np.load(file) as kept:
+            arrays = {name: kept[name] for name in kept.files}
+        same = np.array_equal(arrays.pop("stamp"), stamp)
+        lengths = TableLengths(**arrays, turns=table.turn_counts(), images=table.turn_image_counts())
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+    turns = len(lengths.images)
+    found = [len(value) for value in (lengths.text, lengths.targets, lengths.prompts, lengths.prefixes, lengths.pages)]
+    whole = found == [len(table)] * 2 + [turns] * 3 and lengths.sizes.shape == (num_images, 2)
+    return lengths if same and whole else None
+
+
+def _keep(file: Path, arrays: dict[str, Ints]) -> None:
+    try:
+        with replacing(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, **arrays)  # type: ignore[arg-type]
+    except OSError:
+        pass  # it is counted again the next time
+
+
+def _read_sizes(table: RecordTable, names: Sequence[str], skip_unreadable: bool) -> Ints:
+    """(names, 2) width and height of images."""
+
+    def read(name: str) -> tuple[int, int] | None:
+        try:
+            return table.of_image(image_size, name)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        sizes = dict(zip(names, pool.map(read, names), strict=True))
+    unreadable = {name for name, size in sizes.items() if size is None}
+    if unreadable and not skip_unreadable:
+        table.image_sizes(next(record for record in table if unreadable.intersection(record.images)))
+    return np.array([size or (0, 0) for size in sizes.values()], dtype=np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -36,53 +361,44 @@ class Context:
     tokens: int = RELEASED_CONTEXT
     processor: Phi3VProcessor | None = None
 
-    def may_exceed(self, text_bytes: Any, turns: Any, images: Any) -> Any:
-        """Whether a record, or each of several as arrays, is perhaps too long; if not, it needs no counting."""
+    def may_exceed(self, record: Record) -> bool:
+        """Whether a record is perhaps too long; if not, it needs no counting."""
         crops = self.processor.image_processor.num_crops if self.processor is not None else max(RELEASED_CROPS)
+        texts = [record.system or "", *(text for turn in record.turns for text in (turn.user, turn.assistant))]
+        around = _AROUND * (1 + len(record.turns))
         # A page of one column has the most row ends. A token has a byte at least.
-        return text_bytes + _AROUND * (1 + turns) + (num_img_tokens(crops, 1) + _AROUND) * images > self.tokens
+        images = len(record.images) * (num_img_tokens(crops, 1) + _AROUND)
+        return sum(len(text.encode()) for text in texts) + around + images > self.tokens
 
     def count(self, record: Record, image_sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a record, from its texts and the sizes of its images."""
-        if self.processor is None:
-            crops = RELEASED_CROPS[len(image_sizes) > 1]
-            characters = sum(len(turn.user) + len(turn.assistant) for turn in record.turns) + len(record.system or "")
-            pages = sum(page_geometry(width, height, crops).num_img_tokens for width, height in image_sizes)
-            return characters // CHARACTERS_PER_TOKEN + pages
-        from phi3v.data.collate import encode_record  # takes seconds to import, and a check may do without
-
-        of_image = self.processor.image_processor.calc_num_image_tokens_from_image_size
-        # One token an image, and its own number added: the runs of a page would cost the most.
-        rest = len(encode_record(record, self.processor, [1] * len(image_sizes)).input_ids) - len(image_sizes)
-        return rest + sum(of_image(width, height) for width, height in image_sizes)
+        crops = RELEASED_CROPS[len(image_sizes) > 1]
+        if self.processor is not None:
+            crops = self.processor.image_processor.num_crops
+        pages = sum(page_geometry(width, height, crops).num_img_tokens for width, height in image_sizes)
+        return count_record(record, self.processor).text + pages
 
     def too_long(self, tokens: int) -> str:
         """What is wrong with a record of so many tokens."""
-        about, which = ("about ", "Phi-3.5-vision") if self.processor is None else ("", "the model")
-        return f"the record has {about}{tokens:,} tokens, and {which} reads {self.tokens:,} (max_position_embeddings)"
+        about, which = (f"about {round(tokens, -3):,}", "Phi-3.5-vision")
+        if self.processor is not None:
+            about, which = f"{tokens:,}", "the model"
+        return f"the record has {about} tokens, and {which} reads {self.tokens:,} (max_position_embeddings)"
 
 
-def require_context(table: RecordTable, context: Context) -> None:
+def require_context(table: RecordTable, context: Context, lengths: RecordLengths) -> None:
     """Look whether the model can read every record whole.
 
     Raises:
-        UserError: it cannot; names lines and lengths. Or the header of an image of a long record cannot be read.
+        UserError: it cannot; names lines and lengths.
     """
-    too_long = []
-    for index in context.may_exceed(table.text_bytes(), table.turn_counts(), table.image_counts()).nonzero()[0]:
-        record = table[int(index)]
-        tokens = context.count(record, table.image_sizes(record))
-        if tokens > context.tokens:
-            too_long.append((record.line, tokens))
-    if too_long:
-        raise beyond_context(table.path, too_long, context)
-
-
-def beyond_context(path: Path, too_long: Sequence[tuple[int, int]], context: Context) -> UserError:
-    """The error for records that are too long, as line and tokens of each."""
-    line, tokens = too_long[0]
-    what = context.too_long(tokens)
+    too_long = (lengths.tokens > context.tokens).nonzero()[0].tolist()
+    if not too_long:
+        return
+    lines = [table[index].line for index in too_long[: 1 + SHOWN_LINES]]
+    what = context.too_long(int(lengths.tokens[too_long[0]]))
     if len(too_long) > 1:
-        lines = ", ".join(f"{line} ({tokens:,})" for line, tokens in too_long[1 : 1 + SHOWN_LINES])
-        what += f"; {len(too_long) - 1} more are too long: line {lines}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
-    return UserError(what, where=f"{path}:{line}", hint=LENGTH_HINT)
+        shown = zip(lines[1:], lengths.tokens[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True)
+        others = ", ".join(f"{line} ({tokens:,})" for line, tokens in shown)
+        what += f"; {len(too_long) - 1} more are too long: line {others}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
+    raise UserError(what, where=f"{table.path}:{lines[0]}", hint=LENGTH_HINT)

@@ -88,15 +88,6 @@ class Record:
         """Turns that are learnt from."""
         return sum(turn.weight for turn in self.turns)
 
-    @property
-    def page(self) -> tuple[object, ...] | None:
-        """Equal for records whose token streams are the same up to the last image; None if none can be."""
-        first, images = self.turns[0], self.images
-        if not images or len(images) > len(first.images):
-            return None
-        before = first.user[: first.image_offsets[-1]] if first.image_offsets else ""
-        return images, self.system, first.image_offsets, before
-
 
 @dataclass(slots=True)
 class Line:

@@ -68,6 +68,7 @@ class RecordTable:
         max_pixels: the limit of `load_images`.
         exif_orientation: whether images are turned as their EXIF orientation says.
         sha256: of the file's content, when it was parsed.
+        folder: where what is derived from this content is kept.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class RecordTable:
         images_root: Path,
         max_pixels: int,
         *,
-        exif_orientation: bool = True,
-        sha256: str = "",
+        exif_orientation: bool,
+        sha256: str,
+        folder: Path,
     ) -> None:
         self._dataset = dataset
         self.path = path
         self.sha256 = sha256
+        self.folder = folder
         self.images_root = images_root
         self.max_pixels = max_pixels
         self.exif_orientation = exif_orientation
@@ -101,12 +104,16 @@ class RecordTable:
         return _record(self._dataset[int(index)])
 
     def __iter__(self) -> Iterator[Record]:
-        for batch in self._dataset.with_format("arrow").iter(batch_size=1000):
-            for row in batch.to_pylist():
-                yield _record(row)
+        for start in range(0, len(self), 1000):
+            yield from self.records(start, start + 1000)
+
+    def records(self, start: int, stop: int) -> list[Record]:
+        """The records of a range, read faster than one by one."""
+        rows = self._dataset.with_format("arrow")[start : min(stop, len(self))].to_pylist()
+        return [_record(row) for row in rows]
 
     def questions(self) -> npt.NDArray[np.int64]:
-        """(questions, 2) record and turn of every turn that is learnt from, without reading the texts."""
+        """(questions, 2) record and turn of every turn with a weight, without reading the texts."""
         of_records = self._dataset.data.column("questions").combine_chunks()
         records = np.repeat(np.arange(len(self)), np.asarray(pc.list_value_length(of_records)))
         return np.stack([records, np.asarray(of_records.flatten())], axis=1).astype(np.int64)
@@ -119,16 +126,17 @@ class RecordTable:
         """(records,) number of turns of each record, without reading the texts."""
         return np.asarray(pc.list_value_length(self._dataset.data.column("turns"))).astype(np.int64)
 
-    def text_bytes(self) -> npt.NDArray[np.int64]:
-        """(records,) UTF-8 bytes of the system message, the questions and the answers of each record."""
-        sizes = []
-        for batch in self._dataset.data.table.select(["system", "turns"]).to_batches():
-            turns = batch.column("turns").flatten()
-            texts = [pc.binary_length(pc.struct_field(turns, name)) for name in ("user", "assistant")]
-            owner = np.repeat(np.arange(len(batch)), np.asarray(pc.list_value_length(batch.column("turns"))))
-            of_turns = np.bincount(owner, np.asarray(pc.add(*texts)), len(batch))
-            sizes.append(of_turns + np.asarray(pc.fill_null(pc.binary_length(batch.column("system")), 0)))
-        return np.concatenate(sizes).astype(np.int64)
+    def turn_image_counts(self) -> npt.NDArray[np.int64]:
+        """(turns,) number of images of each turn of all records."""
+        return np.asarray(pc.list_value_length(self._image_lists())).astype(np.int64)
+
+    def distinct_images(self) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """The names of all images, each once, and the place among them of each image of all turns."""
+        names = pc.list_flatten(self._image_lists()).combine_chunks().dictionary_encode()
+        return names.dictionary.to_pylist(), np.asarray(names.indices).astype(np.int64)
+
+    def _image_lists(self) -> pa.ChunkedArray:
+        return pc.struct_field(pc.list_flatten(self._dataset.data.column("turns")), "images")
 
     def load_images(self, record: Record) -> list[Image.Image]:
         """The images of all turns of a record as RGB, in order.
@@ -220,7 +228,7 @@ def open_table(
         if dataset is None:
             raise RuntimeError(f"the table that was just written cannot be read: {folder}")
     root = images_root or path.parent / "images"
-    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation, sha256=sha256)
+    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation, sha256=sha256, folder=folder)
 
 
 def _open_cached(folder: Path) -> datasets.Dataset | None:

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.config import RunConfig
+from phi3v.data.batches import RowDataset, RowPlan
 from phi3v.data.check import check_file
-from phi3v.data.collate import Collator, ConversationDataset, encode_record
+from phi3v.data.collate import encode_record
 from phi3v.data.images import describe_kinds
-from phi3v.data.lengths import Context, require_context
 from phi3v.data.overlap import find_overlap
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -36,7 +36,7 @@ from phi3v.train.device import RuntimeDevice, choose_device, default_workers
 from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.strategies import summarize
-from phi3v.train.prepare import data_files, make_plan, open_tables, probe_index, questions_of
+from phi3v.train.prepare import data_files, make_plan, open_tables, probe_index, questions_of, require_lengths
 from phi3v.train.run_folder import HINT, check_run_folder, environment
 from phi3v.train.schedule import describe_schedule, total_steps
 
@@ -69,8 +69,9 @@ def diagnose(config: RunConfig, console: Console) -> Report:
             report.add(shared or none)
     if case is not None and facts is not None and processor is not None and table is not None:
         _check_records(config, report, facts, processor, table, eval_table)
-        with report.checking("schedule"):
-            plan = make_plan(config, case.compute, facts.skeleton, table, processor)
+        if not report.has_failed("lengths"):
+            lengths = require_lengths(config, table, facts, processor)
+            plan = make_plan(config, case.compute, facts.skeleton, lengths)
             report.add(describe_schedule(config.training, total_steps(config.training, plan.num_steps)))
     if case is not None and facts is not None and not report.has_failed("lengths") and not refusals(case):
         with report.checking("plan"):
@@ -224,7 +225,7 @@ def _check_records(
     with report.checking("lengths"):
         for each in (table, eval_table):
             if each is not None:
-                require_context(each, Context(facts.context, processor))
+                require_lengths(config, each, facts, processor)
         what = f"no record is longer than the {facts.context:,} tokens that the model reads"
         report.say("lengths", "pass", what)
     with report.checking("answers"):
@@ -323,8 +324,7 @@ def _check_gradients(
     counts = table.image_counts()
     with_images = counts.nonzero()[0]
     smallest = int(with_images[counts[with_images].argmin()]) if len(with_images) else 0
-    sample = ConversationDataset(table, processor)[smallest]
-    batch = Collator(processor.tokenizer.pad_token_id)([sample])
+    batch = RowDataset(table, processor)[RowPlan(((smallest,),), ends_step=True)]
     checked = check_gradients(model, batch, autocast_dtype=compute.autocast_dtype)
     report.say("gradients", "pass", f"all {checked} trainable tensors get one, no frozen one does")
 

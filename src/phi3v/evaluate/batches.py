@@ -1,67 +1,57 @@
 """Which questions are answered together, and on which rank.
 
-Questions about the same page share everything up to their last picture: that head is computed once and the rest of
-each prompt, its tail, branches from it. Batches hold prompts of similar length, so that little is padded.
+Questions about the same page share everything up to their last image: that prefix is computed once and the rest of
+each prompt, its suffix, branches from it. Batches hold prompts of similar length, so that little is padded.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from phi3v.data.collate import QuestionDataset, Sample, stack_pictures
+from phi3v.data.batches import assign_to_ranks
+from phi3v.data.collate import QuestionDataset, Sample, stack_images
+from phi3v.data.lengths import measure_table
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is known of a prompt before its pictures are decoded.
+    """What is known of a prompt before its images are decoded.
 
     Attributes:
         index: of its question.
-        page: a number that prompts with the same head have in common.
-        head: tokens up to the last picture; 0 where nothing may be shared.
+        page: a number that prompts with the same prefix have in common.
+        prefix: tokens up to the last image; 0 where nothing may be shared.
         length: tokens in all.
     """
 
     index: int
     page: int
-    head: int
+    prefix: int
     length: int
 
 
-def measure_prompts(questions: QuestionDataset, long_context_start: int) -> list[Prompt]:
-    """Every prompt's length and page, from the texts and the headers of the picture files.
+def list_prompts(questions: QuestionDataset, long_context_start: int) -> list[Prompt]:
+    """The prompt of every question.
 
     Args:
-        long_context_start: longer samples use other rotary factors (LongRoPE), so a head on one side of it is of no
+        long_context_start: longer samples use other rotary factors (LongRoPE), so a prefix on one side of it is of no
             use to a prompt on the other.
     """
-    counts: dict[tuple[str, ...], list[int]] = {}
-    pages: dict[Any, int] = {}
-    prompts = []
-    for index in range(len(questions)):
-        images = questions.question(index).images
-        if images not in counts:
-            counts[images] = questions.num_img_tokens(index)
-        ids = questions.prompt(index, counts[images])
-        head = len(ids) - next((back for back, token in enumerate(reversed(ids)) if token < 0), len(ids))
-        if (head > long_context_start) != (len(ids) > long_context_start):
-            head = 0
-        # The pictures' own tokens are left out: their names stand for them.
-        key = (images, tuple(token for token in ids[:head] if token >= 0)) if head else index
-        prompts.append(Prompt(index, pages.setdefault(key, len(pages)), head, len(ids)))
-    return prompts
+    num_crops = questions.processor.image_processor.num_crops
+    lengths = measure_table(questions.table, questions.processor)
+    tokens, prefixes, pages = lengths.prompts_at(questions.index, num_crops, long_context_start)
+    values = zip(pages.tolist(), prefixes.tolist(), tokens.tolist(), strict=True)
+    return [Prompt(index, *of_prompt) for index, of_prompt in enumerate(values)]
 
 
-def deal(prompts: Sequence[Prompt], ranks: int, batch_size: int) -> list[list[Prompt]]:
-    """Every prompt to exactly one rank: pages stay together, and each next one goes to the rank with least to do.
+def prompts_of_ranks(prompts: Sequence[Prompt], ranks: int, batch_size: int) -> list[list[Prompt]]:
+    """Every prompt on exactly one rank, pages together as far as a batch holds them.
 
     A rank's prompts are sorted by length, longest first, page by page.
     """
@@ -70,16 +60,14 @@ def deal(prompts: Sequence[Prompt], ranks: int, batch_size: int) -> list[list[Pr
         longest[prompt.page] = max(longest.get(prompt.page, 0), prompt.length)
     ordered = sorted(prompts, key=lambda p: (-longest[p.page], p.page, -p.length, p.index))
     together = max(1, min(batch_size, math.ceil(len(prompts) / ranks)))
-    shares: list[list[Prompt]] = [[] for _ in range(ranks)]
-    loads = [(0, rank) for rank in range(ranks)]
+    parts: list[list[Prompt]] = []
     for _, group in groupby(ordered, key=lambda p: p.page):
         page = list(group)
-        for start in range(0, len(page), together):
-            part = page[start : start + together]
-            load, rank = heapq.heappop(loads)
-            shares[rank] += part
-            cost = part[0].head + sum(prompt.length - prompt.head for prompt in part)
-            heapq.heappush(loads, (load + cost, rank))
+        parts += [page[start : start + together] for start in range(0, len(page), together)]
+    work = [part[0].prefix + sum(prompt.length - prompt.prefix for prompt in part) for part in parts]
+    shares: list[list[Prompt]] = [[] for _ in range(ranks)]
+    for part, rank in zip(parts, assign_to_ranks(work, ranks), strict=True):
+        shares[rank] += part
     return shares
 
 
@@ -88,7 +76,7 @@ def cut_batches(prompts: Sequence[Prompt], batch_size: int, max_tokens: int) -> 
     batches: list[list[Prompt]] = []
     for prompt in prompts:
         wider = [*batches[-1], prompt] if batches else []
-        width = max((p.head for p in wider), default=0) + max((p.length - p.head for p in wider), default=0)
+        width = max((p.prefix for p in wider), default=0) + max((p.length - p.prefix for p in wider), default=0)
         if wider and len(wider) <= batch_size and len(wider) * width <= max_tokens:
             batches[-1] = wider
         else:
@@ -102,32 +90,33 @@ class PromptBatch:
 
     Attributes:
         indices: the question of each row.
-        heads: token ids of each page; whole prompts where no tail is left.
-        page_of_row: which head each row goes on from.
-        tails: token ids of each row after its head; empty lists where the heads are whole prompts.
-        pictures: pages of the heads, as `stack_pictures` gives them, or nothing.
+        prefixes: token ids of each page; whole prompts where no suffix is left.
+        page_of_row: which prefix each row goes on from.
+        suffixes: token ids of each row after its prefix; empty lists where the prefixes are whole prompts.
+        images: pages of the prefixes, as `stack_images` gives them, or nothing.
     """
 
     indices: list[int]
-    heads: list[list[int]]
+    prefixes: list[list[int]]
     page_of_row: list[int]
-    tails: list[list[int]]
-    pictures: dict[str, torch.Tensor] = field(default_factory=dict)
+    suffixes: list[list[int]]
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def lengths(self) -> list[int]:
         """Tokens of each row's prompt."""
-        return [len(self.heads[page]) + len(tail) for page, tail in zip(self.page_of_row, self.tails, strict=True)]
+        rows = zip(self.page_of_row, self.suffixes, strict=True)
+        return [len(self.prefixes[page]) + len(suffix) for page, suffix in rows]
 
 
 def whole_prompts(indices: Sequence[int], samples: Sequence[Sample]) -> PromptBatch:
     """A batch in which nothing is shared."""
     rows = list(range(len(indices)))
-    heads = [sample.input_ids for sample in samples]
-    return PromptBatch(list(indices), heads, rows, [[] for _ in rows], stack_pictures(samples))
+    prompts = [sample.input_ids for sample in samples]
+    return PromptBatch(list(indices), prompts, rows, [[] for _ in rows], stack_images(samples))
 
 
 class PromptBatches(Dataset[PromptBatch]):
-    """Batches with their pictures decoded, each picture of a page once."""
+    """Batches with their images decoded, each image of a page once."""
 
     def __init__(self, questions: QuestionDataset, batches: Sequence[Sequence[Prompt]]) -> None:
         self.questions = questions
@@ -140,17 +129,17 @@ class PromptBatches(Dataset[PromptBatch]):
         prompts = self.batches[number]
         indices = [prompt.index for prompt in prompts]
         first = {prompt.page: prompt for prompt in reversed(prompts)}
-        if len(first) == len(prompts) or not all(prompt.head for prompt in prompts):
+        if len(first) == len(prompts) or not all(prompt.prefix for prompt in prompts):
             return whole_prompts(indices, [self.questions[index] for index in indices])
         samples = {page: self.questions[prompt.index] for page, prompt in first.items()}
         counts = {page: self._num_img_tokens(sample) for page, sample in samples.items()}
         place = {page: place for place, page in enumerate(samples)}
         return PromptBatch(
             indices,
-            [samples[page].input_ids[: first[page].head] for page in samples],
+            [samples[page].input_ids[: first[page].prefix] for page in samples],
             [place[prompt.page] for prompt in prompts],
-            [self.questions.prompt(p.index, counts[p.page])[p.head :] for p in prompts],
-            stack_pictures(list(samples.values())),
+            [self.questions.prompt(p.index, counts[p.page])[p.prefix :] for p in prompts],
+            stack_images(list(samples.values())),
         )
 
     def _num_img_tokens(self, sample: Sample) -> list[int]:

@@ -33,12 +33,12 @@ class DecodingState:
         self.mask: torch.Tensor | None = None  # [R, T]
         self.logits = torch.empty(0)  # [R, 1, V]
 
-    def feed(self, inputs: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor] | None = None) -> None:
+    def feed(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor] | None = None) -> None:
         """Read more tokens of every sample."""
         tokens = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(tokens))
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
-        outputs = self._run(tokens, self.mask, 1, **(pictures or {}))
+        outputs = self._run(tokens, self.mask, 1, **(images or {}))
         name = next(name for name in CACHE_NAMES if outputs.get(name) is not None)  # it may answer to both
         self.cache = {name: outputs[name]}
         self.logits = outputs.logits
@@ -82,9 +82,9 @@ def prefill(model: Any, processor: Phi3VProcessor, batch: PromptBatch) -> Decodi
         return {name: value.to(device) for name, value in inputs.items()}
 
     state = DecodingState(model)
-    state.feed(padded(batch.heads), {name: value.to(device) for name, value in batch.pictures.items()})
-    if any(batch.tails):
+    state.feed(padded(batch.prefixes), {name: value.to(device) for name, value in batch.images.items()})
+    if any(batch.suffixes):
         state.select(batch.page_of_row)
-        state.feed(padded(batch.tails))
+        state.feed(padded(batch.suffixes))
     state.lengths = batch.lengths()
     return state

@@ -18,7 +18,14 @@ from accelerate.utils import gather_object
 
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.readers import reading
-from phi3v.evaluate.batches import PromptBatch, PromptBatches, cut_batches, deal, measure_prompts, whole_prompts
+from phi3v.evaluate.batches import (
+    PromptBatch,
+    PromptBatches,
+    cut_batches,
+    list_prompts,
+    prompts_of_ranks,
+    whole_prompts,
+)
 from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
 from phi3v.processing.conversation import END
 from phi3v.processing.processor import Phi3VProcessor
@@ -63,8 +70,8 @@ def generate_answers(
         autocast_dtype: compute in this dtype; by default in the model's own.
         on_batch: told how many questions were answered since the last call, on this rank.
     """
-    prompts = measure_prompts(questions, model.config.long_context_start)
-    mine = deal(prompts, world_size, batch_size)[rank]
+    prompts = list_prompts(questions, model.config.long_context_start)
+    mine = prompts_of_ranks(prompts, world_size, batch_size)[rank]
     batches = PromptBatches(questions, cut_batches(mine, batch_size, batch_tokens))
     device = next(model.parameters()).device
     answerer = _Answerer(model, processor, device, max_new_tokens, words)
@@ -109,7 +116,7 @@ class _Answerer:
         ids: list[list[int]] = [[] for _ in batch.indices]
         crossing = self.decode(state, ids)
         while crossing:
-            # Their keys were rotated with the short factors. As in the official code, the whole sample, pictures
+            # Their keys were rotated with the short factors. As in the official code, the whole sample, images
             # included, runs again with the long ones.
             rows = [batch.indices[row] for row in crossing]
             samples = [questions[index] for index in rows]

@@ -56,3 +56,19 @@ class ModelShape:
     def tower_layer_parameters(self) -> int:
         """Weights of a tower layer's products."""
         return 4 * self.tower_width**2 + 2 * self.tower_width * self.tower_mlp
+
+    @property
+    def token_flops(self) -> int:
+        """Operations of the decoder's products for a token, forward; attention over others apart."""
+        return 2 * self.layers * self.layer_parameters
+
+    @property
+    def crop_flops(self) -> tuple[int, int]:
+        """Operations of the tower for a crop, forward: products with weights, and attention."""
+        products = 2 * self.tower_layers * self.patches * self.tower_layer_parameters
+        return products, 4 * self.tower_layers * self.patches**2 * self.tower_width
+
+    @property
+    def crop_cost(self) -> float:
+        """A crop's operations in tokens', about 53 for the released models."""
+        return sum(self.crop_flops) / self.token_flops

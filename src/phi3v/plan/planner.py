@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from phi3v.config import METHODS, MethodName, Packing, RunConfig
-from phi3v.data.lengths import Context, beyond_context
+from phi3v.data.lengths import Context, require_context
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.model.shape import ModelShape
@@ -192,12 +192,9 @@ class Planner:
 
     def _require_context(self, context: Context, num_crops: int) -> None:
         """Raise `UserError` for records that are longer than the model reads."""
-        tokens = self.workload.at(num_crops).tokens
-        indices = (tokens > context.tokens).nonzero()[0]
-        if self.config.data.train is not None and len(indices):
-            path = Path(self.config.data.train)
-            table = open_table(path, special_text=self.config.data.special_text, progress=False)
-            raise beyond_context(path, [(table[int(i)].line, int(tokens[i])) for i in indices], context)
+        if self.config.data.train is not None and not self.workload.is_assumed:
+            table = open_table(Path(self.config.data.train), **self.config.data.reading, progress=False)
+            require_context(table, context, self.workload.at(num_crops).lengths)
 
     def plan(self, machine: Machine) -> Plan:
         """The plan for ``machine``.
@@ -308,21 +305,21 @@ class Planner:
         return predict_speed(flops, machine, utilisation, basis)
 
     def _mean_sample(self, num_crops: int) -> SampleWork:
-        choice = self.workload.at(num_crops)
-        tokens = choice.tokens.astype(float)
+        lengths = self.workload.at(num_crops).lengths
+        tokens = lengths.tokens.astype(float)
         return SampleWork(
             tokens=float(tokens.mean()),
             tokens_squared=float((tokens**2).mean()),
-            image_tokens=float(choice.image_tokens.mean()),
-            crops=float(choice.crops.mean()),
-            answer_tokens=float(self.workload.answer_tokens.mean()),
+            image_tokens=float(lengths.image_tokens.mean()),
+            crops=float(lengths.crops.mean()),
+            answer_tokens=float(lengths.targets.mean()),
         )
 
     def rows(self, setup: TrainSetup) -> PackedRows:
         """The rows of a packed set-up."""
         key = (setup.num_crops, setup.packing, setup.pack_tokens, setup.gpus)
         if key not in self._rows:
-            self._rows[key] = pack_workload(self.workload, setup, self.config)
+            self._rows[key] = pack_workload(self.workload, setup, self.config, self.shape.crop_cost)
         return self._rows[key]
 
     def rows_or_none(self, setup: TrainSetup) -> PackedRows | None:

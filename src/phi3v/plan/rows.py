@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import numpy as np
 
 from phi3v.config import RunConfig
-from phi3v.data.batches import Row
-from phi3v.data.packing import PackingPlan, RecordLengths
+from phi3v.data.batches import BatchPlan, Row
+from phi3v.data.lengths import RecordLengths
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import SampleWork
-from phi3v.plan.workload import LONG_CONTEXT, CropChoice, Workload
+from phi3v.plan.workload import Workload
 from phi3v.train.compute.activations import MicroBatch
 
 STEPS = 200  # of the first epoch that are looked at
@@ -39,24 +39,25 @@ class PackedRows:
     steps: int
 
 
-def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> PackedRows:
+def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig, crop_cost: float) -> PackedRows:
     """The rows of a dataset as ``setup`` packs it."""
-    repeats = -(-config.training.batch_size // len(workload)) if workload.is_assumed else 1
-    choice = workload.at(setup.num_crops)
-    lengths = record_lengths(workload, choice, repeats)
-    plan = PackingPlan(
+    lengths = workload.at(setup.num_crops).lengths
+    if workload.is_assumed:
+        lengths = lengths.repeated(-(-config.training.batch_size // len(workload)))
+    plan = BatchPlan(
         lengths,
         setup.packing,
         batch_size=config.training.batch_size,
         batch_tokens=config.training.batch_tokens,
         pack_tokens=setup.pack_tokens,
         shared_image_max=config.data.shared_image_max,
+        crop_cost=crop_cost,
         world_size=setup.gpus,
         seed=config.training.seed,
     )
     ranks = [rank for step in islice(plan.steps(0), STEPS) for rank in step]
     rows = [row for rank in ranks for row in rank]
-    measured = _Measures(lengths, workload, choice)
+    measured = _Measures(lengths)
     # (rows, 6): tokens, image tokens, crops, answer tokens, pairs that attention needs, pairs under a mask
     figures = np.array([(*measured.of(row), plan.branch_pairs(row)) for row in rows], dtype=np.int64)
     records = sum(len(group) for row in rows for group in row)
@@ -64,9 +65,9 @@ def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> P
     return PackedRows(
         largest=MicroBatch(
             rows=1,
-            tokens=max(int(most[0]), int(choice.tokens.max())),
-            image_tokens=max(int(most[1]), int(choice.image_tokens.max())),
-            crops=max(int(most[2]), int(choice.crops.max())),
+            tokens=max(int(most[0]), int(lengths.tokens.max())),
+            image_tokens=max(int(most[1]), int(lengths.image_tokens.max())),
+            crops=max(int(most[2]), int(lengths.crops.max())),
             answer_tokens=int(most[3]),
             branch_pairs=int(most[5]),
         ),
@@ -84,39 +85,24 @@ def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig) -> P
     )
 
 
-def record_lengths(workload: Workload, choice: CropChoice, repeats: int = 1) -> RecordLengths:
-    """The records as packing sees them; with ``repeats`` as if there were so many times as many, of other pictures."""
-    shares = workload.heads >= 0
-    pages = 2 * workload.groups + (choice.tokens > LONG_CONTEXT)
-    alone = 2 * (int(workload.groups.max()) + 1) + np.arange(len(workload))
-    page = np.where(shares, pages, alone)
-    more = np.repeat(np.arange(repeats), len(workload)) * (int(page.max()) + 1)
-    return RecordLengths(
-        tokens=np.tile(choice.tokens, repeats),
-        head=np.tile(np.where(shares, workload.heads + choice.image_tokens, 0), repeats),
-        page=np.tile(page, repeats) + more,
-    )
-
-
 class _Measures:
     """Counts of single rows."""
 
-    def __init__(self, lengths: RecordLengths, workload: Workload, choice: CropChoice) -> None:
-        self.tokens, self.head, self.page = (v.tolist() for v in (lengths.tokens, lengths.head, lengths.page))
-        self.crops, self.image_tokens = choice.crops.tolist(), choice.image_tokens.tolist()
-        self.answers = workload.answer_tokens.tolist()
-        self.records = len(workload)
+    def __init__(self, lengths: RecordLengths) -> None:
+        self.tokens, self.image_tokens, self.targets, self.crops, self.prefix, self.page = (
+            getattr(lengths, field.name).tolist() for field in fields(lengths)
+        )
 
     def of(self, row: Row) -> tuple[int, int, int, int, int]:
         crops: dict[int, int] = {}
-        tokens = images = answers = needed = 0
+        tokens = images = targets = needed = 0
         for group in row:
-            first = group[0] % self.records
-            prefix = self.head[group[0]] if len(group) > 1 else 0
+            first = group[0]
+            prefix = self.prefix[first] if len(group) > 1 else 0
             branches = [self.tokens[index] - prefix for index in group]
             tokens += prefix + sum(branches)
             images += self.image_tokens[first]
-            crops[self.page[group[0]]] = self.crops[first]  # a page of several groups is computed once
-            answers += sum(self.answers[index % self.records] for index in group)
+            crops[self.page[first]] = self.crops[first]  # a page of several groups is computed once
+            targets += sum(self.targets[index] for index in group)
             needed += prefix**2 + sum(2 * branch * prefix + branch**2 for branch in branches)
-        return tokens, images, sum(crops.values()), answers, needed
+        return tokens, images, sum(crops.values()), targets, needed

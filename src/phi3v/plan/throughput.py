@@ -49,13 +49,11 @@ class Flops:
 
 def training_flops(shape: ModelShape, setup: TrainSetup, work: SampleWork, *, tower_trained: bool) -> Flops:
     """Operations to train on one sample."""
-    linear = 2 * shape.layers * shape.layer_parameters * work.tokens
+    linear = shape.token_flops * work.tokens
     attention = 2 * shape.layers * work.tokens_squared * shape.hidden  # causal: half of 4·T²·H
     head = 2 * work.answer_tokens * shape.hidden * shape.vocabulary
-    V = shape.tower_width  # noqa: N806
-    tower_linear = work.crops * shape.patches * 2 * shape.tower_layers * shape.tower_layer_parameters
-    tower_attention = work.crops * shape.tower_layers * 4 * shape.patches**2 * V
-    projector = 2 * work.image_tokens * (4 * V * shape.hidden + shape.hidden**2)
+    tower_linear, tower_attention = (work.crops * flops for flops in shape.crop_flops)
+    projector = 2 * work.image_tokens * (4 * shape.tower_width * shape.hidden + shape.hidden**2)
     decoder_forward, tower_forward = linear + attention + head, tower_linear + tower_attention + projector
 
     weights = 0 if setup.is_adapter else 1  # one more forward's worth for gradients of weights

@@ -39,10 +39,17 @@ class ChatTurn:
 
 @dataclass
 class TokenStream:
-    """``input_ids`` (image k as a run of ``-k``) and the ``labels`` beside them, equally long."""
+    """A conversation in tokens.
+
+    Attributes:
+        input_ids: image k as a run of ``-k``.
+        labels: beside them, equally long.
+        prompts: for each turn, how many tokens come before its answer.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
 
 
 def user_prompt(
@@ -94,6 +101,7 @@ def encode_conversation(
         prompt = processor.tokenize_segment(text, num_img_tokens, starts_text=index == 0)
         stream.input_ids += prompt
         stream.labels += [IGNORE_INDEX] * len(prompt)
+        stream.prompts.append(len(stream.input_ids))
         is_last = index == len(turns) - 1
         if turn.assistant is None:
             if not is_last:

@@ -34,6 +34,10 @@ class PageGeometry:
     def num_img_tokens(self) -> int:
         return num_img_tokens(self.rows, self.columns)
 
+    @property
+    def num_distinct_crops(self) -> int:
+        return num_distinct_crops(self.rows, self.columns)
+
 
 def num_img_tokens(rows: int, columns: int) -> int:
     """Tokens of an image of rows x columns crops: page, separator, global view, one end a row of patches."""

@@ -13,7 +13,7 @@ from phi3v.config import Precision
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
-from phi3v.data.lengths import Context, require_context
+from phi3v.data.lengths import Context, measure_table, require_context
 from phi3v.data.table import open_table
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
@@ -69,7 +69,8 @@ def evaluate_tuned(
     processor = inspected.processor
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
-    require_context(table, Context(inspected.facts.context, processor))
+    lengths = measure_table(table, processor).at(processor.image_processor.num_crops)
+    require_context(table, Context(inspected.facts.context, processor), lengths)
     check_references(questions, config)
     limit = answer_limit(questions, config.max_new_tokens)
     config = dataclasses.replace(config, max_new_tokens=limit.tokens)

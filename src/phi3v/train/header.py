@@ -8,7 +8,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from phi3v.config import RunConfig
-from phi3v.data.packing import PackingPlan
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import describe_schedule, total_steps
@@ -60,7 +59,7 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
 
 def _step_line(setup: PreparedRun) -> str:
     config, ranks = setup.config, setup.compute.world_size
-    if not isinstance(setup.plan, PackingPlan):
+    if not setup.plan.is_packed:
         return (
             f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
             f"{setup.accumulation} accumulated"
@@ -68,7 +67,9 @@ def _step_line(setup: PreparedRun) -> str:
     tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.tokens.sum())
     wanted = config.training.batch_tokens
     size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
-    shared = f" ({separate / tokens:.2f} times fewer tokens than apart)" if setup.plan.shares else ""
+    shared = (
+        f" ({separate / tokens:.2f} times fewer tokens than apart)" if config.data.packing == "shared-image" else ""
+    )
     return (
         f"{size} on {ranks} ranks in rows of at most {config.data.pack_tokens} tokens, {config.data.packing} packing"
         f"{shared}, {setup.plan.num_steps} steps an epoch"

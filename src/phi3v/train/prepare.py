@@ -9,21 +9,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import set_seed
 
 from phi3v.config import EvaluationConfig, RunConfig
-from phi3v.data.batches import BatchPlan, PaddedDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
 from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.check import ensure_checked
-from phi3v.data.collate import Collator, ConversationDataset, QuestionDataset
+from phi3v.data.collate import QuestionDataset
 from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
-from phi3v.data.lengths import Context, require_context
+from phi3v.data.lengths import Context, RecordLengths, measure_table, require_context
 from phi3v.data.overlap import find_overlap
-from phi3v.data.packing import PackedDataset, PackingPlan, measure_records
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
@@ -31,7 +32,6 @@ from phi3v.findings import Finding
 from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
-from phi3v.processing.hd_transform import num_distinct_crops, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoints.folder import newest_checkpoint
 from phi3v.train.checks import Case, DataFacts, require_possible
@@ -55,9 +55,6 @@ from phi3v.train.methods.optimizers import state_bytes
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.tracking import prepare_trackers
 from phi3v.train.run_folder import check_run_folder
-
-# Where memory is estimated before a text is tokenised.
-ASSUMED_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,16 @@ class PreparedRun:
         evaluation = self.config.evaluation
         return replace(evaluation, max_new_tokens=self.limit.tokens) if self.limit is not None else evaluation
 
-    def dataset(self, features: FeatureStore | None = None) -> PaddedDataset | PackedDataset:
+    def dataset(self, features: FeatureStore | None = None) -> RowDataset:
         """What makes the rows of the plan; with their images' features, if kept."""
-        table, processor, on_bad = self.train_table, self.processor, self.config.data.on_bad_sample
-        weighting = self.config.training.loss_weighting
-        if isinstance(self.plan, PackingPlan):
-            return PackedDataset(table, processor, weighting, features=features, on_bad=on_bad)
-        collator = Collator(processor.tokenizer.pad_token_id, loss_weighting=weighting)
-        return PaddedDataset(ConversationDataset(table, processor, features=features, on_bad=on_bad), collator)
+        return RowDataset(
+            self.train_table,
+            self.processor,
+            self.config.training.loss_weighting,
+            packed=self.plan.is_packed,
+            features=features,
+            on_bad=self.config.data.on_bad_sample,
+        )
 
     def faults(self, collectives: HostCollectives) -> StepFaults:
         """What watches the steps."""
@@ -145,17 +144,17 @@ def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resu
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
         shared = find_overlap(train_table, eval_table, config.data.special_text) if eval_table is not None else None
-    for table in (train_table, eval_table):
-        if table is not None:
-            require_context(table, Context(facts.context, processor))
+        lengths, *_ = [
+            require_lengths(config, table, facts, processor) for table in (train_table, eval_table) if table is not None
+        ]
     questions = questions_of(config, eval_table, processor)
     data = DataFacts.of(train_table, questions, config.evaluation)
     require_possible(replace(case, model=facts.skeleton, data=data))
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
     model = load_for_training(config, facts, compute)
-    plan = make_plan(config, compute, model, train_table, processor)
-    checkpointing, reason = _choose_checkpointing(config, model, facts, processor, train_table, plan, compute, choice)
+    plan = make_plan(config, compute, model, lengths)
+    checkpointing, reason = _choose_checkpointing(config, model, facts, plan, compute, choice)
     apply_checkpointing(model, checkpointing)
     if config.training.fp8:
         apply_float8(model)
@@ -187,19 +186,17 @@ def _choose_checkpointing(
     config: RunConfig,
     model: Any,
     facts: ModelFacts,
-    processor: Phi3VProcessor,
-    table: RecordTable,
     plan: BatchPlan,
     compute: RuntimeDevice,
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
-    """The policy for a micro-batch of the largest records that the data may hold, or for a full row; and the reason."""
+    """The policy for the largest row that any epoch may hold, and the reason."""
     if config.training.lean:
         return "full", "lean mode"
     return choose_checkpointing(
         config.training.activation_checkpointing,
         _activations(config, model, facts, compute),
-        _largest_batch(config, processor.image_processor.num_crops, table, plan),
+        _largest_batch(plan),
         # All ranks go by the fullest one: they must recompute alike.
         min(
             gather_object(
@@ -229,26 +226,30 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Runt
     )
 
 
-def _largest_batch(config: RunConfig, num_crops: int, table: RecordTable, plan: BatchPlan) -> MicroBatch:
-    """A micro-batch of the largest records that the data may hold, or a full row."""
-    crops_of_page = num_distinct_crops(1, num_crops)
-    most_images = int(table.image_counts().max())
-    if not isinstance(plan, PackingPlan):
-        samples = config.training.micro_batch_size
-        images, text = most_images * samples, samples * ASSUMED_TEXT_TOKENS
-        # A page of one column has the most row ends.
-        image_tokens = images * num_img_tokens(num_crops, 1)
+def _largest_batch(plan: BatchPlan) -> MicroBatch:
+    """The most that a row may hold of everything: the longest records together, or a full packed row."""
+    lengths = plan.lengths
+
+    def most(values: npt.NDArray[np.int64]) -> int:
+        return int(np.sort(values)[-plan.micro_batch_size :].sum())
+
+    if not plan.is_packed:
+        rows, longest = min(plan.micro_batch_size, len(plan)), int(lengths.tokens.max())
         return MicroBatch(
-            samples, image_tokens + text, image_tokens, images * crops_of_page, text, is_padded=samples > 1
+            rows=rows,
+            tokens=rows * longest,
+            image_tokens=most(lengths.image_tokens),
+            crops=most(lengths.crops),
+            answer_tokens=most(lengths.targets),
+            is_padded=rows > 1,
         )
-    tokens = max(plan.pack_tokens, int(plan.lengths.tokens.max()))
-    # A page of one row has the most crops for its tokens.
-    crops = math.ceil(tokens / num_img_tokens(1, num_crops) * crops_of_page) if most_images else 0
+    tokens = max(plan.pack_tokens, int(lengths.tokens.max()))
     return MicroBatch(
         rows=1,
         tokens=tokens,
-        image_tokens=tokens if most_images else 0,
-        crops=crops,
+        image_tokens=tokens if lengths.crops.any() else 0,
+        # Of the records with the most crops for their tokens.
+        crops=math.ceil(tokens * float((lengths.crops / lengths.tokens).max())),
         answer_tokens=tokens,
         branch_pairs=max(plan.branch_pairs(row) for step in islice(plan.steps(0), 50) for rank in step for row in rank),
     )
@@ -292,10 +293,10 @@ def open_tables(
 
 
 def data_files(config: RunConfig) -> list[Path]:
-    """The file to learn from and, where there is one, the file to measure on.
+    """The file to train on and, where there is one, the file to evaluate on.
 
     Raises:
-        UserError: there is none to learn from, or one does not exist.
+        UserError: there is none to train on, or one does not exist.
     """
     if config.data.train is None:
         raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
@@ -311,31 +312,32 @@ def probe_index(table: RecordTable) -> int:
     return int(with_images[0]) if len(with_images) else 0
 
 
-def make_plan(
-    config: RunConfig, compute: RuntimeDevice, model: Any, table: RecordTable, processor: Phi3VProcessor
-) -> BatchPlan:
+def require_lengths(
+    config: RunConfig, table: RecordTable, facts: ModelFacts, processor: Phi3VProcessor
+) -> RecordLengths:
+    """The lengths of the records of a checked file, none of which is longer than the model reads.
+
+    Raises:
+        UserError: one is; or the header of an image cannot be read, and such records are not to be left out.
+    """
+    skip = config.data.on_bad_sample == "skip"
+    measured = measure_table(table, processor, skip_unreadable=skip, progress=config.training.progress_bar)
+    lengths = measured.at(processor.image_processor.num_crops, facts.skeleton.config.long_context_start)
+    require_context(table, Context(facts.context, processor), lengths)
+    return lengths
+
+
+def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:
     """Which records each rank computes in which step."""
-    if config.data.packing == "none":
-        return BatchPlan(
-            len(table),
-            batch_size=config.training.batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            world_size=compute.world_size,
-            seed=config.training.seed,
-        )
-    lengths = measure_records(
-        table,
-        processor,
-        model.config.long_context_start,
-        progress=config.training.progress_bar and compute.rank == 0,
-    )
-    return PackingPlan(
+    return BatchPlan(
         lengths,
         config.data.packing,
         batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
         batch_tokens=config.training.batch_tokens,
         pack_tokens=config.data.pack_tokens,
         shared_image_max=config.data.shared_image_max,
+        crop_cost=ModelShape.of(model.config).crop_cost,
         world_size=compute.world_size,
         seed=config.training.seed,
     )

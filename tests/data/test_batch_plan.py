@@ -1,4 +1,4 @@
-"""The packing plan, in random cases, and how a row is built."""
+"""The plan of batches, in random cases, and how a row is built."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
-from phi3v.data.batches import BatchPlan, Step, read_steps, rows_of_rank
-from phi3v.data.collate import Sample
-from phi3v.data.packing import (
-    PackedDataset,
-    PackingPlan,
-    RecordLengths,
-    measure_records,
-    pack_row,
-    shared_tokens,
-)
+from phi3v.data.batches import BatchPlan, RowDataset, Step, assign_to_ranks, read_steps, rows_of_rank
+from phi3v.data.collate import Sample, pack_row, shared_tokens
+from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
 from phi3v.processing.processor import Phi3VProcessor
 
 
+def lengths_of(tokens: Any, prefix: Any, page: Any, crops: Any = None) -> RecordLengths:
+    """Lengths of which the plan needs no more."""
+    zeros = np.zeros_like(tokens)
+    return RecordLengths(tokens, zeros, zeros, zeros if crops is None else crops, prefix, page)
+
+
 def random_lengths(rng: np.random.Generator, count: int) -> RecordLengths:
     """Pages of 1 to 15 records, of 100 to 600 tokens and 2 to 80 more for each record."""
     pages = np.repeat(np.arange(count), rng.integers(1, 16, size=count))[:count]
-    head = rng.integers(100, 600, size=count)[pages]
-    return RecordLengths(head + rng.integers(2, 80, size=count), head, pages)
+    prefix = rng.integers(100, 600, size=count)[pages]
+    return lengths_of(prefix + rng.integers(2, 80, size=count), prefix, pages)
 
 
-def check_epoch(plan: PackingPlan, steps: list[Step]) -> None:
+def check_epoch(plan: BatchPlan, steps: list[Step]) -> None:
     """What holds for every plan."""
     lengths = plan.lengths
     seen: Counter[int] = Counter()
@@ -50,7 +49,7 @@ def check_epoch(plan: PackingPlan, steps: list[Step]) -> None:
                 for group in row:
                     seen.update(group)
                     assert len({lengths.page[index] for index in group}) == 1
-                    assert plan.shares or len(group) == 1
+                    assert plan.packing == "shared-image" or len(group) == 1
     assert len(steps) == plan.num_steps
     assert sorted(seen) == list(range(len(lengths.tokens)))
     assert set(seen.values()) == {1}  # every record once
@@ -64,7 +63,7 @@ def samples(step: Step) -> int:
     return sum(map(len, groups_of(step)))
 
 
-def rank_tokens(plan: PackingPlan, step: Step) -> list[int]:
+def rank_tokens(plan: BatchPlan, step: Step) -> list[int]:
     return [sum(plan.tokens(group) for row in rows for group in row) for rows in step]
 
 
@@ -83,7 +82,7 @@ def test_random_plans(packing: Any) -> None:
             "world_size": world,
             "seed": case,
         }
-        plan = PackingPlan(lengths, packing, **settings)
+        plan = BatchPlan(lengths, packing, **settings)
         epochs = [list(plan.steps(epoch)) for epoch in range(2)]
         for steps in epochs:
             check_epoch(plan, steps)
@@ -91,16 +90,16 @@ def test_random_plans(packing: Any) -> None:
                 assert all(samples(step) == batch for step in steps[:-1])
                 assert 1 <= samples(steps[-1]) <= batch
         # Made again, the same; another epoch or seed, another order.
-        assert epochs[0] == list(PackingPlan(lengths, packing, **settings).steps(0))
+        assert epochs[0] == list(BatchPlan(lengths, packing, **settings).steps(0))
         if len(lengths.tokens) > 20:
             assert epochs[0] != epochs[1]
-            assert epochs[0] != list(PackingPlan(lengths, packing, **settings | {"seed": case + 1}).steps(0))
+            assert epochs[0] != list(BatchPlan(lengths, packing, **settings | {"seed": case + 1}).steps(0))
 
 
 def test_ranks_have_like_numbers_of_tokens() -> None:
     """Never further apart than the largest group of the step, and over an epoch within a tenth."""
     rng = np.random.default_rng(1)
-    plan = PackingPlan(
+    plan = BatchPlan(
         random_lengths(rng, 3000), "shared-image", batch_size=64, pack_tokens=4096, shared_image_max=8, world_size=4
     )
     steps = list(plan.steps(0))
@@ -111,10 +110,41 @@ def test_ranks_have_like_numbers_of_tokens() -> None:
     assert totals.sum(0).max() < 1.1 * totals.sum(0).min()
 
 
+def test_the_largest_goes_first_to_the_rank_with_least_work() -> None:
+    assert assign_to_ranks([1, 1, 1, 1], 2) == [0, 1, 0, 1]
+    assert assign_to_ranks([1, 2, 9, 3], 2) == [1, 1, 0, 1]
+    assert assign_to_ranks([1, 2, 9, 3], 2, most=2) == [0, 1, 0, 1]
+    assert assign_to_ranks([5], 3) == [0]
+
+
+@pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
+def test_ranks_have_like_work_crops_included(packing: Any) -> None:
+    """By tokens alone, ranks with images and ranks with texts would be far apart."""
+    rng = np.random.default_rng(3)
+    tokens, crops = rng.integers(200, 400, 512), np.where(rng.random(512) < 0.5, 17, 0)
+    lengths = lengths_of(tokens, np.zeros(512, int), np.arange(512), crops)
+
+    def spread(crop_cost: float) -> float:
+        """Of the work with crops between the ranks, the mean over steps as a share of a rank's."""
+        plan = BatchPlan(
+            lengths, packing, batch_size=64, micro_batch_size=2, pack_tokens=2000, world_size=4, crop_cost=crop_cost
+        )
+        apart = []
+        for step in plan.steps(0):
+            rows = [[index for row in rows for group in row for index in group] for rows in step]
+            work = [sum(tokens[index] + 50 * crops[index] for index in records) for records in rows]
+            apart.append((max(work) - min(work)) / np.mean(work))
+            assert packing != "none" or len({len(rows) for rows in step}) == 1
+        return float(np.mean(apart))
+
+    assert spread(50.0) < 0.5 * spread(0.0)
+    assert spread(50.0) < 0.1
+
+
 def test_tokens_a_step() -> None:
     """Steps of batch_tokens, give or take a group."""
     lengths = random_lengths(np.random.default_rng(2), 2000)
-    plan = PackingPlan(
+    plan = BatchPlan(
         lengths, "shared-image", batch_size=1, batch_tokens=20_000, pack_tokens=4096, shared_image_max=8, seed=3
     )
     tokens = [sum(rank_tokens(plan, step)) for step in plan.steps(0)]
@@ -125,8 +155,8 @@ def test_tokens_a_step() -> None:
 def test_a_page_is_shared_and_its_questions_limited() -> None:
     """Ten questions of each of 50 pages, at most four together: 4 + 3 + 3, and far fewer tokens than apart."""
     pages = np.repeat(np.arange(50), 10)
-    lengths = RecordLengths(np.full(500, 320), np.full(500, 300), pages)
-    plan = PackingPlan(lengths, "shared-image", batch_size=500, pack_tokens=2000, shared_image_max=4)
+    lengths = lengths_of(np.full(500, 320), np.full(500, 300), pages)
+    plan = BatchPlan(lengths, "shared-image", batch_size=500, pack_tokens=2000, shared_image_max=4)
     chunks = plan._chunks(0)
     assert Counter(map(len, chunks)) == {4: 100, 2: 50} or Counter(map(len, chunks)) == {4: 50, 3: 100}
     assert plan.epoch_tokens() == 150 * 300 + 500 * 20
@@ -140,7 +170,7 @@ def test_where_nothing_is_shared_the_order_is_one() -> None:
     for epoch in range(3):
         orders = []
         for packing in ("samples", "shared-image"):
-            plan = PackingPlan(lengths, packing, batch_size=8, pack_tokens=2000, shared_image_max=8, seed=5)  # type: ignore[arg-type]
+            plan = BatchPlan(lengths, packing, batch_size=8, pack_tokens=2000, shared_image_max=8, seed=5)  # type: ignore[arg-type]
             orders.append([index for chunk in plan._chunks(epoch) for index in chunk])
         assert orders[0] == orders[1]
         # That of padded batches: torch's sampler, seeded with the run's seed and the epoch.
@@ -151,8 +181,8 @@ def test_where_nothing_is_shared_the_order_is_one() -> None:
 def test_a_page_with_many_records_comes_no_earlier_than_others() -> None:
     """Mean place of 10 pages of five among 50 of one: within 4 standard errors of the middle."""
     pages = np.concatenate([np.arange(50), np.repeat(np.arange(50, 60), 5)])
-    lengths = RecordLengths(np.full(100, 320), np.full(100, 300), pages)
-    plan = PackingPlan(lengths, "shared-image", batch_size=10, pack_tokens=2000, shared_image_max=8)
+    lengths = lengths_of(np.full(100, 320), np.full(100, 300), pages)
+    plan = BatchPlan(lengths, "shared-image", batch_size=10, pack_tokens=2000, shared_image_max=8)
     places = [place / 59 for epoch in range(200) for place, chunk in enumerate(plan._chunks(epoch)) if len(chunk) == 5]
     assert len(places) == 2000
     assert np.mean(places) == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(2000))
@@ -160,10 +190,10 @@ def test_a_page_with_many_records_comes_no_earlier_than_others() -> None:
 
 def plans(world: int) -> list[BatchPlan]:
     lengths = random_lengths(np.random.default_rng(0), 7)
-    padded = BatchPlan(7, batch_size=4, micro_batch_size=2, world_size=world, seed=3)
+    padded = BatchPlan(lengths, batch_size=4, micro_batch_size=2, world_size=world, seed=3)
     common: dict[str, Any] = {"pack_tokens": 1500, "shared_image_max": 4, "world_size": world, "seed": 3}
     packed: list[BatchPlan] = [
-        PackingPlan(lengths, packing, batch_size=4, batch_tokens=tokens, **common)
+        BatchPlan(lengths, packing, batch_size=4, batch_tokens=tokens, **common)
         for packing in ("samples", "shared-image")
         for tokens in (None, 1500)
     ]
@@ -193,7 +223,8 @@ def test_a_step_has_the_same_records_on_any_number_of_ranks(world: int, equal: b
 
 
 def test_padded_batches_come_in_the_order_of_the_librarys_sampler() -> None:
-    (step, *_) = BatchPlan(40, batch_size=8, micro_batch_size=2, world_size=2, seed=5).steps(1)
+    lengths = lengths_of(np.full(40, 9), np.zeros(40, int), np.arange(40))
+    (step, *_) = BatchPlan(lengths, batch_size=8, micro_batch_size=2, world_size=2, seed=5).steps(1)
     order = list(RandomSampler(range(40), generator=torch.Generator().manual_seed(5 + 1)))
     assert step == [
         [((order[0],), (order[1],)), ((order[4],), (order[5],))],
@@ -202,7 +233,7 @@ def test_padded_batches_come_in_the_order_of_the_librarys_sampler() -> None:
 
 
 def sample(ids: list[int], answer: int) -> Sample:
-    """``answer``: tokens at the end that are learnt."""
+    """``answer``: tokens at the end that are targets."""
     return Sample(ids, [-100] * (len(ids) - answer) + ids[-answer:], [])
 
 
@@ -251,32 +282,32 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_records_are_measured_without_decoding(table: Any, tiny_model_dir: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    lengths = measure_records(table, processor, 4096)
-    dataset = PackedDataset(table, processor)
-    streams = [dataset._samples((index,))[0].input_ids for index in range(5)]
+    lengths = measure_table(table, processor).at(1)
+    dataset = RowDataset(table, processor, packed=True)
+    streams = [dataset.samples((index,))[0].input_ids for index in range(5)]
     assert lengths.tokens.tolist() == [len(ids) for ids in streams]
-    heads = [max(k for k, token in enumerate(ids) if token < 0) + 1 for ids in streams[:3]]
-    assert lengths.head.tolist() == [*heads, 0, 0]
+    prefixes = [max(k for k, token in enumerate(ids) if token < 0) + 1 for ids in streams[:3]]
+    assert lengths.prefix.tolist() == [*prefixes, 0, 0]
     page = lengths.page.tolist()
     assert page[0] == page[2]
     assert len(set(page)) == 4
     # A switch of factors between the two keeps them apart.
-    between = measure_records(table, processor, int(lengths.tokens[[0, 2]].min()))
+    between = measure_table(table, processor).at(1, int(lengths.tokens[[0, 2]].min()))
     assert lengths.tokens[0] != lengths.tokens[2]
     assert between.page[0] != between.page[2]
 
 
 def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    plan = PackingPlan(
-        measure_records(table, processor, 4096),
+    plan = BatchPlan(
+        measure_table(table, processor).at(1),
         "shared-image",
         batch_size=5,
         pack_tokens=700,
         shared_image_max=4,
         world_size=2,
     )
-    dataset = PackedDataset(table, processor)
+    dataset = RowDataset(table, processor, packed=True)
     (step,) = plan.steps(3)
     tokens = 0
     for rank in range(2):
@@ -291,9 +322,9 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
 
 def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_dir: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    lengths = measure_records(table, processor, 4096)
-    plan = PackingPlan(lengths, "samples", batch_size=3, pack_tokens=1, shared_image_max=4, world_size=2)
-    dataset = PackedDataset(table, processor)
+    lengths = measure_table(table, processor).at(1)
+    plan = BatchPlan(lengths, "samples", batch_size=3, pack_tokens=1, shared_image_max=4, world_size=2)
+    dataset = RowDataset(table, processor, packed=True)
     uneven, equal = (
         [[dataset[row] for row in rows_of_rank(plan, rank, 0, equal=equal)] for rank in range(2)]
         for equal in (False, True)
@@ -312,8 +343,8 @@ def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_d
 
 
 def test_a_group_has_its_pictures_once(table: Any, tiny_model_dir: Path) -> None:
-    dataset = PackedDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir))
-    row = pack_row([dataset._samples((0, 2)), dataset._samples((1,))])
+    dataset = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), packed=True)
+    row = pack_row([dataset.samples((0, 2)), dataset.samples((1,))])
     assert row["page_index"].tolist() == [0, 0, 1]  # another group shows a page again: it is shipped once
     assert row["image_sizes"].tolist() == [[336, 336]] * 2
     assert row["pages"].shape == (2 * 336 * 336, 3)
