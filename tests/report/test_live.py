@@ -55,7 +55,7 @@ def test_a_run_refreshes_its_report_and_ends_with_the_whole(
     assert (held["status"], held["missing"], held["result"]["steps"]) == ("finished", [], 2)
     predictions = block(folder / "report.html", "predictions")
     assert len(predictions["galleries"][0]["ids"]) == 4
-    assert predictions["pictures"][0]
+    assert predictions["thumbnails"][0]
     # A run that is refused leaves an earlier one's report alone.
     written = (folder / "report.html").read_bytes()
     assert main(arguments(small_model_dir, easy_vqa, folder)) == 2

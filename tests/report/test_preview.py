@@ -16,11 +16,11 @@ from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report import preview as preview_module
 from phi3v.report.preview import preview
-from phi3v.report.samples import LEARNT, PICTURE, SPECIAL, picture_block, pieces
+from phi3v.report.samples import IMAGE, SPECIAL, SUPERVISED, image_block, pieces
 
 
 def write_data(folder: Path, records: list[dict[str, Any]]) -> Path:
-    """A data file with two pictures: a wide one in two colours and a tall one."""
+    """A data file with two images: a wide one in two colours and a tall one."""
     images = folder / "images"
     images.mkdir(parents=True)
     wide = Image.new("RGB", (600, 300), "red")
@@ -59,7 +59,7 @@ def test_what_is_counted_and_measured(file: Path, tmp_path: Path) -> None:
     held = block(out, "preview")
     assert told["records"] == told["measured"] == 4
     assert dict(held["answers"]) == {"red": 3, "blue": 1, "green": 1}
-    assert held["pictures_of_records"] == [[0, 1], [1, 2], [2, 1]]
+    assert held["images_of_records"] == [[0, 1], [1, 2], [2, 1]]
     assert dict(held["crops"]) == {"1 × 2": 2, "2 × 1": 2}
     tokens = next(histogram for histogram in held["histograms"] if histogram["title"] == "Tokens of a record")
     assert sum(tokens["counts"]) == 4
@@ -74,19 +74,21 @@ def test_tokens_and_mask_are_those_of_training(tiny_model_dir: Path) -> None:
     stream = encode_conversation(processor, turns, [757])
     found = pieces(processor, stream)
     assert sum(count for _, _, count, _ in found) == len(stream.input_ids)
-    assert [piece[:3] for piece in found if piece[1] & PICTURE] == [["picture 1", PICTURE, 757]]
-    learnt = "".join(text for text, bits, _, _ in found if bits & LEARNT)
-    assert learnt == " Ja, ✓✓<|end|> \n no<|end|> \n<|endoftext|>"
-    assert sum(count for _, bits, count, _ in found if bits & LEARNT) == sum(label != -100 for label in stream.labels)
+    assert [piece[:3] for piece in found if piece[1] & IMAGE] == [["image 1", IMAGE, 757]]
+    supervised = "".join(text for text, bits, _, _ in found if bits & SUPERVISED)
+    assert supervised == " Ja, ✓✓<|end|> \n no<|end|> \n<|endoftext|>"
+    assert sum(count for _, bits, count, _ in found if bits & SUPERVISED) == sum(
+        label != -100 for label in stream.labels
+    )
     special = {text for text, bits, _, _ in found if bits & SPECIAL}
     assert special == {"<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"}
     assert "Grün?" in "".join(text for text, _, _, _ in found)
 
 
-def test_a_picture_is_shown_as_it_is_cut() -> None:
+def test_an_image_is_shown_as_it_is_cut() -> None:
     from phi3v.processing.image_processor import Phi3VImageProcessor
 
-    held = picture_block("x", Image.new("RGB", (600, 300), "red"), Phi3VImageProcessor(num_crops=4), 500)
+    held = image_block("x", Image.new("RGB", (600, 300), "red"), Phi3VImageProcessor(num_crops=4), 500)
     assert (held["rows"], held["columns"], held["resized"], held["tokens"]) == (1, 2, (672, 336), 457)
 
 
@@ -143,8 +145,8 @@ def test_the_page_in_a_browser(tmp_path: Path, open_page: OpenPage) -> None:
     left, right = crops.nth(0).evaluate(middle), crops.nth(1).evaluate(middle)
     assert left[0] > 200 > 60 > left[2]  # red and blue, but for what WebP loses
     assert right[2] > 200 > 60 > right[0]
-    assert page.locator(".tokens .learnt").count() > 3
-    assert page.locator(".tokens .picture").first.inner_text() == "picture 1: 457 tokens"
+    assert page.locator(".tokens .supervised").count() > 3
+    assert page.locator(".tokens .image").first.inner_text() == "image 1: 457 tokens"
     assert open_page(out, width=360).evaluate("document.documentElement.scrollWidth") == 360
 
 
@@ -161,6 +163,6 @@ def test_images_are_shown_as_the_run_reads_them(tmp_path: Path, small_model_dir:
     (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     preview(file, tmp_path / "page.html", model=str(run))
     held = block(tmp_path / "page.html", "preview")
-    assert held["samples"][0]["pictures"][0]["size"] == ([40, 60] if applied else [60, 40])
+    assert held["samples"][0]["images"][0]["size"] == ([40, 60] if applied else [60, 40])
     kind = "turned by the EXIF orientation" if applied else "with an EXIF orientation that is not applied"
     assert f"Of the images 1 {kind}." in held["notes"]

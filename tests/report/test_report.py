@@ -14,9 +14,9 @@ from phi3v.cli import main
 from phi3v.report import gallery as gallery_module
 from phi3v.report.gallery import class_scores, gallery
 from phi3v.report.page import build_page
-from phi3v.report.pictures import Thumbnails
 from phi3v.report.report import report
 from phi3v.report.run_files import read_run
+from phi3v.report.thumbnails import Thumbnails
 from report_page import make_run
 
 TEMPLATES = Path(gallery_module.__file__).parent / "templates"
@@ -44,8 +44,8 @@ def test_the_page_holds_the_run(run: Path, tmp_path: Path) -> None:
     data = block(out, "predictions")
     [columns] = data["galleries"]
     assert len({len(columns[name]) for name in gallery_module.COLUMNS}) == 1
-    assert columns["pictures_note"] is None
-    assert len(data["pictures"][0]) == 40
+    assert columns["images_note"] is None
+    assert len(data["thumbnails"][0]) == 40
 
 
 def test_columns_say_what_the_lines_say(run: Path) -> None:
@@ -62,7 +62,7 @@ def test_columns_say_what_the_lines_say(run: Path) -> None:
         assert columns["cut"][index] == after["cut"]
 
 
-def test_pictures_stay_in_their_budget_and_are_drawn_from_every_kind(run: Path) -> None:
+def test_images_stay_in_their_budget_and_are_drawn_from_every_kind(run: Path) -> None:
     read = read_run(run)
     whole = Thumbnails(10**9)
     gallery(read, whole)
@@ -71,13 +71,13 @@ def test_pictures_stay_in_their_budget_and_are_drawn_from_every_kind(run: Path) 
     columns = gallery(read, some)
     assert columns is not None
     assert 0 < some.bytes <= budget
-    assert "as its budget of bytes allows" in columns["pictures_note"]
+    assert "as its budget of bytes allows" in columns["images_note"]
     shown = [index for index, places in enumerate(columns["images"]) if places[0] >= 0]
     kinds = {(columns["right"][index], columns["right_before"][index]) for index in shown}
     assert kinds == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def test_pictures_outside_of_the_data_are_not_read(run: Path, tmp_path: Path) -> None:
+def test_images_outside_of_the_data_are_not_read(run: Path, tmp_path: Path) -> None:
     copy = make_run(tmp_path / "copy", questions=12, pictures=2)
     (copy / "secret.png").write_bytes((copy / "data" / "images" / "0.png").read_bytes())
     rewrite(copy / "predictions_after.jsonl", images=["../../secret.png", "missing.png"])
@@ -85,7 +85,7 @@ def test_pictures_outside_of_the_data_are_not_read(run: Path, tmp_path: Path) ->
     columns = gallery(read_run(copy), thumbnails)
     assert columns is not None
     assert thumbnails.encoded == []
-    assert "2 pictures could not be read" in columns["pictures_note"]
+    assert "2 images could not be read" in columns["images_note"]
 
 
 def test_answers_that_are_few_make_a_confusion_matrix(run: Path) -> None:
@@ -147,11 +147,11 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
-    assert main(["report", str(run), "--out", str(out), "--pictures", "0.01", "--json"]) == 0
+    assert main(["report", str(run), "--out", str(out), "--images", "0.01", "--json"]) == 0
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert told["report"] == str(out)
     assert told["runs"][0]["after"] > told["runs"][0]["before"]
-    assert sum(map(len, block(out, "predictions")["pictures"][0])) <= 10_000
+    assert sum(map(len, block(out, "predictions")["thumbnails"][0])) <= 10_000
     assert main(["report", str(run), str(run)]) == 2
     assert "is named twice" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none")]) == 2

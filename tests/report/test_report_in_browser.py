@@ -208,7 +208,7 @@ def test_it_fits_a_phone(page_file: Path, open_page: OpenPage) -> None:
 
 def test_fifty_thousand_predictions(tmp_path: Path, open_page: OpenPage) -> None:
     folder = make_run(tmp_path / "run", questions=50_000, pictures=50)
-    report([folder], out=tmp_path / "page.html", picture_budget=100_000)
+    report([folder], out=tmp_path / "page.html", image_budget=100_000)
     assert (tmp_path / "page.html").stat().st_size < 5_000_000  # measured: 2.2 MB
     page = open_page(tmp_path / "page.html")
     assert count(page) == 50_000

@@ -25,11 +25,11 @@ def add_commands(verbs: Parser) -> None:
         "--out", type=Path, metavar="FILE.html", help="the file (default: report.html in the run folder, or here)"
     )
     command.add_argument(
-        "--pictures",
+        "--images",
         type=float,
         default=2.0,
         metavar="MB",
-        help="megabytes that small pictures may take in the page",
+        help="megabytes that small images may take in the page",
     )
     command.add_argument("--open", action="store_true", help="open it in the browser")
 
@@ -38,7 +38,7 @@ def report(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.report.page import announce_page
     from phi3v.report.report import report
 
-    told = report(arguments.runs, out=arguments.out, picture_budget=int(arguments.pictures * 1e6))
+    told = report(arguments.runs, out=arguments.out, image_budget=int(arguments.images * 1e6))
     for run in told["runs"]:
         for note in run["missing"]:
             say(console, f"{run['folder']}: {note}")

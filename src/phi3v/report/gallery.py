@@ -1,4 +1,4 @@
-"""The predictions of a run as compact columns, with pictures drawn fairly from right, wrong and changed."""
+"""The predictions of a run as compact columns, with images drawn fairly from right, wrong and changed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from phi3v.evaluate.metrics import confusion_matrix
 from phi3v.evaluate.text_scores import normalize_answer
 from phi3v.paths import now_at
-from phi3v.report.pictures import Thumbnails
 from phi3v.report.run_files import RunFiles
+from phi3v.report.thumbnails import Thumbnails
 
 MAX_TEXT = 4000  # characters of a text that are shown
 MAX_IMAGES = 16  # of a question
@@ -103,12 +103,12 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         **columns,
         "images": images,
         "probabilities": probabilities,
-        "pictures_note": _pictures_note(root, thumbnails, complete, any(columns["files"])),
+        "images_note": _images_note(root, thumbnails, complete, any(columns["files"])),
     }
 
 
 def images_root(run: RunFiles) -> Path | None:
-    """The folder of the pictures that the run was measured on, if it is still there."""
+    """The folder of the images that the run was evaluated on, if it is still there."""
     data = run.setting("data", "eval")
     if not isinstance(data, str):
         return None
@@ -125,7 +125,7 @@ def _draw(
     *,
     exif_orientation: bool,
 ) -> bool:
-    """Take pictures in turn for what was lost, is wrong, was gained and is right; whether all went in."""
+    """Take images in turn for what was lost, is wrong, was gained and is right; whether all went in."""
     kinds: dict[str, list[int]] = {"lost": [], "wrong": [], "gained": [], "right": []}
     for index, (right, before) in enumerate(zip(columns["right"], columns["right_before"], strict=True)):
         changed = before >= 0 and right != before
@@ -143,20 +143,20 @@ def _draw(
     return True
 
 
-def _pictures_note(root: Path | None, thumbnails: Thumbnails, complete: bool, has_images: bool) -> str | None:
+def _images_note(root: Path | None, thumbnails: Thumbnails, complete: bool, has_images: bool) -> str | None:
     if not has_images:
         return None
     if root is None:
-        return "The pictures are not where the run's data.eval says; run phi3v report where the run was started."
+        return "The images are not where the run's data.eval says; run phi3v report where the run was started."
     notes = []
     if not complete:
         why = "seconds" if thumbnails.out_of_time else "bytes"
         notes.append(
-            f"The page keeps {len(thumbnails.encoded):,} small pictures, as many as its budget of {why} allows, drawn "
+            f"The page keeps {len(thumbnails.encoded):,} small images, as many as its budget of {why} allows, drawn "
             "in turn from answers that are right, wrong, newly right and newly wrong."
         )
     if thumbnails.failed:
-        notes.append(f"{len(thumbnails.failed):,} pictures could not be read.")
+        notes.append(f"{len(thumbnails.failed):,} images could not be read.")
     return " ".join(notes) or None
 
 

@@ -30,7 +30,7 @@ from phi3v.report.page import write_page
 from phi3v.report.samples import sample_block
 
 SCRIPTS = ("page", "charts", "preview")
-MEASURED = 2000  # records whose tokens and pictures are measured, drawn from the file
+MEASURED = 2000  # records whose tokens and images are measured, drawn from the file
 SHOWN_FAULTS = 50
 SHOWN_ANSWERS = 30
 COUNTED_ANSWERS = 200_000  # distinct ones; more are no classes
@@ -52,17 +52,17 @@ class Contents:
     records: list[Record] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    pictures_of_records: Counter[int] = field(default_factory=Counter)
+    images_of_records: Counter[int] = field(default_factory=Counter)
     turns_of_records: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
 class Measured:
-    """Of the records that could be measured: token counts, picture sizes and crops."""
+    """Of the records that could be measured: token counts, image sizes and crops."""
 
     tokens: list[int] = field(default_factory=list)
-    learnt: list[int] = field(default_factory=list)
-    of_pictures: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+    of_images: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     crops: Counter[str] = field(default_factory=Counter)
@@ -114,7 +114,7 @@ def preview(
         "answer_count": sum(contents.answers.values()),
         "distinct_answers": len(contents.answers),
         "sources": contents.sources.most_common(SHOWN_ANSWERS),
-        "pictures_of_records": sorted(contents.pictures_of_records.items())[:SHOWN_ANSWERS],
+        "images_of_records": sorted(contents.images_of_records.items())[:SHOWN_ANSWERS],
         "turns_of_records": sorted(contents.turns_of_records.items())[:SHOWN_ANSWERS],
         "samples": [
             sample_block(record, file, processor, exif_orientation=applied) | {"longest": record is measured.longest}
@@ -168,7 +168,7 @@ def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
         seen += 1
         contents.sources[record.source or "(none)"] += 1
         contents.turns_of_records[len(record.turns)] += 1
-        contents.pictures_of_records[len(record.images)] += 1
+        contents.images_of_records[len(record.images)] += 1
         for turn in record.turns:
             if turn.weight and (turn.assistant in contents.answers or len(contents.answers) < COUNTED_ANSWERS):
                 contents.answers[turn.assistant] += 1
@@ -181,7 +181,7 @@ def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
 
 
 def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, exif_orientation: bool) -> Measured:
-    """Tokens and pictures, these from their headers alone; records whose pictures cannot be read are left out."""
+    """Tokens and images, these from their headers alone; records whose images cannot be read are left out."""
     measured = Measured()
     num_crops = processor.image_processor.num_crops
     for record in records:
@@ -196,8 +196,8 @@ def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, e
         if not measured.tokens or len(stream.input_ids) > max(measured.tokens):
             measured.longest = record
         measured.tokens.append(len(stream.input_ids))
-        measured.learnt.append(sum(label != IGNORE_INDEX for label in stream.labels))
-        measured.of_pictures.append(sum(counts))
+        measured.supervised.append(sum(label != IGNORE_INDEX for label in stream.labels))
+        measured.of_images.append(sum(counts))
         measured.widths += [width for width, _ in sizes]
         measured.heights += [height for _, height in sizes]
         measured.crops.update(f"{page.rows} × {page.columns}" for page in pages)
@@ -217,7 +217,7 @@ def _counts(check: CheckReport) -> dict[str, int]:
         "records": check.records,
         "turns": check.turns,
         "questions": check.questions,
-        "pictures": check.images,
+        "images": check.images,
         "longest question, characters": check.user.longest,
         "longest answer, characters": check.assistant.longest,
     }
@@ -247,7 +247,7 @@ def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[s
     small = sum(max(size) < CROP_SIZE for size in zip(measured.widths, measured.heights, strict=True))
     if small:
         notes.append(
-            f"{small:,} of {len(measured.widths):,} measured pictures are smaller than a crop ({CROP_SIZE} pixels) and "
+            f"{small:,} of {len(measured.widths):,} measured images are smaller than a crop ({CROP_SIZE} pixels) and "
             "are enlarged."
         )
     return notes
@@ -256,10 +256,10 @@ def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[s
 def _histograms(measured: Measured) -> list[dict[str, Any]]:
     columns: list[tuple[str, str, list[int]]] = [
         ("Tokens of a record", "tokens", measured.tokens),
-        ("of which learnt", "tokens", measured.learnt),
-        ("of which pictures", "tokens", measured.of_pictures),
-        ("Width of a picture", "px", measured.widths),
-        ("Height of a picture", "px", measured.heights),
+        ("of which supervised", "tokens", measured.supervised),
+        ("of which images", "tokens", measured.of_images),
+        ("Width of an image", "px", measured.widths),
+        ("Height of an image", "px", measured.heights),
     ]
     found: list[dict[str, Any]] = []
     for title, unit, values in columns:

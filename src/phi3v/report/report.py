@@ -15,21 +15,21 @@ from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.report.gallery import class_scores, gallery
 from phi3v.report.page import write_page
-from phi3v.report.pictures import Thumbnails
 from phi3v.report.run_files import RunFiles, read_run
+from phi3v.report.thumbnails import Thumbnails
 
 REPORT_FILE = "report.html"
-PICTURE_BUDGET = 2_000_000  # bytes of small pictures in a page
+IMAGE_BUDGET = 2_000_000  # bytes of small images in a page
 SCRIPTS = ("page", "charts", "scores", "gallery", "report")
 
 
-def report(folders: Sequence[Path], *, out: Path | None = None, picture_budget: int = PICTURE_BUDGET) -> dict[str, Any]:
+def report(folders: Sequence[Path], *, out: Path | None = None, image_budget: int = IMAGE_BUDGET) -> dict[str, Any]:
     """Write a report and return what it says in short.
 
     Args:
         folders: run folders; several are compared.
         out: the file; by default ``report.html`` in the run folder, or here for several.
-        picture_budget: bytes that small pictures may take, shared by the runs.
+        image_budget: bytes that small images may take, shared by the runs.
 
     Raises:
         UserError: a folder is no run, or the file cannot be written.
@@ -40,7 +40,7 @@ def report(folders: Sequence[Path], *, out: Path | None = None, picture_budget: 
     runs = [read_run(folder) for folder in folders]
     _name_apart(runs)
     out = out or (folders[0] if len(folders) == 1 else Path()) / REPORT_FILE
-    size = write_report(runs, out, picture_budget=picture_budget)
+    size = write_report(runs, out, image_budget=image_budget)
     told = [
         {
             "folder": str(run.folder),
@@ -55,20 +55,20 @@ def report(folders: Sequence[Path], *, out: Path | None = None, picture_budget: 
     return {"report": str(out), "bytes": size, "runs": told}
 
 
-def write_report(runs: Sequence[RunFiles], out: Path, *, picture_budget: int = PICTURE_BUDGET) -> int:
+def write_report(runs: Sequence[RunFiles], out: Path, *, image_budget: int = IMAGE_BUDGET) -> int:
     """Write the page about ``runs`` and return its size in bytes."""
-    galleries, pictures = [], []
+    galleries, encoded = [], []
     for run in runs:
-        thumbnails = Thumbnails(picture_budget // len(runs))
+        thumbnails = Thumbnails(image_budget // len(runs))
         galleries.append(gallery(run, thumbnails))
-        pictures.append(thumbnails.encoded)
+        encoded.append(thumbnails.encoded)
     blocks = {
         "runs": {
             "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             "version": __version__,
             "runs": [_run_block(run) for run in runs],
         },
-        "predictions": {"galleries": galleries, "pictures": pictures},
+        "predictions": {"galleries": galleries, "thumbnails": encoded},
     }
     title = " · ".join(run.name for run in runs) + " · phi3v report"
     return write_page(out, title, SCRIPTS, blocks)

@@ -1,4 +1,4 @@
-"""A record as the model sees it: its pictures cut into crops, its tokens with what is learnt."""
+"""A record as the model sees it: its images cut into crops, its tokens with those that are supervised."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import cut_pages
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.report.pictures import webp
+from phi3v.report.thumbnails import webp
 
-LEARNT, SPECIAL, PICTURE = 1, 2, 4  # bits of a piece
+SUPERVISED, SPECIAL, IMAGE = 1, 2, 4  # bits of a piece
 MAX_PIECES = 3000
 PAGE_SIDE = 1000  # pixels of a page that is shown; less where a record has several
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -30,29 +30,29 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 def sample_block(
     record: Record, file: Path, processor: Phi3VProcessor, *, exif_orientation: bool = True
 ) -> dict[str, Any]:
-    """A sample for the page: ``pictures``, ``pieces``, ``tokens`` and ``learnt``; or ``error`` if it cannot be read."""
+    """A sample for the page: ``images``, ``pieces``, ``tokens``, ``supervised``; or ``error`` if it cannot be read."""
     block: dict[str, Any] = {"id": record.id, "line": record.line, "source": record.source}
     image_processor = processor.image_processor
     try:
         root = file.parent / "images"
-        images = read_images(record, load_image, path=file, images_root=root, exif_orientation=exif_orientation)
+        loaded = read_images(record, load_image, path=file, images_root=root, exif_orientation=exif_orientation)
     except UserError as error:
         return block | {"error": str(error)}
-    side = PAGE_SIDE if len(images) <= 2 else PAGE_SIDE // 2
-    pictures = [
-        picture_block(name, image, image_processor, side) for name, image in zip(record.images, images, strict=True)
+    side = PAGE_SIDE if len(loaded) <= 2 else PAGE_SIDE // 2
+    images = [
+        image_block(name, image, image_processor, side) for name, image in zip(record.images, loaded, strict=True)
     ]
-    stream = encode_record(record, processor, [picture["tokens"] for picture in pictures])
+    stream = encode_record(record, processor, [image["tokens"] for image in images])
     return block | {
-        "pictures": pictures,
+        "images": images,
         "pieces": pieces(processor, stream)[:MAX_PIECES],
         "tokens": len(stream.input_ids),
-        "learnt": sum(label != IGNORE_INDEX for label in stream.labels),
+        "supervised": sum(label != IGNORE_INDEX for label in stream.labels),
     }
 
 
-def picture_block(name: str, image: Image.Image, processor: Phi3VImageProcessor, side: int) -> dict[str, Any]:
-    """One picture: its page and its global view as the model gets them, and where the picture lies on the page."""
+def image_block(name: str, image: Image.Image, processor: Phi3VImageProcessor, side: int) -> dict[str, Any]:
+    """One image: its page and its global view as the model gets them, and where it lies on the page."""
     geometry = page_geometry(*image.size, processor.num_crops)
     page = processor.page(image)  # [height, width, 3]
     view = cut_pages(page[None], processor.image_mean, processor.image_std)[0, 0]  # [3, 336, 336]
@@ -71,7 +71,7 @@ def picture_block(name: str, image: Image.Image, processor: Phi3VImageProcessor,
 
 
 def pieces(processor: Phi3VProcessor, stream: TokenStream) -> list[list[Any]]:
-    """The token stream as ``[text, bits, tokens, first id]``; a picture is one piece, bytes of one text are joined."""
+    """The token stream as ``[text, bits, tokens, first id]``; an image is one piece, bytes of one text are joined."""
     tokenizer = processor.tokenizer
     special = set(tokenizer.get_added_vocab().values())
     found: list[list[Any]] = []
@@ -79,11 +79,11 @@ def pieces(processor: Phi3VProcessor, stream: TokenStream) -> list[list[Any]]:
     start = 0
     while start < len(ids):
         end = start + 1
-        bits = LEARNT if labels[start] != IGNORE_INDEX else 0
+        bits = SUPERVISED if labels[start] != IGNORE_INDEX else 0
         if ids[start] < 0:
             while end < len(ids) and ids[end] == ids[start]:
                 end += 1
-            found.append([f"picture {-ids[start]}", bits | PICTURE, end - start, ids[start]])
+            found.append([f"image {-ids[start]}", bits | IMAGE, end - start, ids[start]])
         else:
             token = tokenizer.convert_ids_to_tokens(ids[start])
             values = bytearray()

@@ -5,10 +5,10 @@ const KINDS = [['all', 'All'], ['right', 'Right'], ['wrong', 'Wrong'], ['changed
 const normal = (text) => text.trim().replace(/^\.+|\.+$/g, '').toLowerCase(); // as the scores compare answers
 
 class Gallery {
-  constructor(runs, { galleries, pictures }) {
-    Object.assign(this, { runs, galleries, pictures });
+  constructor(runs, { galleries, thumbnails }) {
+    Object.assign(this, { runs, galleries, thumbnails });
     this.run = galleries.findIndex((g) => g);
-    this.state = { kind: 'all', sort: 'file', search: '', pictured: false, cell: null, page: 0 };
+    this.state = { kind: 'all', sort: 'file', search: '', withImage: false, cell: null, page: 0 };
     this.cards = make('div', { class: 'cards', role: 'list' });
     this.count = make('p', { class: 'soft small', role: 'status' });
     this.note = make('div', {});
@@ -55,8 +55,8 @@ class Gallery {
       make('div', { class: 'row' },
         make('span', { class: 'grow' }, fill(this.searchBox, { css: { width: '100%' } }, [])),
         make('label', {}, 'sort', selectBox('sort predictions', sorts, this.state.sort, (sort) => this.change({ sort }))),
-        partly ? make('label', {}, make('input', { type: 'checkbox', checked: this.state.pictured, onchange: (event) => this.change({ pictured: event.target.checked }) }), 'with picture only') : null));
-    this.note.replaceChildren(g.pictures_note ? make('p', { class: 'soft small' }, g.pictures_note) : '');
+        partly ? make('label', {}, make('input', { type: 'checkbox', checked: this.state.withImage, onchange: (event) => this.change({ withImage: event.target.checked }) }), 'with image only') : null));
+    this.note.replaceChildren(g.images_note ? make('p', { class: 'soft small' }, g.images_note) : '');
     this.refresh();
   }
   change(values) {
@@ -71,7 +71,7 @@ class Gallery {
     document.getElementById('predictions').scrollIntoView();
   }
   matches() {
-    const g = this.data, { kind, search, pictured, cell, sort } = this.state;
+    const g = this.data, { kind, search, withImage, cell, sort } = this.state;
     let found = [];
     const wanted = search.trim().toLowerCase().split(/\s+/).filter(Boolean);
     if (wanted.length && !this.haystack) {
@@ -81,7 +81,7 @@ class Gallery {
     const classes = cell && new Set(g.references.map((r) => normal(g.texts[r[0]] ?? '')));
     for (let i = 0; i < g.ids.length; i++) {
       if (kind !== 'all' && !this.kinds[i].includes(kind)) continue;
-      if (pictured && !(g.images[i][0] >= 0)) continue;
+      if (withImage && !(g.images[i][0] >= 0)) continue;
       if (wanted.length && !wanted.every((word) => this.haystack[i].includes(word))) continue;
       if (cell) {
         const truth = normal(g.texts[g.references[i][0]] ?? ''), answer = normal(g.texts[g.answers[i]]);
@@ -118,10 +118,10 @@ class Gallery {
       make('button', { type: 'button', disabled: page === pages - 1, onclick: () => go(pages - 1), 'aria-label': 'last page' }, '»')] : []));
     if (move) this.count.scrollIntoView({ block: 'center' });
   }
-  picture(i, k) {
+  thumbnail(i, k) {
     const g = this.data, place = g.images[i][k];
     if (place < 0) return null;
-    return make('img', { src: 'data:image/webp;base64,' + this.pictures[this.run][place], alt: g.texts[g.files[i][k]], decoding: 'async' });
+    return make('img', { src: 'data:image/webp;base64,' + this.thumbnails[this.run][place], alt: g.texts[g.files[i][k]], decoding: 'async' });
   }
   badges(i) {
     const g = this.data, right = g.right[i] === 1, changed = this.kinds[i].includes('changed');
@@ -140,10 +140,10 @@ class Gallery {
   }
   card(i, position) {
     const g = this.data, has = g.images[i].length > 0;
-    const picture = has && make('div', { class: 'picture' }, this.picture(i, 0) || make('span', {}, 'picture not kept'),
-      g.images[i].length > 1 ? make('span', { class: 'several' }, `${g.images[i].length} pictures`) : null);
+    const image = has && make('div', { class: 'image' }, this.thumbnail(i, 0) || make('span', {}, 'image not kept'),
+      g.images[i].length > 1 ? make('span', { class: 'several' }, `${g.images[i].length} images`) : null);
     return make('div', { role: 'listitem', css: { display: 'grid' } }, make('button', { type: 'button', class: has ? 'prediction' : 'prediction bare', 'data-id': g.texts[g.ids[i]], onclick: () => this.open(position) },
-      picture, make('div', { class: 'texts' }, this.badges(i), make('div', { class: 'prompt' }, g.texts[g.prompts[i]]), this.answers(i))));
+      image, make('div', { class: 'texts' }, this.badges(i), make('div', { class: 'prompt' }, g.texts[g.prompts[i]]), this.answers(i))));
   }
   open(position) {
     this.position = position;
@@ -153,7 +153,7 @@ class Gallery {
         make('button', { type: 'button', onclick: () => this.step(-1), disabled: position === 0, 'aria-label': 'previous prediction' }, '←'),
         make('button', { type: 'button', onclick: () => this.step(1), disabled: position === this.found.length - 1, 'aria-label': 'next prediction' }, '→'),
         make('button', { type: 'button', onclick: () => this.dialog.close(), autofocus: true }, 'Close')),
-      make('div', { class: 'pictures' }, g.images[i].map((_, k) => this.picture(i, k))),
+      make('div', { class: 'images' }, g.images[i].map((_, k) => this.thumbnail(i, k))),
       make('div', { class: 'prompt' }, g.texts[g.prompts[i]]), this.answers(i),
       probabilities ? [make('h3', { css: { 'margin-top': '1rem' } }, 'Probabilities'), bars(Object.entries(probabilities).map(([word, p]) => [word, Number(p), percent(Number(p))]))] : null,
       g.files[i].length ? make('p', { class: 'soft small mono', css: { 'margin-top': '1rem' } }, g.files[i].map((n) => g.texts[n]).join(', ')) : null);

@@ -1,6 +1,6 @@
 // The preview of a data file.
 
-const LEARNT = 1, SPECIAL = 2, PICTURE = 4;
+const SUPERVISED = 1, SPECIAL = 2, IMAGE = 4;
 
 (async () => {
   const data = await unpack('preview');
@@ -23,7 +23,7 @@ const LEARNT = 1, SPECIAL = 2, PICTURE = 4;
     make('p', { class: 'soft small' }, `${figure(data.answer_count)} answers, ${figure(data.distinct_answers)} of them distinct${data.distinct_answers > data.answers.length ? `; the ${data.answers.length} most frequent` : ''}.`),
     make('div', { class: 'columns' }, make('div', {}, counted(data.answers, data.answer_count)),
       make('div', {}, make('h3', {}, 'Sources'), counted(data.sources),
-        make('h3', { css: { 'margin-top': '1.2rem' } }, 'Pictures of a record'), counted(data.pictures_of_records),
+        make('h3', { css: { 'margin-top': '1.2rem' } }, 'Images of a record'), counted(data.images_of_records),
         make('h3', { css: { 'margin-top': '1.2rem' } }, 'Turns of a record'), counted(data.turns_of_records))));
   page.body.append(make('footer', {}, `Written by phi3v ${data.version}. This file holds everything it shows and loads nothing.`));
   document.documentElement.dataset.ready = 'true';
@@ -33,8 +33,8 @@ const counted = (entries, total) => bars(entries.map(([label, count]) => [shown(
 
 function legend() {
   return make('div', { class: 'legend' },
-    make('span', { class: 'token' }, 'prompt, not learnt'), make('span', { class: 'token learnt' }, 'answer, learnt'),
-    make('span', { class: 'token special' }, '<|special|>'), make('span', { class: 'token picture' }, 'picture'),
+    make('span', { class: 'token' }, 'prompt, not supervised'), make('span', { class: 'token supervised' }, 'answer, supervised'),
+    make('span', { class: 'token special' }, '<|special|>'), make('span', { class: 'token image' }, 'image'),
     make('span', {}, '⏎ is a line break; a token’s number is shown when it is pointed at.'));
 }
 
@@ -42,39 +42,39 @@ function sample(record) {
   const head = make('h3', {}, make('span', { class: 'mono' }, record.id), make('span', { class: 'soft' }, ` · line ${record.line}${record.source ? ` · ${record.source}` : ''}${record.longest ? ' · the longest measured' : ''}`));
   if (record.error) return make('article', { class: 'sample' }, head, make('pre', { class: 'log' }, record.error));
   return make('article', { class: 'sample' }, head,
-    make('div', { class: 'sheets' }, record.pictures.map(sheet)),
-    make('p', { class: 'soft small' }, `${figure(record.tokens)} tokens, ${figure(record.learnt)} of them learnt, ${figure(record.pictures.reduce((sum, p) => sum + p.tokens, 0))} of pictures`),
+    make('div', { class: 'sheets' }, record.images.map(sheet)),
+    make('p', { class: 'soft small' }, `${figure(record.tokens)} tokens, ${figure(record.supervised)} of them supervised, ${figure(record.images.reduce((sum, p) => sum + p.tokens, 0))} of images`),
     make('div', { class: 'tokens', tabindex: 0, role: 'group', 'aria-label': `tokens of ${record.id}` }, record.pieces.map(token),
       record.pieces.reduce((sum, piece) => sum + piece[2], 0) < record.tokens ? ' …' : ''));
 }
 
 function token([text, bits, count, id]) {
-  const kinds = [bits & LEARNT ? 'learnt' : '', bits & SPECIAL ? 'special' : '', bits & PICTURE ? 'picture' : ''].filter(Boolean);
-  const label = bits & PICTURE ? `${text}: ${count.toLocaleString('en')} tokens` : text.replaceAll('\n', '⏎');
-  const span = make('span', { class: ['token', ...kinds].join(' '), title: bits & PICTURE ? `${count} × ${id}` : count === 1 ? `${id}` : `${id} and ${count - 1} more` }, label);
+  const kinds = [bits & SUPERVISED ? 'supervised' : '', bits & SPECIAL ? 'special' : '', bits & IMAGE ? 'image' : ''].filter(Boolean);
+  const label = bits & IMAGE ? `${text}: ${count.toLocaleString('en')} tokens` : text.replaceAll('\n', '⏎');
+  const span = make('span', { class: ['token', ...kinds].join(' '), title: bits & IMAGE ? `${count} × ${id}` : count === 1 ? `${id}` : `${id} and ${count - 1} more` }, label);
   return text.endsWith('\n') ? [span, make('br')] : span;
 }
 
 // The page cut into its crops, in reading order, and the global view beside it.
-function sheet(picture) {
-  const width = Math.min(560, Math.max(150, 150 * picture.columns));
-  const grid = make('div', { class: 'cut', css: { 'grid-template-columns': `repeat(${picture.columns}, 1fr)`, width: `${width}px`, 'max-width': '100%' } });
-  const image = new Image();
-  image.onload = () => {
-    const w = image.naturalWidth / picture.columns, h = image.naturalHeight / picture.rows;
+function sheet(image) {
+  const width = Math.min(560, Math.max(150, 150 * image.columns));
+  const grid = make('div', { class: 'cut', css: { 'grid-template-columns': `repeat(${image.columns}, 1fr)`, width: `${width}px`, 'max-width': '100%' } });
+  const source = new Image();
+  source.onload = () => {
+    const w = source.naturalWidth / image.columns, h = source.naturalHeight / image.rows;
     grid.querySelectorAll('canvas').forEach((canvas, i) => {
       canvas.width = Math.round(w);
       canvas.height = Math.round(h);
-      canvas.getContext('2d').drawImage(image, (i % picture.columns) * w, Math.floor(i / picture.columns) * h, w, h, 0, 0, canvas.width, canvas.height);
+      canvas.getContext('2d').drawImage(source, (i % image.columns) * w, Math.floor(i / image.columns) * h, w, h, 0, 0, canvas.width, canvas.height);
     });
   };
-  for (let i = 0; i < picture.rows * picture.columns; i++) grid.append(make('div', { class: 'crop' }, make('canvas', { width: 10, height: 10 }), make('span', {}, i + 1)));
-  image.src = 'data:image/webp;base64,' + picture.page;
-  const [w, h] = picture.size, [rw, rh] = picture.resized, crops = picture.rows * picture.columns;
-  const padded = rw !== picture.columns * 336 || rh !== picture.rows * 336;
+  for (let i = 0; i < image.rows * image.columns; i++) grid.append(make('div', { class: 'crop' }, make('canvas', { width: 10, height: 10 }), make('span', {}, i + 1)));
+  source.src = 'data:image/webp;base64,' + image.page;
+  const [w, h] = image.size, [rw, rh] = image.resized, crops = image.rows * image.columns;
+  const padded = rw !== image.columns * 336 || rh !== image.rows * 336;
   return [
-    make('figure', {}, grid, make('figcaption', {}, make('span', { class: 'mono' }, picture.name), make('br'),
-      `${w} × ${h} px, resized to ${rw} × ${rh}${padded ? `, padded to ${picture.columns * 336} × ${picture.rows * 336}` : ''}`, make('br'),
-      `${picture.rows} × ${picture.columns} crop${crops === 1 ? '' : 's'} of 336 px and the global view: ${figure(picture.tokens)} tokens`)),
-    make('figure', {}, make('div', { class: 'cut', css: { width: '150px' } }, make('div', { class: 'crop' }, make('img', { src: 'data:image/webp;base64,' + picture.view, alt: `global view of ${picture.name}`, width: 150, height: 150 }))), make('figcaption', {}, 'global view, 336 × 336'))];
+    make('figure', {}, grid, make('figcaption', {}, make('span', { class: 'mono' }, image.name), make('br'),
+      `${w} × ${h} px, resized to ${rw} × ${rh}${padded ? `, padded to ${image.columns * 336} × ${image.rows * 336}` : ''}`, make('br'),
+      `${image.rows} × ${image.columns} crop${crops === 1 ? '' : 's'} of 336 px and the global view: ${figure(image.tokens)} tokens`)),
+    make('figure', {}, make('div', { class: 'cut', css: { width: '150px' } }, make('div', { class: 'crop' }, make('img', { src: 'data:image/webp;base64,' + image.view, alt: `global view of ${image.name}`, width: 150, height: 150 }))), make('figcaption', {}, 'global view, 336 × 336'))];
 }

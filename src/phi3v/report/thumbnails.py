@@ -1,4 +1,4 @@
-"""Small copies of pictures, as many as a budget of bytes allows."""
+"""Small copies of images, as many as a budget of bytes allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUALITY = 72  # of WebP
 
 
 def webp(image: Image.Image, side: int) -> str:
-    """The picture, its longer side at most ``side`` pixels, as WebP in base64."""
+    """The image, its longer side at most ``side`` pixels, as WebP in base64."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     with io.BytesIO() as file:
@@ -26,12 +26,12 @@ def webp(image: Image.Image, side: int) -> str:
 
 
 class Thumbnails:
-    """Pictures of a page, each once.
+    """Images of a page, each once.
 
     Args:
         budget: bytes that they may take in the page.
         side: pixels of the longer side.
-        seconds: no picture is begun after so long, so that a page of large scans is written all the same.
+        seconds: no image is begun after so long, so that a page of large scans is written all the same.
     """
 
     def __init__(self, budget: int, *, side: int = 256, seconds: float = 30.0) -> None:
@@ -48,7 +48,7 @@ class Thumbnails:
         return sum(map(len, self.encoded))
 
     def add(self, root: Path, names: list[str], **settings: Any) -> bool:
-        """Take the pictures of one question, all or none; false once the budget is used up.
+        """Take the images of one question, all or none; false once the budget is used up.
 
         Args:
             settings: of `load_image`.
@@ -69,9 +69,9 @@ class Thumbnails:
         if size > self.budget:
             return False
         self.budget -= size
-        for key, picture in new.items():
+        for key, encoded in new.items():
             self._places[key] = len(self.encoded)
-            self.encoded.append(picture)
+            self.encoded.append(encoded)
         return True
 
     def place(self, root: Path, name: str) -> int:
