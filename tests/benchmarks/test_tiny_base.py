@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import command, run_ranks
 
 import scenes
 import tiny_base
@@ -89,6 +90,11 @@ def test_the_script_makes_a_model_and_goes_on_where_it_was(
     monkeypatch.setattr(tiny_base, "TOWER", {"pages": 4, "batch_size": 2, "learning_rate": 1e-3})
     monkeypatch.setattr(tiny_base, "POINTERS", {"steps": 1, "batch_size": 1, "learning_rate": 1e-3})
     monkeypatch.setattr(tiny_base, "TEST_SCENES", 1)
+
+    def phi3v(*arguments: str, processes: int = 1) -> None:
+        run_ranks(processes, command, *arguments, folder=tmp_path / "ranks")
+
+    monkeypatch.setattr(tiny_base, "phi3v", phi3v)  # without the seconds that a new interpreter takes to import
     out = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["tiny_base.py", "--work", str(tmp_path / "work"), "--out", str(out)])
     tiny_base.main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import time
@@ -67,6 +68,21 @@ def run_ranks(
     out, err = ("".join(file.read_text() for file in sorted(folder.glob(f"rank-*.{name}"))) for name in ("out", "err"))
     assert ended == list(codes or [0] * ranks), f"{ended}\n{out[-1000:]}\n{err[-3000:]}"
     return out if codes is None else out + err
+
+
+def command(*arguments: object) -> int:
+    """``phi3v`` with these arguments, as what a rank runs."""
+    from phi3v.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def script(path: str, flags: Sequence[str], cwd: str) -> None:
+    """A script with its flags in its working folder, as what a rank runs."""
+    os.chdir(cwd)
+    sys.argv = [path, *flags]
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def _rank(target: Callable[..., int | None], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
