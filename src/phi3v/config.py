@@ -1,7 +1,7 @@
-"""The one configuration of a run: a typed tree, read from a recipe (YAML) and the command line.
+"""The configuration of a run: a typed tree, read from a recipe (YAML) and the command line.
 
-The docstring of a field is its help text. Unknown keys are errors that name the nearest known key. The resolved tree
-is written into every run folder.
+The docstring of a field is its help text. Unknown keys are errors that suggest the nearest key. The resolved tree is
+written into every run folder.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ NUMBER = re.compile(
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML with the scalars of YAML 1.2: ``[yes, no]`` are two words, 1e-3 is a number, 010 is ten, 1:30 is text.
+    """YAML with the scalars of YAML 1.2: ``[yes, no]`` are two strings, 1e-3 is a number, 010 is ten, 1:30 is a string.
 
-    And a key that is given twice is an error, where PyYAML takes the last.
+    A duplicate key is an error; PyYAML takes the last one.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own form
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML defines it
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -57,7 +57,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Puts text in quotes that either YAML would read as something else."""
+    """Quotes strings that YAML 1.1 or 1.2 would read as something else."""
 
 
 YamlLoader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), "tTfF")
@@ -72,7 +72,7 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, YamlLoader)  # a SafeLoader
 
 
-# Where Pillow itself starts to warn: a quarter of a GiB at 3 bytes a pixel.
+# Pillow's own warning threshold: a quarter of a GiB at 3 bytes per pixel.
 DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -118,15 +118,15 @@ def _require_positive(group: Any, name: str, *keys: str) -> None:
 
 @dataclass
 class ModelConfig:
-    """Which model is tuned, and how it reads pictures."""
+    """The model to fine-tune, and how it reads images."""
 
     path: str = "microsoft/Phi-3.5-vision-instruct"
     """A folder in the official layout, or a hub id."""
     num_crops: int | None = None
-    """Crops of a page at most (16 for one picture, 4 for several is the model's advice); default: as the model says."""
+    """Maximum number of crops per image (recommended: 16 for one image, 4 for several); default: the model's own."""
     attention: Attention = "auto"
-    """Attention of the decoder; auto takes what is fastest here and says why. flex: torch's FlexAttention, on a GPU.
-    varlen: torch's variable-length flash attention, on a GPU, for packed rows only."""
+    """Attention of the decoder; auto chooses the fastest available and prints the reason. flex: torch's FlexAttention,
+    on a GPU. varlen: torch's variable-length flash attention, on a GPU, for packed rows only."""
 
     def __post_init__(self) -> None:
         _require(self, "model", num_crops=(1, None))
@@ -134,31 +134,31 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where the conversations are."""
+    """The data files, and how they are read."""
 
     train: str | None = None
-    """JSONL file to learn from; pictures are looked up in the folder images/ beside it."""
+    """JSONL file to train on; its images are in the folder images/ next to it."""
     eval: str | None = None
-    """JSONL file to measure on before and after; none: no evaluation."""
+    """JSONL file to evaluate on before and after training; none: no evaluation."""
     image_check: Literal["decode", "header", "off"] = "decode"
-    """How pictures are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
+    """How images are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
     max_image_pixels: int = DEFAULT_MAX_PIXELS
-    """Larger pictures are refused unread."""
+    """Larger images are refused without decoding them."""
     exif_orientation: bool = True
-    """Turn a photograph as its EXIF orientation says, as viewers do; false: take the pixels as they are stored."""
+    """Rotate images by their EXIF orientation, as viewers do; false: use the pixels as stored."""
     special_text: Literal["refuse", "escape"] = "refuse"
-    """What to do with text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
+    """Text such as <|end|> in the data: refuse it with its line, or break it up with a space."""
     num_workers: int | None = None
-    """Processes that read and cut pictures; default: with a GPU the cores less one, at most 8, else none."""
+    """Processes that read images; default: with a GPU the number of cores minus one, at most 8; otherwise none."""
     packing: Packing = "none"
-    """none: padded batches; samples: whole records side by side in rows without padding; shared-image: also, records
-    about the same pictures share them, computed once. Neither changes a record's loss or gradient."""
+    """none: padded batches; samples: whole records packed into rows without padding; shared-image: also, records with
+    the same images share them, computed once. Neither changes a record's loss or gradient."""
     pack_tokens: int = 8192
-    """Tokens of a packed row, which a device computes at a time, at most; a longer record gets a row of its own."""
+    """Maximum tokens of a packed row, which a device computes at once; a longer record gets a row of its own."""
     shared_image_max: int = 8
-    """shared-image: records about the same pictures that share one step at most; more go into other steps."""
+    """shared-image: maximum number of records with the same images in one step; the others go into other steps."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """A picture that cannot be read in the middle of a run: stop, or leave its record out, count it and list it."""
+    """An image that cannot be read during training: stop, or leave out its record, count it and list it."""
 
     def __post_init__(self) -> None:
         counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
@@ -166,7 +166,7 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How every reader of a data file is to read it, as the arguments that they share."""
+        """How to read a data file: the keyword arguments that all readers share."""
         return {
             "special_text": self.special_text,
             "max_pixels": self.max_image_pixels,
@@ -185,20 +185,20 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout before the adapters."""
     parts: list[Part] = field(default_factory=lambda: ["decoder", "head", "vision", "projector"])
-    """Parts of the model that get adapters; leave out vision and projector to freeze vision."""
+    """Parts of the model that get adapters; without vision and projector, the vision part is frozen."""
     targets: list[str] | None = None
-    """Names of linear layers to adapt, in place of parts; each must match something."""
+    """Names of linear layers to adapt, instead of parts; each must match a layer."""
     also_train: list[Literal["vision", "projector"]] = field(default_factory=list)
-    """Parts trained in full beside the adapters, which get none; the separators sub_GN and glb_GN stay frozen."""
+    """Parts trained in full instead of with adapters; the separators sub_GN and glb_GN stay frozen."""
     double_quant: bool = False
-    """qlora: quantise the quantisation constants too."""
+    """qlora: also quantise the quantisation constants."""
     dora: bool = False
-    """DoRA: also learn the length of every column of an adapted weight (arXiv 2402.09353)."""
+    """DoRA: also learn the magnitude of every column of an adapted weight (arXiv 2402.09353)."""
     rslora: bool = False
-    """rsLoRA: scale adapters by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    """rsLoRA: scale adapters by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
     init: Literal["gaussian", "default", "pissa"] = "gaussian"
-    """What adapters begin as: gaussian: as the public recipe; default: PEFT's; both change nothing at first. pissa:
-    the principal singular vectors, which training then starts from (arXiv 2404.02948); saved as a plain LoRA."""
+    """Initial adapters. gaussian: as in the public recipe; default: PEFT's; with both the model starts unchanged.
+    pissa: the principal singular vectors of the weights (arXiv 2404.02948); saved as a plain LoRA."""
     lora_plus_ratio: float | None = None
     """LoRA+: the learning rate of the B matrices divided by that of the A matrices, e.g. 16 (arXiv 2402.12354)."""
 
@@ -209,12 +209,12 @@ class LoraConfig:
             _require_positive(self, "method.lora", "lora_plus_ratio")
         if self.dora and self.init == "pissa":
             raise UserError(
-                "a PiSSA adapter is saved as the difference to its start, and DoRA's is no sum",
+                "a PiSSA adapter is saved as the difference from its start, which DoRA does not allow",
                 where="method.lora.init",
                 hint="use gaussian, or set method.lora.dora to false",
             )
         if not (self.parts if self.targets is None else self.targets):
-            raise UserError("no layer is left to adapt", where="method.lora.parts", hint="name at least one part")
+            raise UserError("there is no layer to adapt", where="method.lora.parts", hint="name at least one part")
 
     @property
     def alpha(self) -> float:
@@ -226,16 +226,16 @@ class MethodConfig:
     """What is trained."""
 
     name: MethodName = "full"
-    """full: everything; frozen-vision: the decoder; lora, qlora: adapters on a frozen (4-bit) model."""
+    """full: everything; frozen-vision: decoder and LM head; lora, qlora: adapters on a frozen (4-bit) model."""
     train_embeddings: bool = False
-    """frozen-vision: train the token embeddings too (the public recipe freezes them with the vision part)."""
+    """frozen-vision: also train the token embeddings (the public recipe freezes them with the vision part)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters."""
 
     def __post_init__(self) -> None:
         if self.name == "qlora" and self.lora.init == "pissa":
             raise UserError(
-                "PiSSA takes adapters out of the weights, and four bits have no room for what is left of them",
+                "PiSSA moves part of the weights into the adapters, and the remainder cannot be kept in 4 bits",
                 where="method.lora.init",
                 hint="use gaussian, or method.name lora",
             )
@@ -243,14 +243,14 @@ class MethodConfig:
 
 @dataclass
 class LearningRates:
-    """Peak learning rates of parts; each follows the one schedule."""
+    """Peak learning rates by part; all follow the same schedule."""
 
     vision: float | None = None
     """Of the vision tower; default: training.learning_rate."""
     projector: float | None = None
     """Of the projector; default: training.learning_rate."""
     decoder: float | None = None
-    """Of the decoder, its embeddings and its head; default: training.learning_rate."""
+    """Of the decoder, its embeddings and the LM head; default: training.learning_rate."""
 
     def __post_init__(self) -> None:
         for key in ("vision", "projector", "decoder"):
@@ -260,30 +260,30 @@ class LearningRates:
 
 @dataclass
 class TrainingConfig:
-    """How it is trained. Defaults are the public recipe's."""
+    """Optimization. Defaults are those of the public recipe."""
 
     output_dir: str = "output"
     """The run folder."""
     overwrite: bool = False
     """Replace a finished run in output_dir."""
     seed: int = 0
-    """Seeds data order and new weights."""
+    """Seed of the data order and of new weights."""
     precision: Precision = "auto"
-    """Arithmetic; auto is bf16 where the GPU has it, else fp16, and fp32 on the CPU."""
+    """Precision of computation; auto is bf16 if the GPU supports it, otherwise fp16, and fp32 on the CPU."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
     batch_size: int = 16
-    """Samples of an optimizer step, over all devices."""
+    """Samples per optimizer step, over all devices."""
     batch_tokens: int | None = None
-    """With data.packing: about so many tokens a step, over all devices, in place of batch_size samples."""
+    """With data.packing: approximate tokens per step over all devices, instead of batch_size samples."""
     micro_batch_size: int = 1
-    """Samples that a device computes at a time; the rest of batch_size is accumulated."""
+    """Samples that a device computes at once; gradients are accumulated up to batch_size."""
     learning_rate: float = 4e-5
     """Peak learning rate."""
     learning_rates: LearningRates = field(default_factory=LearningRates)
-    """Other peaks for some parts."""
+    """Other peak learning rates for some parts."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     adam_beta1: float = 0.9
@@ -295,38 +295,38 @@ class TrainingConfig:
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Learning rate after the warm-up."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises; default: 50, as the public recipe, and at most a tenth of the run."""
+    """Steps of learning-rate warm-up; default: 50, as in the public recipe, but at most a tenth of the run."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0: never."""
+    """Gradients are clipped to this norm; 0: no clipping."""
     kernels: Literal["torch", "liger"] = "torch"
-    """liger: Liger's fused norm, rotary embedding, MLP and loss (extra gpu); the same up to rounding."""
+    """liger: Liger's fused norm, rotary embedding, MLP and loss (extra gpu); equal up to rounding."""
     compile: bool = False
     """Compile the layers with torch.compile; the first steps take minutes."""
     fp8: bool = False
-    """The decoder's linear layers multiply in float8: faster, and not exact. Cards of compute capability 8.9 and newer
-    (extra gpu); not with qlora."""
+    """Compute the decoder's linear layers in float8: faster, but not exact. Needs a GPU of compute capability 8.9 or
+    newer (extra gpu); not with qlora."""
     feature_cache: FeatureCache = "off"
-    """With a frozen vision tower: compute each picture's features once and keep them, in memory or on the disk (in
-    PHI3V_CACHE; safe to delete). Worth it over several epochs; says its size first."""
+    """With a frozen vision tower: compute the features of each image once and keep them in memory or on disk (in
+    PHI3V_CACHE; safe to delete). Useful for several epochs; the size is printed first."""
     loss_weighting: Literal["sample", "token"] = "sample"
-    """sample: every record counts the same (as the public recipe); token: every answer token does."""
+    """sample: every record has the same weight (as in the public recipe); token: every answer token has."""
     activation_checkpointing: Checkpointing = "auto"
-    """Activations that the backward pass computes again, for memory: none, those of the vision tower, selective (the
-    tower's, and in the decoder all but matrix products and attention) or full; auto: as few as fit into memory."""
+    """Activations recomputed in the backward pass to save memory: none, those of the vision tower, selective (the
+    tower's, and in the decoder all but matrix products and attention) or full; auto: as few as memory allows."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
     """adamw: float32 weights and moments; adamw_8bit: bitsandbytes' 8-bit moments; adamw_bf16: weights and moments in
-    bf16, rounded stochastically."""
+    bf16 with stochastic rounding."""
     lean: bool = False
-    """Least memory: bf16 weights, rounded stochastically, with the optimizer's step inside the backward pass and full
-    checkpointing; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
+    """Least memory: bf16 weights with stochastic rounding, optimizer step inside the backward pass, full checkpointing;
+    with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
     max_nonfinite_steps: int = 3
-    """A step whose loss or gradient is not finite changes no weight; stop after so many of them in a row."""
+    """Steps with a non-finite loss or gradient are skipped; stop after this many in a row."""
     logging_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     report_to: list[Tracker] = field(default_factory=list)
-    """Send the metrics to these services too, beside metrics.jsonl and TensorBoard: wandb, mlflow, trackio."""
+    """Trackers that also get the metrics, in addition to metrics.jsonl and TensorBoard: wandb, mlflow, trackio."""
     progress_bar: bool = True
-    """Show progress bars in a terminal; without them, as in a log file, there is a line a logging step."""
+    """Show progress bars in a terminal; without them, as in a log file, one line per logging step."""
 
     def __post_init__(self) -> None:
         at_least_one = dict.fromkeys(
@@ -350,11 +350,11 @@ class DistributedConfig:
     """How several processes (GPUs, machines) train one model together."""
 
     engine: EngineName = "auto"
-    """ddp: every device holds everything; zero1, zero2, zero3: DeepSpeed divides the optimizer's state, also the
-    gradients, also the weights; fsdp2: torch divides all three. auto: as the public recipe, zero2 for full and
-    frozen-vision and ddp for adapters."""
+    """ddp: nothing is sharded; zero1, zero2, zero3: DeepSpeed shards the optimizer state, also the gradients, also the
+    weights; fsdp2: torch shards all three. auto: as in the public recipe, zero2 for full and frozen-vision, ddp for
+    adapters."""
     offload_optimizer: bool = False
-    """zero1, zero2, zero3: keep the optimizer's state in the host's memory."""
+    """zero1, zero2, zero3: keep the optimizer state in host memory."""
     timeout_minutes: float = 30.0
     """How long a process waits for the others before it gives up."""
 
@@ -364,16 +364,16 @@ class DistributedConfig:
 
 @dataclass
 class CheckpointConfig:
-    """From where a run that was interrupted goes on; see phi3v train --resume."""
+    """Checkpoints, from which phi3v train --resume continues an interrupted run."""
 
     save_steps: int | None = None
-    """Save every so many optimizer steps, and at the last; default: by time only."""
+    """Optimizer steps between saves, also after the last step; default: by time only."""
     save_minutes: float | None = 30.0
-    """Save at the first step after so many minutes without a save; null: by steps only."""
+    """Save at the first step after this many minutes without a save; null: by steps only."""
     keep_last: int = 2
-    """Checkpoints that are kept; older ones are deleted. The best weights are kept by evaluation.keep_best."""
+    """Number of checkpoints to keep; older ones are deleted. The best weights: see evaluation.keep_best."""
     asynchronous: bool = True
-    """Copy to the host's memory and write while training goes on, where the engine and the memory allow that."""
+    """Copy to host memory and write while training continues, if the engine and memory allow it."""
 
     def __post_init__(self) -> None:
         _require(self, "checkpoint", save_steps=(1, None), keep_last=(1, None))
@@ -383,33 +383,33 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Measuring by generating answers: before, during and after training, and in phi3v eval."""
+    """Evaluation by generating answers: before, during and after training, and in phi3v eval."""
 
     before: bool = True
-    """Measure before training."""
+    """Evaluate before training."""
     after: bool = True
-    """Measure after training."""
+    """Evaluate after training."""
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
-    """Scores, the task's own first (it chooses the best weights): accuracy, anls, exact_match, relaxed_accuracy,
+    """Metrics, the primary one first (it selects the best weights): accuracy, anls, exact_match, relaxed_accuracy,
     token_f1, per_class_accuracy, auroc, consistency."""
     answer_words: list[str] = field(default_factory=list)
-    """Answers whose probabilities are computed and auroc compares, the positive one first, e.g. [yes, no]."""
+    """Answers whose probabilities are computed, for auroc; the positive one first, e.g. [yes, no]."""
     max_questions: int | None = None
-    """Measure on so many questions, drawn once by the seed from the whole file; default: all."""
+    """Number of questions, sampled once from the whole file with the seed; default: all."""
     batch_size: int = 8
-    """Questions answered at a time on a device."""
+    """Questions answered at once on a device."""
     batch_tokens: int = 32768
-    """Prompt tokens of such a batch at most, padding included; of longer prompts fewer are answered at a time."""
+    """Maximum prompt tokens of such a batch, including padding; longer prompts make smaller batches."""
     max_new_tokens: int | None = None
-    """Longest answer, in tokens; default: a quarter more than the longest reference answer, from 64 to 2048."""
+    """Maximum tokens of an answer; default: a quarter more than the longest reference answer, from 64 to 2048."""
     eval_steps: int | None = None
-    """Measure every so many optimizer steps, and at the last; default: never while it trains."""
+    """Optimizer steps between evaluations during training, also after the last step; default: none."""
     eval_steps_questions: int | None = None
-    """So many questions are enough for that; default: as many as before and after."""
+    """Number of questions of an evaluation during training; default: as before and after."""
     keep_best: bool = False
-    """Keep the best weights that eval_steps measured, in best/, and let final/ be those, not the last ones."""
+    """Keep the weights with the best score of eval_steps in best/ and use them for final/, instead of the last ones."""
     early_stopping_patience: int | None = None
-    """Stop after so many measurements in a row without a better score; default: never."""
+    """Stop after this many evaluations in a row without a better score; default: never."""
 
     def __post_init__(self) -> None:
         counts = ("max_questions", "batch_size", "batch_tokens", "max_new_tokens")
@@ -419,7 +419,7 @@ class EvaluationConfig:
         for key in ("eval_steps_questions", "keep_best", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 hint = "set evaluation.eval_steps, e.g. to 100"
-                raise UserError("nothing is measured while it trains", where=f"evaluation.{key}", hint=hint)
+                raise UserError("there is no evaluation during training", where=f"evaluation.{key}", hint=hint)
 
     def _check_metrics(self) -> None:
         where = "evaluation.metrics"
@@ -439,7 +439,7 @@ class EvaluationConfig:
             raise UserError("holds an empty word", where=where, hint="e.g. [yes, no]")
         if "auroc" in self.metrics and not self.answer_words:
             raise UserError(
-                "auroc compares the probabilities of answers, and none is named",
+                "auroc needs the answers whose probabilities it compares",
                 where=where,
                 hint="name them, the positive one first, e.g. [yes, no]",
             )
@@ -460,45 +460,45 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How several processes train together."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is saved on the way."""
+    """What is saved during training."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How it is measured."""
+    """How it is evaluated."""
 
     def __post_init__(self) -> None:
         packed = self.data.packing != "none"
         if packed and self.training.micro_batch_size != 1:
             raise UserError(
-                f"packed rows are filled by tokens, not {self.training.micro_batch_size} samples at a time",
+                f"packed rows are filled by tokens, not by {self.training.micro_batch_size} samples",
                 where="training.micro_batch_size",
-                hint="set it to 1, and data.pack_tokens to what the device's memory holds",
+                hint="set it to 1, and data.pack_tokens to what fits into device memory",
             )
         if self.training.batch_tokens is not None and not packed:
             raise UserError(
-                "only packed rows are counted by tokens",
+                "only packed rows can be counted in tokens",
                 where="training.batch_tokens",
                 hint="set data.packing to samples or shared-image, or use training.batch_size",
             )
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches that a device adds up before it steps; 1 where rows are packed, a step at a time.
+        """Micro-batches that a device accumulates per step; 1 if rows are packed.
 
         Raises:
-            UserError: ``batch_size`` does not divide.
+            UserError: ``batch_size`` is not divisible.
         """
         if self.data.packing != "none":
             return 1
         share = world_size * self.training.micro_batch_size
         if self.training.batch_size % share:
             raise UserError(
-                f"{self.training.batch_size} samples a step cannot be split over {world_size} devices in micro-batches "
-                f"of {self.training.micro_batch_size}",
+                f"{self.training.batch_size} samples per step cannot be split over {world_size} devices in "
+                f"micro-batches of {self.training.micro_batch_size}",
                 where="training.batch_size",
                 hint=f"use a multiple of {share}, or change training.micro_batch_size",
             )
         return self.training.batch_size // share
 
     def with_paths(self, change: Callable[[str], str]) -> RunConfig:
-        """The same with ``change`` made to the paths of model and data."""
+        """A copy with ``change`` applied to the paths of model and data."""
         train, evaluated = (change(path) if path else path for path in (self.data.train, self.data.eval))
         return dataclasses.replace(
             self,
@@ -507,18 +507,18 @@ class RunConfig:
         )
 
     def absolute(self) -> RunConfig:
-        """The same with absolute paths to model and data, so that what is made of it can be used from any folder."""
+        """A copy with absolute paths to model and data, so that the run can be used from any folder."""
         return self.with_paths(lambda path: path if not path or is_hub_id(path) else str(absolute(path)))
 
     def now_in(self, folder: Path) -> RunConfig:
-        """The configuration that was read from a run folder, with model and data where they are now; see `now_at`."""
+        """A copy of a configuration read from a run folder, with the current paths of model and data; see `now_at`."""
         return self.with_paths(lambda path: now_at(path, self.training.output_dir, folder))
 
     def with_keys(self, values: Mapping[str, Any]) -> RunConfig:
-        """A copy with other values, by keys such as ``training.seed``.
+        """A copy with other values for keys such as ``training.seed``.
 
         Raises:
-            UserError: a value is out of range, or does not go with another.
+            UserError: a value is out of range, or conflicts with another.
         """
         groups: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
@@ -528,7 +528,7 @@ class RunConfig:
         return dataclasses.replace(self, **changed)
 
     def to_yaml(self) -> str:
-        """The whole tree; reads back as the same configuration."""
+        """The whole tree as YAML, from which the same configuration can be read."""
         return yaml.dump(dataclasses.asdict(self), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
@@ -559,11 +559,11 @@ def build_parser() -> Parser:
 
 
 def add_keys(parser: argparse.ArgumentParser, only: Container[str] | None = None, *, shown: bool = True) -> None:
-    """Give a parser options for keys of the tree; what they read are `load_config`'s overrides.
+    """Add options for keys of the tree to a parser; their values are the overrides of `load_config`.
 
     Args:
-        only: some keys; by default all, in groups.
-        shown: in the help text.
+        only: the keys; by default all, in groups.
+        shown: whether the help lists them.
     """
     _add_keys(parser, parser, RunConfig(), "", only, shown)
 
@@ -616,7 +616,7 @@ def _metavar(kind: Any) -> str:
 
 @functools.cache
 def _docstrings() -> dict[tuple[str, str], str]:
-    """The text below each field of each class, which Python itself forgets."""
+    """The docstring below each field of each class, which Python does not keep."""
     texts = {}
     for owner in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         if isinstance(owner, ast.ClassDef):
@@ -642,18 +642,18 @@ def load_config(
     """Read a recipe and apply ``--key.subkey value`` overrides.
 
     Args:
-        recipe: a YAML file; none is the defaults.
-        overrides: words of a command line, or keys with their values.
-        of_run: ``recipe`` was written by a run and so has every group; one that lacks some was cut.
+        recipe: a YAML file; None for the defaults.
+        overrides: command-line words, or values by key.
+        of_run: ``recipe`` was written by a run and must have every group; otherwise it was truncated.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown or given twice, or a value is of the wrong type or
+        UserError: the file is missing or not YAML, a key is unknown or duplicated, or a value has the wrong type or is
             out of range.
     """
     kinds = dict(_kinds(RunConfig))
     values = {} if recipe is None else _read_recipe(recipe, kinds)
     if of_run and (lacking := lacking_groups(name.split(".")[0] for name in values)):
-        what = f"is not whole: a run's own configuration has all groups, and {lacking} is missing"
+        what = f"is incomplete: the configuration of a run has all groups, but {lacking} is missing"
         raise UserError(what, where=str(recipe), hint="copy it again")
     if not isinstance(overrides, Mapping):
         overrides = vars(build_parser().parse_args(list(overrides)))
@@ -663,7 +663,7 @@ def load_config(
 
 
 def lacking_groups(there: Iterable[str]) -> str:
-    """The groups of the tree that are not there, as words."""
+    """The names of the groups of the tree that are missing, comma-separated."""
     there = set(there)
     return ", ".join(name for name, kind in _fields(RunConfig) if dataclasses.is_dataclass(kind) and name not in there)
 
@@ -679,7 +679,7 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
-    """A value of YAML, or a word of the command line, as the type of its key."""
+    """A YAML value, or a command-line word, converted to the type of its key."""
     is_none = value is None or value in ("none", "null", ["none"], ["null"])
     if is_none and _may_be_none(kind):
         return None
@@ -702,7 +702,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise UserError(f"must be text, got {value!r}", where=where, hint="put it in quotes")
         if not value.strip():
-            raise UserError("is empty", where=where, hint="leave it out, or name something")
+            raise UserError("is empty", where=where, hint="leave it out, or give a value")
         return value
     if isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
@@ -716,7 +716,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 
 def _read_recipe(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe by their dotted names."""
+    """The values of a recipe by dotted key."""
     try:
         loader = YamlLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -758,5 +758,5 @@ def _leaves(
         value = loader.construct_object(below, deep=True)
         if not is_branch:
             yield name, value, line
-        elif value is not None:  # a heading whose keys are all commented out
+        elif value is not None:  # None: all keys of the group are commented out
             raise UserError(f"{name} is a group of keys, got {value!r}", where=f"{path}:{line}")

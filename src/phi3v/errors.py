@@ -1,7 +1,7 @@
-"""The error that a user meets: what is wrong, where, what to do.
+"""Errors for users: what is wrong, where, and what to do.
 
-The command line prints it without a traceback and exits with code 2. Anything else that escapes is a
-fault of ours and keeps its traceback.
+The command line prints a `UserError` without a traceback and exits with 2. Any other exception is a fault of ours and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class UserError(Exception):
 
     Args:
         what: what is wrong, one sentence without a full stop.
-        where: the file, line, key or flag it was found at.
+        where: the file, line, key or option.
         hint: what to do about it.
     """
 
@@ -20,7 +20,7 @@ class UserError(Exception):
         self.what = what
         self.where = where
         self.hint = hint
-        self.one_rank = False  # of several processes only this one may have met it, so it must speak for itself
+        self.one_rank = False  # only this rank may have the error, so it must print it itself
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -29,11 +29,11 @@ class UserError(Exception):
 
 
 class StoppedError(BaseException):
-    """A signal ended the run; what there was to save has been saved. The command line prints it and exits with 3.
+    """A signal ended the run after its state was saved. The command line prints it and exits with 3.
 
-    As KeyboardInterrupt it comes out of any code, so no handler of ordinary errors may take it for one.
+    A BaseException like KeyboardInterrupt, so that no ``except Exception`` catches it.
     """
 
 
 class LostRankError(Exception):
-    """Another process of the run ended, or does not answer. The command line prints it and exits with 1."""
+    """Another process of the run ended or does not respond. The command line prints it and exits with 1."""

@@ -1,4 +1,4 @@
-"""What a machine offers a process: this one, or one of the planner's table."""
+"""What a machine offers a process: this one, or one from the planner's hardware table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """What computes, a GPU or the CPU.
+    """A GPU or the CPU.
 
     Attributes:
-        type: as torch calls it.
-        flash_attention, four_bit, float8: it has kernels for them.
-        is_here: what is installed on this machine counts; of another machine, every library is assumed.
+        type: torch's device type.
+        flash_attention, four_bit, float8: whether there are kernels for it.
+        is_here: it is in this machine, whose installed packages count; other machines are assumed to have all.
     """
 
     type: Literal["cuda", "cpu"]
@@ -27,7 +27,7 @@ class Accelerator:
     is_here: bool = True
 
     def has(self, module: str) -> bool:
-        """Whether a library is installed there."""
+        """Whether a package is installed there."""
         return not self.is_here or importlib.util.find_spec(module) is not None
 
 
@@ -35,10 +35,10 @@ CPU = Accelerator(type="cpu", name="the CPU", bf16=True, flash_attention=False, 
 
 
 def abilities(capability: tuple[int, ...], *, is_amd: bool = False) -> dict[str, bool]:
-    """What follows from a GPU's CUDA compute capability; FP8 has not been tried on AMD's GPUs, so it is refused.
+    """What a GPU of this CUDA compute capability supports; FP8 has not been tried on AMD GPUs and is refused there.
 
-    bf16 and flash attention: Ampere (8.0) and newer; 4-bit weights: Turing (7.5), as Microsoft's recipe advises;
-    products of float8: Ada (8.9), Hopper, Blackwell.
+    bf16 and flash attention: Ampere (8.0) and newer; 4-bit weights: Turing (7.5), as Microsoft's recipe recommends;
+    float8 products: Ada (8.9), Hopper, Blackwell.
     """
     return {
         "bf16": capability >= (8, 0),
@@ -49,7 +49,7 @@ def abilities(capability: tuple[int, ...], *, is_amd: bool = False) -> dict[str,
 
 
 def accelerator_of(device: Any) -> Accelerator:
-    """What a ``torch.device`` of this machine is."""
+    """The accelerator of a ``torch.device`` of this machine."""
     if device.type == "cpu":
         return CPU
     import torch
@@ -60,7 +60,7 @@ def accelerator_of(device: Any) -> Accelerator:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
+    """Number of cores that this process may use, which in a container may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

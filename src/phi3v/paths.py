@@ -1,4 +1,4 @@
-"""What a name stands for, a path here or something on the hub; where a run's files are now; where one may write."""
+"""Local paths and hub ids, the current paths of a run's files, and checks that a path is writable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from phi3v.errors import UserError
 
-# Folders that people name by relative paths, and pages of the hub's own: none is the owner of a model.
+# Common names of local folders, and pages of the hub itself: none of them owns a model.
 _FOLDERS = re.compile(
     "(checkpoint|dataset|export|model|output|result|run)s?|data|home|mnt|out|spaces|tmp|work", re.IGNORECASE
 )
@@ -19,9 +19,9 @@ _FILE = re.compile(r".*\.(arrow|bin|ckpt|csv|gguf|gz|jsonl?|parquet|pth?|py|safe
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` may be asked of the hub: ``owner/name``, and nothing about it looks like a path.
+    """Whether ``name`` may be looked up on the hub: ``owner/name`` that does not look like a path.
 
-    Everything that takes a path or a hub id asks here, so that no path of this machine is ever sent away.
+    Everything that takes a path or a hub id asks here, so that no local path is ever sent to the hub.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -39,9 +39,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def absolute(path: str | Path) -> Path:
-    """The path as it is named, links and all, but valid in any current folder; ``~`` is the home folder."""
+    """The absolute path, with links kept and ``~`` expanded."""
     path = Path(os.path.expanduser(path))
-    if ".." in path.parts:  # what lies above a link is above its target
+    if ".." in path.parts:  # the parent of a link is that of its target
         path = path.parent.resolve() / path.name
     return Path(os.path.abspath(path))
 
@@ -50,11 +50,11 @@ def find_model(name: str, where: str, *, hint: str | None = None) -> str:
     """A model's folder as an absolute path, or its hub id.
 
     Args:
-        where: what named it, for the message.
-        hint: what to do if there is none.
+        where: the key or option that named it, for the message.
+        hint: what to do if there is no such model.
 
     Raises:
-        UserError: there is no such folder, and it is no hub id.
+        UserError: there is no such folder, and it is not a hub id.
     """
     if name and os.path.isdir(absolute(name)):
         return str(absolute(name))
@@ -69,17 +69,17 @@ def find_model(name: str, where: str, *, hint: str | None = None) -> str:
 
 
 def now_at(path: str, written_in: str, folder: Path) -> str:
-    """Where ``path``, of the configuration of a run, is now.
+    """The current location of ``path`` from the configuration of a run.
 
     A run that was moved together with its model or data has them in the same place relative to it. Older versions wrote
-    paths relative to the folder that the run was started in, of which the same is true.
+    paths relative to the folder in which the run was started, for which this holds too.
 
     Args:
-        written_in: the run folder as that configuration names it.
-        folder: the run folder as it is now.
+        written_in: the run folder according to that configuration.
+        folder: the current run folder.
 
     Returns:
-        ``path`` itself if there is nothing.
+        ``path`` itself if there is nothing in either place.
     """
     if not path:
         return path
@@ -95,10 +95,10 @@ def file_hash(path: Path) -> str:
 
 
 def require_writable(folder: Path, where: str, hint: str) -> None:
-    """Look whether files can be made in ``folder``, or it can be made, by making one that is gone at once.
+    """Check by writing a temporary file that ``folder`` is writable, or can be created.
 
     Raises:
-        UserError: something is in the way, the disk is full or cannot be written.
+        UserError: a file is in the way, or the disk is full or read-only.
     """
     there = absolute(folder)
     while not os.path.lexists(there):
@@ -111,7 +111,7 @@ def require_writable(folder: Path, where: str, hint: str) -> None:
 
 
 def cannot_write(error: OSError, where: str, hint: str, there: Path | None = None) -> UserError:
-    """The error for a place that cannot be written."""
+    """The error for a path that cannot be written."""
     path = there or (Path(error.filename) if isinstance(error.filename, str) else None)
     while path is not None and not os.path.lexists(path) and path != path.parent:
         path = path.parent

@@ -167,7 +167,7 @@ def test_kinds_of_images_are_told(root: Path) -> None:
 def test_grey_of_no_known_range_is_a_fault(root: Path) -> None:
     Image.fromarray(np.full((4, 4), -1, dtype=np.float32)).save(root / "a.tif")
     message = what_is_wrong("a.tif", root)
-    assert "holds grey values from -1 to -1, and nothing says which is white: 'a.tif' → scale the values" in message
+    assert "from -1 to -1, and it is unknown which value is white: 'a.tif' → scale the values" in message
 
 
 UNREADABLE = {

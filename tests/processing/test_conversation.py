@@ -177,7 +177,7 @@ def test_image_numbers_run_on_through_the_conversation(tiny_processor: Phi3VProc
 
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_wrong_number_of_pictures_is_an_error(given: int, tiny_processor: Phi3VProcessor) -> None:
-    with pytest.raises(ValueError, match=f"2 pictures but token counts of {given} were given"):
+    with pytest.raises(ValueError, match=f"2 images but token counts of {given} were given"):
         encode_conversation(tiny_processor, [ChatTurn("a", "b", num_images=2)], [1] * given)
 
 

@@ -46,7 +46,7 @@ def test_own_mean_and_std() -> None:
 
 
 def test_pixels_that_do_not_fit_the_sizes_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"the pages have 112896 pixels, but their sizes \[\(336, 672\)\] make 225792"):
+    with pytest.raises(ValueError, match=r"the pages have 112896 pixels, but their sizes \[\(336, 672\)\] have 225792"):
         cut_flat_pages(torch.zeros(336 * 336, 3, dtype=torch.uint8), [(336, 672)])
 
 

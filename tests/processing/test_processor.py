@@ -126,25 +126,25 @@ SQUARE = Image.new("RGB", (16, 16))
 @pytest.mark.parametrize(
     ("text", "images", "message"),
     [
-        ("red", [SQUARE], r"image tags \[\] but 1 pictures"),
-        ("<|image_1|>", None, r"image tags \['<\|image_1\|>'\] but 0 pictures"),
-        ("<|image_1|><|image_2|>", [SQUARE], "but 1 pictures"),
-        ("<|image_2|>", [SQUARE], "but 1 pictures"),
-        ("<|image_0|>", [SQUARE], "but 1 pictures"),
-        ("<|image_1|><|image_1|>", [SQUARE], "but 1 pictures"),
+        ("red", [SQUARE], r"image tags \[\] but 1 images"),
+        ("<|image_1|>", None, r"image tags \['<\|image_1\|>'\] but 0 images"),
+        ("<|image_1|><|image_2|>", [SQUARE], "but 1 images"),
+        ("<|image_2|>", [SQUARE], "but 1 images"),
+        ("<|image_0|>", [SQUARE], "but 1 images"),
+        ("<|image_1|><|image_1|>", [SQUARE], "but 1 images"),
         ("<|image_2|><|image_1|>", [SQUARE, SQUARE], "in this order"),
     ],
 )
 def test_tags_that_do_not_fit_are_an_error(
     text: str, images: list[Image.Image] | None, message: str, tiny_processor: Phi3VProcessor
 ) -> None:
-    """Tags out of order too: the model lays pictures in reading order, so they would be swapped in silence."""
+    """Tags out of order too: the model lays images in reading order, so they would be swapped in silence."""
     with pytest.raises(ValueError, match=message):
         tiny_processor(text, images)
 
 
 def test_batch_arguments_that_do_not_fit_are_an_error(tiny_processor: Phi3VProcessor) -> None:
-    with pytest.raises(ValueError, match="2 prompts but 1 lists of pictures"):
+    with pytest.raises(ValueError, match="2 prompts but 1 lists of images"):
         tiny_processor(["a", "b"], [[]])
     with pytest.raises(ValueError, match="only torch tensors"):
         tiny_processor("a", return_tensors="np")

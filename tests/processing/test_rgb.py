@@ -58,7 +58,7 @@ def test_32_bits_are_of_the_least_range_that_holds_them(mode: str, white: int) -
 
 @pytest.mark.parametrize("values", [RAMP - 1, RAMP * 9, RAMP * np.nan])
 def test_grey_of_no_known_range_is_refused(values: npt.NDArray[np.float64]) -> None:
-    with pytest.raises(GreyRangeError, match="nothing says which is white"):
+    with pytest.raises(GreyRangeError, match="it is unknown which value is white"):
         to_rgb(Image.fromarray(values.astype(np.float32)))
 
 

@@ -156,5 +156,5 @@ def test_ucf101_from_clips_to_scores(stand_ins: Path, small_model_dir: Path, tmp
 def test_what_is_wrong_ends_every_process_with_one_message(tmp_path: Path) -> None:
     said = run(torchrun(str(RECIPES / "finetune_hf_trainer_nlvr2.py"), "--batch_size", "3"), tmp_path, code=1)
     assert said.count("error: ") == 1
-    assert "--batch_size: 3 samples a step cannot be split over 2 devices" in said
+    assert "--batch_size: 3 samples per step cannot be split over 2 devices" in said
     assert "exitcode  : 2" in said

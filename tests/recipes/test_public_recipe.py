@@ -143,7 +143,7 @@ def test_the_documentation_lists_every_flag_with_its_default_and_key() -> None:
         ("--lora_rank 0", "--lora_rank: must be at least 1"),
         ("--lr 1", "unrecognized arguments: --lr"),
         ("--full_train", "unrecognized arguments: --full_train"),
-        ("--batch_size 3", "--batch_size: 3 samples a step cannot be split over 2 devices"),
+        ("--batch_size 3", "--batch_size: 3 samples per step cannot be split over 2 devices"),
         ("--batch_size 3", "use a multiple of 2, or change --batch_size_per_gpu"),
         ("--data_dir nowhere", "phi3v data convert nlvr2 --out nowhere"),
     ],

@@ -159,7 +159,7 @@ def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_mode
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("evaluation.keep_best", "true"), "nothing is measured while it trains"),
+        (("evaluation.keep_best", "true"), "there is no evaluation during training"),
         (("evaluation.early_stopping_patience", 2), "set evaluation.eval_steps"),
         (("evaluation.eval_steps", 2, "data.eval", "null"), "there is no data to measure on"),
         (("evaluation.metrics", "[acuracy]"), "did you mean accuracy?"),

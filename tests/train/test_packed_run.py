@@ -58,7 +58,7 @@ def test_tokens_a_step(train: Train, questions: Path) -> None:
     ("overrides", "message"),
     [
         (["data.packing", "samples"], "training.micro_batch_size: packed rows are filled by tokens"),
-        (["training.batch_tokens", "5000"], "training.batch_tokens: only packed rows are counted by tokens"),
+        (["training.batch_tokens", "5000"], "training.batch_tokens: only packed rows can be counted in tokens"),
         (["data.packing", "pages"], "packing"),
         (["model.attention", "varlen"], "varlen is for packed rows only"),
         (

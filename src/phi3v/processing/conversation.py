@@ -1,10 +1,10 @@
-"""The token stream of a conversation and the mask of what is learnt.
+"""The token stream of a conversation, with labels for the supervised tokens.
 
 A turn is ``<|user|>\\n{tags}{question}<|end|>\\n<|assistant|>\\n`` and its answer ``{answer}<|end|>\\n``. The last
 answer also ends the text: ``{answer}<|end|>\\n<|endoftext|>``. A system message comes first:
-``<|system|>\\n{system}<|end|>\\n``. The tags of a turn's images are joined and followed by a line break, unless the
-turn says where in the question each stands; their numbers run on through the conversation. The loss is on the answers'
-tokens only, and on none of an answer of weight 0.
+``<|system|>\\n{system}<|end|>\\n``. The image tags of a turn are joined and followed by a line break, unless the turn
+gives their positions in the question; they are numbered through the conversation. The loss is taken only on the tokens
+of answers, except those of weight 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from phi3v.processing.processor import IMAGE_TAG, Phi3VProcessor, image_tag
 
-IGNORE_INDEX = -100  # label of a token that is not learnt
+IGNORE_INDEX = -100  # label of a token without loss
 END = "<|end|>"
 END_OF_TEXT = "<|endoftext|>"
 
@@ -25,9 +25,9 @@ class ChatTurn:
     """One question and its answer.
 
     Attributes:
-        assistant: ``None`` where the model is to answer.
-        image_offsets: where in ``user`` the tag of each image stands; ``None``: all before it, in a line of their own.
-        weight: 0 for an answer that is read but not learnt.
+        assistant: ``None`` if the model is to answer.
+        image_offsets: position in ``user`` of each image tag; ``None``: all before it, on a line of their own.
+        weight: 0 for an answer without loss.
     """
 
     user: str
@@ -43,8 +43,8 @@ class TokenStream:
 
     Attributes:
         input_ids: image k as a run of ``-k``.
-        labels: beside them, equally long.
-        prompts: for each turn, how many tokens come before its answer.
+        labels: of the same length.
+        prompts: number of tokens before the answer, for each turn.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ def user_prompt(
     *,
     system: str | None = None,
 ) -> str:
-    """The text from the start of a user's turn to where its answer begins, after the system message if there is one."""
+    """The prompt of a turn up to its answer, with the system message first if there is one."""
     tags = [image_tag(number) for number in image_numbers]
     if image_offsets is None:
         content = "".join(tags) + ("\n" if tags else "") + user
@@ -76,18 +76,18 @@ def encode_conversation(
     """The token stream of ``turns``.
 
     Args:
-        num_img_tokens: tokens of every picture of the conversation, in order.
+        num_img_tokens: tokens of every image of the conversation, in order.
         system: the system message, if there is one.
 
     Raises:
-        ValueError: no turn, pictures and turns do not fit together, a question or the system message holds an image
-            tag of its own, or an answer is missing before the last turn.
+        ValueError: there is no turn, images and turns do not match, a question or the system message contains an image
+            tag, or an answer before the last turn is missing.
     """
     if not turns:
         raise ValueError("a conversation needs at least one turn")
     expected = sum(turn.num_images for turn in turns)
     if expected != len(num_img_tokens):
-        raise ValueError(f"the turns have {expected} pictures but token counts of {len(num_img_tokens)} were given")
+        raise ValueError(f"the turns have {expected} images but token counts of {len(num_img_tokens)} were given")
     if system is not None and IMAGE_TAG.search(system):
         raise ValueError("the system message has an image tag in its text: escape it")
     stream = TokenStream()

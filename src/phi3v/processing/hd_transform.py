@@ -1,7 +1,7 @@
-"""The HD transform: how a picture of any shape becomes a page of 336 x 336 crops.
+"""The HD transform: resizes and pads an image of any shape to a page of 336 x 336 crops.
 
-Follows `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL in place of
-torchvision (which calls PIL for PIL images), so the pixels are equal.
+Follows `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL instead of torchvision
+(which calls PIL for PIL images), so the pixels are equal.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PAD_COLOUR = (255, 255, 255)
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """Where the picture lies on its page. Sizes in pixels; ``rows`` x ``columns`` crops."""
+    """Position and size of an image on its page, in pixels; the page has ``rows`` x ``columns`` crops."""
 
-    resized: tuple[int, int]  # width, height of the picture on the page
+    resized: tuple[int, int]  # width, height of the image on the page
     offset: tuple[int, int]  # left, top
     rows: int
     columns: int
@@ -40,19 +40,19 @@ class PageGeometry:
 
 
 def num_img_tokens(rows: int, columns: int) -> int:
-    """Tokens of an image of rows x columns crops: page, separator, global view, one end a row of patches."""
+    """Tokens of an image of rows x columns crops: page, separator, global view, one line end per row of patches."""
     return (rows * columns + 1) * TOKENS_PER_CROP + 1 + (rows + 1) * 12
 
 
 def num_distinct_crops(rows: int, columns: int) -> int:
-    """Crops of an image that differ: its global view and its page's; a page of one crop is its own global view."""
+    """Crops of an image without duplicates: the global view and the page; a page of one crop is its own global view."""
     return 1 if rows * columns == 1 else 1 + rows * columns
 
 
 def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
-    """The page of a ``width`` x ``height`` picture on at most ``num_crops`` crops.
+    """The page of a ``width`` x ``height`` image with at most ``num_crops`` crops.
 
-    A tall picture is worked on as its transpose. The scale (crops along the long side) is the largest with
+    A tall image is processed as its transpose. The scale (crops along the long side) is the largest with
     ``scale * ceil(scale / ratio) <= num_crops``.
 
     Raises:
@@ -68,7 +68,7 @@ def page_geometry(width: int, height: int, num_crops: int) -> PageGeometry:
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
     new_width = scale * CROP_SIZE
-    # The reference gives a zero height (and crashes) for pictures over `new_width` times wider than high.
+    # The reference gets a height of zero (and crashes) for images over `new_width` times wider than high.
     new_height = max(1, int(new_width / ratio))
     rows = math.ceil(new_height / CROP_SIZE)
     top = int((rows * CROP_SIZE - new_height) / 2)
@@ -80,8 +80,8 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     geometry = page_geometry(*image.size, num_crops)
     new_width, new_height = geometry.resized
     if image.width < image.height:
-        # PIL resizes rows, then columns, with rounding between. The reference works on the transpose, so for a tall
-        # picture that is columns, then rows; two calls do it without turning the picture over and back.
+        # PIL resizes rows, then columns, with rounding in between. The reference works on the transpose, so a tall
+        # image is resized columns first; two calls do that without transposing.
         image = image.resize((image.width, new_height), Image.Resampling.BILINEAR)
     resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     height, width = geometry.size

@@ -1,4 +1,4 @@
-"""Pictures to ``pixel_values`` and ``image_sizes``, equal to the official image processor.
+"""Images to ``pixel_values`` and ``image_sizes``, equal to the official image processor.
 
 Shapes: ``N`` images, ``C`` = ``num_crops``.
 """
@@ -22,19 +22,19 @@ Images = Image.Image | Sequence[Image.Image]
 
 
 class Phi3VImageProcessor(BaseImageProcessor):
-    """Cuts each picture into at most ``num_crops`` crops plus one global view.
+    """Cuts each image into at most ``num_crops`` crops plus one global view.
 
     Args:
-        num_crops: crops of a page at most; 16 for one picture, 4 for several is the model's advice.
+        num_crops: maximum crops per image; recommended are 16 for one image, 4 for several.
         image_mean, image_std: of each channel, for values in 0..1.
-        num_img_tokens: tokens of a crop; 144, kept because the official file carries it.
-        do_convert_rgb: convert pictures of another mode to RGB, as `to_rgb` does.
+        num_img_tokens: tokens per crop, 144; unused, but part of the official file.
+        do_convert_rgb: convert images of other modes to RGB with `to_rgb`.
 
     Raises:
         ValueError: ``num_crops`` below 1.
     """
 
-    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 - the library's own form
+    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 - as transformers defines it
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
-        """Tokens of a ``width`` x ``height`` picture."""
+        """Tokens of a ``width`` x ``height`` image."""
         return page_geometry(width, height, self.num_crops).num_img_tokens
 
     def num_tokens_of_page(self, size: tuple[int, int]) -> int:
@@ -66,24 +66,24 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return num_img_tokens(size[0] // CROP_SIZE, size[1] // CROP_SIZE)
 
     def calc_num_image_tokens(self, images: Images) -> list[int]:
-        """Tokens of each picture."""
+        """Tokens of each image."""
         return [self.calc_num_image_tokens_from_image_size(*image.size) for image in as_list(images)]
 
     def page(self, image: Image.Image) -> torch.Tensor:
-        """One picture resized and padded to its page, as the model's training path takes it.
+        """An image resized and padded to its page, as training uses it.
 
         Returns:
             uint8 (height, width, 3), both multiples of 336.
 
         Raises:
-            ValueError: nothing says which of its grey values is white (`to_rgb`).
+            ValueError: the range of its grey values is unknown (`to_rgb`).
         """
         if self.do_convert_rgb:
             image = to_rgb(image)
         return torch.from_numpy(np.array(hd_transform(image, self.num_crops)))
 
     def crops(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The crops of one picture and the size of its page.
+        """The crops of one image and the size of its page.
 
         Returns:
             float32 (1 + rows * columns, 3, 336, 336), global view first; (height, width) of the page.
@@ -98,19 +98,19 @@ class Phi3VImageProcessor(BaseImageProcessor):
             (N, 2), height and width of the page; ``num_img_tokens``, a list of N.
         """
         if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are made")
-        pictures = as_list(images)
-        pixel_values = torch.zeros(len(pictures), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
+            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are supported")
+        images = as_list(images)
+        pixel_values = torch.zeros(len(images), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
         sizes = []
-        for index, picture in enumerate(pictures):
-            crops, size = self.crops(picture)
+        for index, image in enumerate(images):
+            crops, size = self.crops(image)
             pixel_values[index, : len(crops)] = crops
             sizes.append(size)
         return BatchFeature(
             {
                 "pixel_values": pixel_values,
                 "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
-                "num_img_tokens": self.calc_num_image_tokens(pictures),
+                "num_img_tokens": self.calc_num_image_tokens(images),
             }
         )
 
@@ -119,5 +119,5 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
 
 def as_list(images: Images) -> list[Image.Image]:
-    """One picture or several, as a list."""
+    """One image or several, as a list."""
     return [images] if isinstance(images, Image.Image) else list(images)

@@ -1,8 +1,7 @@
-"""Pages to crops: cutting, normalising and the global view, on whatever device the pages are.
+"""Pages to crops: cutting, normalising and the global view, on the device of the pages.
 
-The public processor and the model share this one implementation: the processor cuts on the CPU, for those who want
-``pixel_values``; our own training and evaluation ship uint8 pages, a quarter of the bytes, and the model cuts them on
-its device.
+The processor and the model share this implementation. The processor cuts on the CPU and returns ``pixel_values``;
+training and evaluation send uint8 pages, a quarter of the bytes, and the model cuts them on its device.
 
 Shapes: ``n`` pages of one size, ``r`` x ``c`` their rows and columns of crops, ``P`` pixels of all pages.
 """
@@ -24,7 +23,7 @@ OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @lru_cache(maxsize=8)
 def _channel_values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) float32, copied to the device once and not once a step."""
+    """(3, 1, 1) float32, copied to the device only once."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
@@ -37,10 +36,10 @@ def _normalised(pages: torch.Tensor, mean: Sequence[float], std: Sequence[float]
 def cut_pages(
     pages: torch.Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
 ) -> torch.Tensor:
-    """The crops of pages of one size, as the official processor makes them.
+    """The crops of pages of one size, equal to those of the official processor.
 
-    Sub-crops are the same on every device: one subtraction and two divisions of float32. The global view is a bicubic
-    resize whose sums may be taken in another order on another device: it agrees within 1e-5 (values reach 2.7).
+    Sub-crops are bit-identical on every device: one subtraction and two divisions in float32. The global view is a
+    bicubic resize, whose summation order depends on the device: it agrees within 1e-5 (values reach 2.7).
 
     Args:
         pages: (n, r * 336, c * 336, 3) uint8.
@@ -51,7 +50,7 @@ def cut_pages(
     """
     n, height, width, _ = pages.shape
     pixels = _normalised(pages, mean, std)
-    # Without antialias, as the reference shrinks the page.
+    # Without antialias, as in the reference.
     view = functional.interpolate(pixels, size=(CROP_SIZE, CROP_SIZE), mode="bicubic")  # [n, 3, 336, 336]
     rows, columns = height // CROP_SIZE, width // CROP_SIZE
     crops = pixels.new_empty(n, 1 + rows * columns, 3, CROP_SIZE, CROP_SIZE)
@@ -62,29 +61,29 @@ def cut_pages(
 
 
 def flatten_pages(pages: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pages (height, width, 3) of any sizes as one tensor (P, 3), page after page: one copy to the device."""
+    """Pages (height, width, 3) of any sizes as one tensor (P, 3), in order, for a single copy to the device."""
     return torch.cat([page.reshape(-1, 3) for page in pages])
 
 
 def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """The distinct crops of pages of any sizes, normalised with CLIP's statistics.
 
-    A page of one crop is its own global view, to the bit, and comes once.
+    A page of one crop is bit-identical to its global view and is included once.
 
     Args:
-        pages: (P, 3) uint8, as `flatten_pages` lays them.
+        pages: (P, 3) uint8, from `flatten_pages`.
         sizes: (height, width) of each page in pixels, multiples of 336.
 
     Returns:
-        float32 (crops of all pages, 3, 336, 336): of each page its global view, then its crops row by row, in all
-        ``num_distinct_crops``.
+        float32 (crops of all pages, 3, 336, 336): for each page the global view, then its crops row by row,
+        ``num_distinct_crops`` in all.
 
     Raises:
-        ValueError: ``pages`` has not as many pixels as ``sizes`` say.
+        ValueError: the number of pixels does not match ``sizes``.
     """
     lengths = [height * width for height, width in sizes]
     if pages.shape[0] != sum(lengths):
-        raise ValueError(f"the pages have {pages.shape[0]} pixels, but their sizes {list(sizes)} make {sum(lengths)}")
+        raise ValueError(f"the pages have {pages.shape[0]} pixels, but their sizes {list(sizes)} have {sum(lengths)}")
     flat = pages.split(lengths)
     # Pages of one size are cut together.
     places: dict[tuple[int, int], list[int]] = {}

@@ -1,4 +1,4 @@
-"""The processor: text with image tags and pictures to model inputs, equal to the official one."""
+"""The processor: text with image tags and images to model inputs, equal to the official one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json")
 
 
 def image_tag(number: int) -> str:
-    """The tag of the ``number``-th picture, from 1."""
+    """The tag of the ``number``-th image, from 1."""
     return f"<|image_{number}|>"
 
 
@@ -34,14 +34,14 @@ class Phi3VProcessor(ProcessorMixin):
     """Tokenizer and image processor of Phi-3-vision in one.
 
     Args:
-        image_processor: cuts pictures into crops.
+        image_processor: cuts images into crops.
         tokenizer: Phi-3's tokenizer.
     """
 
     def __init__(self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
         kwargs.setdefault("chat_template", tokenizer.chat_template)
         super().__init__(image_processor, tokenizer, **kwargs)
-        # Its files as they were read; see `save_pretrained`.
+        # The original tokenizer files; see `save_pretrained`.
         self._tokenizer_files: dict[str, bytes] = {}
 
     @classmethod
@@ -54,7 +54,7 @@ class Phi3VProcessor(ProcessorMixin):
 
         Raises:
             OSError: a file is missing.
-            UserError: one is damaged, or the tokenizer is another model's.
+            UserError: a file is damaged, or the tokenizer belongs to another model.
         """
         overrides = {"num_crops": kwargs.pop("num_crops")} if kwargs.get("num_crops") is not None else {}
         kwargs.pop("num_crops", None)
@@ -68,7 +68,7 @@ class Phi3VProcessor(ProcessorMixin):
         fields = {name: read_json(file) for name, file in found.items()}
         if "num_crops" not in fields[PREPROCESSOR_CONFIG] | overrides:
             raise UserError(
-                "does not say into how many crops an image is cut (num_crops)",
+                "lacks num_crops, the maximum number of crops per image",
                 where=str(found[PREPROCESSOR_CONFIG]),
                 hint="copy it again from the published model",
             )
@@ -92,9 +92,9 @@ class Phi3VProcessor(ProcessorMixin):
     @staticmethod
     def _tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
         if lacking := [name for name in ("bos_token", "eos_token", "pad_token") if not config.get(name)]:
-            raise ValueError(f"it names no {lacking[0]}")
-        # tokenizer.json is the whole truth. The class that tokenizer_config.json names (LlamaTokenizer) is rebuilt
-        # differently by different versions of the library, so it is not asked.
+            raise ValueError(f"it has no {lacking[0]}")
+        # tokenizer.json is complete. The class named in tokenizer_config.json (LlamaTokenizer) is not used, because
+        # versions of transformers convert it differently.
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokens,
             chat_template=config.get("chat_template"),
@@ -108,13 +108,13 @@ class Phi3VProcessor(ProcessorMixin):
         return tokenizer
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write the official files: the tokenizer's byte for byte as read, and ``preprocessor_config.json``.
+        """Write the official files: those of the tokenizer byte for byte, and ``preprocessor_config.json``.
 
-        Training never changes the tokenizer, and the library would write a class and a format of merges that older
-        versions and other tools do not know.
+        Training never changes the tokenizer, and transformers would write a class and a merges format that older
+        versions and other tools do not support.
         """
         if push_to_hub:
-            raise ValueError("save to a folder, look at it, then upload it with `hf upload`")
+            raise ValueError("save to a folder, check it, then upload it with `hf upload`")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if not self._tokenizer_files:
@@ -138,14 +138,14 @@ class Phi3VProcessor(ProcessorMixin):
         earlier text has none before its first chunk.
 
         Args:
-            num_img_tokens: tokens of every picture of the conversation, by number.
+            num_img_tokens: tokens of every image of the conversation, by number.
         """
         # re.split with a group gives text, number, text, number, …, text.
         ids: list[int] = []
         for index, chunk in enumerate(IMAGE_TAG.split(text)):
             if index % 2:
                 ids += [-int(chunk)] * num_img_tokens[int(chunk) - 1]
-            else:  # an empty chunk too: two tags side by side have a BOS between them
+            else:  # also an empty chunk: two adjacent tags have a BOS in between
                 ids += self.tokenize_text(chunk, starts_text=starts_text or index > 0)
         return ids
 
@@ -153,14 +153,14 @@ class Phi3VProcessor(ProcessorMixin):
         """Token ids of a whole text with tags ``<|image_1|>`` … ``<|image_n|>``, each once and in order.
 
         Raises:
-            ValueError: tags and pictures do not fit together.
+            ValueError: tags and images do not match.
         """
         numbers = [int(number) for number in IMAGE_TAG.findall(text)]
-        # The model lays pictures in reading order (as the official one does), so tags out of order would swap them.
+        # The model inserts images in reading order (as the official one does), so tags out of order would swap them.
         if numbers != list(range(1, len(num_img_tokens) + 1)):
             raise ValueError(
-                f"the text has the image tags {[image_tag(n) for n in numbers]} but {len(num_img_tokens)} pictures "
-                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must stand once, "
+                f"the text has the image tags {[image_tag(n) for n in numbers]} but {len(num_img_tokens)} images "
+                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must occur once, "
                 f"in this order"
             )
         return self.tokenize_segment(text, num_img_tokens, starts_text=True)
@@ -176,34 +176,34 @@ class Phi3VProcessor(ProcessorMixin):
 
         Args:
             text: a prompt with image tags, or a list of them.
-            images: the prompt's pictures in the order of their numbers; for a list of prompts, a list for each.
+            images: the images of the prompt in the order of their numbers; for a list of prompts, a list for each.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` int64 (B, T); with pictures also ``pixel_values`` and
+            ``input_ids`` and ``attention_mask`` int64 (B, T); with images also ``pixel_values`` and
             ``image_sizes`` (see :class:`Phi3VImageProcessor`).
 
         Raises:
-            ValueError: tags and pictures do not fit together.
+            ValueError: tags and images do not match.
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
         if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are made")
+            raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are supported")
         texts = [text] if isinstance(text, str) else list(text)
         if images is None:
-            pictures: list[list[Image.Image]] = [[] for _ in texts]
+            groups: list[list[Image.Image]] = [[] for _ in texts]
         elif isinstance(text, str):
-            pictures = [as_list(images)]  # type: ignore[arg-type]
+            groups = [as_list(images)]  # type: ignore[arg-type]
         else:
-            pictures = [as_list(group) for group in images]  # type: ignore[union-attr]
-        if len(pictures) != len(texts):
-            raise ValueError(f"{len(texts)} prompts but {len(pictures)} lists of pictures")
+            groups = [as_list(group) for group in images]  # type: ignore[union-attr]
+        if len(groups) != len(texts):
+            raise ValueError(f"{len(texts)} prompts but {len(groups)} lists of images")
         rows = [
             self.tokenize_with_images(row, self.image_processor.calc_num_image_tokens(group))
-            for row, group in zip(texts, pictures, strict=True)
+            for row, group in zip(texts, groups, strict=True)
         ]
         data = pad_rows(rows, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
-        flat = [picture for group in pictures for picture in group]
+        flat = [image for group in groups for image in group]
         if flat:
             features = self.image_processor(flat)
             data |= {name: features[name] for name in ("pixel_values", "image_sizes")}
@@ -219,7 +219,7 @@ def _token_text(token: str | dict[str, Any]) -> str:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of uneven length, padded ``left`` or ``right``."""
+    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``."""
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""An image of any mode as RGB, 8 bits a channel: the one place where colours are converted.
+"""An image of any mode as RGB with 8 bits per channel: the only place that converts colours.
 
-Where ``.convert("RGB")`` gives right values, this is what it gives. It does not for grey values of more than 8 bits,
-which it clips to white, nor for transparency, which it drops and so shows whatever colour lies under it.
+The result equals ``.convert("RGB")`` wherever that is right. It is wrong for grey values of more than 8 bits, which it
+clips to white, and for transparency, which it drops so that the hidden colour shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
 
 class GreyRangeError(ValueError):
-    """Grey values of which nothing says what is white."""
+    """Grey values whose range, and so the value of white, is unknown."""
 
 
 def is_deep_grey(image: Image.Image) -> bool:
@@ -22,7 +22,7 @@ def is_deep_grey(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """``image`` as RGB: deeper grey scaled to 8 bits, transparency laid over white. A new image, unless it is RGB.
+    """``image`` as RGB: deep grey scaled to 8 bits, transparency over white. A new image, unless it is RGB already.
 
     Raises:
         GreyRangeError: grey values are negative, not finite, or above 16 bits.
@@ -38,12 +38,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_transparent(image: Image.Image) -> Image.Image | None:
-    """An image that is transparent anywhere, as RGBA; None of one that only could be."""
+    """The image as RGBA if any pixel is transparent, otherwise None."""
     if is_deep_grey(image) or not image.has_transparency_data:
         return None
     clear = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
-        # Of a PNG with 16 bits a channel, which Pillow reads as 8.
+        # A PNG with 16 bits per channel, which Pillow reads as 8.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -55,8 +55,8 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
     lowest, highest = float(values.min()), float(values.max())
     tags = getattr(image, "tag_v2", {})
     white = _white(image, highest)
-    if not 0 <= lowest <= highest <= white:  # also where one is not a number
-        raise GreyRangeError(f"holds grey values from {lowest:g} to {highest:g}, and nothing says which is white")
+    if not 0 <= lowest <= highest <= white:  # also false for NaN
+        raise GreyRangeError(f"has grey values from {lowest:g} to {highest:g}, and it is unknown which value is white")
     grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey
@@ -66,7 +66,7 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image, highest: float) -> int:
-    """The value of white: as the file's depth says; for 32 bits, which say nothing, of the least range that holds."""
+    """The value of white: from the depth of the file; for 32 bits, the smallest usual range that covers all values."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16 if image.mode.startswith("I;16") or image.format in ("PPM", "PNG") else 32,))
     if image.mode != "F" and bits[0] < 32:

@@ -17,13 +17,10 @@ def find_special_text(text: str) -> list[str]:
 
 
 def escape_special_text(text: str) -> str:
-    """``text`` with a space after the ``<`` of every literal special token, so that it stays text.
-
-    ``<|end|>`` becomes ``< |end|>``: readable for a person, and no special token for the tokenizer.
-    """
+    """``text`` with a space after the ``<`` of every literal special token, so that it stays text: ``< |end|>``."""
     return SPECIAL_TEXT.sub(lambda match: "< " + match.group()[1:], text)
 
 
 def shift_by_escapes(text: str, offset: int) -> int:
-    """Where the place ``offset`` of ``text`` is after `escape_special_text`."""
+    """The position of ``offset`` of ``text`` after `escape_special_text`."""
     return offset + sum(match.start() < offset for match in SPECIAL_TEXT.finditer(text))

@@ -1,7 +1,7 @@
-"""A small tokenizer with Phi-3's special tokens in their roles, made from nothing but this file.
+"""A small tokenizer with Phi-3's special tokens, built from this file alone.
 
-It has the real one's form (BPE with byte fallback, the same normaliser, decoder, added tokens and chat
-template), so every path of the processor runs with it where the real one cannot be had.
+It has the structure of the real one (BPE with byte fallback, the same normaliser, decoder, added tokens and chat
+template), so every code path of the processor works with it where the real one is not available.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{{- '<|assistant|>\n' -}}{% endif %}"
 )
 
-# The special tokens that the chat format uses, with their ids in the official vocabulary.
+# The special tokens of the chat format, with their ids in the official vocabulary.
 CHAT_TOKENS = {
     "<|endoftext|>": 32000,
     "<|assistant|>": 32001,
@@ -27,10 +27,10 @@ CHAT_TOKENS = {
     "<|end|>": 32007,
     "<|user|>": 32010,
 }
-# As in the official tokenizer: white space after these is swallowed.
+# As in the official tokenizer: white space after these is removed.
 STRIPS_RIGHT = {"<|assistant|>"}
 
-# Frequent words first; a word's rank is its weight when the merges are learnt.
+# Frequent words first; the rank of a word is its weight when the merges are trained.
 WORDS = """
 the is a what of in image shape color does contain there yes no and to present not any red green blue yellow
 black white gray brown teal purple orange pink circle rectangle triangle square line star which how many answer
@@ -40,18 +40,18 @@ left right top bottom large small with for on at by from as it was were be has h
 why person people man woman dog cat car tree house road water food hand face light sign street building object
 describe read find show list give same different first second last more less most least all some none other
 value amount price year month day time company address city country state phone page letter report form field
-""".split()  # noqa: SIM905 - a list literal would be a word a line
+""".split()  # noqa: SIM905 - a list literal would have one word per line
 
 MIN_MERGES = 320
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 
 
 def build_tiny_tokenizer(*, official_ids: bool = False) -> Tokenizer:
-    """The tokenizer; the same bytes at every call.
+    """The tokenizer, identical at every call.
 
     Args:
-        official_ids: put the chat tokens at their ids in the official vocabulary of 32064, for models of the real
-            size without the real tokenizer; by default they follow the small vocabulary.
+        official_ids: give the chat tokens their ids in the official vocabulary of 32064, for full-size models without
+            the real tokenizer; by default they follow the small vocabulary.
     """
     vocabulary, merges = _learn_words()
     first_free = len(vocabulary)
@@ -75,13 +75,13 @@ def build_tiny_tokenizer(*, official_ids: bool = False) -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, rstrip=token in STRIPS_RIGHT) for token in ("<unk>", "<s>", *CHAT_TOKENS)]
     )
-    # In the official files </s> is an added token but no special one.
+    # In the official files </s> is an added token but not a special one.
     tokenizer.add_tokens([AddedToken("</s>", normalized=False, rstrip=True, special=False)])
     return tokenizer
 
 
 def _learn_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges in which every word of ``WORDS`` is short."""
+    """Vocabulary and merges that encode the words of ``WORDS`` in few tokens."""
     learner = Tokenizer(models.BPE(byte_fallback=True))
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     base = ["<unk>", "<s>", "</s>", *BYTES]
