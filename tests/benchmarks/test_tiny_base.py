@@ -90,6 +90,7 @@ def test_the_script_makes_a_model_and_goes_on_where_it_was(
     monkeypatch.setattr(tiny_base, "TOWER", {"pages": 4, "batch_size": 2, "learning_rate": 1e-3})
     monkeypatch.setattr(tiny_base, "POINTERS", {"steps": 1, "batch_size": 1, "learning_rate": 1e-3})
     monkeypatch.setattr(tiny_base, "TEST_SCENES", 1)
+    monkeypatch.setattr(tiny_tower, "MEAN_PAGES", 4)
 
     def phi3v(*arguments: str, processes: int = 1) -> None:
         run_ranks(processes, command, *arguments, folder=tmp_path / "ranks")
