@@ -1,4 +1,4 @@
-"""The command line: run a command, say what is wrong in one form, give the exit code.
+"""The command line: find a command, run it, print errors in one form, return the exit code.
 
 Exit codes: 0 done; 1 a fault of ours, or another process of the run was lost; 2 the user's input was wrong; 3 stopped
 by a signal, with everything saved that there was to save; 130 interrupted at once.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib
-import io
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,11 +23,12 @@ from rich.console import Console
 from phi3v import __version__
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.grammar import Parser
+from phi3v.terminal import lasting_output
 
 # Their `command.py` declares commands, with the handlers; none of them imports a heavy library before it is called.
 ROOMS = ("model", "data", "train", "evaluate", "export", "report", "serve", "plan", "doctor", "azure", "bench")
 SHELLS = ("bash", "zsh", "tcsh")
-SECONDS_TO_SPEAK = 10.0  # for rank 0 on a busy machine
+SECONDS_FOR_RANK_0 = 10.0  # to print its error, on a busy machine
 
 
 def build_parser() -> Parser:
@@ -90,16 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(
     work: Callable[[Console], dict[str, Any] | None], *, as_json: bool = False, show_downloads: bool = False
 ) -> int:
-    """Do the work of a command as every command is done, and return its exit code.
+    """Run a command and return its exit code.
 
     Args:
-        work: takes the console to speak to; returns what ``--json`` prints. What it raises as `UserError` is one
-            message, from the first rank where all ranks met it.
+        work: takes the console to print on; returns what ``--json`` prints. A `UserError` becomes one message, from
+            the first rank where all ranks met it.
         as_json: print one JSON object on standard output and everything else on standard error.
-        show_downloads: show the hub's bars, as a dataset takes long to download.
+        show_downloads: show the hub's progress bars, as a dataset takes long to download.
     """
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    # Libraries print advice meant for notebooks; ours is the one voice on the terminal.
+    # Libraries print advice meant for notebooks; the terminal is for our output.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (show_downloads and is_first_rank):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -109,8 +108,8 @@ def run_command(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # of an image that is whole
-    # DeepSpeed writes its remarks on standard output, as soon as a library imports it, whether it is used or not.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    # DeepSpeed prints remarks on standard output as soon as a library imports it, whether it is used or not.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     with lasting_output():
         return _run(work, as_json=as_json, is_first_rank=is_first_rank)
 
@@ -118,26 +117,24 @@ def run_command(
 def _run(work: Callable[[Console], dict[str, Any] | None], *, as_json: bool, is_first_rank: bool) -> int:
     console = Console(stderr=as_json, quiet=not is_first_rank)
     # Libraries that print to standard output must not break the one JSON object.
-    voice = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    output = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    ours = "error" if is_first_rank else f"error on rank {os.environ['RANK']}"
     try:
-        with voice:
+        with output:
             result = work(console)
     except UserError as error:
-        if is_first_rank:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            if not error.one_rank:
-                # Rank 0 has met it too and speaks for all. The launcher ends all ranks once one has ended, so that must
-                # not be this one; and if this one is still here then, rank 0 has not met it after all.
-                time.sleep(SECONDS_TO_SPEAK)
-            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        if not (is_first_rank or error.one_rank):
+            # Rank 0 has met it too and prints it for all. The launcher ends all ranks once one has ended, so that must
+            # not be this one; and if this one is still here then, rank 0 has not met it after all.
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"{ours}: {error}", file=sys.stderr)
         return 2
     except StoppedError as error:
         if is_first_rank:
             print(error, file=sys.stderr)
         return 3
     except LostRankError as error:
-        print(f"error: {error}" if is_first_rank else f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        print(f"{ours}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -146,61 +143,6 @@ def _run(work: Callable[[Console], dict[str, Any] | None], *, as_json: bool, is_
     if as_json and result is not None and is_first_rank:
         print(json.dumps(result))
     return code
-
-
-class _LastingStream(io.TextIOBase):
-    """A stream that takes text for good: into nothing once its reader is gone."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with self._lasting():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._lasting():
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        return bool(self.stream.isatty())
-
-    def fileno(self) -> int:
-        return int(self.stream.fileno())
-
-    @contextlib.contextmanager
-    def _lasting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            logging.getLogger("phi3v").warning("nobody reads the output any more; the command goes on")
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Standard output and error that end no command: neither by a closed pipe or terminal nor by their encoding."""
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = _LastingStream(sys.stdout), _LastingStream(sys.stderr)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = before
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def _completion(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_wrong_recipes(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lies outside of"):
         write_job(config, settings(), tmp_path / "job")
     config.data.train = None
-    with pytest.raises(UserError, match="no data to learn from"):
+    with pytest.raises(UserError, match="no data to train on"):
         write_job(config, settings(), tmp_path / "job")
     with pytest.raises(UserError, match="no name"):
         JobSettings(find_machine(None, None, "Standard_ND40rs_v2"), "../up")

@@ -163,7 +163,7 @@ def test_it_asks_first_and_never_without_a_terminal(
     code, shown, errors = run(capsys, "--request", "192")
     assert code == 2
     assert "96 → 192 vCPUs" in shown
-    assert "nobody is there to say yes" in errors
+    assert "there is no terminal to confirm it on" in errors
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(builtins, "input", lambda *prompt: "n")
     code, shown, _ = run(capsys, "--request", "192")

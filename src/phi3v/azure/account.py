@@ -1,4 +1,4 @@
-"""Who is asking Azure, for which subscription, and what its refusals mean in plain words."""
+"""The login and subscription that Azure is asked with, and its refusals in plain words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phi3v.errors import UserError
 PUBLIC_CLOUD = "https://management.azure.com"
 RETRIES = 4  # of a request that Azure puts off (429) or that fails on the way; the waits are those it asks for
 
-# Error codes of Azure Resource Manager, by what they mean to the person who asks.
+# Error codes of Azure Resource Manager, by what they mean to the user.
 NO_SUBSCRIPTION = {"SubscriptionNotFound", "InvalidSubscriptionId", "ReadOnlyDisabledSubscription"}
 NOT_REGISTERED = {"MissingSubscriptionRegistration", "SubscriptionNotRegistered", "ProviderNotRegistered"}
 NOT_IN_REGION = {
@@ -93,7 +93,7 @@ def _default_subscription() -> str | None:
 
 @contextmanager
 def explained(where: str, *, role: str, missing: str, provider: str | None = None) -> Iterator[None]:
-    """Turn what Azure answers into errors that say what to do.
+    """Turn Azure's errors into `UserError`, with what to do.
 
     Args:
         where: what was asked for.

@@ -159,7 +159,7 @@ def _request(account: Account, quota: FamilyQuota, limit: int, console: Console,
     say(console, f"request: {quota.family} in {quota.region}, {quota.limit} → {limit} vCPUs", style="bold")
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError("nobody is there to say yes", where="--request", hint="add --yes to send it unasked")
+            raise UserError("there is no terminal to confirm it on", where="--request", hint="add --yes")
         if console.input("send it? [y/N] ").strip().lower() not in ("y", "yes"):
             say(console, "not sent")
             return None

@@ -3,7 +3,7 @@
 The job is a folder: ``job.yaml`` (what `az ml job create --file` takes), ``environment.yaml`` (the packages of this
 machine) and ``code/`` (phi3v itself and the recipe). Azure ML starts one process a GPU on every node and sets the
 variables that `torchrun` sets, so the command is `phi3v train` itself. The run folder is a fixed place of a datastore:
-a job that was pre-empted, or is sent again under the same name, finds its checkpoints there and goes on.
+a job that was pre-empted, or is sent again under the same name, resumes from its checkpoints there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class JobSettings:
 
     Attributes:
         machine: an Azure size with its nodes.
-        name: of the run; the same name goes on where it stopped.
+        name: of the run; the same name resumes.
         data: folder or URI that holds the data files of the recipe; None: the folder they are in here.
         model: folder or URI of the model; None: the recipe's, a hub id being downloaded by the job.
         compute: an existing cluster; None: serverless compute, which needs none.
@@ -152,7 +152,7 @@ def _job(settings: JobSettings, inputs: dict[str, Any], keys: dict[str, str]) ->
 def _inputs(config: RunConfig, settings: JobSettings) -> tuple[dict[str, Any], dict[str, str]]:
     """The job's inputs, and the recipe's keys that name them there."""
     if config.data.train is None:
-        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file")
+        raise UserError("no data to train on", where="data.train", hint="give a JSONL file")
     train = Path(config.data.train)
     home = train.parent
     keys = {"data.train": f"${{{{inputs.data}}}}/{train.name}"}

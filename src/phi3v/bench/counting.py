@@ -29,7 +29,7 @@ class StepWork:
         tokens_squared: twice the pairs of query and key.
         pages: images that went through the tower; a page that records of a batch share counts once.
         crops, image_tokens: of these pages, without padded crops.
-        answer_tokens: that are learnt.
+        answer_tokens: supervised tokens.
     """
 
     samples: float = 0.0
@@ -93,7 +93,7 @@ class CountingLoop(TrainingLoop):
 
 
 def timed_by() -> str:
-    """How this machine is timed: what other programs do there changes wall time far more than CPU time."""
+    """How this machine is timed; other programs change wall time far more than CPU time."""
     return "wall time" if torch.cuda.is_available() else "CPU time of one thread"
 
 
@@ -106,10 +106,10 @@ def clock_seconds() -> float:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, on a machine that is timed by its CPU time."""
+def one_thread(only: bool = True) -> Iterator[None]:
+    """Compute on one thread, if ``only``: for a machine that is timed by its CPU time."""
     threads = torch.get_num_threads()
-    if not torch.cuda.is_available():
+    if only:
         torch.set_num_threads(1)
     try:
         yield
@@ -118,10 +118,9 @@ def one_thread() -> Iterator[None]:
 
 
 class Clock(Observer):
-    """The seconds of every step, from the end of the one before: reading is part of it.
+    """The seconds of every step but the first, from the end of the one before, so that reading counts.
 
-    The first step has no beginning that could be compared and is not among them. Asks for the end when they add up to
-    ``limit``.
+    Stops training when they add up to ``limit``.
     """
 
     def __init__(self, limit: float, collectives: HostCollectives) -> None:

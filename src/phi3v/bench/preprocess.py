@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from phi3v.bench.counting import one_thread
 from phi3v.errors import UserError
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
@@ -85,12 +86,8 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
     """
     if not pages:
         raise UserError("there is no image to measure on", where="--images")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _measure(pages, num_crops, repeats)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(pages: Sequence[bytes], num_crops: int, repeats: int) -> dict[str, Any]:

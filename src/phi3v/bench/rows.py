@@ -86,7 +86,7 @@ def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> d
         not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU the process's so far). A second is as
         `counting.timed_by` says.
     """
-    with _clean_memory(), one_thread():
+    with _clean_memory(), one_thread(not torch.cuda.is_available()):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 config = row_config(row, settings, model, data, Path(folder) / "run")
@@ -101,7 +101,7 @@ def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> d
 
 @contextmanager
 def _clean_memory() -> Iterator[None]:
-    """Begin with an empty device, so that the peak is the row's own."""
+    """Start with an empty device, so that the peak is the row's own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What `phi3v bench train` can measure: rows, and what they have in common. Light, for the command line reads it."""
+"""The rows of `phi3v bench train` and the settings that they share; read by the command line, so nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BASELINES: tuple[Variant, ...] = ("recipe", "recipe-flash")
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured.
+    """A row of the table.
 
     Attributes:
         variant: ``recipe`` (eager attention) and ``recipe-flash`` (flash-attn, or torch's own flash kernel where that

@@ -63,7 +63,7 @@ def bench_train(
         if variant != "lean" or method in ("full", "qlora")
     ]
     if not rows:
-        raise UserError("lean mode is measured with the methods full and qlora", where="--methods")
+        raise UserError("lean mode works with the methods full and qlora", where="--methods")
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         model_folder, file, named = bench_inputs(preset, model, data, settings.batch_size * (settings.steps + 1), cache)

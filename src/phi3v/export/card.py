@@ -159,7 +159,7 @@ def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
     if tuned.is_quantised:
         text += (
             " The last row is larger, as expected: the adapter was tuned on weights in 4 bits, and the export has the "
-            "unquantised ones below it. Measure the export with `phi3v eval` before you rely on it."
+            "unquantised ones below it. Evaluate the export with `phi3v eval` before you rely on it."
         )
     elif result.dtype != "float32" and tuned.adapter is not None and not result.is_adapter:
         text += f" The last row holds the one rounding of the merged weights to {result.dtype}."

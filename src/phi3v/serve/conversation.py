@@ -70,7 +70,7 @@ class Turn:
 
 
 class Chat:
-    """Answers questions; one run of a model at a time, whoever asks.
+    """Answers questions, one at a time.
 
     An adapter's base is the same model with the adapter switched off. The base of a model that was tuned in full is
     loaded when it is first asked.
@@ -98,11 +98,11 @@ class Chat:
         self.tuned = tuned
         self.compute = compute
         self.limits = limits
-        self.base = tuned.base if tuned.adapter is not None else base or _origin_at_hand(tuned)
+        self.base = tuned.base if tuned.adapter is not None else base or _local_origin(tuned)
         self._lock = threading.Lock()
         self._num_crops = num_crops
         self._system = escape_special_text(system) if system else None
-        if base is not None and tuned.adapter is None:  # found wrong now, not when it is first asked
+        if base is not None and tuned.adapter is None:  # an error now, not at the first question
             inspect_model(RunConfig(model=ModelConfig(resolve_model(base).base)), compute)
         model, processor = load_tuned(tuned, compute, num_crops=num_crops)
         require_clip_statistics(processor.image_processor)
@@ -148,7 +148,7 @@ class Chat:
 
     @contextlib.contextmanager
     def _alone(self, model: Any, which: Which) -> Iterator[None]:
-        """Nobody else runs the model; of an adapter's base, the adapter is off."""
+        """No other thread runs the model; for the base of an adapter, the adapter is off."""
         off = which == "base" and isinstance(model, PeftModel)
         with self._lock, model.disable_adapter() if off else contextlib.nullcontext():
             yield
@@ -188,10 +188,10 @@ class Chat:
         return Sample(stream.input_ids, [], pages)
 
 
-def _origin_at_hand(tuned: FinetunedModel) -> str | None:
-    """What a whole model was tuned from, if it is still at hand."""
+def _local_origin(tuned: FinetunedModel) -> str | None:
+    """What a whole model was tuned from, if it is on this machine."""
     origin = tuned.origin
     if origin is None or Path(origin).is_dir():
         return origin
-    at_hand = is_hub_id(origin) and isinstance(try_to_load_from_cache(origin, "config.json"), str)
-    return origin if at_hand else None
+    cached = is_hub_id(origin) and isinstance(try_to_load_from_cache(origin, "config.json"), str)
+    return origin if cached else None

@@ -1,4 +1,4 @@
-"""Questions to start from: those that a run was measured on."""
+"""Questions to start from: some that a run was evaluated on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Example:
 
 
 def find_examples(tuned: FinetunedModel, most: int = MOST) -> list[Example]:
-    """First questions about different images among the run's predictions; none where run or data are not at hand."""
+    """First questions about different images among the run's predictions; none where run or data are missing."""
     if tuned.run_folder is None or tuned.run.data.eval is None:
         return []
     root = Path(tuned.run.data.eval).parent / "images"

@@ -1,4 +1,4 @@
-"""Images and clips that a person gives to a chat, within limits."""
+"""Images and clips for a chat, within limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server behind the chat page: reachable for those who may, and closed about everything else."""
+"""The server behind the chat page; it serves nothing but the page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def serve(
     Raises:
         UserError: no port is free there, or the public tunnel cannot be opened.
     """
-    free_port(address.host, address.port)  # a wrong address is said before anything is built
+    free_port(address.host, address.port)  # a wrong address is an error before anything is built
     with tempfile.TemporaryDirectory(prefix="phi3v-chat-") as temporary, _environment(_gradio_environment(temporary)):
         from phi3v.serve.page import CSS, build_page, theme
 
@@ -58,10 +58,10 @@ def serve(
             chat, title=title, settings=settings, frames=frames, compare=compare, examples=examples, folder=folder
         )
         page.queue(max_size=WAITING, api_open=False)
-        # Building took seconds, in which somebody may have taken the port.
+        # Building took seconds; the port may be taken by now.
         port = free_port(address.host, address.port)
         try:
-            # Everything is said here, because what is left out may come from GRADIO_ variables.
+            # Every setting is given, as a missing one may come from GRADIO_ variables.
             _, url, shared = page.launch(
                 server_name=address.host,
                 server_port=port,
@@ -96,10 +96,10 @@ class Gate:
     """Refuses requests that the page never makes.
 
     Gradio would fetch files of other servers for a browser, and would answer under any name that leads here, which a
-    foreign page could use to ask in a person's stead (DNS rebinding).
+    foreign page could use to ask on a user's behalf (DNS rebinding).
 
     Args:
-        hosts: names that this machine is asked by; none: any.
+        hosts: names that a request may use for this machine; None: any.
     """
 
     FETCHES = ("/file=http", "/proxy=", "/vibe-", "/process_recording")
