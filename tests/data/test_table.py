@@ -151,8 +151,28 @@ def test_what_was_checked_is_what_is_opened(write: Any, record: MakeRecord) -> N
     path = write(record("a"))
     checked = ensure_checked(path, image_level="off")
     write(record("b"))
-    with pytest.raises(UserError, match="changed while it was read"):
-        open_table(path, sha256=checked.sha256)
+    assert open_table(path, sha256=checked.sha256)[0].id == "a"
+    assert open_table(path)[0].id == "b"
+
+
+def test_a_checked_file_is_not_parsed_again(
+    write: Any, record: MakeRecord, no_parser: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(record("a", images=[]), "", record("b"))
+    checked = ensure_checked(path)
+    no_parser()
+    opened = open_table(path)
+    assert [(read.id, read.line) for read in opened] == [("a", 1), ("b", 3)]
+    assert checked.records == 2
+    with pytest.raises(AssertionError, match="a line was parsed"):
+        ensure_checked(path, image_level="header")
+
+
+def test_a_file_with_faults_leaves_no_table(write: Any, record: MakeRecord) -> None:
+    path = write(record("a"), record("b", assistant=""))
+    with pytest.raises(DataFaultsError):
+        ensure_checked(path, image_level="off")
+    assert not list(cache_folder(content_hash(path), "refuse").glob("*records*"))
 
 
 def test_refuse_and_escape_are_kept_apart(write: Any, record: MakeRecord) -> None:

@@ -12,6 +12,7 @@ from report_helpers import HOSTILE, OpenPage, block
 
 from phi3v.cli import main
 from phi3v.config import DataConfig, ModelConfig, RunConfig
+from phi3v.data.check import check_file
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report import preview as preview_module
@@ -108,7 +109,8 @@ def test_faults_are_shown_and_the_rest_is_too(file: Path, tmp_path: Path) -> Non
 def test_of_many_records_a_fair_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview_module, "MEASURED", 30)
     file = write_data(tmp_path / "data", [record(str(k), turn(f"{k}?", str(k % 7))) for k in range(400)])
-    contents = preview_module._read(file, "refuse", preview_module.Random(1))
+    contents = preview_module.Contents(preview_module.Random(1))
+    check_file(file, image_level="off", on_record=contents.add)
     assert len(contents.records) == 30
     assert sum(record.line > 200 for record in contents.records) in range(6, 25)
     assert sum(contents.answers.values()) == 400

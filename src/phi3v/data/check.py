@@ -18,15 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
-from phi3v.data.duplicates import repeated_ids
+from phi3v.data.cache import cache_folder, cannot_write, content_hash
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
-from phi3v.data.jsonl import no_record, read_lines, replacing, require_file
+from phi3v.data.jsonl import replacing
 from phi3v.data.lengths import LENGTH_HINT, Context
-from phi3v.data.other_formats import other_file
-from phi3v.data.progress import LateProgress
-from phi3v.data.schema import Record, SpecialText, read_line
+from phi3v.data.schema import Record, SpecialText
+from phi3v.data.table import DataLines, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 
@@ -160,6 +158,7 @@ def check_file(
     workers: int | None = None,
     images_root: Path | None = None,
     progress: bool = True,
+    on_record: Callable[[Record], None] | None = None,
 ) -> CheckReport:
     """Read a data file and each of its images once, and collect the faults.
 
@@ -174,6 +173,7 @@ def check_file(
         workers: threads that read images (decoding runs outside of Python's lock); default one a core.
         images_root: default ``images/`` beside the file.
         progress: show a bar if it takes long and standard error is a terminal.
+        on_record: takes each record whose line has no fault.
 
     Returns:
         The report; an image that several turns name is checked, and reported, where it is named first.
@@ -185,16 +185,10 @@ def check_file(
     for name, number in (("max_errors", max_errors), ("workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"must be at least 1, not {number}", where=name)
-    require_file(path)
     root = images_root or path.parent / "images"
     report = CheckReport(path, root, image_level)
-    if other := other_file(path):
-        report.faults = [other]
-        return report
     faults: list[Fault] = []
     size_of = partial(image_size, root=root, max_pixels=max_pixels, exif_orientation=exif_orientation)
-    ids: list[str] = []
-    id_lines: list[int] = []
     seen_images: set[str] = set()
     kinds: list[str] = []
     workers = workers or min(8, available_cores())
@@ -206,19 +200,15 @@ def check_file(
         if wrong := future.result():
             faults.append(Fault(path, line, where, *wrong))
 
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        LateProgress(f"checking {path.name}", path.stat().st_size, enabled=progress) as bar,
-    ):
-        for number, raw in read_lines(path):
-            line = read_line(raw, file=path, line=number, special_text=special_text)
+    lines = DataLines(path, special_text, progress=progress)
+    with ThreadPoolExecutor(workers) as pool, contextlib.closing(iter(lines)) as parsed:
+        for number, line in parsed:
             report.records += 1
             faults.extend(line.faults)
-            if line.id is not None:
-                ids.append(line.id)
-                id_lines.append(number)
             if line.record is not None:
                 _count(report, line.record)
+                if on_record is not None:
+                    on_record(line.record)
                 if context is not None:
                     faults.extend(_length_fault(path, line.record, context, size_of))
             for where, image in line.images:
@@ -232,15 +222,12 @@ def check_file(
                     pending.append((number, where, future))
                     if len(pending) > 4 * workers:
                         collect_one()
-            bar.advance(len(raw))
             if max_errors is not None and len(faults) > max_errors:
                 break
         while pending:
             collect_one()
 
-    if not report.records:
-        raise no_record(path)
-    faults.extend(repeated_ids(path, ids, id_lines))
+    faults.extend(lines.repeated_ids())
     # All faults up to the last line read are known here, so the first of them are the first of the file.
     faults.sort(key=lambda fault: fault.line)
     report.faults = faults[:max_errors]
@@ -263,9 +250,10 @@ def ensure_checked(
     images_root: Path | None = None,
     progress: bool = True,
 ) -> CheckReport:
-    """`check_file`, once for each content of a data file: a passed check is remembered in the cache.
+    """`check_file`, once for each content of a data file; what it reads becomes the table of `open_table`.
 
-    What is remembered is the file, not its images: delete one later and only loading it will tell.
+    A passed check is remembered in the cache. That is of the file, not of its images: delete one later and only loading
+    it will tell.
 
     Raises:
         DataFaultsError: there are faults.
@@ -274,33 +262,32 @@ def ensure_checked(
     path = Path(path)
     root = images_root or path.parent / "images"
     sha256 = content_hash(path)
+    folder = cache_folder(sha256, special_text)
     place = hashlib.blake2b(os.path.abspath(root).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    memory = cache_folder(sha256, special_text) / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
+    memory = folder / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
     report = _recall(memory, path, root, image_level)
-    if report is not None:
-        report.sha256 = sha256
-        return report
-    report = check_file(
-        path,
-        max_errors=max_errors,
-        max_pixels=max_pixels,
-        exif_orientation=exif_orientation,
-        image_level=image_level,
-        special_text=special_text,
-        images_root=root,
-        progress=progress,
-    )
-    if not report.ok:
-        total = len(report.faults) + report.stopped_early
-        raise DataFaultsError(path, report.faults, total=total, exact=not report.stopped_early)
-    if content_hash(path) != sha256:
-        raise changed(path)
+    if report is None:
+        try:
+            with writing_table(path, sha256, folder) as add:
+                report = check_file(
+                    path,
+                    max_errors=max_errors,
+                    max_pixels=max_pixels,
+                    exif_orientation=exif_orientation,
+                    image_level=image_level,
+                    special_text=special_text,
+                    images_root=root,
+                    progress=progress,
+                    on_record=add,
+                )
+                if not report.ok:
+                    total = len(report.faults) + report.stopped_early
+                    raise DataFaultsError(path, report.faults, total=total, exact=not report.stopped_early)
+            with replacing(memory) as temporary:
+                temporary.write_text(json.dumps(report.to_json_dict() | {"images_root": os.path.abspath(root)}))
+        except OSError as error:
+            raise cannot_write(folder, error) from None
     report.sha256 = sha256
-    try:
-        with replacing(memory) as temporary:
-            temporary.write_text(json.dumps(report.to_json_dict() | {"images_root": os.path.abspath(root)}))
-    except OSError as error:
-        raise cannot_write(memory.parent, error) from None
     return report
 
 

@@ -87,8 +87,3 @@ def require_file(path: Path) -> None:
         raise UserError("no such file", where=str(path), hint="check the path to the .jsonl file") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint="check its permissions") from None
-
-
-def no_record(path: Path) -> UserError:
-    """The error for a file without a record."""
-    return UserError("holds no record", where=str(path), hint="a data file has one JSON object a line")

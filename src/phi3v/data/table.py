@@ -6,12 +6,12 @@ opening maps that file, so that memory grows neither with the file nor with the 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,11 +24,14 @@ from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
 from phi3v.data.duplicates import repeated_ids
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import image_size, load_image
-from phi3v.data.jsonl import no_record, read_lines, replacing
+from phi3v.data.jsonl import read_lines, replacing, require_file
 from phi3v.data.other_formats import other_file
 from phi3v.data.progress import LateProgress
-from phi3v.data.schema import Record, SpecialText, Turn, read_line
+from phi3v.data.schema import Line, Record, SpecialText, Turn, read_line
 from phi3v.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 _TURN = pa.struct(
     [
@@ -54,7 +57,7 @@ _SCHEMA = pa.schema(
 T = TypeVar("T")
 
 _BATCH_ROWS = 4096
-_BATCH_BYTES = 16 * 2**20  # of JSONL; whichever comes first ends a batch
+_BATCH_CHARACTERS = 16 * 2**20  # whichever comes first ends a batch
 
 
 class RecordTable:
@@ -214,15 +217,15 @@ def open_table(
     path = Path(path)
     sha256 = sha256 or content_hash(path)
     folder = cache_folder(sha256, special_text)
-    dataset = _open_cached(folder)
+    dataset = open_cached(folder)
     if dataset is None:
         try:
             # The lock only saves the others the work; what makes this safe is that files appear complete.
             with FileLock(folder / "lock"):
-                dataset = _open_cached(folder)
+                dataset = open_cached(folder)
                 if dataset is None:
                     _build(path, sha256, folder, special_text, max_errors, progress)
-                    dataset = _open_cached(folder)
+                    dataset = open_cached(folder)
         except OSError as error:
             raise cannot_write(folder, error) from None
         if dataset is None:
@@ -231,9 +234,11 @@ def open_table(
     return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation, sha256=sha256, folder=folder)
 
 
-def _open_cached(folder: Path) -> datasets.Dataset | None:
+def open_cached(folder: Path) -> datasets.Dataset | None:
     """The table if the cache has it whole, else None: a partial or damaged one is as good as none."""
     arrow = folder / "records.arrow"
+    import datasets  # takes a second, and a check may do without
+
     try:
         expected = json.loads((folder / "records.json").read_text())
         if arrow.stat().st_size != expected["bytes"]:
@@ -246,57 +251,100 @@ def _open_cached(folder: Path) -> datasets.Dataset | None:
 
 
 def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
-    """Write records.arrow, then records.json, which says that the first is complete."""
+    """Parse the file into the table.
+
+    Raises:
+        DataFaultsError: lines are wrong.
+    """
+    faults: list[Fault] = []
+    total = 0
+    lines = DataLines(path, special_text, progress=progress)
+    with writing_table(path, sha256, folder) as add:
+        for _, line in lines:
+            total += len(line.faults)
+            faults.extend(line.faults[: max_errors - len(faults)])
+            if line.record is not None and not total:
+                add(line.record)
+        repeated = lines.repeated_ids()
+        if total + len(repeated):
+            first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
+            raise DataFaultsError(path, first, total=total + len(repeated))
+
+
+class DataLines:
+    """The lines of a data file that are not blank, parsed one after the other: (1-based number, what it holds).
+
+    A file of another format gives its fault alone.
+
+    Raises:
+        UserError: the file cannot be read, or holds no line.
+    """
+
+    def __init__(self, path: Path, special_text: SpecialText, *, progress: bool) -> None:
+        self.path = path
+        self.special_text = special_text
+        self.progress = progress
+        self._ids: list[str] = []
+        self._lines_of_ids: list[int] = []
+
+    def __iter__(self) -> Generator[tuple[int, Line]]:
+        path, empty = self.path, True
+        require_file(path)
+        if other := other_file(path):
+            yield other.line, Line(faults=[other])
+            return
+        with LateProgress(f"reading {path.name}", path.stat().st_size, enabled=self.progress) as bar:
+            for number, raw in read_lines(path):
+                line = read_line(raw, file=path, line=number, special_text=self.special_text)
+                if line.id is not None:
+                    self._ids.append(line.id)
+                    self._lines_of_ids.append(number)
+                yield number, line
+                empty = False
+                bar.advance(len(raw))
+        if empty:
+            raise UserError("holds no record", where=str(path), hint="a data file has one JSON object a line")
+
+    def repeated_ids(self) -> list[Fault]:
+        """The faults of lines, of those read so far, whose id an earlier line has."""
+        return repeated_ids(self.path, self._ids, self._lines_of_ids)
+
+
+@contextlib.contextmanager
+def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[Record], None]]:
+    """Takes all records of a file in order; if the block ends without an error, the table is there.
+
+    Raises:
+        UserError: the file's content is no longer the one of ``sha256``.
+    """
+    rows: list[dict[str, Any]] = []
+    records = characters = 0
     with replacing(folder / "records.arrow") as temporary:
-        records = _convert(path, temporary, special_text, max_errors, progress)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+
+            def write() -> None:
+                nonlocal characters
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+                rows.clear()
+                characters = 0
+
+            def add(record: Record) -> None:
+                nonlocal records, characters
+                rows.append(_row(record))
+                records += 1
+                characters += sum(len(turn.user) + len(turn.assistant) for turn in record.turns)
+                if len(rows) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+                    write()
+
+            yield add
+            if rows:
+                write()
         if content_hash(path) != sha256:
             raise changed(path)
         size = temporary.stat().st_size
+    # Says that the table is complete.
     with replacing(folder / "records.json") as temporary:
         temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))
-
-
-def _convert(path: Path, arrow: Path, special_text: SpecialText, max_errors: int, progress: bool) -> int:
-    """Stream the lines into an Arrow file and return the number of records."""
-    if other := other_file(path):
-        raise DataFaultsError(path, [other], total=1)
-    faults: list[Fault] = []
-    total_faults = 0
-    records = 0
-    ids: list[str] = []
-    id_lines: list[int] = []
-    rows: list[dict[str, Any]] = []
-    rows_bytes = 0
-    with (
-        pa.OSFile(str(arrow), "wb") as sink,
-        pa.ipc.new_stream(sink, _SCHEMA) as writer,
-        LateProgress(f"reading {path.name}", path.stat().st_size, enabled=progress) as bar,
-    ):
-        for number, raw in read_lines(path):
-            line = read_line(raw, file=path, line=number, special_text=special_text)
-            bar.advance(len(raw))
-            records += 1
-            if line.id is not None:
-                ids.append(line.id)
-                id_lines.append(number)
-            if line.record is None or total_faults:
-                total_faults += len(line.faults)
-                faults.extend(line.faults[: max_errors - len(faults)])
-                continue
-            rows.append(_row(line.record))
-            rows_bytes += len(raw)
-            if len(rows) >= _BATCH_ROWS or rows_bytes >= _BATCH_BYTES:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-                rows, rows_bytes = [], 0
-        if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-    repeated = repeated_ids(path, ids, id_lines)
-    if total_faults + len(repeated):
-        first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
-        raise DataFaultsError(path, first, total=total_faults + len(repeated))
-    if not records:
-        raise no_record(path)
-    return records
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from phi3v.config import RunConfig
 from phi3v.data.batches import RowDataset, RowPlan
-from phi3v.data.check import check_file
+from phi3v.data.check import ensure_checked
 from phi3v.data.collate import encode_record
+from phi3v.data.faults import DataFaultsError
 from phi3v.data.images import describe_kinds
 from phi3v.data.overlap import find_overlap
 from phi3v.data.table import RecordTable
@@ -192,20 +193,18 @@ def _check_data_file(config: RunConfig, report: Report, name: str) -> bool:
         report.say(key, "warn", "none: nothing will be evaluated", "set it to a JSONL file")
         return True
     level = config.data.image_check
-    checked = check_file(
-        Path(path),
-        max_errors=SHOWN_FAULTS,
-        **config.data.reading,
-        image_level="header" if level == "decode" else level,
-    )
-    for fault in checked.faults:
-        what, _, hint = str(fault).partition("\n")
-        report.say(key, "fail", what, hint.strip().removeprefix("→ ") or None)
-    if checked.ok:
-        counts = f"{checked.records:,} records, {checked.turns:,} turns, {checked.images:,} images"
-        kinds = f"; of these {describe_kinds(checked.image_kinds)}" if checked.image_kinds else ""
-        report.say(key, "pass", f"{path}: {counts}, headers read{kinds}")
-    return checked.ok
+    level = "header" if level == "decode" else level
+    try:
+        checked = ensure_checked(Path(path), max_errors=SHOWN_FAULTS, **config.data.reading, image_level=level)
+    except DataFaultsError as error:
+        for fault in error.faults:
+            what, _, hint = str(fault).partition("\n")
+            report.say(key, "fail", what, hint.strip().removeprefix("→ ") or None)
+        return False
+    counts = f"{checked.records:,} records, {checked.turns:,} turns, {checked.images:,} images"
+    kinds = f"; of these {describe_kinds(checked.image_kinds)}" if checked.image_kinds else ""
+    report.say(key, "pass", f"{path}: {counts}, headers read{kinds}")
+    return True
 
 
 def _check_records(

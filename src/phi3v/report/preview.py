@@ -15,13 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from phi3v import __version__
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.check import CheckReport, check_file
-from phi3v.data.collate import encode_record
 from phi3v.data.images import describe_kinds, image_size
-from phi3v.data.jsonl import read_lines
-from phi3v.data.schema import Record, SpecialText, read_line
+from phi3v.data.lengths import LONG_CONTEXT, count_record
+from phi3v.data.schema import Record, SpecialText
 from phi3v.data.table import read_images
 from phi3v.errors import UserError
-from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
@@ -36,24 +34,37 @@ SHOWN_ANSWERS = 30
 COUNTED_ANSWERS = 200_000  # distinct ones; more are no classes
 BINS = 24
 PACK_TOKENS = RunConfig().data.pack_tokens
-ORIGINAL_POSITIONS = 4096  # of the model; a longer sample is read with LongRoPE's long factors
 FREQUENT = 0.5  # an answer's share that is worth a word
 
 
-@dataclass
 class Contents:
     """What one reading of the file finds.
 
     Attributes:
-        records: up to `MEASURED`, drawn from the whole file, in its order.
+        records: up to `MEASURED`, drawn from the whole file.
         answers: how often each text is an answer.
     """
 
-    records: list[Record] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    images_of_records: Counter[int] = field(default_factory=Counter)
-    turns_of_records: Counter[int] = field(default_factory=Counter)
+    def __init__(self, generator: Random) -> None:
+        self.records: list[Record] = []
+        self.answers: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.images_of_records: Counter[int] = Counter()
+        self.turns_of_records: Counter[int] = Counter()
+        self._generator = generator
+
+    def add(self, record: Record) -> None:
+        """Count a record; of more than `MEASURED` keep a fair sample (reservoir sampling, Vitter 1985)."""
+        self.sources[record.source or "(none)"] += 1
+        self.turns_of_records[len(record.turns)] += 1
+        self.images_of_records[len(record.images)] += 1
+        for turn in record.turns:
+            if turn.weight and (turn.assistant in self.answers or len(self.answers) < COUNTED_ANSWERS):
+                self.answers[turn.assistant] += 1
+        if len(self.records) < MEASURED:
+            self.records.append(record)
+        elif (place := self._generator.randrange(self.sources.total())) < MEASURED:
+            self.records[place] = record
 
 
 @dataclass
@@ -92,20 +103,26 @@ def preview(
     if samples < 1:
         raise UserError(f"must be at least 1, got {samples}", where="--samples")
     processor, told, applied = _processor(model, num_crops)
+    contents = Contents(Random(seed))
     check = check_file(
-        file, max_errors=SHOWN_FAULTS, image_level="header", special_text=special_text, exif_orientation=applied
+        file,
+        max_errors=None,
+        image_level="header",
+        special_text=special_text,
+        exif_orientation=applied,
+        on_record=contents.add,
     )
-    contents = _read(file, special_text, Random(seed))
-    measured = _measure(contents.records, file, processor, applied)
-    chosen = _choose(contents.records, measured.longest, samples, Random(seed))
+    records = sorted(contents.records, key=lambda record: record.line)
+    measured = _measure(records, file, processor, applied)
+    chosen = _choose(records, measured.longest, samples, Random(seed))
     block = {
         "file": str(file),
         "version": __version__,
         "tokenizer": told,
         "num_crops": processor.image_processor.num_crops,
         "counts": _counts(check),
-        "faults": [str(fault) for fault in check.faults],
-        "more_faults": check.stopped_early,
+        "faults": [str(fault) for fault in check.faults[:SHOWN_FAULTS]],
+        "more_faults": len(check.faults) > SHOWN_FAULTS,
         "notes": _notes(contents, measured, check),
         "measured": len(measured.tokens),
         "histograms": _histograms(measured),
@@ -129,7 +146,7 @@ def preview(
         "samples": [record.id for record in chosen],
         "records": check.records,
         "measured": len(measured.tokens),
-        "faults": f"more than {len(check.faults)}" if check.stopped_early else len(check.faults),
+        "faults": len(check.faults),
         "notes": block["notes"],
     }
 
@@ -157,29 +174,6 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
     return Phi3VProcessor(images, tokenizer), told, True
 
 
-def _read(file: Path, special_text: SpecialText, generator: Random) -> Contents:
-    """Read the file once; of more than `MEASURED` records keep a fair sample (reservoir sampling, Vitter 1985)."""
-    contents = Contents()
-    seen = 0
-    for number, raw in read_lines(file):
-        record = read_line(raw, file=file, line=number, special_text=special_text).record
-        if record is None:
-            continue
-        seen += 1
-        contents.sources[record.source or "(none)"] += 1
-        contents.turns_of_records[len(record.turns)] += 1
-        contents.images_of_records[len(record.images)] += 1
-        for turn in record.turns:
-            if turn.weight and (turn.assistant in contents.answers or len(contents.answers) < COUNTED_ANSWERS):
-                contents.answers[turn.assistant] += 1
-        if len(contents.records) < MEASURED:
-            contents.records.append(record)
-        elif (place := generator.randrange(seen)) < MEASURED:
-            contents.records[place] = record
-    contents.records.sort(key=lambda record: record.line)
-    return contents
-
-
 def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, exif_orientation: bool) -> Measured:
     """Tokens and images, these from their headers alone; records whose images cannot be read are left out."""
     measured = Measured()
@@ -191,13 +185,13 @@ def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, e
         except UserError:
             continue
         pages = [page_geometry(*size, num_crops) for size in sizes]
-        counts = [page.num_img_tokens for page in pages]
-        stream = encode_record(record, processor, counts)
-        if not measured.tokens or len(stream.input_ids) > max(measured.tokens):
+        image_tokens, counts = sum(page.num_img_tokens for page in pages), count_record(record, processor)
+        tokens = counts.text + image_tokens
+        if not measured.tokens or tokens > max(measured.tokens):
             measured.longest = record
-        measured.tokens.append(len(stream.input_ids))
-        measured.supervised.append(sum(label != IGNORE_INDEX for label in stream.labels))
-        measured.of_images.append(sum(counts))
+        measured.tokens.append(tokens)
+        measured.supervised.append(counts.targets)
+        measured.of_images.append(image_tokens)
         measured.widths += [width for width, _ in sizes]
         measured.heights += [height for _, height in sizes]
         measured.crops.update(f"{page.rows} × {page.columns}" for page in pages)
@@ -231,10 +225,10 @@ def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[s
         if total > 1 and len(contents.answers) > 1 and count / total >= FREQUENT:
             notes.append(f"{count / total:.0%} of all answers are {answer!r}: always giving it scores as much.")
     longest = max(measured.tokens, default=0)
-    if longest > ORIGINAL_POSITIONS:
-        over = sum(tokens > ORIGINAL_POSITIONS for tokens in measured.tokens)
+    if longest > LONG_CONTEXT:
+        over = sum(tokens > LONG_CONTEXT for tokens in measured.tokens)
         notes.append(
-            f"{over:,} of {len(measured.tokens):,} measured records are longer than {ORIGINAL_POSITIONS:,} tokens and "
+            f"{over:,} of {len(measured.tokens):,} measured records are longer than {LONG_CONTEXT:,} tokens and "
             f"are read with LongRoPE's long factors; the longest has {longest:,}."
         )
     if longest > PACK_TOKENS:
