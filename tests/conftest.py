@@ -99,23 +99,30 @@ def small_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the first pictures of easy-vqa: ``train.jsonl`` with 24 records, ``test.jsonl`` with 76."""
-    from phi3v.data.convert import ConvertOptions
-    from phi3v.data.sources.easy_vqa import convert
-
+def easy_vqa_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of the package easy_vqa with only its first images: 24 of train, 8 of test."""
     package = importlib.util.find_spec("easy_vqa")
     assert package is not None
     assert package.origin is not None
     whole = Path(package.origin).parent / "data"
-    source, folder = (tmp_path_factory.mktemp(name) for name in ("easy-vqa-source", "easy-vqa"))
-    for split, pictures in (("train", 24), ("test", 8)):
+    source = tmp_path_factory.mktemp("easy-vqa-source")
+    for split, images in (("train", 24), ("test", 8)):
         (source / split).mkdir()
         (source / split / "images").symlink_to(whole / split / "images")
         questions = json.loads((whole / split / "questions.json").read_text(encoding="utf-8"))
-        kept = [question for question in questions if question[2] < pictures]
+        kept = [question for question in questions if question[2] < images]
         (source / split / "questions.json").write_text(json.dumps(kept), encoding="utf-8")
-    convert(ConvertOptions(folder, str(source), progress=False))
+    return source
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(easy_vqa_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the first images of easy-vqa: ``train.jsonl`` with 24 records, ``test.jsonl`` with 76."""
+    from phi3v.data.convert import ConvertOptions
+    from phi3v.data.sources.easy_vqa import convert
+
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    convert(ConvertOptions(folder, str(easy_vqa_source), progress=False))
     return folder
 
 

@@ -1,8 +1,7 @@
 """The commands of the public recipe, as written, on two processes without a GPU and the stand-ins of the datasets.
 
 Added are only the model, the data where there is no hub, and a few flags that make a run small. ``torchrun`` itself
-starts one command with ``--standalone``, one with a named node, and one that is wrong; the ranks of the others are
-forked (`ranks`), which saves the seconds of importing.
+starts one command; the ranks of the others are forked (`ranks`), which saves the seconds of importing.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ranks import run_ranks
 from ranks import script as run_script
 
@@ -38,9 +38,9 @@ def torchrun(script: str, *flags: str, launcher: tuple[str, ...] = ("--standalon
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *launcher, script, *flags]
 
 
-def fork(script: str, *flags: str, folder: Path, ranks: int = 2) -> str:
-    """Run a script of the recipe on so many forked ranks, from the folder of the scripts, and return what it said."""
-    arguments = (str(RECIPES / script), flags, str(RECIPES))
+def fork(script: str, *flags: str, folder: Path, ranks: int = 2, cwd: Path = RECIPES) -> str:
+    """Run a script of the recipe on so many forked ranks, by default from its folder, and return what it said."""
+    arguments = (str(RECIPES / script), flags, str(cwd))
     return run_ranks(ranks, run_script, *arguments, folder=folder / "ranks", codes=[0] * ranks)
 
 
@@ -83,11 +83,12 @@ def keep_two_frames(file: Path) -> None:
 
 def test_docvqa_minimal(stand_in_data: Path, small_model_dir: Path, tmp_path: Path) -> None:
     """From another folder than the scripts', with every default."""
-    command = torchrun(
-        str(RECIPES / "finetune_hf_trainer_docvqa.py"),
-        *("--model_name_or_path", str(small_model_dir), "--data_dir", str(stand_in_data / "docvqa")),
+    said = fork(
+        "finetune_hf_trainer_docvqa.py",
+        *("--model_name_or_path", str(small_model_dir), "--data_dir", str(stand_in_data / "docvqa"), *SMALL),
+        folder=tmp_path,
+        cwd=tmp_path,
     )
-    said = run([*command, *SMALL], tmp_path)
     assert "fp16, which needs a GPU" in said
     check_run(tmp_path / "output", ["anls"], 2, method="full", precision="fp32")
 
@@ -153,6 +154,7 @@ def test_ucf101_from_clips_to_scores(stand_ins: Path, small_model_dir: Path, tmp
     check_run(tmp_path / "out", ["accuracy", "per_class_accuracy"], 2, method="full", precision="fp32")
 
 
+@pytest.mark.slow  # the message is tested with the recipe, torchrun with `phi3v train`
 def test_what_is_wrong_ends_every_process_with_one_message(tmp_path: Path) -> None:
     said = run(torchrun(str(RECIPES / "finetune_hf_trainer_nlvr2.py"), "--batch_size", "3"), tmp_path, code=1)
     assert said.count("error: ") == 1
