@@ -12,11 +12,10 @@ from report_helpers import HOSTILE, block, rewrite
 
 from phi3v.cli import main
 from phi3v.report import gallery as gallery_module
-from phi3v.report.gallery import class_scores, gallery
+from phi3v.report.gallery import Thumbnails, class_scores, gallery
 from phi3v.report.page import build_page
 from phi3v.report.report import report
 from phi3v.report.run_files import read_run
-from phi3v.report.thumbnails import Thumbnails
 from report_page import make_run
 
 TEMPLATES = Path(gallery_module.__file__).parent / "templates"

@@ -1,36 +1,80 @@
-"""The predictions of a run as compact columns, with images drawn fairly from right, wrong and changed."""
+"""The predictions of a run as compact columns, with small images of right, wrong and changed ones alike."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from phi3v.data.images import load_image
+from phi3v.errors import UserError
 from phi3v.evaluate.metrics import confusion_matrix
 from phi3v.evaluate.text_scores import normalize_answer
 from phi3v.paths import now_at
+from phi3v.report.page import webp
 from phi3v.report.run_files import RunFiles
-from phi3v.report.thumbnails import Thumbnails
 
 MAX_TEXT = 4000  # characters of a text that are shown
 MAX_IMAGES = 16  # of a question
-# Where no run measured by class, answers are taken for classes if they are as few and as frequent as this.
+# Without a score by class, answers are taken for classes if they are as few and as frequent as this.
 MAX_CLASSES = 40
 MIN_QUESTIONS_A_CLASS = 5
-COLUMNS = (
-    "ids",
-    "prompts",
-    "references",
-    "answers",
-    "before",
-    "right",
-    "right_before",
-    "cut",
-    "scores",
-    "scores_before",
-    "files",
-)
+
+
+class Thumbnails:
+    """Images of a page, each once.
+
+    Args:
+        budget: bytes that they may take in the page.
+        side: pixels of the longer side.
+        seconds: no image is begun after so long, so that a page of large scans is written all the same.
+    """
+
+    def __init__(self, budget: int, *, side: int = 256, seconds: float = 30.0) -> None:
+        self.budget = budget
+        self.side = side
+        self.until = time.monotonic() + seconds
+        self.encoded: list[str] = []
+        self.failed: set[tuple[Path, str]] = set()
+        self.out_of_time = False
+        self._places: dict[tuple[Path, str], int] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(map(len, self.encoded))
+
+    def add(self, root: Path, names: list[str], **settings: Any) -> bool:
+        """Take the images of one question, all or none; false once the budget is used up.
+
+        Args:
+            settings: of `load_image`.
+        """
+        new: dict[tuple[Path, str], str] = {}
+        for name in names:
+            key = (root, name)
+            if key in self._places or key in self.failed or key in new:
+                continue
+            if time.monotonic() > self.until:
+                self.out_of_time = True
+                return False
+            try:
+                new[key] = webp(load_image(name, root=root, **settings), self.side)
+            except UserError:
+                self.failed.add(key)
+        size = sum(map(len, new.values()))
+        if size > self.budget:
+            return False
+        self.budget -= size
+        for key, encoded in new.items():
+            self._places[key] = len(self.encoded)
+            self.encoded.append(encoded)
+        return True
+
+    def place(self, root: Path, name: str) -> int:
+        """Index into ``encoded``, or -1."""
+        return self._places.get((root, name), -1)
 
 
 class _Texts:
@@ -65,23 +109,26 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
     earlier = {line.get("id"): line for line in run.predictions.get("before", [])}
     has_before = "after" in run.predictions and bool(earlier)
     texts = _Texts()
-    columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
-    probabilities: dict[int, Any] = {}
-    for index, line in enumerate(lines):
+    rows = []
+    for line in lines:
         before = earlier.get(line.get("id"), {}) if has_before else {}
-        columns["ids"].append(texts.number(line.get("id")))
-        columns["prompts"].append(texts.number(line.get("prompt")))
-        columns["references"].append([texts.number(reference) for reference in _texts(line.get("references"))])
-        columns["answers"].append(texts.number(line["prediction"]))
-        columns["before"].append(texts.number(before["prediction"]) if before else -1)
-        columns["right"].append(_flag(line.get("correct")))
-        columns["right_before"].append(_flag(before.get("correct")))
-        columns["cut"].append(_flag(line.get("cut")))
-        columns["scores"].append(_score(line.get("score")))
-        columns["scores_before"].append(_score(before.get("score")))
-        columns["files"].append([texts.number(name) for name in _texts(line.get("images"))[:MAX_IMAGES]])
-        if isinstance(line.get("probabilities"), dict):
-            probabilities[index] = line["probabilities"]
+        rows.append(
+            {
+                "ids": texts.number(line.get("id")),
+                "prompts": texts.number(line.get("prompt")),
+                "references": [texts.number(reference) for reference in _texts(line.get("references"))],
+                "answers": texts.number(line["prediction"]),
+                "before": texts.number(before["prediction"]) if before else -1,
+                "right": _flag(line.get("correct")),
+                "right_before": _flag(before.get("correct")),
+                "cut": _flag(line.get("cut")),
+                "scores": _score(line.get("score")),
+                "scores_before": _score(before.get("score")),
+                "files": [texts.number(name) for name in _texts(line.get("images"))[:MAX_IMAGES]],
+            }
+        )
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+    shares = {index: line.get("probabilities") for index, line in enumerate(lines)}
     root = images_root(run)
     complete = root is not None and _draw(
         columns,
@@ -102,7 +149,7 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         "texts": texts.all,
         **columns,
         "images": images,
-        "probabilities": probabilities,
+        "probabilities": {index: share for index, share in shares.items() if isinstance(share, dict)},
         "images_note": _images_note(root, thumbnails, complete, any(columns["files"])),
     }
 

@@ -11,18 +11,21 @@ import base64
 import gzip
 import hashlib
 import html
+import io
 import json
 import webbrowser
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.terminal import say
 
+WEBP_QUALITY = 72
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -63,6 +66,15 @@ def write_page(out: Path, title: str, parts: tuple[str, ...], blocks: dict[str, 
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another --out") from None
     return len(content)
+
+
+def webp(image: Image.Image, side: int) -> str:
+    """The image, its longer side at most ``side`` pixels, as WebP in base64."""
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    with io.BytesIO() as file:
+        small.save(file, "WEBP", quality=WEBP_QUALITY, method=2)
+        return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def announce_page(console: Console, page: str, size: int, *, show: bool) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 from phi3v import __version__
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
-from phi3v.report.gallery import class_scores, gallery
+from phi3v.report.gallery import Thumbnails, class_scores, gallery
 from phi3v.report.page import write_page
 from phi3v.report.run_files import RunFiles, read_run
-from phi3v.report.thumbnails import Thumbnails
 
 REPORT_FILE = "report.html"
 IMAGE_BUDGET = 2_000_000  # bytes of small images in a page

@@ -19,7 +19,7 @@ from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import cut_pages
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.report.thumbnails import webp
+from phi3v.report.page import webp
 
 SUPERVISED, SPECIAL, IMAGE = 1, 2, 4  # bits of a piece
 MAX_PIECES = 3000
