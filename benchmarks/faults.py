@@ -41,7 +41,7 @@ from safetensors.torch import load_file
 from bench_result import ROOT, write_result
 from phi3v.cli import main as phi3v
 from phi3v.model.presets import init_model
-from phi3v.train.checkpoints.folder import checkpoints, damage, step_of
+from phi3v.train.checkpoint_folder import checkpoints, damage, step_of
 
 COLORS = ("red", "green", "blue", "yellow", "black", "orange")
 SHAPES = ("square", "circle")

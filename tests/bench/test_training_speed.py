@@ -28,6 +28,7 @@ from phi3v.data.batches import RowPlan
 from phi3v.errors import UserError
 from phi3v.model.attention import visible
 from phi3v.processing.hd_transform import page_geometry
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
 from phi3v.train.prepare import prepare
 
@@ -104,7 +105,7 @@ def test_the_recipes_way_gives_the_same_gradients(small_model_dir: Path, pages: 
     gradients, losses = [], []
     for variant in ("recipe", "padded"):
         config = row_config(Row("full", variant), SMALL, small_model_dir, pages, tmp_path / variant)  # type: ignore[arg-type]
-        setup = prepare(config, Console(quiet=True), choose_device("fp32"))
+        setup = prepare(config, Console(quiet=True), choose_device("fp32"), HostCollectives(1))
         setup.model.train()
         if variant == "recipe":
             run_padded_crops(setup.model, SMALL.num_crops)

@@ -17,7 +17,7 @@ from phi3v.config import ModelConfig, RunConfig
 from phi3v.errors import UserError
 from phi3v.plan.planned_model import planned_config
 from phi3v.report.run_files import read_run
-from phi3v.train.checkpoints.folder import damage
+from phi3v.train.checkpoint_folder import damage
 from phi3v.train.device import choose_device
 from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
 from phi3v.train.methods.loading import inspect_model, load_processor, load_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,19 +10,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from phi3v.config import Packing, RunConfig
-from phi3v.data.batches import RowDataset
 from phi3v.data.collate import LossWeighting
 from phi3v.data.readers import Readers
-from phi3v.data.table import open_table
-from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
 from phi3v.train.engines import DataParallel
-from phi3v.train.engines.choice import choose_engine
 from phi3v.train.loop import TrainingLoop
-from phi3v.train.methods.loading import inspect_model, load_for_training
 from phi3v.train.observers.faults import StepFaults
-from phi3v.train.prepare import make_plan, require_lengths
+from phi3v.train.prepare import prepare
 
 
 class KeepGradients(DataParallel):
@@ -46,27 +41,16 @@ def one_step(
     config.training.max_grad_norm = 0.0
     config.data.packing = packing
     config.data.pack_tokens = 500  # two records at most, so that ranks have several rows
-    compute = choose_device("fp32")
-    processor = Phi3VProcessor.from_pretrained(model_path)
-    facts = inspect_model(config, compute)
-    model = load_for_training(config, facts, compute)
-    table = open_table(Path(data))
-    plan = make_plan(config, compute, model, require_lengths(config, table, facts, processor))
-    dataset = RowDataset(table, processor, weighting, packed=plan.is_packed)
-    engine = KeepGradients(model, choose_engine(config, compute), config, compute)
-    collectives = HostCollectives(compute.world_size, timedelta(minutes=5))
-    faults = StepFaults(
-        collectives,
-        table,
-        Console(),
-        max_nonfinite_steps=1,
-        can_drop=True,
-        is_scaled=False,
-        newest_checkpoint=lambda: "there is none",
-    )
-    readers = Readers(dataset.__getitem__)
-    state = TrainingLoop(config, engine, plan, readers, compute, collectives, faults).run()
+    config.data.train, config.data.eval = str(data), None
+    config.data.num_workers = 0
+    config.training.loss_weighting = weighting
+    config.training.output_dir = str(out.parent / "run")
+    runtime = choose_device("fp32")
+    run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
+    engine = KeepGradients(run.model, run.engine.choice, config, runtime)
+    run = replace(run, engine=engine)
+    state = TrainingLoop(run, Readers(run.dataset().__getitem__), StepFaults(run)).run()
     loss = torch.tensor(state.mean_loss)
     total = torch.stack([gradient.norm() for gradient in engine.gradients.values()]).norm()
-    if compute.rank == 0:
+    if runtime.rank == 0:
         save_file({**engine.gradients, "loss": loss, "total": total}, out)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi3v.train.checkpoints import folder as checkpoint_folder
-from phi3v.train.checkpoints.folder import (
+from phi3v.train import checkpoint_folder
+from phi3v.train.checkpoint_folder import (
     checkpoints,
     damage,
     find_checkpoint,

@@ -22,6 +22,7 @@ from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train import prepare as run_setup
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import Activations, Gradients, MicroBatch, Policy
 from phi3v.train.compute.checkpointing import apply_checkpointing, choose_checkpointing
 from phi3v.train.device import choose_device
@@ -142,7 +143,8 @@ def _prepare(arguments: list[str], folder: Path) -> None:
     rank = int(os.environ["RANK"])
     run_setup.free_bytes = lambda *args: 10**12 if rank == 0 else 1000
     config = load_config(None, arguments)
-    prepared = run_setup.prepare(config, Console(quiet=True), choose_device("fp32"))
+    device = choose_device("fp32")
+    prepared = run_setup.prepare(config, Console(quiet=True), device, HostCollectives(device.world_size))
     (folder / str(rank)).write_text(prepared.checkpointing)
 
 

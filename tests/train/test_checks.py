@@ -19,6 +19,7 @@ from phi3v.plan.inputs import planned_compute, recipe_changes, setup_from_config
 from phi3v.plan.planner import Planner
 from phi3v.train import prepare as setup
 from phi3v.train.checks import Case, refusals
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.methods.loading import make_skeleton
 from phi3v.train.methods.strategies import apply_method, summarize, trained_parts
 
@@ -93,7 +94,7 @@ def files(tmp_path: Path, easy_vqa: Path, monkeypatch: pytest.MonkeyPatch) -> di
 
 def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
     try:
-        setup.prepare(config, Console(quiet=True), planned_compute(config, machine))
+        setup.prepare(config, Console(quiet=True), planned_compute(config, machine), HostCollectives(1))
     except UserError as error:
         return f"{error.where}: {error.what}"
     except BegunError:
@@ -102,7 +103,9 @@ def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
 
 
 def failed_by_doctor(config: RunConfig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(diagnosis, "choose_device", lambda precision: planned_compute(config, machine))
+    monkeypatch.setattr(
+        diagnosis, "choose_device", lambda precision: planned_compute(config, machine), HostCollectives(1)
+    )
     report = Report()
     case, _, processor = diagnosis.check_setup(config, report)
     diagnosis.check_data(config, report, case, processor)

@@ -15,7 +15,7 @@ import pytest
 from resume_helpers import assert_same_run
 from run_helpers import read_metrics
 
-from phi3v.train.checkpoints.folder import find_checkpoint
+from phi3v.train.checkpoint_folder import find_checkpoint
 
 pytestmark = pytest.mark.slow
 

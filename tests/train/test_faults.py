@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from phi3v.cli import main
 from phi3v.data.table import open_table
 from phi3v.train import run as run_module
+from phi3v.train.checkpoint_folder import damage, find_checkpoint
 from phi3v.train.checkpoints import writer as checkpointer
-from phi3v.train.checkpoints.folder import damage, find_checkpoint
 from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.observers import evaluation as evaluation_callback

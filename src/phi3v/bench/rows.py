@@ -7,7 +7,6 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from phi3v.plan.throughput import training_flops
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
 from phi3v.train.methods.strategies import summarize
+from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import peak_memory_gb
 from phi3v.train.prepare import PreparedRun, prepare
 
@@ -115,10 +115,10 @@ def _clean_memory() -> Iterator[None]:
 
 
 def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
-    setup = prepare(config, Console(quiet=True), choose_device(config.training.precision))
-    collectives = HostCollectives(setup.compute.world_size, timedelta(minutes=30))
-    clock = Clock(limit, collectives)
-    loop = _loop(setup, row, collectives, clock)
+    runtime = choose_device(config.training.precision)
+    setup = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
+    clock = Clock(limit, setup.collectives)
+    loop = _loop(setup, row, clock)
     with loop.readers:
         loop.run()
     if not clock.seconds:
@@ -126,14 +126,14 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
     steps = loop.work[1 : 1 + len(clock.seconds)]
     work = loop.mean_step(steps)
     seconds = statistics.median(clock.seconds)
-    ranks = setup.compute.world_size
+    ranks = setup.runtime.world_size
     speeds = [ranks * step.samples / own for step, own in zip(steps, clock.seconds, strict=True)]
     return {
         "attention": setup.facts.attention,
         "checkpointing": setup.checkpointing.split(" ")[0],
         "optimizer": config.training.optimizer,
-        "gpus": setup.compute.world_size if setup.compute.device.type == "cuda" else 0,
-        "precision": setup.compute.precision,
+        "gpus": setup.runtime.world_size if setup.runtime.device.type == "cuda" else 0,
+        "precision": setup.runtime.precision,
         "batch_size": config.training.batch_size,
         "steps": len(clock.seconds),
         "samples_per_second": _round(work.samples / seconds),
@@ -151,23 +151,15 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _loop(setup: PreparedRun, row: Row, collectives: HostCollectives, clock: Clock) -> CountingLoop:
+def _loop(setup: PreparedRun, row: Row, clock: Clock) -> CountingLoop:
     kind: type[CountingLoop] = CountingLoop
     dataset: Any = setup.dataset()
     if row.variant in BASELINES:
         run_padded_crops(setup.model, setup.processor.image_processor.num_crops)
         kind = RecipeLoop
         dataset = CropDataset(setup.train_table, setup.processor)
-    return kind(
-        setup.config,
-        setup.engine,
-        setup.plan,
-        Readers(dataset.__getitem__, setup.num_workers),
-        setup.compute,
-        collectives,
-        setup.faults(collectives),
-        observers=[clock],
-    )
+    readers = Readers(dataset.__getitem__, setup.num_workers)
+    return kind(setup, readers, StepFaults(setup), observers=[clock])
 
 
 def _utilisation(setup: PreparedRun, work: StepWork, seconds: float) -> dict[str, Any]:
@@ -178,7 +170,7 @@ def _utilisation(setup: PreparedRun, work: StepWork, seconds: float) -> dict[str
     flops = training_flops(shape, plan, work.sample_work(), tower_trained=tower_trained).model
     gpu = this_machine().gpu
     known = gpu.tflops > 0 and not gpu.is_cpu
-    rate = gpu.tflops * 1e12 * setup.compute.world_size
+    rate = gpu.tflops * 1e12 * setup.runtime.world_size
     return {
         "tflop_per_sample": _round(flops / work.samples / 1e12),
         "mfu": round(flops / seconds / rate, 3) if known else None,

@@ -25,7 +25,7 @@ class HostCollectives:
         timeout: how long to wait for the others.
     """
 
-    def __init__(self, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, world_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.world_size = world_size
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 

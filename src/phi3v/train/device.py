@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 
 import torch
 from accelerate import PartialState
@@ -132,3 +133,18 @@ def default_workers(compute: RuntimeDevice) -> int:
     if compute.device.type == "cpu":
         return 0
     return max(0, min(8, available_cores() // compute.node_ranks - 1))
+
+
+LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tokenizers", "Pillow")
+
+
+def library_versions() -> dict[str, str | None]:
+    """The versions of this package and of those that it builds on; ``None`` of one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["torch"] = torch.__version__  # with its build, which the package's metadata may lack
+    return versions

@@ -17,7 +17,7 @@ Forecast = Callable[[RunConfig, int, int], str | None]
 
 def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     """Say on the console what will happen: parts, data, device, choices with their reasons, what it will take."""
-    config, console, compute, facts = setup.config, setup.console, setup.compute, setup.facts
+    config, console, compute, facts = setup.config, setup.console, setup.runtime, setup.facts
     train_table, questions = setup.train_table, setup.questions
     parts = summarize(setup.model)
     table = Table(box=None, pad_edge=False)
@@ -58,7 +58,7 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
 
 
 def _step_line(setup: PreparedRun) -> str:
-    config, ranks = setup.config, setup.compute.world_size
+    config, ranks = setup.config, setup.runtime.world_size
     if not setup.plan.is_packed:
         return (
             f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "

@@ -13,18 +13,15 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import set_seed
 
-from phi3v.config import RunConfig
-from phi3v.data.batches import BatchPlan, read_steps
+from phi3v.data.batches import read_steps
 from phi3v.data.readers import Readers
 from phi3v.errors import UserError
 from phi3v.train.checkpoints.random_state import set_random_state
 from phi3v.train.checkpoints.resume import ResumePoint
 from phi3v.train.checkpoints.writer import Checkpointer
-from phi3v.train.collectives import HostCollectives
-from phi3v.train.device import RuntimeDevice
-from phi3v.train.engines import Engine
 from phi3v.train.methods.weights import read_trained
 from phi3v.train.observers.faults import StepFaults, poison
+from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import total_steps
 from phi3v.train.state import Observer, TrainState
 
@@ -38,10 +35,7 @@ class TrainingLoop:
     samples gives the same gradients (see ``model/loss.py``).
 
     Args:
-        engine: how the ranks hold model and optimizer; prepared by `run`.
-        plan: which rows each rank computes in which step.
         readers: make the rows of `RowPlan` s, ahead of time.
-        collectives: what the ranks tell each other.
         faults: watches the steps.
         observers: told of every step, in their order.
         checkpoints: one of them; saves what was trained where a record cannot be read.
@@ -52,28 +46,24 @@ class TrainingLoop:
 
     def __init__(
         self,
-        config: RunConfig,
-        engine: Engine,
-        plan: BatchPlan,
+        run: PreparedRun,
         readers: Readers,
-        runtime: RuntimeDevice,
-        collectives: HostCollectives,
         faults: StepFaults,
         *,
         observers: Sequence[Observer] = (),
         checkpoints: Checkpointer | None = None,
     ) -> None:
-        self.config = config
-        self.engine = engine
-        self.plan = plan
+        self.config = run.config
+        self.engine = run.engine
+        self.plan = run.plan
+        self.runtime = run.runtime
+        self.collectives = run.collectives
         self.readers = readers
-        self.runtime = runtime
-        self.collectives = collectives
         self.faults = faults
         self.observers = observers
         self.checkpoints = checkpoints
-        max_steps = total_steps(config.training, plan.num_steps)
-        self.state = TrainState(plan.num_steps, max_steps, loss=torch.zeros((), device=runtime.device))
+        max_steps = total_steps(run.config.training, run.plan.num_steps)
+        self.state = TrainState(run.plan.num_steps, max_steps, loss=torch.zeros((), device=run.runtime.device))
 
     def run(self, point: ResumePoint | None = None) -> TrainState:
         """Train to the end, or until an observer stops it.

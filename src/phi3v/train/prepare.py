@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import set_seed
 
@@ -33,7 +32,6 @@ from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoints.folder import newest_checkpoint
 from phi3v.train.checks import Case, DataFacts, require_possible
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import (
@@ -52,8 +50,6 @@ from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.optimizers import state_bytes
-from phi3v.train.observers.faults import StepFaults
-from phi3v.train.observers.tracking import prepare_trackers
 from phi3v.train.run_folder import check_run_folder
 
 
@@ -63,12 +59,12 @@ class PreparedRun:
 
     config: RunConfig
     console: Console
-    compute: RuntimeDevice
+    runtime: RuntimeDevice
+    collectives: HostCollectives
     facts: ModelFacts
     folder: Path
     accumulation: int
     processor: Phi3VProcessor
-    model: Any
     engine: Engine
     train_table: RecordTable
     questions: QuestionDataset | None  # to measure on
@@ -78,9 +74,14 @@ class PreparedRun:
     findings: tuple[Finding, ...] = ()  # what is doubtful about the data
 
     @property
+    def model(self) -> Any:
+        """Not wrapped."""
+        return self.engine.model
+
+    @property
     def num_workers(self) -> int:
         wanted = self.config.data.num_workers
-        return default_workers(self.compute) if wanted is None else wanted
+        return default_workers(self.runtime) if wanted is None else wanted
 
     @property
     def contents(self) -> dict[str, str]:
@@ -105,24 +106,14 @@ class PreparedRun:
             on_bad=self.config.data.on_bad_sample,
         )
 
-    def faults(self, collectives: HostCollectives) -> StepFaults:
-        """What watches the steps."""
-        return StepFaults(
-            collectives,
-            self.train_table,
-            self.console,
-            max_nonfinite_steps=self.config.training.max_nonfinite_steps,
-            can_drop=self.engine.can_drop_step and not self.config.training.lean,
-            is_scaled=self.compute.precision == "fp16",
-            newest_checkpoint=lambda: newest_checkpoint(self.folder),
-        )
-
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with an image, or the first, as training takes it."""
         return self.dataset()[RowPlan(((probe_index(self.train_table),),), ends_step=True)]
 
 
-def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resume: bool = False) -> PreparedRun:
+def prepare(
+    config: RunConfig, console: Console, runtime: RuntimeDevice, collectives: HostCollectives, *, resume: bool = False
+) -> PreparedRun:
     """Check everything and load the model.
 
     Args:
@@ -131,14 +122,14 @@ def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resu
     Raises:
         UserError: the configuration, the model or the data are wrong.
     """
-    case = Case(config, compute)
+    case = Case(config, runtime)
     require_possible(case)
-    choice, accumulation = case.engine, config.accumulation_steps(compute.world_size)
+    choice, accumulation = case.engine, config.accumulation_steps(runtime.world_size)
     folder = check_run_folder(config, resume=resume)
     if config.training.feature_cache == "disk":
         require_writable(cache_root() / "features", "training.feature_cache", CACHE_HINT)
     data_files(config)  # a wrong name is found before a model is asked for, perhaps from a hub
-    facts = inspect_model(config, compute)
+    facts = inspect_model(config, runtime)
     require_possible(replace(case, model=facts.skeleton))
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
@@ -152,23 +143,23 @@ def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resu
     require_possible(replace(case, model=facts.skeleton, data=data))
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
-    model = load_for_training(config, facts, compute)
-    plan = make_plan(config, compute, model, lengths)
-    checkpointing, reason = _choose_checkpointing(config, model, facts, plan, compute, choice)
+    model = load_for_training(config, facts, runtime)
+    plan = make_plan(config, runtime, model, lengths)
+    checkpointing, reason = _choose_checkpointing(config, model, facts, plan, runtime, collectives, choice)
     apply_checkpointing(model, checkpointing)
     if config.training.fp8:
         apply_float8(model)
     apply_kernels(model, config.training)
-    engine = make_engine(model, choice, config, compute)
-    setup = PreparedRun(
+    engine = make_engine(model, choice, config, runtime)
+    return PreparedRun(
         config,
         console,
-        compute,
+        runtime,
+        collectives,
         facts,
         folder,
         accumulation,
         processor,
-        model,
         engine,
         train_table,
         questions,
@@ -177,9 +168,6 @@ def prepare(config: RunConfig, console: Console, compute: RuntimeDevice, *, resu
         f"{checkpointing} ({reason})",
         tuple(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
     )
-    for line in prepare_trackers(config.training.report_to, compute.rank):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return setup
 
 
 def _choose_checkpointing(
@@ -187,29 +175,20 @@ def _choose_checkpointing(
     model: Any,
     facts: ModelFacts,
     plan: BatchPlan,
-    compute: RuntimeDevice,
+    runtime: RuntimeDevice,
+    collectives: HostCollectives,
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for the largest row that any epoch may hold, and the reason."""
     if config.training.lean:
         return "full", "lean mode"
+    state = engine.state_bytes(state_bytes(config.training), runtime.world_size)
+    free = free_bytes(model, runtime.device, runtime.node_ranks, state)
     return choose_checkpointing(
         config.training.activation_checkpointing,
-        _activations(config, model, facts, compute),
+        _activations(config, model, facts, runtime),
         _largest_batch(plan),
-        # All ranks go by the fullest one: they must recompute alike.
-        min(
-            gather_object(
-                [
-                    free_bytes(
-                        model,
-                        compute.device,
-                        compute.node_ranks,
-                        engine.state_bytes(state_bytes(config.training), compute.world_size),
-                    )
-                ]
-            )
-        ),
+        min(collectives.all_gather(free)),  # they must recompute alike
     )
 
 

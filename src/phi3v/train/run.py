@@ -21,8 +21,8 @@ from phi3v.config import RunConfig
 from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.terminal import progress_bar
-from phi3v.train.checkpoints.folder import checkpoint_name, newest_checkpoint
+from phi3v.terminal import progress_bar, say
+from phi3v.train.checkpoint_folder import checkpoint_name, newest_checkpoint
 from phi3v.train.checkpoints.resume import (
     FinishedRun,
     ResumePoint,
@@ -44,10 +44,10 @@ from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
-from phi3v.train.observers.tracking import Trackers
+from phi3v.train.observers.tracking import Trackers, prepare_trackers
 from phi3v.train.prepare import PreparedRun, prepare, questions_of
 from phi3v.train.result import RunResult, print_result
-from phi3v.train.run_folder import claim_run_folder, describe_again, environment, hold_run_folder
+from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
 from phi3v.train.state import Observer
 
 logger = logging.getLogger("phi3v")
@@ -86,12 +86,14 @@ def run_training(
             point = find_resume_point(resume, config, compute, collectives, console)
             if isinstance(point, FinishedRun):
                 return point
-            setup = prepare(config, console, compute, resume=resume is not None)
+            setup = prepare(config, console, compute, collectives, resume=resume is not None)
             require_same_content(setup.contents, point, collectives)
+            for line in prepare_trackers(config.training.report_to, compute.rank):
+                say(console, line)
             print_header(setup, forecast)
-            checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.compute.autocast_dtype)
+            checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.runtime.autocast_dtype)
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
-            result = _in_run_folder(setup, point, collectives, signals, observers)
+            result = _in_run_folder(setup, point, signals, observers)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise _out_of_memory(config, signals, error) from error
@@ -106,12 +108,11 @@ def run_training(
 def _in_run_folder(
     setup: PreparedRun,
     point: ResumePoint | None,
-    collectives: HostCollectives,
     signals: Signals,
     observers: Sequence[Observer],
 ) -> RunResult:
     try:
-        if setup.compute.rank == 0:
+        if setup.runtime.rank == 0:
             if point is None:
                 claim_run_folder(setup.config)
             else:
@@ -119,9 +120,9 @@ def _in_run_folder(
                 describe_again(setup.config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_measure(setup, point, collectives, signals, observers)
+        return _train_and_measure(setup, point, signals, observers)
     except UserError as error:
-        error.one_rank = setup.compute.rank > 0
+        error.one_rank = setup.runtime.rank > 0
         raise
 
 
@@ -150,17 +151,16 @@ def _lost(config: RunConfig, signals: Signals, error: BaseException) -> str:
 def _train_and_measure(
     setup: PreparedRun,
     point: ResumePoint | None,
-    collectives: HostCollectives,
     signals: Signals,
     observers: Sequence[Observer],
 ) -> RunResult:
-    config, compute, model = setup.config, setup.compute, setup.model
+    config, runtime, model = setup.config, setup.runtime, setup.model
     features = fill_features(
         config.training.feature_cache,
         model,
         setup.train_table,
         setup.processor.image_processor,
-        compute,
+        runtime,
         setup.console,
         show_bar=config.training.progress_bar,
     )
@@ -168,43 +168,19 @@ def _train_and_measure(
     before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken by this process"
 
-    runtime = setup.compute
     transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
     progress = ProgressObserver(
         setup.console, setup.folder / "metrics.jsonl", rank=runtime.rank, show_bar=config.training.progress_bar
     )
     trackers = Trackers(setup.folder, config.training.report_to, runtime.rank)
-    faults = setup.faults(collectives)
-    during = _during(setup, collectives, progress, faults, trackers)
-    saves = Checkpointer(
-        config,
-        setup.engine,
-        collectives,
-        signals,
-        processor=setup.processor,
-        rank=runtime.rank,
-        folder=setup.folder,
-        console=setup.console,
-        progress=progress,
-        during=during,
-        faults=faults,
-        facts={"data": setup.contents, "versions": environment()["versions"]},
-    )
+    faults = StepFaults(setup)
+    during = _during(setup, progress, faults, trackers)
+    saves = Checkpointer(setup, signals, progress, during, faults)
     # In this order: a checkpoint holds what the others came to.
     own: list[Observer] = [progress, trackers, *([during] if during is not None else []), saves]
     dataset = setup.dataset(features)
     readers = Readers(dataset.__getitem__, setup.num_workers, timeout=60 * config.distributed.timeout_minutes)
-    loop = TrainingLoop(
-        config,
-        setup.engine,
-        setup.plan,
-        readers,
-        runtime,
-        collectives,
-        faults,
-        observers=[*own, *observers],
-        checkpoints=saves,
-    )
+    loop = TrainingLoop(setup, readers, faults, observers=[*own, *observers], checkpoints=saves)
     try:
         with readers, trackers, signals.waiting():
             signals.doing = "training, within a step; start again with --resume"
@@ -221,10 +197,10 @@ def _train_and_measure(
     best = during.best if during is not None and config.evaluation.keep_best else None
     tuned = setup.engine.final_model(setup.facts.stored_dtype)
     if best is not None and during is not None:
-        trained = read_trained(tuned, during.best_folder) if compute.rank == 0 else None
-        load_whole(tuned, trained, compute.world_size)
+        trained = read_trained(tuned, during.best_folder) if runtime.rank == 0 else None
+        load_whole(tuned, trained, runtime.world_size)
         setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
-    if compute.rank == 0:
+    if runtime.rank == 0:
         try:
             save_replacing(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
         except (OSError, SafetensorError) as error:
@@ -268,34 +244,15 @@ def _stopped(saves: Checkpointer, step: int) -> BaseException:
 
 
 def _during(
-    setup: PreparedRun,
-    collectives: HostCollectives,
-    progress: ProgressObserver,
-    faults: StepFaults,
-    trackers: Trackers,
+    setup: PreparedRun, progress: ProgressObserver, faults: StepFaults, trackers: Trackers
 ) -> EvaluationObserver | None:
-    """What measures while it trains, if that is wanted."""
-    config = setup.config
-    if setup.questions is None or config.evaluation.eval_steps is None:
+    """What evaluates while it trains, if that is wanted."""
+    evaluation = setup.config.evaluation
+    if setup.questions is None or evaluation.eval_steps is None:
         return None
-    fewer = config.evaluation.eval_steps_questions
-    questions = questions_of(config, setup.questions.table, setup.processor, fewer)
+    questions = questions_of(setup.config, setup.questions.table, setup.processor, evaluation.eval_steps_questions)
     assert questions is not None
-    return EvaluationObserver(
-        setup.engine,
-        setup.processor,
-        questions,
-        setup.evaluation,
-        setup.compute,
-        collectives,
-        stored_dtype=setup.facts.stored_dtype,
-        folder=setup.folder,
-        console=setup.console,
-        progress=progress,
-        faults=faults,
-        trackers=trackers,
-        num_workers=setup.num_workers,
-    )
+    return EvaluationObserver(setup, questions, progress, faults, trackers)
 
 
 def _measure(setup: PreparedRun, model: Any, when: str) -> EvaluationResult | None:
@@ -308,12 +265,12 @@ def _measure(setup: PreparedRun, model: Any, when: str) -> EvaluationResult | No
             setup.processor,
             setup.questions,
             setup.evaluation,
-            setup.compute,
+            setup.runtime,
             num_workers=setup.num_workers,
             bar=bar,
             description=f"evaluating {when}",
         )
-    if setup.compute.rank == 0:
+    if setup.runtime.rank == 0:
         show_scores(setup.console, result, when)
         result.write(setup.folder, f"_{when}")
     return result

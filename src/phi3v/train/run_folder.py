@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from phi3v.errors import UserError
 from phi3v.json_files import read_json
 from phi3v.machine import available_cores
 from phi3v.paths import absolute, cannot_write
-from phi3v.train.checkpoints.folder import checkpoints, remove_unfinished
+from phi3v.train.checkpoint_folder import checkpoints, remove_unfinished
+from phi3v.train.device import library_versions
 
 # Everything that a run writes; `overwrite` removes these and nothing else.
 RUN_FILES = (
@@ -40,7 +40,6 @@ RUN_FILES = (
     "log.txt",
 )
 RUN_FOLDERS = ("best", "final", "runs")
-LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tokenizers", "Pillow")
 
 
 # Any of these says that a run got somewhere.
@@ -218,19 +217,12 @@ def _describe(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and command of this process."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    versions["torch"] = torch.__version__  # with its build, which the package's metadata may lack
     return {
         "date": _now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": library_versions(),
         "cpu_threads": torch.get_num_threads(),
         "cpus": available_cores(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

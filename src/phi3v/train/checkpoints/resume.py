@@ -21,7 +21,7 @@ from phi3v.data.cache import content_hash
 from phi3v.errors import UserError
 from phi3v.model.checkpoint import model_content
 from phi3v.paths import find_model, now_at
-from phi3v.train.checkpoints.folder import (
+from phi3v.train.checkpoint_folder import (
     checkpoints,
     damage,
     find_checkpoint,

@@ -13,12 +13,9 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 
-from phi3v.config import RunConfig
 from phi3v.data.features import free_space
-from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checkpoints.folder import (
+from phi3v.train.checkpoint_folder import (
     checkpoint_name,
     checkpoints,
     link_tree,
@@ -30,8 +27,8 @@ from phi3v.train.checkpoints.folder import (
     write_state,
 )
 from phi3v.train.checkpoints.random_state import random_state
-from phi3v.train.collectives import HostCollectives
-from phi3v.train.engines import DeferredWrite, Engine, to_host
+from phi3v.train.device import library_versions
+from phi3v.train.engines import DeferredWrite, to_host
 from phi3v.train.engines.sharded import without_weights
 from phi3v.train.methods.optimizers import moment_bytes
 from phi3v.train.methods.weights import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
@@ -39,6 +36,7 @@ from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
+from phi3v.train.prepare import PreparedRun
 from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
@@ -55,9 +53,6 @@ class Checkpointer(Observer):
     One save is in flight at most. One that fails takes nothing with it: the earlier checkpoints stay, training goes
     on, and the next save is tried in its turn.
 
-    Args:
-        facts: what ``state.json`` holds beside how far the run is.
-
     Attributes:
         stopped_by: the signal that ended training.
         failed: saves that could not be written.
@@ -67,36 +62,27 @@ class Checkpointer(Observer):
 
     def __init__(
         self,
-        config: RunConfig,
-        engine: Engine,
-        collectives: HostCollectives,
+        run: PreparedRun,
         signals: Signals,
-        *,
-        processor: Phi3VProcessor,
-        rank: int,
-        folder: Path,
-        console: Console,
         progress: ProgressObserver,
         during: EvaluationObserver | None,
         faults: StepFaults,
-        facts: dict[str, Any],
     ) -> None:
-        self.config = config
-        self.engine = engine
-        self.collectives = collectives
+        self.run = run
+        self.config = run.config
+        self.engine = run.engine
+        self.collectives = run.collectives
         self.signals = signals
-        self._skeleton = without_weights(engine.model)  # for the thread that writes: it may touch nothing that trains
-        self.processor = processor
-        self.rank = rank
-        self.folder = folder
-        self.console = console
+        self._skeleton = without_weights(run.model)  # for the thread that writes: it may touch nothing that trains
+        self.rank = run.runtime.rank
+        self.folder = run.folder
+        self.console = run.console
         self.progress = progress
         self.during = during
         self.faults = faults
         self.stopped_by: str | None = None
         self.failed = 0
         self.last_failure: str | None = None
-        self._about = facts
         self.last_step = -1
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -207,7 +193,7 @@ class Checkpointer(Observer):
         started: float,
     ) -> None:
         try:
-            save_final(self._skeleton, self.processor, unfinished / "model", tensors)
+            save_final(self._skeleton, self.run.processor, unfinished / "model", tensors)
             rest()
             write_state(unfinished, facts, randoms)
             folder = publish(unfinished)
@@ -263,5 +249,6 @@ class Checkpointer(Observer):
             "config": dataclasses.asdict(self.config),
             "evaluation": self.during.state() if self.during is not None else None,
             "progress": self.progress.state(),
-            **self._about,
+            "data": self.run.contents,
+            "versions": library_versions(),
         }

@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.collectives import HostCollectives
-from phi3v.train.device import RuntimeDevice
-from phi3v.train.engines.base import Engine
 from phi3v.train.methods.weights import (
     WRITE_ERRORS,
     IncompleteSaveError,
@@ -30,6 +24,7 @@ from phi3v.train.observers.evaluating import measure
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.tracking import Trackers
+from phi3v.train.prepare import PreparedRun
 from phi3v.train.state import Observer, TrainState
 
 logger = logging.getLogger("phi3v")
@@ -52,41 +47,25 @@ class EvaluationObserver(Observer):
 
     def __init__(
         self,
-        engine: Engine,
-        processor: Phi3VProcessor,
+        run: PreparedRun,
         questions: QuestionDataset,
-        config: EvaluationConfig,
-        compute: RuntimeDevice,
-        collectives: HostCollectives,
-        *,
-        stored_dtype: torch.dtype,
-        folder: Path,
-        console: Console,
         progress: ProgressObserver,
         faults: StepFaults,
         trackers: Trackers,
-        num_workers: int,
     ) -> None:
-        self.engine = engine
-        self.processor = processor
+        self.run = run
         self.questions = questions
-        self.config = config
-        self.compute = compute
-        self.collectives = collectives
-        self.stored_dtype = stored_dtype
-        self.folder = folder
-        self.console = console
+        self.config = run.evaluation
         self.progress = progress
         self.faults = faults
         self.trackers = trackers
-        self.num_workers = num_workers
         self.best: Best | None = None
         self.without_improvement = 0
         self.stopped_early = False
 
     @property
     def best_folder(self) -> Path:
-        return self.folder / "best"
+        return self.run.folder / "best"
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to judge as one that was not interrupted."""
@@ -110,16 +89,16 @@ class EvaluationObserver(Observer):
             return
         self.faults.settle()
         start = time.perf_counter()
-        devices = [self.compute.device] if self.compute.device.type == "cuda" else []
+        devices = [self.run.runtime.device] if self.run.runtime.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
-        with torch.random.fork_rng(devices), self.engine.whole_model(self.stored_dtype) as model:
+        with torch.random.fork_rng(devices), self.run.engine.whole_model(self.run.facts.stored_dtype) as model:
             result = measure(
                 model,
-                self.processor,
+                self.run.processor,
                 self.questions,
                 self.config,
-                self.compute,
-                num_workers=self.num_workers,
+                self.run.runtime,
+                num_workers=self.run.num_workers,
                 bar=self.progress.bar,
                 description=f"evaluating step {state.step}",
             )
@@ -129,13 +108,13 @@ class EvaluationObserver(Observer):
                 self.best, improved = before, False
         took = time.perf_counter() - start
         self.progress.leave_out(took)
-        if self.compute.rank == 0:
+        if self.run.runtime.rank == 0:
             self._report(state, result, took, improved)
         patience = self.config.early_stopping_patience
         if patience is not None and self.without_improvement >= patience and state.step < state.max_steps:
             self.stopped_early = True
             state.should_stop = True
-            self.console.print(
+            self.run.console.print(
                 f"stopping at step {state.step}: {patience} measurements without a better {result.primary.name}",
                 highlight=False,
             )
@@ -147,20 +126,20 @@ class EvaluationObserver(Observer):
             before: whose weights are kept so far.
         """
         wrong: str | None = None
-        if self.compute.rank == 0:
+        if self.run.runtime.rank == 0:
             try:
-                save_replacing(model, self.processor, self.best_folder, saved_tensors(model))
+                save_replacing(model, self.run.processor, self.best_folder, saved_tensors(model))
             except IncompleteSaveError:
                 raise
             except WRITE_ERRORS as error:
                 wrong = failure_text(error)
-        wrong = self.collectives.broadcast(wrong)
+        wrong = self.run.collectives.broadcast(wrong)
         if wrong is None:
             return True
         kept = f"best/ holds those of step {before.step}" if before is not None else "there is no best/ yet"
         text = f"the best weights so far could not be kept: {wrong}; {kept}, and training goes on"
         logger.error("%s", text)
-        self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
+        self.run.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
         return False
 
     def _judge(self, step: int, result: EvaluationResult) -> bool:
@@ -186,7 +165,7 @@ class EvaluationObserver(Observer):
         self.trackers.log(
             {f"eval/{score.name}": score.value for score in result.scores if score.value is not None}, state.step
         )
-        self.console.print(
+        self.run.console.print(
             f"step {state.step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
             highlight=False,
             markup=False,

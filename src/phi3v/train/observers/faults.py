@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import distributed
 
-from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
-from phi3v.train.collectives import HostCollectives
+from phi3v.train.checkpoint_folder import newest_checkpoint
+from phi3v.train.prepare import PreparedRun
 
 logger = logging.getLogger("phi3v")
 
@@ -49,31 +48,13 @@ class StepFaults:
 
     An engine lets a step whose gradient is not finite change nothing, and a loss that is not finite makes the gradient
     so (`poison`), on all ranks; here it is said, with the records' names, and counted.
-
-    Args:
-        table: the records, for their names.
-        max_nonfinite_steps: stop after so many in a row.
-        can_drop: such a step changes no weight; otherwise the first one is the last.
-        is_scaled: a loss scale is looked for (fp16), so only the losses count.
     """
 
-    def __init__(
-        self,
-        collectives: HostCollectives,
-        table: RecordTable,
-        console: Console,
-        *,
-        max_nonfinite_steps: int,
-        can_drop: bool,
-        is_scaled: bool,
-        newest_checkpoint: Callable[[], str],
-    ) -> None:
-        self.collectives = collectives
-        self.table = table
-        self.console = console
-        self.limit = max_nonfinite_steps if can_drop else 1
-        self.is_scaled = is_scaled
-        self.newest_checkpoint = newest_checkpoint
+    def __init__(self, run: PreparedRun) -> None:
+        self.run = run
+        can_drop = run.engine.can_drop_step and not run.config.training.lean
+        self.limit = run.config.training.max_nonfinite_steps if can_drop else 1
+        self.is_scaled = run.runtime.precision == "fp16"  # gradients may overflow, so only the losses count
         self.in_a_row = 0
         self.dropped = 0
         self._pending: list[_Step] = []
@@ -99,14 +80,14 @@ class StepFaults:
         *losses, norm = step.numbers.values()
         bad = [records for records, loss in zip(step.rows, losses, strict=True) if not math.isfinite(loss)]
         # The norm is that of all ranks, so they agree on it.
-        not_finite = self.collectives.sum([bool(bad)])[0] if self.is_scaled else not math.isfinite(norm)
+        not_finite = self.run.collectives.sum([bool(bad)])[0] if self.is_scaled else not math.isfinite(norm)
         if not not_finite:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         self.dropped += 1
         # The rows whose loss shows it; if the loss was finite and its gradient not, all of the step.
-        gathered = self.collectives.all_gather(
+        gathered = self.run.collectives.all_gather(
             (bool(bad), [index for records in bad or step.rows for index in records])
         )
         has_bad_loss = any(is_bad for is_bad, _ in gathered)
@@ -119,25 +100,26 @@ class StepFaults:
             times = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
             raise UserError(
                 f"{what} is not finite at step {step.number}{times}; records: {listed}",
-                where=str(self.table.path),
-                hint=f"{self.newest_checkpoint()}: look at these records, or lower training.learning_rate in a new run",
+                where=str(self.run.train_table.path),
+                hint=f"{newest_checkpoint(self.run.folder)}: look at these records, or lower training.learning_rate in "
+                "a new run",
             )
         text = f"step {step.number}: {what} is not finite, so the step changes no weight; records: {listed}"
         logger.warning("%s", text)
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.run.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def report_skipped(self, skipped: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
         """Records of all ranks that were left out, by name, said once; a collective."""
-        everywhere = [entry for own in self.collectives.all_gather(list(skipped)) for entry in own]
+        everywhere = [entry for own in self.run.collectives.all_gather(list(skipped)) for entry in own]
         named = [(self._name(index), why) for index, why in dict(everywhere).items()]
         for name, why in named:
             text = f"left out {name}: {why}"
             logger.warning("%s", text)
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.run.console.print(text, highlight=False, markup=False, soft_wrap=True)
         return named
 
     def _name(self, index: int) -> str:
-        record = self.table[index]
+        record = self.run.train_table[index]
         return f"{record.id} (line {record.line})"
 
 
