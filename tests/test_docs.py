@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_files import clip, picture
+from sample_files import clip, image_bytes
 
 from phi3v import cli
 from phi3v.cli import parse
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, easy
     for name in ("photos/cat/1.png", "photos/dog/2.png", "pictures/7.png", "7.png", "8.png", "page.png", "page2.png"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(len(name)))
+        path.write_bytes(image_bytes(len(name)))
     for name in ("clips/run/1.avi", "clips/walk/2.avi", "clip.mp4"):
         clip(folder / name)
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]

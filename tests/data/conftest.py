@@ -1,4 +1,4 @@
-"""Real pictures and a cache of its own for every test."""
+"""Real images and a cache of its own for every test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small pictures and clips for datasets in the real schemas, and what a conversion made of them."""
+"""Small images and clips for datasets in the real schemas, and what a conversion made of them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def picture(number: int, encoding: str = "PNG") -> bytes:
-    """A small picture that differs for every number."""
+def image_bytes(number: int, encoding: str = "PNG") -> bytes:
+    """A small image that differs for every number."""
     image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
     image.putpixel((number % 24, number // 24 % 16), (255, number % 256, 0))
     buffer = io.BytesIO()

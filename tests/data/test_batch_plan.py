@@ -260,7 +260,7 @@ def test_a_row() -> None:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two questions about one picture, one about two, one about none, and a talk that brings its second one late."""
+    """Two questions about one image, one about two, one about none, and a talk that brings its second one late."""
     monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     for name in ("a", "b"):
@@ -317,7 +317,7 @@ def test_the_loader_gives_each_rank_its_rows(table: Any, tiny_model_dir: Path) -
             assert row["input_ids"].shape == (1, sum(map(sum, row["layout"])))
             tokens += row["input_ids"].shape[1]
     assert tokens <= sum(sum(rank_tokens(plan, step)) for step in plan.steps(3))
-    assert dataclasses.asdict(plan.lengths)["tokens"].sum() > tokens  # the two questions share their picture
+    assert dataclasses.asdict(plan.lengths)["tokens"].sum() > tokens  # the two questions share their image
 
 
 def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_dir: Path) -> None:
@@ -342,7 +342,7 @@ def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_d
         )
 
 
-def test_a_group_has_its_pictures_once(table: Any, tiny_model_dir: Path) -> None:
+def test_a_group_has_its_images_once(table: Any, tiny_model_dir: Path) -> None:
     dataset = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), packed=True)
     row = pack_row([dataset.samples((0, 2)), dataset.samples((1,))])
     assert row["page_index"].tolist() == [0, 0, 1]  # another group shows a page again: it is shipped once

@@ -31,7 +31,7 @@ def test_every_kind_of_bad_input_is_found_in_one_pass(
     big = root / "big.png"
     Image.open(drawing).resize((400, 400)).save(big)
     (root / "cut.png").write_bytes(drawing.read_bytes()[:-50])
-    (root / "text.png").write_text("no picture")
+    (root / "text.png").write_text("no image")
     (root / "empty.png").touch()
     (root / "link.png").symlink_to(drawing)
     path = write(
@@ -147,9 +147,9 @@ def test_levels(write: Any, record: MakeRecord, root: Path, drawing: Path) -> No
 
 def test_images_may_lie_elsewhere(write: Any, record: MakeRecord, root: Path, tmp_path: Path) -> None:
     path = write(record("a"))
-    root.rename(tmp_path / "pictures")
+    root.rename(tmp_path / "images")
     assert not check_file(path).ok
-    assert check_file(path, images_root=tmp_path / "pictures").ok
+    assert check_file(path, images_root=tmp_path / "images").ok
 
 
 def test_special_text_may_be_escaped(write: Any, record: MakeRecord) -> None:

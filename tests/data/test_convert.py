@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from sample_files import picture, records, tree
+from sample_files import image_bytes, records, tree
 
 from phi3v.data import convert, image_folder
 from phi3v.data.convert import BadUnit, BadUnitsError, Conversion, ConversionResult, ConvertOptions, Unit
@@ -22,7 +22,7 @@ def record(number: int, images: list[str], user: str = "what?") -> dict[str, Any
 
 
 def add_one(conversion: Conversion, number: int) -> list[Any]:
-    return [record(number, [conversion.images.add(f"{number}", picture(number))])]
+    return [record(number, [conversion.images.add(f"{number}", image_bytes(number))])]
 
 
 def run(options: ConvertOptions, count: int = 20, work: Work = add_one) -> ConversionResult:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from sample_files import clip, picture, tree
+from sample_files import clip, image_bytes, tree
 
 from phi3v.data import image_folder
 from phi3v.data.image_folder import ImageFolder, OutputError
@@ -26,7 +26,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_png_and_jpeg_are_taken_over_byte_by_byte(
     tmp_path: Path, encoding: str, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = picture(1, encoding)
+    data = image_bytes(1, encoding)
     assert ImageFolder(tmp_path).add("train/a", data) == f"train/a.{suffix}"
     assert tree(tmp_path) == {f"train/a.{suffix}": data}
     forbid(monkeypatch, "decode_image", "replacing")
@@ -37,7 +37,7 @@ def test_png_and_jpeg_are_taken_over_byte_by_byte(
 
 @pytest.mark.parametrize("encoding", ["TIFF", "WEBP", "BMP"])
 def test_other_formats_become_png_once(tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = picture(1, encoding)
+    data = image_bytes(1, encoding)
     assert ImageFolder(tmp_path).add("a", data) == "a.png"
     with Image.open(tmp_path / "a.png") as made, Image.open(io.BytesIO(data)) as expected:
         assert made.format == "PNG"
@@ -47,7 +47,7 @@ def test_other_formats_become_png_once(tmp_path: Path, encoding: str, monkeypatc
     ImageFolder(tmp_path).add("a", data)
     assert tree(tmp_path) == before
     with pytest.raises(OutputError, match="exists with other content"):
-        ImageFolder(tmp_path).add("a", picture(2, encoding))
+        ImageFolder(tmp_path).add("a", image_bytes(2, encoding))
 
 
 @pytest.mark.parametrize("encoding", ["PNG", "JPEG", "WEBP"])
@@ -56,20 +56,20 @@ def test_a_file_is_copied_under_its_own_name_whatever_its_format(
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     (source / "größe").mkdir(parents=True)
-    (source / "größe" / "a b.x").write_bytes(picture(1, encoding))
+    (source / "größe" / "a b.x").write_bytes(image_bytes(1, encoding))
     assert ImageFolder(out).copy_file("größe/a b.x", root=source) == "größe/a b.x"
     assert tree(out) == tree(source)
     forbid(monkeypatch, "decode_image", "replacing")
     again = ImageFolder(out)
     again.copy_file("größe/a b.x", root=source)
     assert (again.total, again.kept) == (1, 1)
-    (source / "größe" / "a b.x").write_bytes(picture(2, encoding))
+    (source / "größe" / "a b.x").write_bytes(image_bytes(2, encoding))
     with pytest.raises(OutputError, match="exists with other content"):
         again.copy_file("größe/a b.x", root=source)
 
 
 def test_a_broken_file_is_not_copied(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1)[:-40])
+    (tmp_path / "a.png").write_bytes(image_bytes(1)[:-40])
     for name, what in (("a.png", "is truncated"), ("b.png", "does not exist"), ("../a.png", "leaves the data root")):
         with pytest.raises(UserError, match=what):
             ImageFolder(tmp_path / "out").copy_file(name, root=tmp_path)
@@ -78,21 +78,21 @@ def test_a_broken_file_is_not_copied(tmp_path: Path) -> None:
 
 def test_another_image_of_the_same_name_is_refused(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path)
-    folder.add("a", picture(1))
+    folder.add("a", image_bytes(1))
     with pytest.raises(OutputError, match=r"a\.png: exists with other content"):
-        folder.add("a", picture(2))
-    assert (tmp_path / "a.png").read_bytes() == picture(1)
+        folder.add("a", image_bytes(2))
+    assert (tmp_path / "a.png").read_bytes() == image_bytes(1)
 
 
 def test_an_image_that_several_records_name_counts_once(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path)
-    folder.add("a", picture(1))
-    folder.add("a", picture(1))
-    folder.add("b", picture(2))
+    folder.add("a", image_bytes(1))
+    folder.add("a", image_bytes(1))
+    folder.add("b", image_bytes(2))
     assert (folder.total, folder.kept) == (2, 0)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", picture(1)[:60]])
+@pytest.mark.parametrize("data", [b"", b"text", image_bytes(1)[:60]])
 def test_a_bad_image_leaves_nothing(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(UserError, match=r"the image .*'scan\.png'"):
         ImageFolder(tmp_path / "out").add("a", data, name="scan.png")
@@ -101,12 +101,12 @@ def test_a_bad_image_leaves_nothing(tmp_path: Path, data: bytes) -> None:
 
 def test_names_stay_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leaves the data root"):
-        ImageFolder(tmp_path / "out").add("../a", picture(1))
+        ImageFolder(tmp_path / "out").add("../a", image_bytes(1))
 
 
 def test_files_of_the_source_stay_in_its_root(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "secret.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(image_bytes(1))
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
     folder = ImageFolder(tmp_path / "out")
     for name, message in (
@@ -151,4 +151,4 @@ def test_frames_of_another_clip_or_count_are_not_mixed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_not_the_images_fault(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(OutputError, match="cannot be written"):
-        ImageFolder(tmp_path / "out").add("a", picture(1))
+        ImageFolder(tmp_path / "out").add("a", image_bytes(1))

@@ -53,7 +53,7 @@ def what_is_wrong(path: str, root: Path, level: ImageLevel = "decode") -> str:
 
 
 @pytest.mark.parametrize("level", ["decode", "header", "off"])
-def test_a_real_picture_is_fine(root: Path, level: ImageLevel) -> None:
+def test_a_real_image_is_fine(root: Path, level: ImageLevel) -> None:
     assert check_image("train/0.png", root=root, level=level) is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.cli import main
 from phi3v.data import lengths as lengths_module
@@ -28,7 +28,7 @@ from phi3v.processing.processor import Phi3VProcessor
 def table(tmp_path: Path) -> RecordTable:
     """Records of many kinds, among short ones."""
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(picture(1))
+    (tmp_path / "images" / "a.png").write_bytes(image_bytes(1))
     records: list[dict[str, Any]] = [
         {"conversations": [{"user": "short", "assistant": "yes"}]},
         {"conversations": [{"user": "long " * 400, "assistant": "yes"}]},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.data import overlap
 from phi3v.data.overlap import Overlap, find_overlap
@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
         [turn("two and two?")],
     )
     for number, name in enumerate(("train/images/a.png", "train/images/b.png", "eval/images/new.png")):
-        (tmp_path / name).write_bytes(picture(number))
+        (tmp_path / name).write_bytes(image_bytes(number))
     shutil.copy(tmp_path / "train/images/a.png", tmp_path / "eval/images/copy of a.png")
     shutil.copy(tmp_path / "train/images/b.png", tmp_path / "eval/images/b.png")
     return train, other
@@ -64,7 +64,7 @@ def test_files_that_share_nothing_are_not_read(
 ) -> None:
     train, _ = files
     other = write(tmp_path / "eval", [turn("What colour?", "c.png")])
-    (tmp_path / "eval/images/c.png").write_bytes(picture(5) + b" ")
+    (tmp_path / "eval/images/c.png").write_bytes(image_bytes(5) + b" ")
     monkeypatch.setattr(overlap, "_digest", lambda path: pytest.fail(f"{path} was read"))
     assert find_overlap(open_table(train), open_table(other), "refuse").finding is None
 

@@ -1,4 +1,4 @@
-"""Pictures of records as uint8 pages, each of a batch once."""
+"""Images of records as uint8 pages, each of a batch once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from phi3v.processing.pages import flatten_pages
 
 
 @pytest.fixture
-def pictures(root: Path) -> list[str]:
-    """Names of six pictures of different shape."""
+def images(root: Path) -> list[str]:
+    """Names of six images of different shape."""
     names = [f"{index}.png" for index in range(6)]
     for index, name in enumerate(names):
         pixels = np.random.default_rng(index).integers(0, 256, (200, 100 + 90 * index, 3), dtype=np.uint8)
@@ -31,17 +31,17 @@ def pictures(root: Path) -> list[str]:
 
 
 def test_a_batch_holds_each_page_once_and_in_order(
-    pictures: list[str], write: Callable[..., Path], record: Callable[..., dict[str, Any]]
+    images: list[str], write: Callable[..., Path], record: Callable[..., dict[str, Any]]
 ) -> None:
     shown = [[0, 1], [1], [], [2, 0, 2]]
-    lines = [record(str(n), images=[pictures[i] for i in group]) for n, group in enumerate(shown)]
+    lines = [record(str(n), images=[images[i] for i in group]) for n, group in enumerate(shown)]
     processor = Phi3VImageProcessor(num_crops=4)
     table = open_table(write(*lines))
     reader = PageReader(table, processor)
     samples = [Sample([], [], reader.pages(table[index])) for index in range(len(table))]
     batch = stack_images(samples)
     assert batch["page_index"].tolist() == [0, 1, 1, 2, 0, 2]
-    expected = [processor.page(Image.open(table.images_root / name)) for name in pictures[:3]]
+    expected = [processor.page(Image.open(table.images_root / name)) for name in images[:3]]
     assert batch["image_sizes"].tolist() == [[page.shape[0], page.shape[1]] for page in expected]
     assert batch["pages"].dtype == torch.uint8
     assert torch.equal(batch["pages"], flatten_pages(expected))
@@ -49,7 +49,7 @@ def test_a_batch_holds_each_page_once_and_in_order(
 
 
 def test_the_last_pages_are_kept_and_no_more(
-    pictures: list[str],
+    images: list[str],
     write: Callable[..., Path],
     record: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -62,13 +62,13 @@ def test_the_last_pages_are_kept_and_no_more(
         return load(name, **kwargs)
 
     monkeypatch.setattr(pages_module, "load_image", spy)
-    table = open_table(write(*(record(name, images=[name]) for name in pictures)))
+    table = open_table(write(*(record(name, images=[name]) for name in images)))
     reader = PageReader(table, Phi3VImageProcessor(num_crops=1))
     for index in (0, 0, 1, 0, 2, 3, 4, 0):  # 0 was used last but four
         reader.pages(table[index])
-    assert read == [pictures[index] for index in (0, 1, 2, 3, 4)]
+    assert read == [images[index] for index in (0, 1, 2, 3, 4)]
     reader.pages(table[1])
-    assert read[-1] == pictures[1]
+    assert read[-1] == images[1]
     assert len(reader._kept) == KEPT_PAGES == 4
 
 

@@ -65,7 +65,7 @@ def test_a_clip_that_is_not_there(tmp_path: Path) -> None:
         sample_frames(tmp_path / "none.avi", 8)
 
 
-def test_sound_alone_has_no_picture_track(tmp_path: Path) -> None:
+def test_sound_alone_has_no_video_track(tmp_path: Path) -> None:
     path = tmp_path / "sound.wav"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -73,7 +73,7 @@ def test_sound_alone_has_no_picture_track(tmp_path: Path) -> None:
         sound.rate = 8000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    with pytest.raises(UserError, match=r"sound\.wav: has no picture track"):
+    with pytest.raises(UserError, match=r"sound\.wav: has no video track"):
         sample_frames(path, 8)
 
 

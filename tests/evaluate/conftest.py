@@ -18,5 +18,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def pages(easy_vqa: Path, tiny_model_dir: Path) -> QuestionDataset:
-    """Real questions, about ten in a row on the same picture."""
+    """Real questions, about ten in a row on the same image."""
     return QuestionDataset(open_table(easy_vqa / "test.jsonl"), Phi3VProcessor.from_pretrained(tiny_model_dir))

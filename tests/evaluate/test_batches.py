@@ -89,7 +89,7 @@ def test_a_prefix_is_not_shared_across_the_rotary_switch(questions: QuestionData
         assert (again.prefix > 0) == shared, start
 
 
-def test_a_shared_batch_decodes_each_picture_once(questions: QuestionDataset) -> None:
+def test_a_shared_batch_decodes_each_image_once(questions: QuestionDataset) -> None:
     batches = cut_batches(list_prompts(questions, 4096)[:4], 8, 10**6)
     batch = PromptBatches(questions, batches)[0]
     assert len(batch.prefixes) == len(batch.images["image_sizes"]) == 1

@@ -27,7 +27,7 @@ END_IN_TINY = 677  # <|end|> in the tiny tokenizer
 
 @pytest.fixture
 def questions(easy_vqa: Path, tiny_model_dir: Path) -> QuestionDataset:
-    """Questions of different length, with one picture, two and none."""
+    """Questions of different length, with one image, two and none."""
     lines: list[dict[str, Any]] = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:3]]
     lines[1]["conversations"][0]["images"] *= 2
     lines[2]["conversations"] = [
@@ -62,7 +62,7 @@ def loud_model(folder: Path, original_length: int | None = None) -> Phi3VForCaus
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter *= 4.0  # new weights are too small for the pictures to tell in so narrow a model
+                parameter *= 4.0  # new weights are too small for the images to tell in so narrow a model
         model.lm_head.weight.normal_()
         # Some tokens end an answer early, so that rows leave their batch at different steps.
         model.lm_head.weight[END_IN_TINY] *= 3.0
@@ -72,10 +72,10 @@ def loud_model(folder: Path, original_length: int | None = None) -> Phi3VForCaus
 def official_pixels(questions: QuestionDataset, index: int) -> dict[str, torch.Tensor]:
     """``pixel_values`` and ``image_sizes`` of a question, as the official processor makes them."""
     names = questions.question(index).images
-    pictures = [load_image(name, root=questions.table.images_root) for name in names]
-    if not pictures:
+    images = [load_image(name, root=questions.table.images_root) for name in names]
+    if not images:
         return {}
-    features = questions.processor.image_processor(pictures)
+    features = questions.processor.image_processor(images)
     return {name: features[name] for name in ("pixel_values", "image_sizes")}
 
 
@@ -122,7 +122,7 @@ def test_real_questions_are_answered_as_one_by_one(pages: QuestionDataset, tiny_
             assert other.probabilities == pytest.approx(one.probabilities, abs=1e-4)
 
 
-def test_every_picture_is_computed_once_a_batch(pages: QuestionDataset, tiny_model_dir: Path) -> None:
+def test_every_image_is_computed_once_a_batch(pages: QuestionDataset, tiny_model_dir: Path) -> None:
     model = loud_model(tiny_model_dir)
     pages.index = pages.index[:16]
     distinct = len({pages.question(index).images for index in range(16)})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hub_files import cauldron_row, write_parquet
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.cli import main
 from phi3v.data.collate import Question
@@ -25,7 +25,7 @@ def write_original(benchmark: str, folder: Path) -> Path:
     """Two questions as the dataset's authors distribute them."""
     for name in ("documents/a.png", "img/a.png", "dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture(0))
+        (folder / name).write_bytes(image_bytes(0))
     ids = IDS[benchmark]
     if benchmark == "docvqa":
         entries = [{"questionId": k, "question": "Who?", "image": "documents/a.png", "answers": ["me"]} for k in ids]
@@ -146,7 +146,7 @@ def test_the_collection_of_the_hub_has_no_ids(
     tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in"
-    write_parquet(source / "val-0.parquet", [cauldron_row([picture(0)], [("Who?", "me")])])
+    write_parquet(source / "val-0.parquet", [cauldron_row([image_bytes(0)], [("Who?", "me")])])
     data = convert("docvqa", source, tmp_path / "data")
     command = ["eval", str(small_model_dir), "--data", str(data), "--submission", str(tmp_path / "s.json")]
     assert main(command) == 2

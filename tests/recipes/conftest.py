@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_files import DOCVQA_1200, cauldron_row, docvqa_row, write_parquet
-from sample_files import clip, picture
+from sample_files import clip, image_bytes
 
 from phi3v.cli import main
 from tasks import docvqa, hateful_memes, nlvr2, ucf101
@@ -35,14 +35,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", "val"):
             rows = [
                 cauldron_row(
-                    [picture(10 * number + side) for side in range(2 if task == "nlvr2" else 1)],
+                    [image_bytes(10 * number + side) for side in range(2 if task == "nlvr2" else 1)],
                     [("What is it?", one if number % 2 else other)],
                 )
                 for number in range(2)
             ]
             write_parquet(folder / task / f"{split}.parquet", rows)
     for split in ("train", "test"):
-        rows = [docvqa_row(picture(number), "How much?", ["12.50", "12.50 EUR"]) for number in range(2)]
+        rows = [docvqa_row(image_bytes(number), "How much?", ["12.50", "12.50 EUR"]) for number in range(2)]
         write_parquet(folder / "docvqa_small" / f"{split}.parquet", rows, DOCVQA_1200)
     for split in ("train", "val"):
         for number, label in enumerate(("Biking", "Diving")):

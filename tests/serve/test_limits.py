@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from sample_files import clip, picture
+from sample_files import clip, image_bytes
 
 from phi3v.cli import main
 from phi3v.errors import UserError
@@ -20,7 +20,7 @@ from phi3v.serve.media import read_media
 
 
 def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     media = read_media([clip(tmp_path / "film.avi"), tmp_path / "a.png"], frames=5)
     assert [(each.name, each.is_clip, len(each.images)) for each in media] == [
         ("film.avi", True, 5),
@@ -44,7 +44,7 @@ def test_pictures_and_clips_are_told_apart(tmp_path: Path) -> None:
     ],
 )
 def test_limits_name_the_file_but_not_its_folder(name: str, limits: dict[str, int], words: str, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     (tmp_path / "a.txt").write_text("secret")
     (tmp_path / "broken.mp4").write_bytes(b"secret" * 100)
     (tmp_path / "folder").mkdir()
@@ -56,7 +56,7 @@ def test_limits_name_the_file_but_not_its_folder(name: str, limits: dict[str, in
 
 
 def test_a_huge_picture_is_refused_by_its_header(tmp_path: Path) -> None:
-    content = bytearray(picture(1))
+    content = bytearray(image_bytes(1))
     content[16:24] = struct.pack(">II", 30_000, 30_000)  # width and height in a PNG's first chunk
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     (tmp_path / "bomb.png").write_bytes(content)
@@ -81,7 +81,7 @@ def test_an_address_is_no_file(name: str, words: str) -> None:
 
 
 def test_a_limit_is_an_option(tmp_path: Path, small_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     images = [part for _ in range(3) for part in ("--image", str(tmp_path / "a.png"))]
     ask = ["chat", str(small_model_dir), "--prompt", "hello", "--max-new-tokens", "1", "--num-crops", "1", *images]
     for name, value, words in (
@@ -98,7 +98,7 @@ def test_a_limit_is_an_option(tmp_path: Path, small_model_dir: Path, capsys: pyt
 
 
 def test_twenty_pages_are_no_exception(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     assert len(read_media([tmp_path / "a.png"] * 64)) == 64
     with pytest.raises(UserError, match="65 images"):
         read_media([tmp_path / "a.png"] * 65)
@@ -139,6 +139,6 @@ def test_the_orientation_of_a_photograph_is_that_of_the_run(tmp_path: Path) -> N
 
 
 def test_a_limit_of_pixels_is_named_with_its_option(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image_bytes(1))
     with pytest.raises(UserError, match="raise --max-pixels"):
         read_media([tmp_path / "a.png"], limits=replace(LIMITS, pixels=10))

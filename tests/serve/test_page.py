@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.serve.address import Address
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn
@@ -102,7 +102,7 @@ def test_a_question_cannot_name_a_file_that_was_not_uploaded(client: httpx.Clien
 
 def test_an_upload_is_limited_and_read_as_what_it_is(client: httpx.Client) -> None:
     assert upload(client, b"0" * 200_000).status_code == 413
-    for content, words in ((b"no picture", "is not an image"), (picture(1)[:60], "is truncated")):
+    for content, words in ((b"no picture", "is not an image"), (image_bytes(1)[:60], "is truncated")):
         response = upload(client, content)
         assert response.status_code == 200
         file = {"path": response.json()[0], "meta": {"_type": "gradio.FileData"}}
@@ -133,7 +133,7 @@ def test_a_password_is_asked_for_before_anything(chat: Chat) -> None:
         closed = ["/config", "/gradio_api/info", f"/gradio_api/file={own}/note.txt", "/gradio_api/queue/data"]
         for url in closed:
             assert client.get(url).status_code == 401, url
-        assert upload(client, picture(1)).status_code == 401
+        assert upload(client, image_bytes(1)).status_code == 401
         wrong = {"username": "phi3v", "password": "wrong"}
         assert client.post("/login", data=wrong).status_code == 400
         assert client.get("/config").status_code == 401

@@ -22,7 +22,7 @@ on interruptions; an image appears complete or not at all, and one that is there
 file appears when it is complete; a bad unit costs nothing of the good ones. Units are streamed and few are in
 flight at once, so memory does not grow with the dataset.
 
-Threads, not processes: decoding and encoding of pictures and clips run outside of Python's lock, and a unit may
+Threads, not processes: decoding and encoding of images and clips run outside of Python's lock, and a unit may
 then be any function.
 """
 

@@ -1,6 +1,6 @@
-"""What a frozen vision part made of each picture, kept in memory or on the disk.
+"""What a frozen vision part made of each image, kept in memory or on the disk.
 
-On the disk there is one file a picture, named by the content of its file, in a folder named by all settings that the
+On the disk there is one file an image, named by the content of its file, in a folder named by all settings that the
 features depend on. Any of it may be deleted between runs; what is missing is computed again.
 """
 
@@ -27,7 +27,7 @@ def content_key(path: Path) -> str:
 
 
 class FeatureStore:
-    """Features of pictures by the names that a data file gives them.
+    """Features of images by the names that a data file gives them.
 
     Args:
         images_root: the folder that names are relative to.
@@ -45,7 +45,7 @@ class FeatureStore:
         return key in self._in_memory if self.folder is None else self._file(key).is_file()
 
     def put(self, name: str, features: torch.Tensor) -> None:
-        """Keep the features of a picture; a file appears whole or not at all."""
+        """Keep the features of an image; a file appears whole or not at all."""
         key, features = self._key(name), features.detach().cpu().contiguous()
         if self.folder is None:
             self._in_memory[key] = features
@@ -61,7 +61,7 @@ class FeatureStore:
             raise cannot_write(file.parent, OSError(str(error))) from None
 
     def get(self, name: str) -> torch.Tensor:
-        """The features of a picture.
+        """The features of an image.
 
         Raises:
             UserError: the file vanished or is damaged.

@@ -1,4 +1,4 @@
-"""Pictures of records as uint8 pages: decoded, resized and padded; all else is the model's device's work."""
+"""Images of records as uint8 pages: decoded, resized and padded; all else is the model's device's work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-# Records that share a picture come one after the other where they come together at all.
+# Records that share an image come one after the other where they come together at all.
 KEPT_PAGES = 4
 
 
 @dataclass(frozen=True)
 class Page:
-    """A picture as the model takes it.
+    """An image as the model takes it.
 
     Attributes:
         name: of its file, relative to the data's ``images/``; pages of one data file with the same name are the same.
@@ -40,7 +40,7 @@ def require_clip_statistics(image_processor: Phi3VImageProcessor) -> None:
     """Refuse a processor that normalises otherwise than the model does with pages, as a `UserError`."""
     if (image_processor.image_mean, image_processor.image_std) != (list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)):
         raise UserError(
-            "pictures are normalised with CLIP's mean and standard deviation, and this processor has others",
+            "images are normalised with CLIP's mean and standard deviation, and this processor has others",
             where="preprocessor_config.json",
             hint="copy image_mean and image_std from the published model",
         )
@@ -50,7 +50,7 @@ class PageReader:
     """The pages of a table's records; the last few are kept, so that records which share one read it once.
 
     Args:
-        features: take the pictures' features from here in place of their pixels.
+        features: take the images' features from here in place of their pixels.
 
     Raises:
         UserError: the processor normalises otherwise than the model, which will do it, with CLIP's statistics.

@@ -1,4 +1,4 @@
-"""Pictures out of a clip: a few frames, evenly spaced."""
+"""Images out of a clip: a few frames, evenly spaced."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sample_frames(clip: Path | bytes, count: int, *, name: str | None = None) ->
         The frames in order; frame k is number ``frame_numbers(N, count)[k]`` of the clip's N frames.
 
     Raises:
-        UserError: the clip cannot be decoded, ends before its header says so, has no picture track, or has fewer
+        UserError: the clip cannot be decoded, ends before its header says so, has no video track, or has fewer
             than ``count`` frames. Names the clip.
     """
     where = name or (str(clip) if isinstance(clip, Path) else "the clip")
@@ -68,13 +68,13 @@ def clip_size(clip: Path | bytes, *, name: str | None = None) -> ClipSize:
     """The size of a clip; decodes nothing.
 
     Raises:
-        UserError: the clip cannot be read, or has no picture track.
+        UserError: the clip cannot be read, or has no video track.
     """
     where = name or (str(clip) if isinstance(clip, Path) else "the clip")
     _, packets = _lengths(clip, where)
     with _open(clip, where) as container:
-        picture = container.streams.video[0].codec_context
-        return ClipSize(packets, picture.width, picture.height)
+        codec = container.streams.video[0].codec_context
+        return ClipSize(packets, codec.width, codec.height)
 
 
 def frame_numbers(total: int, count: int) -> list[int]:
@@ -122,7 +122,7 @@ def _open(clip: Path | bytes, where: str) -> av.container.InputContainer:
         raise _broken(where, error) from None
     if not container.streams.video:
         container.close()
-        raise UserError("has no picture track", where=where, hint="leave it out, or name a video file")
+        raise UserError("has no video track", where=where, hint="leave it out, or name a video file")
     codec: av.VideoCodecContext | None = container.streams.video[0].codec_context
     if codec is None:
         container.close()

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_files import DOCVQA_1200, cauldron_row, docvqa_row, write_parquet
 from rich.console import Console
-from sample_files import clip, picture
+from sample_files import clip, image_bytes
 
 from phi3v.data.check import check_file
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES
@@ -44,7 +44,7 @@ NASTY: list[Any] = [
     *("iVBORw0KGgo" * 9, "/9j/" * 40, "<image>", "<|image_1|>", "<|end|>", "</s>", "True", "dev-1-0-0", "a,b;c\td|e"),
     *([], {}, [[]], [{}], [None], {"a": {}}, {"": None}, ["a.png"], {"bytes": 7}, {"path": []}, {"url": {"url": 1}}),
 ]
-VALUES = [picture(number) for number in range(3)]
+VALUES = [image_bytes(number) for number in range(3)]
 
 
 def _write(folder: Path, files: dict[str, bytes | str]) -> None:
@@ -222,7 +222,7 @@ def csv_arrow(folder: Path) -> None:
 
 
 def image_folder(folder: Path) -> None:
-    _write(folder, {"cat/0.png": VALUES[0], "cat/1.jpg": picture(5, "JPEG"), "dog/2.png": VALUES[2]})
+    _write(folder, {"cat/0.png": VALUES[0], "cat/1.jpg": image_bytes(5, "JPEG"), "dog/2.png": VALUES[2]})
 
 
 def image_captions(folder: Path) -> None:

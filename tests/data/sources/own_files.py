@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_files import picture, records
+from sample_files import image_bytes, records
 
 from phi3v.cli import main
 
 
-def save_pictures(folder: Path, *names: str) -> None:
-    """A small picture of its own under each name."""
+def save_images(folder: Path, *names: str) -> None:
+    """A small image of its own under each name."""
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number, "PNG" if name.endswith(".png") else "JPEG"))
+        path.write_bytes(image_bytes(number, "PNG" if name.endswith(".png") else "JPEG"))
 
 
 class Converted:

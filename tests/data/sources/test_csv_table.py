@@ -4,14 +4,14 @@ from pathlib import Path
 
 import datasets
 import pytest
-from own_files import Convert, save_pictures
-from sample_files import convert_until_killed, picture, tree
+from own_files import Convert, save_images
+from sample_files import convert_until_killed, image_bytes, tree
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    save_pictures(folder, "0.png", "photos/my cat.jpg", "photos/größe.png")
+    save_images(folder, "0.png", "photos/my cat.jpg", "photos/größe.png")
     return folder
 
 
@@ -47,7 +47,7 @@ def test_the_forms_in_which_tables_are_saved(
     rows = [
         ["image", "question", "answer"],
         ["photos/größe.png", '"Which ""one"",' + end + ' ; | or?"', " as it is "],
-        ["", "No picture?", "日本"],  # rows with and without
+        ["", "No image?", "日本"],  # rows with and without
         ["", "", ""],
         [" 0.png ", "Last?", "yes"],
     ]
@@ -55,12 +55,12 @@ def test_the_forms_in_which_tables_are_saved(
     text = f'Which "one",{end} ; | or?'
     assert result.turns() == [
         {"images": ["photos/größe.png"], "user": text, "assistant": " as it is "},
-        {"user": "No picture?", "assistant": "日本"},
+        {"user": "No image?", "assistant": "日本"},
         {"images": ["0.png"], "user": "Last?", "assistant": "yes"},
     ]
 
 
-def test_named_columns_several_pictures_and_one_question(convert: Convert, data: Path) -> None:
+def test_named_columns_several_images_and_one_question(convert: Convert, data: Path) -> None:
     file = write(data, "left,right,same,image\n0.png,photos/my cat.jpg,no,x\n0.png,,no,x\n")
     result = convert(
         "csv",
@@ -98,7 +98,7 @@ def test_splits(convert: Convert, data: Path) -> None:
 
 def test_a_share_for_evaluation(convert: Convert, data: Path) -> None:
     names = [f"many/{k}.png" for k in range(40)]
-    save_pictures(data, *names)
+    save_images(data, *names)
     file = write(data, "image,question,answer\n" + "".join(f"{name},Q,A\n{name},Q2,A\n" for name in names))
     result = convert("csv", file, "--eval-share", "0.25")
     splits = [
@@ -182,22 +182,22 @@ def test_a_table_of_another_encoding(convert: Convert, data: Path) -> None:
     assert "iconv" in result.error
 
 
-def test_pictures_may_lie_elsewhere(convert: Convert, data: Path, tmp_path: Path) -> None:
+def test_images_may_lie_elsewhere(convert: Convert, data: Path, tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     file = write(tmp_path / "tables", "image,question,answer\nphotos\\my cat.jpg,Q,A\n")
     assert "--image-root names another folder" in convert("csv", file).error
     assert convert("csv", file, "--image-root", str(data)).turn()["images"] == ["photos/my cat.jpg"]
 
 
-def test_parquet_with_embedded_and_named_pictures(convert: Convert, data: Path) -> None:
-    rows = [{"image": {"bytes": picture(9), "path": None}, "question": "Q", "label": 3}]
+def test_parquet_with_embedded_and_named_images(convert: Convert, data: Path) -> None:
+    rows = [{"image": {"bytes": image_bytes(9), "path": None}, "question": "Q", "label": 3}]
     features = datasets.Features(
         {"image": datasets.Image(), "question": datasets.Value("string"), "label": datasets.Value("int64")}
     )
     datasets.Dataset.from_list(rows, features=features).to_parquet(data / "a.parquet")
     result = convert("csv", data / "a.parquet")
     (name,) = result.turn()["images"]
-    assert (result.out / "images" / name).read_bytes() == picture(9)
+    assert (result.out / "images" / name).read_bytes() == image_bytes(9)
     assert result.turn()["assistant"] == "3"
     rows = [{"image": "0.png", "question": "Q", "label": "A"}, {"image": None, "question": "Q", "label": "B"}]
     datasets.Dataset.from_list(rows).to_parquet(data / "b.parquet")
@@ -220,10 +220,10 @@ def test_a_killed_conversion_is_finished_by_the_next(convert: Convert, data: Pat
     assert tree(third.out) == tree(whole.out)
 
 
-def test_other_pictures_of_the_same_name_are_not_overwritten(convert: Convert, data: Path) -> None:
+def test_other_images_of_the_same_name_are_not_overwritten(convert: Convert, data: Path) -> None:
     file = write(data, "image,question,answer\n0.png,Q,A\n")
     assert convert("csv", file).code == 0
-    (data / "0.png").write_bytes(picture(77))
+    (data / "0.png").write_bytes(image_bytes(77))
     again = convert("csv", file)
     assert again.code == 2
     assert "exists with other content" in again.error

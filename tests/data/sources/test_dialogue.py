@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from own_files import Convert, save_pictures
+from own_files import Convert, save_images
 from PIL import Image
 from sample_files import clip
 
@@ -27,7 +27,7 @@ def chat(*contents: Any, **fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    save_pictures(folder, "a.png", "b.png", "c.png")
+    save_images(folder, "a.png", "b.png", "c.png")
     Image.new("RGB", (64, 32)).save(folder / "64x32.png")
     return folder
 
@@ -81,7 +81,7 @@ def test_tags_are_found(text: str, expected: list[str | Tag]) -> None:
     assert split_tags(text) == expected
 
 
-PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "interleaved": (
         llava("Picture A: <image>\nPicture B: <image>\nWhich one is red?", image=["a.png", "b.png"]),
         {
@@ -151,7 +151,7 @@ PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("source", ["llava", "messages"])
 def test_images_keep_their_places(convert: Convert, data: Path, source: str) -> None:
-    cases = [case for case in PICTURES.values() if source_of(case[0]) == source]
+    cases = [case for case in IMAGES.values() if source_of(case[0]) == source]
     result = convert(source, write(data, *(row for row, _ in cases)))
     assert result.code == 0, result.error
     assert result.turns() == [turn | {"assistant": "A"} for _, turn in cases]
@@ -195,7 +195,7 @@ def test_a_system_message_is_one(convert: Convert, data: Path, role: str) -> Non
     ("key", "no", "yes"),
     [("weight", 0, 1), ("weight", 0.0, None), ("train", False, True), ("loss", False, True), ("mask", True, False)],
 )
-def test_an_answer_that_is_not_to_be_learnt_is_context(
+def test_an_answer_that_is_not_trained_on_is_context(
     convert: Convert, data: Path, key: str, no: object, yes: object
 ) -> None:
     row = chat("<image>Which colour?", "WRONG GUESS", "Look again.", "red", images=["a.png"])
@@ -278,7 +278,7 @@ def test_text_that_is_no_image_is_said(convert: Convert, data: Path) -> None:
     result = convert("llava", write(data, *rows))
     assert [turn["user"] for turn in result.turns()][3] == "What does <ImageView> do?"
     assert result.said["notes"] == [
-        "an answer holds an image tag, which is learnt as the text that it is (1×)",
+        "an answer holds an image tag, which is trained on as plain text (1×)",
         "a record has no image and a question with one in Markdown or HTML, which stays text (2×)",
     ]
 
@@ -330,7 +330,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half a weight": (with_weights(None, 0.5), "messages[1].weight: must be 0 or 1, not 0.5"),
     "nothing to learn": (with_weights(None, 0), "has turns of weight 0 alone: there is nothing to learn"),
     "masked whole": (with_weights(None, True, key="mask"), "has turns of weight 0 alone"),
-    "not to be learnt": (chat("Q", "A", train=False), "train: the record is marked as not to be learnt"),
+    "not to be trained on": (chat("Q", "A", train=False), "train: the record is marked as not to be trained on"),
     "unknown token": (
         llava("<|vision_end|>x", image="a.png"),
         "holds an image token that is not known: '<|vision_end|>'",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hub_files import DOCVQA_1200, cauldron_row, docvqa_row, write_parquet
-from sample_files import picture, records, tree, without_ids
+from sample_files import image_bytes, records, tree, without_ids
 
 from phi3v.data.check import check_file
 from phi3v.data.convert import BadUnitsError, ConversionResult, ConvertOptions
@@ -25,7 +25,7 @@ def run(out: Path, source: Path | str | None, **options: Any) -> ConversionResul
 
 
 def page(split: str, number: int) -> bytes:
-    return picture(number + 100 * (split == "val"))
+    return image_bytes(number + 100 * (split == "val"))
 
 
 def write_original(folder: Path, pages: dict[str, list[list[tuple[str, list[str]]]]] = PAGES) -> Path:
@@ -102,7 +102,7 @@ def test_all_reference_answers_are_kept(tmp_path: Path, write: Any) -> None:
 
 
 def test_a_train_split_alone_holds_its_first_rows_out(tmp_path: Path) -> None:
-    rows = [cauldron_row([picture(k)], [(f"q{k}", f"a{k}")]) for k in range(20)]
+    rows = [cauldron_row([image_bytes(k)], [(f"q{k}", f"a{k}")]) for k in range(20)]
     write_parquet(tmp_path / "docvqa" / "train-00000-of-00001.parquet", rows)
     result = run(tmp_path / "out", tmp_path / "docvqa")
     users = {
@@ -110,7 +110,7 @@ def test_a_train_split_alone_holds_its_first_rows_out(tmp_path: Path) -> None:
     }
     assert users == {"val": [f"q{k}" for k in range(4)], "train": [f"q{k}" for k in range(4, 20)]}
     assert "first 4 rows are held out as val" in result.notes[0]
-    assert (tmp_path / "out" / "images" / "train" / "000000.png").read_bytes() == picture(4)
+    assert (tmp_path / "out" / "images" / "train" / "000000.png").read_bytes() == image_bytes(4)
 
 
 def test_the_test_split_has_no_answers(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_bad_entries_cost_nothing_of_the_good_ones(tmp_path: Path) -> None:
 
 
 def test_a_bad_question_of_a_row_leaves_the_others(tmp_path: Path) -> None:
-    rows = [cauldron_row([picture(k)], [("q", "a"), ("", "a"), ("r", "b")]) for k in range(2)]
+    rows = [cauldron_row([image_bytes(k)], [("q", "a"), ("", "a"), ("r", "b")]) for k in range(2)]
     write_parquet(tmp_path / "in" / "train-0.parquet", rows)
     write_parquet(tmp_path / "in" / "val-0.parquet", [*rows, cauldron_row([], [("q", "a")])])
     result = run(tmp_path / "out", tmp_path / "in", on_bad="skip")
@@ -196,7 +196,7 @@ def test_an_id_of_the_dataset_that_is_there_twice_is_a_fault(tmp_path: Path) -> 
 def test_a_table_with_question_ids_keeps_them(tmp_path: Path) -> None:
     import datasets
 
-    image = {"bytes": picture(0), "path": None}
+    image = {"bytes": image_bytes(0), "path": None}
     rows = [{"questionId": str(k), "question": "q", "answers": ["a"], "image": image} for k in (337, 338)]
     features = datasets.Features(
         {name: datasets.Value("string") for name in ("questionId", "question")}

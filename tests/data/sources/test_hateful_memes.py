@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hub_files import cauldron_row, write_parquet
-from sample_files import convert_until_killed, picture, records, tree, without_ids
+from sample_files import convert_until_killed, image_bytes, records, tree, without_ids
 
 from phi3v.data.check import check_file
 from phi3v.data.convert import BadUnitsError, ConversionResult, ConvertOptions
@@ -27,7 +27,7 @@ def write_original(folder: Path, counts: dict[str, int]) -> Path:
         lines = []
         for _ in range(count):
             image = f"img/{number:05d}.png"
-            (folder / image).write_bytes(picture(number))
+            (folder / image).write_bytes(image_bytes(number))
             lines.append(json.dumps({"id": number, "img": image, "label": number % 2, "text": "its caption"}))
             number += 1
         (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -39,7 +39,7 @@ def write_cauldron(folder: Path, counts: dict[str, int]) -> Path:
     for split, count in counts.items():
         rows = []
         for _ in range(count):
-            rows.append(cauldron_row([picture(number)], [(QUESTION, "Yes" if number % 2 else "No")]))
+            rows.append(cauldron_row([image_bytes(number)], [(QUESTION, "Yes" if number % 2 else "No")]))
             number += 1
         write_parquet(folder / f"{split}-00000-of-00001.parquet", rows)
     return folder
@@ -75,7 +75,7 @@ def test_a_file_without_labels_is_named_and_left(tmp_path: Path) -> None:
 
 
 def test_the_first_500_rows_of_the_collection_are_held_out(tmp_path: Path) -> None:
-    rows = [cauldron_row([picture(0)], [(f"q{k}", "Yes")]) for k in range(2_501)]
+    rows = [cauldron_row([image_bytes(0)], [(f"q{k}", "Yes")]) for k in range(2_501)]
     write_parquet(tmp_path / "in" / "train-0.parquet", rows)
     result = run(tmp_path / "out", tmp_path / "in")
     assert result.records == {"val": 500, "train": 2_001}
@@ -92,7 +92,7 @@ def test_bad_lines_are_reported_with_their_place(tmp_path: Path) -> None:
     lines[3] = lines[3].replace('"label": 1', '"label": 7')
     lines[4] = lines[4].replace("img/00004.png", "../../secret.png")
     (source / "img" / "00005.png").unlink()
-    (source / "img" / "00006.png").write_bytes(picture(6)[:50])
+    (source / "img" / "00006.png").write_bytes(image_bytes(6)[:50])
     file.write_text("\n".join(lines) + "\n")
     expected = {
         2: "is not valid JSON",

@@ -9,9 +9,9 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from own_files import Convert, converter, save_pictures
+from own_files import Convert, converter, save_images
 from PIL import Image
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.cli import main
 
@@ -77,7 +77,7 @@ def test_an_image_that_becomes_png_keeps_its_orientation_as_a_tag(tmp_path: Path
 
 @pytest.mark.parametrize("bad", ["photo.heic", "draw.svg", "scan.PDF", "raw.dng"])
 def test_an_unreadable_image_in_a_folder_is_refused_by_name(tmp_path: Path, convert: Convert, bad: str) -> None:
-    save_pictures(tmp_path / "in", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
+    save_images(tmp_path / "in", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
     (tmp_path / "in" / "cat" / bad).write_bytes(b"\0\0\0\x18ftypheic")
     result = convert("image-folder", tmp_path / "in")
     assert result.code == 2
@@ -88,7 +88,7 @@ def test_an_unreadable_image_in_a_folder_is_refused_by_name(tmp_path: Path, conv
 
 
 def test_what_systems_leave_in_folders_is_no_news(tmp_path: Path, convert: Convert) -> None:
-    save_pictures(tmp_path / "in", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
+    save_images(tmp_path / "in", "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
     for name in (".DS_Store", "cat/._1.jpg", "cat/Thumbs.db", "dog/desktop.ini", "__MACOSX/cat/1.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"x")
@@ -99,15 +99,13 @@ def test_what_systems_leave_in_folders_is_no_news(tmp_path: Path, convert: Conve
 def test_names_in_another_unicode_form_are_found(tmp_path: Path, convert: Convert, asked: str, on_disk: str) -> None:
     name = "Müller/Rechnung ü.png"
     stored = unicodedata.normalize(on_disk, name)
-    save_pictures(tmp_path, stored)
+    save_images(tmp_path, stored)
     result = convert("csv", write_table(tmp_path, unicodedata.normalize(asked, name)))
     assert result.turn()["images"] == [stored]  # as the disk spells it, and as it is copied
 
 
 def test_class_names_are_in_the_composed_form(tmp_path: Path, convert: Convert) -> None:
-    save_pictures(
-        tmp_path / "in", *(f"{unicodedata.normalize('NFD', c)}/{k}.png" for c in ("Bär", "Kühe") for k in "12")
-    )
+    save_images(tmp_path / "in", *(f"{unicodedata.normalize('NFD', c)}/{k}.png" for c in ("Bär", "Kühe") for k in "12"))
     result = convert("image-folder", tmp_path / "in")
     assert {turn["assistant"] for turn in result.turns()} == {"Bär", "Kühe"}
     assert "Bär, Kühe" in result.turn()["user"]
@@ -117,7 +115,7 @@ def test_class_names_are_in_the_composed_form(tmp_path: Path, convert: Convert) 
     "path", ["photos\\a\\2.png", "photos/a\\2.png", ".\\photos\\a/2.png", "photos\\b\\..\\a\\2.png"]
 )
 def test_paths_of_windows_are_found(tmp_path: Path, convert: Convert, path: str) -> None:
-    save_pictures(tmp_path, "photos/a/2.png")
+    save_images(tmp_path, "photos/a/2.png")
     assert convert("csv", write_table(tmp_path, path)).turn()["images"] == ["photos/a/2.png"]
 
 
@@ -125,14 +123,14 @@ def test_paths_of_windows_are_found(tmp_path: Path, convert: Convert, path: str)
     "path", ["..\\secret.png", "a\\..\\..\\secret.png", "C:\\secret.png", "\\secret.png", "\\\\h\\s.png"]
 )
 def test_paths_of_windows_may_not_leave_the_folder(tmp_path: Path, convert: Convert, path: str) -> None:
-    save_pictures(tmp_path, "secret.png", "in/a/1.png")
+    save_images(tmp_path, "secret.png", "in/a/1.png")
     result = convert("csv", write_table(tmp_path / "in", path))
     assert result.code == 2
     assert "leaves the data root" in result.error or "is an absolute path" in result.error
 
 
 def test_a_limit_is_named_with_the_option_that_raises_it(tmp_path: Path, convert: Convert) -> None:
-    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.png").write_bytes(image_bytes(0))
     table = write_table(tmp_path, "a.png")
     result = convert("csv", table, "--max-pixels", "100")
     assert result.code == 2

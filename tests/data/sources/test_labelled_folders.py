@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_files import Convert, Converted, save_pictures
+from own_files import Convert, Converted, save_images
 from sample_files import clip, convert_until_killed, tree
 
 QUESTION = "Classify the image into one of the following classes: cat, große Hunde."
@@ -14,7 +14,7 @@ QUESTION = "Classify the image into one of the following classes: cat, große Hu
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
     folder = tmp_path / "pets"
-    save_pictures(folder, *(f"cat/{k}.png" for k in range(20)), *(f"große Hunde/my dog {k}.jpeg" for k in range(10)))
+    save_images(folder, *(f"cat/{k}.png" for k in range(20)), *(f"große Hunde/my dog {k}.jpeg" for k in range(10)))
     return folder
 
 
@@ -44,7 +44,7 @@ def test_the_share_is_of_each_class_and_the_same_again(convert: Convert, classes
     first = convert("image-folder", classes, "--eval-share", "0.2")
     assert answers(first, "eval") == ["cat"] * 4 + ["große Hunde"] * 2
     moved = shutil.copytree(classes, tmp_path / "elsewhere")
-    save_pictures(moved, "cat/new.png")
+    save_images(moved, "cat/new.png")
     again = convert("image-folder", moved, "--eval-share", "0.2", out="again")
     assert len(ids(again, "eval") ^ ids(first, "eval")) <= 2  # the new one, and at most one that it displaced
     none = convert("image-folder", classes, "--eval-share", "0", out="none")
@@ -53,7 +53,7 @@ def test_the_share_is_of_each_class_and_the_same_again(convert: Convert, classes
 
 def test_folders_of_splits_are_kept(convert: Convert, tmp_path: Path) -> None:
     folder = tmp_path / "pets"
-    save_pictures(folder, "Train/cat/1.png", "Train/dog/a/1.png", "validation/dog/1.png", "test/owl/1.png")
+    save_images(folder, "Train/cat/1.png", "Train/dog/a/1.png", "validation/dog/1.png", "test/owl/1.png")
     result = convert("image-folder", folder)
     assert set(result.said["files"]) == {"train", "val", "test"}
     assert answers(result, "train") == ["cat", "dog"]
@@ -70,9 +70,9 @@ def test_a_question_of_ones_own(convert: Convert, classes: Path) -> None:
     assert result.turn()["user"] == "Which pet (cat, große Hunde)?"
 
 
-def test_descriptions_beside_pictures(convert: Convert, tmp_path: Path) -> None:
+def test_descriptions_beside_images(convert: Convert, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
-    save_pictures(folder, *(f"my photo {k}.jpg" for k in range(4)))
+    save_images(folder, *(f"my photo {k}.jpg" for k in range(4)))
     for k in range(4):
         (folder / f"my photo {k}.txt").write_bytes(f"\ufeffA größe\r\nof {k}. \r\n".encode())
     result = convert("image-folder", folder)
@@ -98,7 +98,7 @@ def test_descriptions_beside_pictures(convert: Convert, tmp_path: Path) -> None:
 )
 def test_a_description_that_is_no_use(convert: Convert, tmp_path: Path, content: bytes | None, what: str) -> None:
     folder = tmp_path / "photos"
-    save_pictures(folder, "a.png", "b.png")
+    save_images(folder, "a.png", "b.png")
     (folder / "a.txt").write_text("A picture")
     if content is not None:
         (folder / "b.txt").write_bytes(content)
@@ -110,7 +110,7 @@ def test_a_description_that_is_no_use(convert: Convert, tmp_path: Path, content:
     assert [turn["assistant"] for turn in skipped.turns()] == ["A picture"]
 
 
-def test_a_broken_picture_costs_nothing_of_the_others(convert: Convert, classes: Path) -> None:
+def test_a_broken_image_costs_nothing_of_the_others(convert: Convert, classes: Path) -> None:
     good = classes / "cat" / "3.png"
     good.write_bytes(good.read_bytes()[:-30])
     stopped = convert("image-folder", classes)
@@ -152,7 +152,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_folders_of_no_known_form(convert: Convert, tmp_path: Path, case: str) -> None:
     names, what = BAD[case]
-    save_pictures(tmp_path / "pets", *names)
+    save_images(tmp_path / "pets", *names)
     result = convert("image-folder", tmp_path / "pets")
     assert result.code == 2
     assert what in result.error

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_files import Convert, save_pictures
-from sample_files import clip, convert_until_killed, picture, tree
+from own_files import Convert, save_images
+from sample_files import clip, convert_until_killed, image_bytes, tree
 
 
 def record(*turns: str, name: Any = "a", **fields: Any) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def record(*turns: str, name: Any = "a", **fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    save_pictures(folder, "0.png", "coco/two words.jpg", "coco/größe.jpeg")
+    save_images(folder, "0.png", "coco/two words.jpg", "coco/größe.jpeg")
     return folder
 
 
@@ -32,11 +32,11 @@ def write(folder: Path, *rows: Any, name: str = "llava.json") -> Path:
 
 
 @pytest.mark.parametrize("name", ["llava.json", "llava.jsonl"])
-def test_pictures_go_to_the_turns_of_their_tags(convert: Convert, data: Path, name: str) -> None:
-    pictures = ["0.png", "coco/two words.jpg", "coco/größe.jpeg"]
+def test_images_go_to_the_turns_of_their_tags(convert: Convert, data: Path, name: str) -> None:
+    images = ["0.png", "coco/two words.jpg", "coco/größe.jpeg"]
     file = write(
         data,
-        record("<image>\nWhat?", "A", "And <image>\nor <image>?", "B", "Why?", "C", image=pictures),
+        record("<image>\nWhat?", "A", "And <image>\nor <image>?", "B", "Why?", "C", image=images),
         record("Hello", "Hi", name=7),  # text only
         record("What?", "No tag", name="c", image="0.png"),
         name=name,
@@ -48,8 +48,8 @@ def test_pictures_go_to_the_turns_of_their_tags(convert: Convert, data: Path, na
             "id": "a",
             "source": "llava",
             "conversations": [
-                {"images": pictures[:1], "user": "What?", "assistant": "A"},
-                {"images": pictures[1:], "image_offsets": [4, 8], "user": "And \nor ?", "assistant": "B"},
+                {"images": images[:1], "user": "What?", "assistant": "A"},
+                {"images": images[1:], "image_offsets": [4, 8], "user": "And \nor ?", "assistant": "B"},
                 {"user": "Why?", "assistant": "C"},
             ],
         },
@@ -60,7 +60,7 @@ def test_pictures_go_to_the_turns_of_their_tags(convert: Convert, data: Path, na
             "conversations": [{"images": ["0.png"], "user": "What?", "assistant": "No tag"}],
         },
     ]
-    for name in pictures:  # byte by byte, under their own names
+    for name in images:  # byte by byte, under their own names
         assert (result.out / "images" / name).read_bytes() == (data / name).read_bytes()
     assert result.said["notes"] == ["a record had images and no tag; they are in its first turn (1×)"]
 
@@ -97,7 +97,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "outside": (record("What?", "A", image="../other/0.png"), "leaves the data root: '../other/0.png'"),
     "absolute": (record("What?", "A", image="/etc/hostname"), "is an absolute path"),
     "url": (record("What?", "A", image="https://a.org/0.png"), "image[0]: is a URL, and nothing is downloaded here"),
-    "no picture": (record("What?", "A", image="llava.jsonl"), "is not an image that can be read"),
+    "a text file": (record("What?", "A", image="llava.jsonl"), "is not an image that can be read"),
     "special": (record("Say <|end|>", "A"), "conversations[0].user: holds text that the tokenizer reads as a special"),
     "id": (record("What?", "A", name=[1]), "id: must be text or a number"),
 }
@@ -122,7 +122,7 @@ def test_a_bad_record_has_its_place_and_may_be_skipped(convert: Convert, data: P
 
 def test_links_do_not_lead_out_of_the_folder(convert: Convert, data: Path, tmp_path: Path) -> None:
     clip(tmp_path / "secret.mp4")
-    (tmp_path / "secret.png").write_bytes(picture(0))
+    (tmp_path / "secret.png").write_bytes(image_bytes(0))
     (data / "link.mp4").symlink_to(tmp_path / "secret.mp4")
     (data / "link.png").symlink_to(tmp_path / "secret.png")
     for fields in ({"image": "link.png"}, {"video": "link.mp4"}):
@@ -137,7 +137,7 @@ def test_special_text_may_be_escaped(convert: Convert, data: Path) -> None:
     assert result.turn() == {"user": "Say < |end|> and <b>", "assistant": "< /s>"}
 
 
-def test_pictures_may_lie_elsewhere_and_be_named_from_windows_or_in_full(convert: Convert, data: Path) -> None:
+def test_images_may_lie_elsewhere_and_be_named_from_windows_or_in_full(convert: Convert, data: Path) -> None:
     annotations = data.parent / "annotations"
     annotations.mkdir()
     rows = [
@@ -151,9 +151,9 @@ def test_pictures_may_lie_elsewhere_and_be_named_from_windows_or_in_full(convert
     assert len(list((result.out / "images").rglob("*.*"))) == 1
 
 
-def test_a_share_for_evaluation_keeps_what_is_about_one_picture_together(convert: Convert, data: Path) -> None:
+def test_a_share_for_evaluation_keeps_what_is_about_one_image_together(convert: Convert, data: Path) -> None:
     names = [f"{k}.png" for k in range(30)]
-    save_pictures(data, *names)
+    save_images(data, *names)
     rows = [record("Q", f"A{n}", name=f"{name} {n}", image=name) for name in names for n in range(2)]
     result = convert("llava", write(data, *rows), "--eval-share", "0.3")
     splits = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-from own_files import Convert, save_pictures
-from sample_files import clip, picture
+from own_files import Convert, save_images
+from sample_files import clip, image_bytes
 
 IMAGE = {"type": "image"}
 
@@ -30,7 +30,7 @@ def record(*contents: Any, **fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    save_pictures(folder, "0.png", "photos/my cat.jpg")
+    save_images(folder, "0.png", "photos/my cat.jpg")
     return folder
 
 
@@ -76,7 +76,7 @@ def test_parts_strings_and_tags(convert: Convert, data: Path) -> None:
 
 
 def test_data_uris_become_files_once(convert: Convert, data: Path) -> None:
-    png, jpeg = picture(3), picture(4, "JPEG")
+    png, jpeg = image_bytes(3), image_bytes(4, "JPEG")
     uris = [
         f"data:image/{kind};base64,{base64.b64encode(raw).decode()}" for kind, raw in (("png", png), ("jpeg", jpeg))
     ]
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no base64": (record([url("data:image/png,abc"), text("Q")], "A"), "is a data: URI that is not base64"),
     "damaged base64": (record([url("data:image/png;base64,a"), text("Q")], "A"), "is damaged base64"),
-    "no picture": (record([url("data:image/png;base64,aGVsbG8="), text("Q")], "A"), "is not an image that can be read"),
+    "no image": (record([url("data:image/png;base64,aGVsbG8="), text("Q")], "A"), "is not an image that can be read"),
     "two users": (
         {"messages": [{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}]},
         "messages[1]: is a message of the user where one of the assistant must stand",
@@ -118,7 +118,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tool role": (with_message("tool"), "messages[2].role: is no role known here: 'tool'"),
     "tool call": (with_message("assistant", tool_calls=[{}]), "messages[2]: calls a tool"),
     "no answer": (with_message("user"), "messages[2]: the last question has no answer"),
-    "picture of the assistant": (record("Q", [IMAGE], images=["0.png"]), "messages[1]: is an answer with an image"),
+    "image of the assistant": (record("Q", [IMAGE], images=["0.png"]), "messages[1]: is an answer with an image"),
     "too few images": (record([IMAGE, IMAGE, text("Q")], "A", images=["0.png"]), "2 <image> tags for 1 image"),
     "too many images": (
         record([url("0.png"), text("Q")], "A", images=["photos/my cat.jpg"]),
@@ -147,12 +147,12 @@ def test_a_bad_record_has_its_place_and_may_be_skipped(convert: Convert, data: P
     assert [turn["assistant"] for turn in skipped.turns()] == ["good"]
 
 
-def test_parquet_with_embedded_pictures(convert: Convert, data: Path) -> None:
+def test_parquet_with_embedded_images(convert: Convert, data: Path) -> None:
     """In the schema that `datasets` writes for TRL, where a part has the keys of all parts."""
-    pictures = [picture(0), picture(1, "JPEG"), picture(0)]
+    images = [image_bytes(0), image_bytes(1, "JPEG"), image_bytes(0)]
     rows = [
         record([{**IMAGE, "text": None}, text(f"Q{k}")], [text("A")], images=[{"bytes": raw, "path": "image.png"}])
-        for k, raw in enumerate(pictures)
+        for k, raw in enumerate(images)
     ]
     part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     features = datasets.Features(
@@ -167,9 +167,9 @@ def test_parquet_with_embedded_pictures(convert: Convert, data: Path) -> None:
     dataset.to_parquet(folder / "train-00000-of-00001.parquet")
     dataset.select([0]).to_parquet(folder / "test-00000-of-00001.parquet")
     result = convert("messages", folder)
-    names = [embedded(pictures[0], "png"), embedded(pictures[1], "jpg"), embedded(pictures[0], "png")]
+    names = [embedded(images[0], "png"), embedded(images[1], "jpg"), embedded(images[0], "png")]
     assert result.turns() == [{"images": [name], "user": f"Q{k}", "assistant": "A"} for k, name in enumerate(names)]
-    assert (result.out / "images" / names[1]).read_bytes() == pictures[1]
+    assert (result.out / "images" / names[1]).read_bytes() == images[1]
     assert len(result.records("test")) == 1
     alone = convert("messages", folder / "train-00000-of-00001.parquet", out="alone")
     assert alone.turns() == result.turns()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hub_files import cauldron_row, write_parquet
-from sample_files import picture, records, tree, without_ids
+from sample_files import image_bytes, records, tree, without_ids
 
 from phi3v.data.check import check_file
 from phi3v.data.convert import BadUnitsError, ConversionResult, ConvertOptions
@@ -26,19 +26,19 @@ def run(out: Path, source: Path, **options: Any) -> ConversionResult:
     return SOURCES["nlvr2"](ConvertOptions(out, str(source), **options))
 
 
-def pictures(split: str, number: int) -> list[bytes]:
-    return [picture(2 * number + side + 50 * (split == "dev")) for side in range(2)]
+def image_pair(split: str, number: int) -> list[bytes]:
+    return [image_bytes(2 * number + side + 50 * (split == "dev")) for side in range(2)]
 
 
 def write_original(folder: Path) -> Path:
-    """Train as its own folders of pictures, dev flat; statements about a pair do not follow each other."""
+    """Train as its own folders of images, dev flat; statements about a pair do not follow each other."""
     (folder / "data").mkdir(parents=True)
     for split in ("train", "dev"):
         lines = []
         for number, ((group, pair), statements) in enumerate(PAIRS.items()):
             images = folder / "images" / "train" / "33" if split == "train" else folder / "dev"
             images.mkdir(parents=True, exist_ok=True)
-            for side, data in enumerate(pictures(split, number)):
+            for side, data in enumerate(image_pair(split, number)):
                 (images / f"{split}-{group}-{pair}-img{side}.png").write_bytes(data)
             for k, (sentence, label) in enumerate(statements):
                 row = {"identifier": f"{split}-{group}-{pair}-{k}", "sentence": sentence, "label": label}
@@ -52,7 +52,7 @@ def write_cauldron(folder: Path) -> Path:
     for split, file in (("train", "train"), ("dev", "test")):
         rows = [
             cauldron_row(
-                pictures(split, number), [(QUESTION.format(sentence=text), label) for text, label in statements]
+                image_pair(split, number), [(QUESTION.format(sentence=text), label) for text, label in statements]
             )
             for number, statements in enumerate(PAIRS.values())
         ]
@@ -73,7 +73,7 @@ def test_both_forms_give_the_same_records(tmp_path: Path) -> None:
     assert renamed == original
 
 
-def test_both_pictures_are_in_one_turn_and_the_statements_of_a_pair_follow_each_other(tmp_path: Path) -> None:
+def test_both_images_are_in_one_turn_and_the_statements_of_a_pair_follow_each_other(tmp_path: Path) -> None:
     result = run(tmp_path / "out", write_original(tmp_path / "in"))
     assert (result.records, result.images) == ({"train": 4, "dev": 4}, 12)
     lines = records(result.files["train"])
@@ -89,12 +89,12 @@ def test_both_pictures_are_in_one_turn_and_the_statements_of_a_pair_follow_each_
         ],
     }
     assert [line["conversations"][0]["images"][0] for line in lines] == [f"train/00000{k}.0.png" for k in (0, 0, 1, 2)]
-    assert (tmp_path / "out" / "images" / "train" / "000000.1.png").read_bytes() == pictures("train", 0)[1]
+    assert (tmp_path / "out" / "images" / "train" / "000000.1.png").read_bytes() == image_pair("train", 0)[1]
     for file in result.files.values():
         assert check_file(file).ok
 
 
-def test_bad_lines_and_pictures_are_reported_with_their_place(tmp_path: Path) -> None:
+def test_bad_lines_and_images_are_reported_with_their_place(tmp_path: Path) -> None:
     source = write_original(tmp_path / "in")
     file = source / "data" / "dev.json"
     with file.open("a") as more:
@@ -117,16 +117,16 @@ def test_bad_lines_and_pictures_are_reported_with_their_place(tmp_path: Path) ->
     assert (result.records, len(result.skipped)) == ({"train": 4, "dev": 3}, 5)
 
 
-def test_annotations_without_pictures(tmp_path: Path) -> None:
+def test_annotations_without_images(tmp_path: Path) -> None:
     (tmp_path / "dev.json").write_text('{"identifier": "dev-1-0-0", "sentence": "x", "label": "True"}\n')
     with pytest.raises(UserError, match=r"it holds dev\.json") as caught:
         run(tmp_path / "out", tmp_path)
     assert "images/dev/ or dev/" in str(caught.value)
 
 
-def test_a_row_with_one_picture(tmp_path: Path) -> None:
-    rows = [cauldron_row([picture(0), picture(1)], [("q", "True")])] * 2
+def test_a_row_with_one_image(tmp_path: Path) -> None:
+    rows = [cauldron_row([image_bytes(0), image_bytes(1)], [("q", "True")])] * 2
     write_parquet(tmp_path / "in" / "train-0.parquet", rows)
-    write_parquet(tmp_path / "in" / "val-0.parquet", [*rows, cauldron_row([picture(1)], [("q", "True")])])
+    write_parquet(tmp_path / "in" / "val-0.parquet", [*rows, cauldron_row([image_bytes(1)], [("q", "True")])])
     with pytest.raises(BadUnitsError, match="val, row 2: has 1 images, not 2"):
         run(tmp_path / "out", tmp_path / "in")

@@ -13,8 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from own_files import Convert, save_pictures
-from sample_files import picture
+from own_files import Convert, save_images
+from sample_files import image_bytes
 
 CASES = Path(__file__).parents[2] / "fixtures" / "cases"
 
@@ -37,7 +37,7 @@ def test_the_table_of_the_readme_is_split(convert: Convert) -> None:
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_neither_split_is_empty(convert: Convert, tmp_path: Path, share: str, count: int) -> None:
     names = [f"{k}.png" for k in range(count)]
-    save_pictures(tmp_path / "in", *names)
+    save_images(tmp_path / "in", *names)
     file = tmp_path / "in" / "a.csv"
     file.write_text("image,question,answer\n" + "".join(f"{name},Q,A\n./{name},Q2,A\n" for name in names))
     result = convert("csv", file, "--eval-share", share)
@@ -51,7 +51,7 @@ def test_neither_split_is_empty(convert: Convert, tmp_path: Path, share: str, co
 
 
 def test_one_image_cannot_be_split(convert: Convert, tmp_path: Path) -> None:
-    save_pictures(tmp_path / "in", "0.png", "folder/a/0.png", "folder/b/0.png")
+    save_images(tmp_path / "in", "0.png", "folder/a/0.png", "folder/b/0.png")
     file = tmp_path / "in" / "a.csv"
     file.write_text("image,question,answer\n0.png,Q,A\n0.png,Q2,A\n")
     result = convert("csv", file, "--eval-share", "0.1")
@@ -98,7 +98,7 @@ COLUMNS: dict[str, tuple[pa.Array, list[str]]] = {
 def test_cells_are_said_as_a_person_would(convert: Convert, tmp_path: Path, case: str, form: str) -> None:
     column, expected = COLUMNS[case]
     (tmp_path / "in").mkdir()
-    save_pictures(tmp_path / "in", "0.png")
+    save_images(tmp_path / "in", "0.png")
     table = pa.table({"image": ["0.png"] * len(column), "answer": column})
     file = tmp_path / "in" / f"a.{form}"
     if form == "parquet":
@@ -111,14 +111,14 @@ def test_cells_are_said_as_a_person_would(convert: Convert, tmp_path: Path, case
 
 def test_a_column_is_of_whole_numbers_if_it_is_in_all_files(convert: Convert, tmp_path: Path) -> None:
     for split, values in (("train", [1.0, 2.0]), ("val", [1.0, 2.5])):
-        save_pictures(tmp_path / "in", "0.png")
+        save_images(tmp_path / "in", "0.png")
         pq.write_table(pa.table({"image": ["0.png"] * 2, "answer": values}), tmp_path / "in" / f"{split}.parquet")
     assert answers(convert, tmp_path / "in") == ["1.0", "2.0"]
 
 
 def test_a_label_without_a_name_is_a_fault(convert: Convert, tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
-    save_pictures(tmp_path / "in", "0.png")
+    save_images(tmp_path / "in", "0.png")
     file = tmp_path / "in" / "a.parquet"
     table = datasets.Dataset.from_list([{"image": "0.png", "label": k} for k in (1, 0, -1)], features=features)
     table.to_parquet(file)
@@ -173,8 +173,8 @@ def uris(root: Path) -> dict[str, tuple[Any, str | None]]:
         "base64": (plain, None),
         "base64, lines": (base64.encodebytes(data).decode(), None),
         "base64, for URLs": (base64.urlsafe_b64encode(data).decode().rstrip("="), None),
-        "base64, JPEG": (base64.b64encode(picture(7, "JPEG")).decode(), None),
-        "base64, WEBP": (base64.b64encode(picture(7, "WEBP")).decode(), None),
+        "base64, JPEG": (base64.b64encode(image_bytes(7, "JPEG")).decode(), None),
+        "base64, WEBP": (base64.b64encode(image_bytes(7, "WEBP")).decode(), None),
         "bytes": ({"bytes": plain, "path": None}, None),
     }
 
@@ -182,7 +182,7 @@ def uris(root: Path) -> dict[str, tuple[Any, str | None]]:
 @pytest.mark.parametrize("case", uris(CASES / "sources"))
 def test_the_ways_to_name_an_image(convert: Convert, tmp_path: Path, case: str) -> None:
     root = tmp_path / "in"
-    save_pictures(root, "a b.png", "größe.png", "50%25.png", "50%.png", "sub/c.png")
+    save_images(root, "a b.png", "größe.png", "50%25.png", "50%.png", "sub/c.png")
     named, path = uris(root)[case]
     (found,) = convert("llava", write_llava(root / "a.jsonl", named)).turn()["images"]
     if path is None:
@@ -212,7 +212,7 @@ REFUSED = {
 @pytest.mark.parametrize("source", ["llava", "csv"])
 def test_what_cannot_be_read_says_why(convert: Convert, tmp_path: Path, case: str, source: str) -> None:
     value, what = REFUSED[case]
-    save_pictures(tmp_path / "in", "a b.png")
+    save_images(tmp_path / "in", "a b.png")
     if source == "llava":
         file = write_llava(tmp_path / "in" / "a.jsonl", value)
     else:
@@ -237,14 +237,14 @@ def test_what_cannot_be_read_says_why(convert: Convert, tmp_path: Path, case: st
     ],
 )
 def test_tables_as_excel_writes_them(convert: Convert, tmp_path: Path, head: str, end: str, encoding: str) -> None:
-    save_pictures(tmp_path / "in", "a.png")
+    save_images(tmp_path / "in", "a.png")
     file = tmp_path / "in" / "a.csv"
     file.write_bytes((head + "\na.png;Größe, bitte?;groß\n").replace("\n", end).encode(encoding))
     assert convert("csv", file).turns() == [{"images": ["a.png"], "user": "Größe, bitte?", "assistant": "groß"}]
 
 
 def test_places_are_right_after_the_separator_line(convert: Convert, tmp_path: Path) -> None:
-    save_pictures(tmp_path / "in", "a.png")
+    save_images(tmp_path / "in", "a.png")
     file = tmp_path / "in" / "a.csv"
     file.write_bytes("sep=\t\r\nimage\tquestion\tanswer\r\na.png\tQ\tA\r\na.png\tQ\r\n".encode("utf-16"))
     result = convert("csv", file)
@@ -261,7 +261,7 @@ def test_a_table_in_utf16_without_a_mark_is_one_error(convert: Convert, tmp_path
 
 
 def test_a_delimiter_within_quotes_is_none(convert: Convert, tmp_path: Path) -> None:
-    save_pictures(tmp_path / "in", "a.png")
+    save_images(tmp_path / "in", "a.png")
     file = tmp_path / "in" / "a.csv"
     file.write_text('image;"question, answer, or both";answer\na.png;Q;A\n')
     result = convert("csv", file, "--question-column", "question, answer, or both")
@@ -313,7 +313,7 @@ CHATS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             {"images": ["a.png", "b.png"], "image_offsets": [0, 5], "user": " and : same colour?", "assistant": "no"},
             *[{"images": ["a.png"], "user": "colour?", "assistant": "red"}] * 3,
         ],
-        ["an answer holds an image tag, which is learnt as the text that it is (1×)"],
+        ["an answer holds an image tag, which is trained on as plain text (1×)"],
     ),
 }
 

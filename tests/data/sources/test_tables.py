@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_files import cauldron_row, save_to_disk, write_parquet
-from sample_files import picture
+from sample_files import image_bytes
 
 from phi3v.data.sources import tables
 from phi3v.data.sources.tables import HubTable, local_source, open_folder, open_hub
@@ -20,7 +20,7 @@ DEFAULT = HubTable("HuggingFaceM4/the_cauldron", "docvqa")
 
 
 def rows(start: int, count: int) -> list[dict[str, Any]]:
-    return [cauldron_row([picture(k)], [(f"q{k}", f"a{k}")]) for k in range(start, start + count)]
+    return [cauldron_row([image_bytes(k)], [(f"q{k}", f"a{k}")]) for k in range(start, start + count)]
 
 
 def questions(table: tables.Table) -> list[str]:
@@ -35,7 +35,7 @@ def test_files_of_a_split_are_read_one_after_the_other_and_not_decoded(tmp_path:
     assert sorted(opened) == ["train", "val"]
     assert questions(opened["train"]) == [f"q{k}" for k in range(10)]
     assert (opened["train"].num_rows, opened["val"].num_rows) == (10, 2)
-    assert next(iter(opened["val"]))["images"][0]["bytes"] == picture(10)
+    assert next(iter(opened["val"]))["images"][0]["bytes"] == image_bytes(10)
 
 
 def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_hub_gives_what_the_source_names(
     opened = open_hub(source, DEFAULT)
     assert calls == [asked]
     assert questions(opened["val"]) == ["q0", "q1", "q2"]
-    assert next(iter(opened["train"]))["images"][0]["bytes"] == picture(0)
+    assert next(iter(opened["train"]))["images"][0]["bytes"] == image_bytes(0)
 
 
 def test_without_the_hub_it_says_what_to_do() -> None:

@@ -41,7 +41,7 @@ Role = Literal["system", "user", "assistant"]
 KEYS = ("messages", "conversations")  # of the list of messages
 
 UNTAGGED = "a record had images and no tag; they are in its first turn"
-TAG_IN_ANSWER = "an answer holds an image tag, which is learnt as the text that it is"
+TAG_IN_ANSWER = "an answer holds an image tag, which is trained on as plain text"
 MARKUP = "a record has no image and a question with one in Markdown or HTML, which stays text"
 
 _ROLES: dict[str, Role] = {
@@ -62,8 +62,8 @@ _MEDIA: dict[str, MediumKind] = {
     "video": "video",
     "video_url": "video",
 }
-# What says whether an answer is learnt, and which value says that it is.
-_LEARNT = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "mask": False}
+# What says whether an answer is trained on, and which value says that it is.
+_TRAINED_ON = {"weight": True, "train": True, "training": True, "trainable": True, "loss": True, "mask": False}
 _NAMES_AN_IMAGE = re.compile(
     r"(?:image|img|picture|photo|video|clip)s?(?:_?(?:path|file|file_?name|url|name)s?)?", re.I
 )
@@ -78,7 +78,7 @@ class Message:
     Attributes:
         where: the field, for messages about it.
         pieces: plain texts, and what stands between them; a tag stands for one of the record's images or clips.
-        weight: 0 if it is not to be learnt.
+        weight: 0 if it is not trained on.
     """
 
     role: Role
@@ -190,7 +190,7 @@ def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, d
     used = {role_key, content_key, "tool_calls", "function_call", *_media_keys(item)}
     weight = _weight(item, where, used if role == "assistant" else set())
     if role != "assistant" and not weight:  # what it asks for is what happens
-        used |= _LEARNT.keys()
+        used |= _TRAINED_ON.keys()
     content, at = item.get(content_key), f"{where}.{content_key}"
     if isinstance(content, list):
         pieces = _of_parts(content, role, at, f"{path}{content_key}[].", objects, decided)
@@ -208,22 +208,22 @@ def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, d
 
 
 def _weight(item: Mapping[str, Any], where: str, used: set[str]) -> int:
-    """Whether something is learnt: 1, or 0 where a key says that it is not. Adds the keys to ``used``.
+    """1, or 0 where a key says that the answer is not trained on. Adds the keys to ``used``.
 
     Raises:
-        UserError: a weight is another number; or ``where`` is empty, the whole record, and that is not to be learnt.
+        UserError: a weight is another number; or the whole record (``where`` is empty) is not to be trained on.
     """
     weight = 1
-    for key, learnt in _LEARNT.items():
+    for key, trained_on in _TRAINED_ON.items():
         value = item.get(key)
         if isinstance(value, bool | int | float) and value in (0, 1):
             used.add(key)
-            if bool(value) != learnt:
+            if bool(value) != trained_on:
                 weight = 0
                 if not where:
-                    raise UserError("the record is marked as not to be learnt", where=key, hint="leave it out")
+                    raise UserError("the record is marked as not to be trained on", where=key, hint="leave it out")
         elif key == "weight" and value is not None and where:
-            hint = "an answer is learnt (1) or only read (0)"
+            hint = "1 trains on the answer, 0 only reads it"
             raise UserError(f"must be 0 or 1, not {value!r:.20}", where=f"{where}.weight", hint=hint)
     return weight
 
