@@ -20,13 +20,16 @@ import typing
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from phi3v.errors import UserError
 from phi3v.grammar import Parser, nearest, words_of
 from phi3v.paths import absolute, is_hub_id, now_at
+
+if TYPE_CHECKING:
+    import torch
 
 BOOLEAN, INTEGER, FLOAT = ("tag:yaml.org,2002:" + name for name in ("bool", "int", "float"))
 NUMBER = re.compile(
@@ -72,6 +75,14 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, YamlLoader)  # a SafeLoader
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a precision (``bf16``), or of torch's own name for it (``bfloat16``)."""
+    import torch  # takes seconds, and most readers of a configuration need none
+
+    dtype: torch.dtype = getattr(torch, DTYPES.get(name, name))
+    return dtype
+
+
 # Pillow's own warning threshold: a quarter of a GiB at 3 bytes per pixel.
 DEFAULT_MAX_PIXELS = 89_478_485
 
@@ -91,6 +102,7 @@ METRIC_NAMES = (
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of torch, by precision
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]

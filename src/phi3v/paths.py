@@ -94,6 +94,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
 def require_writable(folder: Path, where: str, hint: str) -> None:
     """Check by writing a temporary file that ``folder`` is writable, or can be created.
 

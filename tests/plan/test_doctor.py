@@ -183,7 +183,7 @@ def test_training_looks_at_the_cheap_part(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(diagnosis, "free_space", lambda folder: 1000)
     keys = [
         "--model.path",
         str(tiny_model_dir),

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.jsonl import replacing
 from phi3v.data.lengths import LENGTH_HINT, Context
-from phi3v.data.schema import Record, SpecialText
+from phi3v.data.progress import in_order
+from phi3v.data.schema import Line, Record, SpecialText
 from phi3v.data.table import DataLines, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
@@ -192,16 +193,10 @@ def check_file(
     seen_images: set[str] = set()
     kinds: list[str] = []
     workers = workers or min(8, available_cores())
-    # Images in the hands of the threads, oldest first: short, so that stopping is quick and memory flat.
-    pending: deque[tuple[int, str, Future[tuple[str, str] | None]]] = deque()
-
-    def collect_one() -> None:
-        line, where, future = pending.popleft()
-        if wrong := future.result():
-            faults.append(Fault(path, line, where, *wrong))
-
     lines = DataLines(path, special_text, progress=progress)
-    with ThreadPoolExecutor(workers) as pool, contextlib.closing(iter(lines)) as parsed:
+
+    def read_images(parsed: Iterable[tuple[int, Line]]) -> Iterator[tuple[int, str, str]]:
+        """Line, field and path of each image, where it is named first; on the way all else that is in the lines."""
         for number, line in parsed:
             report.records += 1
             faults.extend(line.faults)
@@ -212,21 +207,24 @@ def check_file(
                 if context is not None:
                     faults.extend(_length_fault(path, line.record, context, size_of))
             for where, image in line.images:
-                if image in seen_images:
-                    continue
-                seen_images.add(image)
-                if image_level != "off":
-                    future = pool.submit(
-                        check_image, image, root=root, max_pixels=max_pixels, level=image_level, kinds=kinds
-                    )
-                    pending.append((number, where, future))
-                    if len(pending) > 4 * workers:
-                        collect_one()
+                if image not in seen_images:
+                    seen_images.add(image)
+                    yield number, where, image
             if max_errors is not None and len(faults) > max_errors:
-                break
-        while pending:
-            collect_one()
+                return
 
+    def check_one(item: tuple[int, str, str]) -> tuple[str, str] | None:
+        return check_image(item[2], root=root, max_pixels=max_pixels, level=image_level, kinds=kinds)
+
+    with ThreadPoolExecutor(workers) as pool, contextlib.closing(iter(lines)) as parsed:
+        images = read_images(parsed)
+        if image_level == "off":
+            deque(images, maxlen=0)
+        else:
+            # Few ahead, so that stopping is quick and memory flat.
+            for (number, where, _), future in in_order(images, lambda item: pool.submit(check_one, item), 4 * workers):
+                if wrong := future.result():
+                    faults.append(Fault(path, number, where, *wrong))
     faults.extend(lines.repeated_ids())
     # All faults up to the last line read are known here, so the first of them are the first of the file.
     faults.sort(key=lambda fault: fault.line)

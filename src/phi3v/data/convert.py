@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +47,7 @@ from phi3v.data.faults import quote
 from phi3v.data.image_folder import ImageFolder, OutputError
 from phi3v.data.images import describe_kinds
 from phi3v.data.jsonl import TEMPORARY_SUFFIX, write_jsonl
-from phi3v.data.progress import LateProgress
+from phi3v.data.progress import LateProgress, in_order
 from phi3v.data.schema import SpecialText, read_line
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
@@ -356,25 +356,33 @@ class Conversion:
         """The records of all units in order; raises at the end if they must not be written."""
         stop = self.options.on_bad == "stop"
         ids: set[int] = set()
-        for unit, parts in _in_order(units, self._do, self.options.workers or available_cores()):
-            self._units += 1
-            bar.advance(unit.amount)
-            outcome = [_repeated(part, unit.place, ids) or part for part in parts]
-            state.bad += [part for part in outcome if isinstance(part, BadUnit)]
-            if stop and len(self._bad) + len(state.bad) >= _HOPELESS:
-                self._stopped_early = True
-                break
-            if not (stop and state.bad):
-                records = [part for part in outcome if not isinstance(part, BadUnit)]
-                state.records += len(records)
-                yield from records
+        workers = self.options.workers or available_cores()
+        with (
+            ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool,
+            # Enough ahead that a slow unit at the front does not leave the other workers idle.
+            closing(in_order(units, lambda unit: pool.submit(self._do, unit), 4 * workers)) as worked_on,
+        ):
+            for unit, future in worked_on:
+                self._units += 1
+                bar.advance(unit.amount)
+                outcome = [_repeated(part, unit.place, ids) or part for part in future.result()]
+                state.bad += [part for part in outcome if isinstance(part, BadUnit)]
+                if stop and len(self._bad) + len(state.bad) >= _HOPELESS:
+                    self._stopped_early = True
+                    break
+                if not (stop and state.bad):
+                    records = [part for part in outcome if not isinstance(part, BadUnit)]
+                    state.records += len(records)
+                    yield from records
         if stop and state.bad:
             raise _SplitHasBadUnitsError
         if not state.records:
             first = f": {state.bad[0]}" if state.bad else ""
             raise UserError(f"gives no record at all{first}", where=self._source, hint="is this the right source?")
 
-    def _do(self, unit: Unit) -> _Outcome:
+    def _do(self, unit: Unit | BadUnit) -> _Outcome:
+        if isinstance(unit, BadUnit):
+            return [unit]
         try:
             return [part if isinstance(part, BadUnit) else self._checked(part, unit.place) for part in unit.work()]
         except OutputError:
@@ -392,32 +400,6 @@ class Conversion:
         if fault := next(iter(line.faults), None):
             return BadUnit(place, f"{fault.field}: {fault.what}", fault.hint)
         return record
-
-
-def _in_order(
-    units: Iterable[Unit | BadUnit], work: Callable[[Unit], _Outcome], workers: int
-) -> Iterator[tuple[Unit | BadUnit, _Outcome]]:
-    """Each unit with what became of it, in the given order; a few units ahead are being worked on."""
-    pending: deque[tuple[Unit | BadUnit, Future[_Outcome] | None]] = deque()
-
-    def take() -> tuple[Unit | BadUnit, _Outcome]:
-        unit, future = pending.popleft()
-        if isinstance(unit, BadUnit):
-            return unit, [unit]
-        assert future is not None
-        return unit, future.result()
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
-    try:
-        for unit in units:
-            pending.append((unit, None if isinstance(unit, BadUnit) else pool.submit(work, unit)))
-            # Enough ahead that a slow unit at the front does not leave the other workers idle.
-            if len(pending) > 4 * workers:
-                yield take()
-        while pending:
-            yield take()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _repeated(part: JsonRecord | BadUnit, place: str, ids: set[int]) -> BadUnit | None:

@@ -6,8 +6,6 @@ features depend on. Any of it may be deleted between runs; what is missing is co
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -18,12 +16,7 @@ from phi3v.data.cache import cannot_write
 from phi3v.data.image_files import find_file
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
-
-
-def content_key(path: Path) -> str:
-    """A name for the content of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+from phi3v.paths import file_hash
 
 
 class FeatureStore:
@@ -81,17 +74,9 @@ class FeatureStore:
 
     def _key(self, name: str) -> str:
         if name not in self._keys:
-            self._keys[name] = content_key(find_file(name, self.images_root))
+            self._keys[name] = file_hash(find_file(name, self.images_root))
         return self._keys[name]
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
-
-
-def free_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize

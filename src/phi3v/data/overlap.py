@@ -5,7 +5,6 @@ Images are the same if their files hold the same bytes. Only files of equal size
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from phi3v.data.jsonl import replacing
 from phi3v.data.schema import Record, SpecialText
 from phi3v.data.table import RecordTable
 from phi3v.findings import Finding
+from phi3v.paths import file_hash
 
 READERS = 8  # threads that read files
-Content = bytes | str  # stands for what an image holds: a hash, or its own path where no other file can hold the same
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,10 @@ def find_overlap(train: RecordTable, other: RecordTable, special_text: SpecialTe
 
 def _compare(train: RecordTable, other: RecordTable) -> Overlap:
     contents = _same_contents(train, other)
-    asked: dict[tuple[tuple[Content, ...], str], bool] = {}  # by images and text: whether it is learnt too
+    asked: dict[tuple[tuple[str, ...], str], bool] = {}  # by images and text: whether it is learnt too
     for record in other:
         asked.update(dict.fromkeys(_questions(record, contents[1]), False))
-    learnt: set[Content] = set()
+    learnt: set[str] = set()
     for record in train:
         for images, text in _questions(record, contents[0]):
             learnt.update(images)
@@ -109,16 +108,16 @@ def _compare(train: RecordTable, other: RecordTable) -> Overlap:
     return Overlap(questions, same, same_image, first)
 
 
-def _questions(record: Record, contents: dict[str, Content]) -> Iterator[tuple[tuple[Content, ...], str]]:
+def _questions(record: Record, contents: dict[str, str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """The images up to each question, as what they hold, and its text."""
-    images: list[Content] = []
+    images: list[str] = []
     for turn in record.turns:
         images += [contents[name] for name in turn.images]
         if turn.weight:
             yield tuple(images), " ".join(turn.user.casefold().split())
 
 
-def _same_contents(*tables: RecordTable) -> list[dict[str, Content]]:
+def _same_contents(*tables: RecordTable) -> list[dict[str, str]]:
     """For each table what stands for the content of each of its images: equal where the files are."""
     names = [sorted({name for record in table for name in record.images}) for table in tables]
     paths = [[table.images_root / name for name in of_table] for table, of_table in zip(tables, names, strict=True)]
@@ -128,7 +127,7 @@ def _same_contents(*tables: RecordTable) -> list[dict[str, Content]]:
         found = []
         for of_table, of_paths, of_sizes in zip(names, paths, sizes, strict=True):
             chosen = [place for place, size in enumerate(of_sizes) if size in in_both]
-            digests = dict(zip(chosen, pool.map(_digest, (of_paths[place] for place in chosen)), strict=True))
+            digests = dict(zip(chosen, pool.map(_hash, (of_paths[place] for place in chosen)), strict=True))
             # What no other file can hold is like itself alone.
             found.append(
                 {name: digests.get(place) or os.fspath(of_paths[place]) for place, name in enumerate(of_table)}
@@ -143,9 +142,8 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _digest(path: Path) -> bytes | None:
+def _hash(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        return file_hash(path)
     except OSError:
         return None

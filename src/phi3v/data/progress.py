@@ -1,13 +1,37 @@
-"""A progress bar that shows up only when it is worth it."""
+"""Long work: a progress bar that shows up only when it is worth it, and items that are worked on ahead of time."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(
+    items: Iterable[Item], submit: Callable[[Item], Future[Result]], ahead: int
+) -> Generator[tuple[Item, Future[Result]]]:
+    """Each item with its future, in order; ``ahead`` more are submitted by then. Those not taken are cancelled."""
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, submit(item)))
+            if len(pending) > ahead:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
 class LateProgress:

@@ -16,7 +16,6 @@ import pickle
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -26,6 +25,7 @@ from typing import Any, cast
 
 import torch
 
+from phi3v.data.progress import in_order
 from phi3v.errors import UserError
 
 AHEAD = 2  # batches that a process may be ahead
@@ -70,18 +70,9 @@ class Readers:
         if self.num_workers == 0:
             yield from map(self.fetch, keys)
             return
-        remaining = iter(keys)
-        pending: deque[Future[bytes]] = deque()
-        try:
-            for key in remaining:
-                pending.append(self._submit(key))
-                if len(pending) > AHEAD * self.num_workers:
-                    yield self._wait(pending.popleft())
-            while pending:
-                yield self._wait(pending.popleft())
-        finally:
-            for future in pending:
-                future.cancel()
+        with contextlib.closing(in_order(keys, self._submit, AHEAD * self.num_workers)) as items:
+            for _, future in items:
+                yield self._wait(future)
 
     def close(self) -> None:
         """End the processes, by force if one does not end by itself."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.findings import Finding, Report
 from phi3v.machine import available_cores
-from phi3v.paths import require_writable
+from phi3v.paths import free_space, require_writable
 from phi3v.plan.hardware import GIB, Machine, this_machine
 from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
@@ -144,10 +143,7 @@ def _refuse(report: Report, check: str, case: Case) -> bool:
 
 def check_disk(config: RunConfig) -> Finding:
     """Whether what a run saves fits the disk."""
-    folder = Path(config.training.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_space(Path(config.training.output_dir).absolute())
     # The trained model with its best copy, in the stored dtype; adapters are far smaller.
     model = sum(path.stat().st_size for path in Path(config.model.path).glob("*.safetensors")) or int(8.3e9)
     needed = 2 * model if config.method.name in ("full", "frozen-vision") else max(int(1e9), model // 4)

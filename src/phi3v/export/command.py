@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from phi3v.config import DTYPES
 from phi3v.errors import UserError
 from phi3v.grammar import Parser
 
@@ -25,7 +26,7 @@ def add_commands(verbs: Parser) -> None:
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="where to write it")
     command.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: the original model's)"
+        "--dtype", choices=tuple(DTYPES.values()), help="of the weights (default: the original model's)"
     )
     command.add_argument("--adapter", action="store_true", help="the adapter alone, in PEFT's layout")
     command.add_argument(

@@ -16,7 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers.utils import cached_file
 
-from phi3v.data.features import free_space
+from phi3v.config import torch_dtype
 from phi3v.errors import UserError
 from phi3v.export.card import ExportResult, score_table, write_card
 from phi3v.export.proof import (
@@ -32,15 +32,13 @@ from phi3v.export.proof import (
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.paths import absolute, find_model, is_hub_id, require_writable
+from phi3v.paths import absolute, find_model, free_space, is_hub_id, require_writable
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
 from phi3v.train.methods.loading import load_weights
 from phi3v.train.methods.weights import set_end_tokens, write_manifest
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class ExportDiffersError(RuntimeError):
@@ -85,7 +83,7 @@ def export(
     except ValueError as error:
         raise UserError(str(error), where=f"--max-shard-size {max_shard_size}", hint="e.g. 5GB") from None
     scores = score_table(tuned)  # found damaged now, not when all is done
-    wanted = DTYPES[dtype] if dtype else _stored_dtype(tuned)
+    wanted = torch_dtype(dtype) if dtype else _stored_dtype(tuned)
     if not adapter:
         _require_room(out, tuned, wanted)
     compute = choose_device("fp32")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from phi3v.errors import UserError
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Report
 from phi3v.json_files import content_of, read_json
-from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_shapes
+from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_shapes, stored_tensors
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import file_hash, is_hub_id
@@ -112,18 +112,15 @@ class _Inspection:
 
     def values(self) -> None:
         dtypes: dict[str, int] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 - not a mapping
-                    tensor = weights.get_tensor(name)
-                    if not tensor.numel():
-                        self.say("values", "fail", f"{name} is empty", INCOMPLETE)
-                        return
-                    if not torch.isfinite(tensor).all():
-                        self.say("values", "fail", f"{name} is not finite", "take an earlier checkpoint of the run")
-                        return
-                    dtype = str(tensor.dtype).removeprefix("torch.")
-                    dtypes[dtype] = dtypes.get(dtype, 0) + 1
+        for _, name, tensor in stored_tensors(self.folder):
+            if not tensor.numel():
+                self.say("values", "fail", f"{name} is empty", INCOMPLETE)
+                return
+            if not torch.isfinite(tensor).all():
+                self.say("values", "fail", f"{name} is not finite", "take an earlier checkpoint of the run")
+                return
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtypes[dtype] = dtypes.get(dtype, 0) + 1
         mixed = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items()))
         self.say("values", "pass" if len(dtypes) == 1 else "warn", f"all finite; {mixed}")
 

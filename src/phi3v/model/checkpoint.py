@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from phi3v.errors import UserError
@@ -37,6 +39,22 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(folder / name, framework="pt") as weights:
             shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     return shapes
+
+
+def stored_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """The tensors in the safetensors files of a folder, read one at a time, each after its file and its name.
+
+    Args:
+        names: only these; default: all.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read, or is cut short.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                if names is None or name in names:
+                    yield path, name, weights.get_tensor(name)
 
 
 def embedding_key_mapping(folder: Path) -> dict[str, str] | None:

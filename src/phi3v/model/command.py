@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from phi3v.config import DTYPES, torch_dtype
 from phi3v.errors import UserError
 from phi3v.grammar import Parser
 from phi3v.model.preset_fields import PRESET_FIELDS
@@ -32,7 +33,7 @@ def add_commands(verbs: Parser) -> None:
     init.add_argument("--seed", type=int, default=0, help="seed of random weights")
     init.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=tuple(DTYPES.values()),
         help="dtype of the weights (default: float32 for tiny, bfloat16 for the real sizes)",
     )
     init.add_argument(
@@ -46,8 +47,6 @@ def add_commands(verbs: Parser) -> None:
 
 
 def init_model(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    import torch
-
     from phi3v.model.presets import copy_pretrained, init_model
 
     preset, out = arguments.preset, arguments.out
@@ -56,7 +55,7 @@ def init_model(arguments: argparse.Namespace, console: Console) -> dict[str, Any
             raise UserError("the pretrained base is copied as it is", where="--dtype", hint="leave it out")
         parameters = copy_pretrained(preset, out)
     else:
-        dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+        dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
         tokenizer = arguments.tokenizer if preset != "tiny" else None
         parameters = init_model(preset, out, seed=arguments.seed, dtype=dtype, tokenizer=tokenizer)
     say(console, f"{preset}: {parameters:,} parameters in {out}")

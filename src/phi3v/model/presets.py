@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import set_seed
 
 from phi3v.errors import UserError
-from phi3v.model.checkpoint import make_weights_readable
+from phi3v.model.checkpoint import checkpoint_shapes, make_weights_readable
 from phi3v.model.configuration import HD_EMBEDDING, Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
@@ -122,8 +121,7 @@ def copy_pretrained(preset: str, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for file in PRETRAINED_TINY.iterdir():
         shutil.copyfile(file, out / file.name)
-    with safe_open(out / "model.safetensors", framework="pt") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return sum(map(math.prod, checkpoint_shapes(out).values()))
 
 
 def _require_no_model(out: Path) -> None:

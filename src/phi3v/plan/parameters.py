@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from phi3v.config import LoraConfig, MethodConfig
+from phi3v.config import LoraConfig, MethodConfig, torch_dtype
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.inputs import Optimizer
 from phi3v.train.compute.activations import Gradients
-from phi3v.train.device import DTYPES
 from phi3v.train.methods.loading import make_skeleton
 from phi3v.train.methods.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
 
@@ -94,7 +93,7 @@ def meta_model(config: Phi3VConfig, method: MethodConfig, precision: str) -> nn.
         if precision == "fp32" or method.name == "full":
             dtype = torch.float32
         else:
-            dtype = stored if method.name == "frozen-vision" else DTYPES[precision]
+            dtype = stored if method.name == "frozen-vision" else torch_dtype(precision)
         wrapped: nn.Module = apply_method(model.to(dtype), method)
     return wrapped
 

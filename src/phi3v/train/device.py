@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils.environment import get_int_from_env
 from torch import distributed
 
-from phi3v.config import Precision
+from phi3v.config import Precision, torch_dtype
 from phi3v.errors import UserError
 from phi3v.machine import CPU, Accelerator, accelerator_of, available_cores
 
@@ -24,7 +24,6 @@ LOCAL_RANKS = (
     "MV2_COMM_WORLD_LOCAL_SIZE",
     "SLURM_NTASKS_PER_NODE",
 )
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RuntimeDevice:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision]
+        return torch_dtype(self.precision)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

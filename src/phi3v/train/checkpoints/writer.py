@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from phi3v.data.features import free_space
+from phi3v.paths import free_space
 from phi3v.train.checkpoint_folder import (
     checkpoint_name,
     checkpoints,

@@ -17,12 +17,12 @@ from torch import nn
 
 from phi3v.config import FeatureCache
 from phi3v.data.cache import CACHE_HINT, cache_root
-from phi3v.data.features import FeatureStore, free_space
+from phi3v.data.features import FeatureStore
 from phi3v.data.images import image_size, load_image
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
-from phi3v.paths import require_writable
+from phi3v.paths import free_space, require_writable
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.pages import cut_flat_pages

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from phi3v.errors import UserError
 from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.json_files import read_json
-from phi3v.model.checkpoint import make_weights_readable
+from phi3v.model.checkpoint import make_weights_readable, stored_tensors
 from phi3v.paths import file_hash
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.methods.pissa import as_learnt, as_trained, learnt_config, start_of
@@ -165,11 +165,7 @@ def read_trained(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         IncompleteSaveError: the files lack a trained tensor.
     """
     names = trained_names(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in names.keys() & set(weights.keys()):
-                tensors[names[name]] = weights.get_tensor(name)
+    tensors = {names[name]: tensor for _, name, tensor in stored_tensors(folder, names)}
     missing = sorted(name for name, own in names.items() if own not in tensors)
     if missing:
         raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors are missing, first {missing[0]}")
@@ -190,13 +186,10 @@ def verify_saved(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> 
     """
     names = trained_names(model)
     found: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in names.keys() & set(weights.keys()):
-                saved = weights.get_tensor(name)
-                if not torch.equal(saved, tensors[names[name]].to("cpu", saved.dtype)):
-                    raise IncompleteSaveError(f"{path}: {name} differs from what was trained")
-                found.add(name)
+    for path, name, saved in stored_tensors(folder, names):
+        if not torch.equal(saved, tensors[names[name]].to("cpu", saved.dtype)):
+            raise IncompleteSaveError(f"{path}: {name} differs from what was trained")
+        found.add(name)
     missing = sorted(set(names) - found)
     if missing:
         raise IncompleteSaveError(f"{folder}: {len(missing)} trained tensors were not saved, first {missing[0]}")
