@@ -65,7 +65,7 @@ def test_files_that_share_nothing_are_not_read(
     train, _ = files
     other = write(tmp_path / "eval", [turn("What colour?", "c.png")])
     (tmp_path / "eval/images/c.png").write_bytes(image_bytes(5) + b" ")
-    monkeypatch.setattr(overlap, "_digest", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(overlap, "_hash", lambda path: pytest.fail(f"{path} was read"))
     assert find_overlap(open_table(train), open_table(other), "refuse").finding is None
 
 
