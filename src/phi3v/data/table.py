@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,8 +21,7 @@ from PIL import Image
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
-from phi3v.data.duplicates import repeated_ids
-from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.faults import DataFaultsError, Fault, quote
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import read_lines, replacing, require_file
 from phi3v.data.other_formats import other_file
@@ -265,7 +264,7 @@ def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max
             faults.extend(line.faults[: max_errors - len(faults)])
             if line.record is not None and not total:
                 add(line.record)
-        repeated = lines.repeated_ids()
+        repeated = lines._repeated_ids()
         if total + len(repeated):
             first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
             raise DataFaultsError(path, first, total=total + len(repeated))
@@ -305,9 +304,9 @@ class DataLines:
         if empty:
             raise UserError("holds no record", where=str(path), hint="a data file has one JSON object a line")
 
-    def repeated_ids(self) -> list[Fault]:
+    def _repeated_ids(self) -> list[Fault]:
         """The faults of lines, of those read so far, whose id an earlier line has."""
-        return repeated_ids(self.path, self._ids, self._lines_of_ids)
+        return _repeated_ids(self.path, self._ids, self._lines_of_ids)
 
 
 @contextlib.contextmanager
@@ -345,6 +344,27 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
     # Says that the table is complete.
     with replacing(folder / "records.json") as temporary:
         temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))
+
+
+def _repeated_ids(file: Path, ids: Sequence[str], lines: Sequence[int]) -> list[Fault]:
+    """One fault for each line of ``file`` whose id an earlier line has, in line order.
+
+    Args:
+        ids, lines: each record's id and its line.
+    """
+    column = pa.array(ids, pa.string())
+    if pc.count_distinct(column).as_py() == len(column):
+        return []
+    counts = pc.value_counts(column)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    first: dict[str, int] = {}
+    faults = []
+    for index in pc.indices_nonzero(pc.is_in(column, value_set=repeated)).to_pylist():
+        earlier = first.setdefault(ids[index], lines[index])
+        if earlier != lines[index]:
+            what = f"{quote(ids[index])} is the id of line {earlier} too"
+            faults.append(Fault(file, lines[index], "id", what, "give each line an id of its own"))
+    return faults
 
 
 def _row(record: Record) -> dict[str, Any]:

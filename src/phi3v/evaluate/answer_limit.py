@@ -16,7 +16,7 @@ MARGIN = 1.25
 
 @dataclass(frozen=True)
 class AnswerLimit:
-    """The tokens that an answer may have, and what that is measured by.
+    """The tokens that an answer may have, and where that comes from.
 
     Attributes:
         tokens: of an answer at most, its end included.

@@ -1,4 +1,4 @@
-"""Measuring a model on a data file: answers, scores, and the files that hold them."""
+"""Evaluating a model on a data file: answers, scores, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
         raise UserError(
             f"auroc compares two kinds of answers, and {side} of the {len(questions)} is {config.answer_words[0]!r}",
             where=str(questions.table.path),
-            hint="measure on data that has both, or leave auroc out of evaluation.metrics",
+            hint="evaluate on data that has both, or leave auroc out of evaluation.metrics",
         )
 
 

@@ -61,7 +61,7 @@ class Score:
         low, high: the interval.
         most_frequent: what the most frequent reference answer would score, given to every question.
         n: how many units were averaged: questions, or groups of questions for consistency.
-        details: more of what was measured, such as a confusion matrix, as plain values.
+        details: more results, such as a confusion matrix, as plain values.
     """
 
     name: str
@@ -93,24 +93,24 @@ class Metric:
     """How a score is computed.
 
     Attributes:
-        measure: all answers to a score.
+        compute: all answers to a score.
         of_answer: one prediction and its references to that question's own score.
     """
 
-    measure: Callable[[str, Answers], Score]
+    compute: Callable[[str, Answers], Score]
     of_answer: Callable[[str, Sequence[str]], float] = text_scores.accuracy
     needs_probabilities: bool = False
 
 
 def score_answers(name: str, answers: Answers) -> Score:
     """The score of the metric called ``name``, a key of `METRICS`, with what the most frequent answer would score."""
-    measure = METRICS[name].measure
+    compute = METRICS[name].compute
     constant = [most_frequent_answer(answers.references)] * len(answers.predictions)
     probabilities = answers.probabilities
     if probabilities is not None:
         probabilities = np.full_like(probabilities, 1 / probabilities.shape[1])
-    baseline = measure(name, replace(answers, predictions=constant, probabilities=probabilities))
-    return replace(measure(name, answers), most_frequent=baseline.value)
+    baseline = compute(name, replace(answers, predictions=constant, probabilities=probabilities))
+    return replace(compute(name, answers), most_frequent=baseline.value)
 
 
 def most_frequent_answer(references: Sequence[Sequence[str]]) -> str:

@@ -208,7 +208,7 @@ def _images_note(root: Path | None, thumbnails: Thumbnails, complete: bool, has_
 
 
 def class_scores(run: RunFiles) -> dict[str, Any]:
-    """``before`` and ``after``: the confusion matrix, as measured, or of few and frequent answers."""
+    """``before`` and ``after``: the confusion matrix, of the evaluation, or of few and frequent answers."""
     found: dict[str, Any] = {}
     for when in ("before", "after"):
         for score in run.evaluations.get(when, {}).get("scores", {}).values():

@@ -44,9 +44,9 @@ class Curves:
     """The lines of ``metrics.jsonl`` as columns, in the order of steps.
 
     Attributes:
-        steps, seconds: of each point; seconds of training, without the measuring between.
+        steps, seconds: of each point; seconds of training, without evaluations in between.
         values: of each name in `CURVES` that was logged; None where a line has no number.
-        evaluations: mid-run measurements: ``{"step", "seconds", "best", "scores": {name: {value, low, high, n}}}``.
+        evaluations: during training: ``{"step", "seconds", "best", "scores": {name: {value, low, high, n}}}``.
         resumed: steps after which the run was taken up again.
         averaged: logged lines that one point stands for.
     """
@@ -66,7 +66,7 @@ class RunFiles:
     Attributes:
         config: the resolved configuration, a tree of plain values.
         result: what the run said at its end (steps, seconds, rates, memory), from its log.
-        evaluations: ``before`` and ``after``: the summary of each measurement.
+        evaluations: ``before`` and ``after``: the summary of each evaluation.
         predictions: ``before`` and ``after``: one object a question.
         missing: a sentence for each thing that is not there or not readable.
     """
@@ -181,8 +181,8 @@ def _read_curves(run: RunFiles) -> Curves:
             lines.append({"step": step, "seconds": last_seconds, **values})
         if isinstance(line.get("eval"), dict):
             scores = {str(name): _plain(score) for name, score in line["eval"].items() if isinstance(score, dict)}
-            measured = {"step": step, "seconds": last_seconds, "best": line.get("best") is True, "scores": scores}
-            curves.evaluations.append(measured)
+            evaluated = {"step": step, "seconds": last_seconds, "best": line.get("best") is True, "scores": scores}
+            curves.evaluations.append(evaluated)
     curves.averaged = max(1, math.ceil(len(lines) / MAX_POINTS))
     groups = [lines[start : start + curves.averaged] for start in range(0, len(lines), curves.averaged)]
     curves.steps = [group[-1]["step"] for group in groups]

@@ -13,10 +13,10 @@ from hub_files import cauldron_row, save_to_disk, write_parquet
 from sample_files import image_bytes
 
 from phi3v.data.sources import tables
-from phi3v.data.sources.tables import HubTable, local_source, open_folder, open_hub
+from phi3v.data.sources.tables import local_source, open_folder, open_hub
 from phi3v.errors import UserError
 
-DEFAULT = HubTable("HuggingFaceM4/the_cauldron", "docvqa")
+DEFAULT = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
 def rows(start: int, count: int) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def test_the_hub_gives_what_the_source_names(
         return datasets.DatasetDict({"train": table, "validation": table})
 
     monkeypatch.setattr(tables.datasets, "load_dataset", load)
-    opened = open_hub(source, DEFAULT)
+    opened = open_hub(source, *DEFAULT)
     assert calls == [asked]
     assert questions(opened["val"]) == ["q0", "q1", "q2"]
     assert next(iter(opened["train"]))["images"][0]["bytes"] == image_bytes(0)
@@ -130,7 +130,7 @@ def test_the_hub_gives_what_the_source_names(
 def test_without_the_hub_it_says_what_to_do() -> None:
     """The tests' environment says that there is no hub."""
     with pytest.raises(UserError, match=r"the_cauldron \(docvqa\): cannot be had from the hub") as caught:
-        open_hub(None, DEFAULT)
+        open_hub(None, *DEFAULT)
     assert "--source" in str(caught.value)
 
 

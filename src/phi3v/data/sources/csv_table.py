@@ -86,7 +86,8 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     columns, notes = _choose(names, options, source)
 
     def make_record(row: Row, _: Counter[str]) -> RawRecord:
-        media = tuple(medium_of(_path(row[name]), "image", name) for name in columns.images if _filled(row[name]))
+        cells = ((name, cell.strip() if isinstance(cell := row[name], str) else cell) for name in columns.images)
+        media = tuple(medium_of(cell, "image", name) for name, cell in cells if cell is not None and cell != "")
         question = options.question or ("" if columns.question is None else _text(row[columns.question]))
         name = None if columns.id is None else id_of(row, columns.id)
         return RawRecord(name, (RawTurn(question, _text(row[columns.answer]), media),))
@@ -227,14 +228,6 @@ def _choose(names: Sequence[str], options: OwnDataOptions, source: Path) -> tupl
         raise UserError("two parts of a record are the same column", where=str(source), hint=hint)
     notes = [f"columns chosen by their names: {', '.join(guessed)}"] if guessed else []
     return _Columns(images, answer, question, split, own_id), notes
-
-
-def _filled(cell: object) -> bool:
-    return bool(cell.strip()) if isinstance(cell, str) else cell is not None
-
-
-def _path(cell: object) -> object:
-    return cell.strip() if isinstance(cell, str) else cell
 
 
 def _text(cell: Any) -> str:

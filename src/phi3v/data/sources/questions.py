@@ -20,7 +20,7 @@ from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOpt
 from phi3v.data.schema import json_kind
 from phi3v.data.sources.media import Medium
 from phi3v.data.sources.records import RawRecord, RawTurn, RecordWriter
-from phi3v.data.sources.tables import HubTable, Table, local_source, open_tables
+from phi3v.data.sources.tables import Table, local_source, open_tables
 from phi3v.errors import UserError
 
 HUB_ID = "HuggingFaceM4/the_cauldron"
@@ -73,8 +73,8 @@ def convert_original_or_tables(
         if folder is not None and files:
             write_original(conversion, folder, files)
         else:
-            hub_table = HubTable(HUB_ID, source.replace("-", "_"))
-            write_tables(conversion, open_tables(options.source, hub_table, original=original))
+            config = source.replace("-", "_")
+            write_tables(conversion, open_tables(options.source, HUB_ID, config, original=original))
         return conversion.result()
 
 

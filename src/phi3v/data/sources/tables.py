@@ -31,19 +31,6 @@ _Cells = Mapping[str, Callable[[Any], Any]]  # by column, from what is stored to
 
 
 @dataclass(frozen=True, slots=True)
-class HubTable:
-    """Where the hub has a dataset.
-
-    Attributes:
-        id: of the repository.
-        config: name of the part, if it has several.
-    """
-
-    id: str
-    config: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Table:
     """The rows of one split, read one by one.
 
@@ -63,10 +50,8 @@ class Table:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self.rows()
-        except (OSError, ValueError, OverflowError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"cannot be read: {_first_line(error)}", where=self.name, hint="copy or download it again"
-            ) from None
+        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise _cannot_read(self.name, error) from None
 
     def numbered(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(place, row) of every row, counted from 1."""
@@ -99,12 +84,12 @@ def local_source(source: str | None) -> Path | None:
     raise UserError("no such file or folder", where=source, hint="--source takes a path here or a hub id (owner/name)")
 
 
-def open_tables(source: str | None, default: HubTable, *, original: str) -> dict[str, Table]:
+def open_tables(source: str | None, default: str, config: str, *, original: str) -> dict[str, Table]:
     """The splits that ``source`` names, in a folder here or on the hub, which is asked only if it is none here.
 
     Args:
         source: a path, a hub id, or None for ``default``.
-        default: the dataset on the hub.
+        default, config: id of the dataset on the hub, and the name of the part of it that is meant.
         original: what the original distribution looks like, for the refusal of a folder of something else.
 
     Raises:
@@ -112,27 +97,27 @@ def open_tables(source: str | None, default: HubTable, *, original: str) -> dict
     """
     folder = local_source(source)
     if folder is None:
-        return open_hub(source, default)
+        return open_hub(source, default, config)
     tables = open_folder(folder)
     if not tables:
         raise unknown_layout(folder, [original, "parquet or arrow files"])
     return tables
 
 
-def open_hub(source: str | None, default: HubTable) -> dict[str, Table]:
+def open_hub(source: str | None, default: str, config: str) -> dict[str, Table]:
     """The splits of a dataset on the hub, downloaded into the cache of ``datasets``.
 
     Args:
         source: a hub id, ``owner/name``; None for ``default``.
-        default: also says which part of a dataset of the same id is meant.
+        default, config: as of `open_tables`; another dataset is taken as a whole.
 
     Raises:
         UserError: it cannot be reached.
     """
-    wanted = default if source in (None, default.id) else HubTable(str(source))
-    label = f"{wanted.id} ({wanted.config})" if wanted.config else wanted.id
+    hub_id, part = (default, config) if source in (None, default) else (source, None)
+    label = f"{hub_id} ({part})" if part else str(hub_id)
     try:
-        splits = datasets.load_dataset(wanted.id, wanted.config)
+        splits = datasets.load_dataset(hub_id, part)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise cannot_reach_hub(label, error) from None
     return {
@@ -186,7 +171,7 @@ def _split_of(file: Path, folder: Path) -> str:
 def _table(name: str, files: list[Path], cells: _Cells) -> Table:
     num_rows, columns = 0, ()
     for file in files:
-        with _readable(file) as opened:
+        with _open(file) as opened:
             columns = tuple(_schema(opened).names)
             if isinstance(opened, pq.ParquetFile):
                 num_rows += opened.metadata.num_rows
@@ -214,7 +199,7 @@ def _cells(files: Sequence[Path]) -> _Cells:
     cells: dict[str, Callable[[Any], Any]] = {}
     is_whole: dict[str, bool] = {}
     for file in files:
-        with _readable(file) as opened:
+        with _open(file) as opened:
             schema = _schema(opened)
             types = {field.name: field.type for field in schema}
             loose = [name for name, kind in types.items() if pa.types.is_floating(kind) or pa.types.is_timestamp(kind)]
@@ -276,27 +261,20 @@ def _class_name(file: Path, column: str, names: Sequence[str], cell: object) -> 
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[_Opened]:
-    if file.suffix == ".parquet":
-        # Read through a buffer. Left to itself the reader loads a whole row group, which some files consist of.
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as parquet:
-            yield parquet
-        return
-    with pa.memory_map(str(file)) as source:
-        try:
-            reader = pa.ipc.open_stream(source)  # what `datasets` writes
-        except pa.ArrowInvalid:
-            reader = pa.ipc.open_file(source)
-        yield reader
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[_Opened]:
     try:
-        with _open(file) as opened:
-            yield opened
-    except (OSError, ValueError, pa.ArrowException) as error:
-        hint = "copy or download it again"
-        raise UserError(f"cannot be read: {_first_line(error)}", where=str(file), hint=hint) from None
+        if file.suffix == ".parquet":
+            # Read through a buffer. Left to itself the reader loads a whole row group, which some files consist of.
+            with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as parquet:
+                yield parquet
+            return
+        with pa.memory_map(str(file)) as source:
+            try:
+                reader = pa.ipc.open_stream(source)  # what `datasets` writes
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(source)
+            yield reader
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise _cannot_read(str(file), error) from None
 
 
 def _schema(opened: _Opened) -> pa.Schema:
@@ -313,6 +291,10 @@ def _batches(opened: _Opened, columns: Sequence[str] | None = None) -> Iterator[
     for batch in map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened:
         batch.validate(full=True)  # what is damaged is mapped as it is, and reading it would end the process
         yield batch
+
+
+def _cannot_read(where: str, error: Exception) -> UserError:
+    return UserError(f"cannot be read: {_first_line(error)}", where=where, hint="copy or download it again")
 
 
 def _first_line(error: Exception) -> str:

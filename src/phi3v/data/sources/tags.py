@@ -142,12 +142,15 @@ class Objects:
         self._value = value
         self._num_images = num_images
         self._size_of = size_of
-        self._refs = 0
-        self.boxes = 0
+        self._taken = {"ref": 0, "bbox": 0}
+
+    @property
+    def boxes(self) -> int:
+        return self._taken["bbox"]
 
     @property
     def used(self) -> bool:
-        return bool(self._refs or self.boxes)
+        return any(self._taken.values())
 
     def fill(self, text: str, where: str) -> str:
         """``text`` with its placeholders filled in, each with the next object's.
@@ -155,13 +158,11 @@ class Objects:
         Raises:
             UserError: there is none, or what to write is not certain.
         """
-        if not _PLACEHOLDER.search(text):
-            return text
         return _PLACEHOLDER.sub(lambda match: self._next(match[1].lower(), where), text)
 
     def require_all_used(self) -> None:
         """Raise `UserError` if placeholders took some of the objects and not all."""
-        for key, used in (("ref", self._refs), ("bbox", self.boxes)):
+        for key, used in self._taken.items():
             if used and used < (given := len(self._list(key))):
                 hint = "each <ref-object> and each <bbox> takes the next one"
                 raise UserError(f"{given} are given and {used} stand in the text", where=f"objects.{key}", hint=hint)
@@ -172,15 +173,14 @@ class Objects:
             what = "the record has no objects" if self._value is None else f"objects has no list {key}"
             hint = f'{_BY_HAND}, or give "objects": {{"ref": ["…"], "bbox": [[x1, y1, x2, y2]]}}'
             raise UserError(f"holds <{name}>, and {what}", where=where, hint=hint)
-        items, index = self._list(key), self._refs if key == "ref" else self.boxes
+        items, index = self._list(key), self._taken[key]
         if index >= len(items):
             hint = "each <ref-object> and each <bbox> takes the next one"
             raise UserError(f"holds more <{name}> than objects.{key} has items: {len(items)}", where=where, hint=hint)
         at = f"objects.{key}[{index}]"
+        self._taken[key] += 1
         if key == "bbox":
-            self.boxes += 1
             return self._box(items[index], index, at)
-        self._refs += 1
         if not isinstance(ref := items[index], str):
             raise UserError(f"must be a string, not {json_kind(ref)}", where=at, hint="name the object")
         if not ref.strip() or _PLACEHOLDER.search(ref):
