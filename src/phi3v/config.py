@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import math
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from phi3v.errors import UserError
-from phi3v.grammar import Parser, nearest, words_of
+from phi3v.grammar import Parser, suggestion, words_of
 from phi3v.paths import absolute, is_hub_id, now_at
 
 if TYPE_CHECKING:
@@ -110,22 +109,25 @@ EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Tracker = Literal["wandb", "mlflow", "trackio"]
 
 
-def _require(group: Any, name: str, **bounds: tuple[float, float | None]) -> None:
-    """Refuse values outside their bounds (inclusive); keys that are not set pass."""
-    for key, (low, high) in bounds.items():
+def _require(
+    group: Any, name: str, *, above_0: str = "", at_least_0: str = "", at_least_1: str = "", **share: float
+) -> None:
+    """Refuse values of keys (several in one text) that are out of bounds; keys that are not set pass.
+
+    Args:
+        share: keys from 0 to this value.
+    """
+    bounds = [(key, 0.0, None) for key in at_least_0.split()] + [(key, 1.0, None) for key in at_least_1.split()]
+    for key, low, high in [*bounds, *((key, 0.0, most) for key, most in share.items())]:
         value = getattr(group, key)
-        if value is None:
-            continue
-        if value < low:
-            raise UserError(f"must be at least {low}, got {value}", where=f"{name}.{key}")
-        if high is not None and value > high:
-            raise UserError(f"must be at most {high}, got {value}", where=f"{name}.{key}")
-
-
-def _require_positive(group: Any, name: str, *keys: str) -> None:
-    for key in keys:
-        if getattr(group, key) <= 0:
-            raise UserError(f"must be above 0, got {getattr(group, key)}", where=f"{name}.{key}")
+        if value is not None and value < low:
+            raise UserError(f"must be at least {low:g}, got {value}", where=f"{name}.{key}")
+        if value is not None and high is not None and value > high:
+            raise UserError(f"must be at most {high:g}, got {value}", where=f"{name}.{key}")
+    for key in above_0.split():
+        value = getattr(group, key)
+        if value is not None and value <= 0:
+            raise UserError(f"must be above 0, got {value}", where=f"{name}.{key}")
 
 
 @dataclass
@@ -141,7 +143,7 @@ class ModelConfig:
     on a GPU. varlen: torch's variable-length flash attention, on a GPU, for packed rows only."""
 
     def __post_init__(self) -> None:
-        _require(self, "model", num_crops=(1, None))
+        _require(self, "model", at_least_1="num_crops")
 
 
 @dataclass
@@ -173,8 +175,7 @@ class DataConfig:
     """An image that cannot be read during training: stop, or leave out its record, count it and list it."""
 
     def __post_init__(self) -> None:
-        counts = ("max_image_pixels", "pack_tokens", "shared_image_max")
-        _require(self, "data", **dict.fromkeys(counts, (1, None)), num_workers=(0, None))
+        _require(self, "data", at_least_1="max_image_pixels pack_tokens shared_image_max", at_least_0="num_workers")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -215,10 +216,7 @@ class LoraConfig:
     """LoRA+: the learning rate of the B matrices divided by that of the A matrices, e.g. 16 (arXiv 2402.12354)."""
 
     def __post_init__(self) -> None:
-        _require(self, "method.lora", rank=(1, None), dropout=(0, 0.99))
-        _require_positive(self, "method.lora", "alpha_ratio")
-        if self.lora_plus_ratio is not None:
-            _require_positive(self, "method.lora", "lora_plus_ratio")
+        _require(self, "method.lora", at_least_1="rank", above_0="alpha_ratio lora_plus_ratio", dropout=0.99)
         if self.dora and self.init == "pissa":
             raise UserError(
                 "a PiSSA adapter is saved as the difference from its start, which DoRA does not allow",
@@ -265,9 +263,7 @@ class LearningRates:
     """Of the decoder, its embeddings and the LM head; default: training.learning_rate."""
 
     def __post_init__(self) -> None:
-        for key in ("vision", "projector", "decoder"):
-            if getattr(self, key) is not None:
-                _require_positive(self, "training.learning_rates", key)
+        _require(self, "training.learning_rates", above_0="vision projector decoder")
 
 
 @dataclass
@@ -341,20 +337,15 @@ class TrainingConfig:
     """Show progress bars in a terminal; without them, as in a log file, one line per logging step."""
 
     def __post_init__(self) -> None:
-        at_least_one = dict.fromkeys(
-            (
-                "batch_size",
-                "batch_tokens",
-                "micro_batch_size",
-                "logging_steps",
-                "max_steps",
-                "max_nonfinite_steps",
-            ),
-            (1, None),
+        _require(
+            self,
+            "training",
+            at_least_1="batch_size batch_tokens micro_batch_size logging_steps max_steps max_nonfinite_steps",
+            at_least_0="seed weight_decay warmup_steps max_grad_norm",
+            above_0="epochs learning_rate adam_epsilon",
+            adam_beta1=1,
+            adam_beta2=1,
         )
-        at_least_zero = dict.fromkeys(("seed", "weight_decay", "warmup_steps", "max_grad_norm"), (0, None))
-        _require(self, "training", **at_least_one, **at_least_zero, adam_beta1=(0, 1), adam_beta2=(0, 1))
-        _require_positive(self, "training", "epochs", "learning_rate", "adam_epsilon")
 
 
 @dataclass
@@ -371,7 +362,7 @@ class DistributedConfig:
     """How long a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "distributed", "timeout_minutes")
+        _require(self, "distributed", above_0="timeout_minutes")
 
 
 @dataclass
@@ -388,9 +379,7 @@ class CheckpointConfig:
     """Copy to host memory and write while training continues, if the engine and memory allow it."""
 
     def __post_init__(self) -> None:
-        _require(self, "checkpoint", save_steps=(1, None), keep_last=(1, None))
-        if self.save_minutes is not None:
-            _require_positive(self, "checkpoint", "save_minutes")
+        _require(self, "checkpoint", at_least_1="save_steps keep_last", above_0="save_minutes")
 
 
 @dataclass
@@ -424,9 +413,9 @@ class EvaluationConfig:
     """Stop after this many evaluations in a row without a better score; default: never."""
 
     def __post_init__(self) -> None:
-        counts = ("max_questions", "batch_size", "batch_tokens", "max_new_tokens")
-        during = ("eval_steps", "eval_steps_questions", "early_stopping_patience")
-        _require(self, "evaluation", **dict.fromkeys((*counts, *during), (1, None)))
+        counts = "max_questions batch_size batch_tokens max_new_tokens"
+        during = "eval_steps eval_steps_questions early_stopping_patience"
+        _require(self, "evaluation", at_least_1=f"{counts} {during}")
         self._check_metrics()
         for key in ("eval_steps_questions", "keep_best", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
@@ -439,8 +428,7 @@ class EvaluationConfig:
             raise UserError("no metric is named", where=where, hint=f"choose from {', '.join(METRIC_NAMES)}")
         for name in self.metrics:
             if name not in METRIC_NAMES:
-                near = difflib.get_close_matches(name, METRIC_NAMES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(METRIC_NAMES)}"
+                hint = suggestion(name, METRIC_NAMES, f"choose from {', '.join(METRIC_NAMES)}")
                 raise UserError(f"there is no metric {name!r}", where=where, hint=hint)
             if self.metrics.count(name) > 1:
                 raise UserError(f"{name} is named twice", where=where, hint="name it once")
@@ -706,9 +694,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            near = nearest(str(value), choices)
             wrong = f"must be one of {', '.join(choices)}, got {value!r}"
-            raise UserError(wrong, where=where, hint=f"did you mean {near}?" if near else None)
+            raise UserError(wrong, where=where, hint=suggestion(str(value), choices))
         return value
     if kind is str:
         if not isinstance(value, str):
@@ -760,8 +747,7 @@ def _leaves(
     for key, below in node.value:
         name, line = f"{prefix}{loader.construct_object(key, deep=True)}", key.start_mark.line + 1
         if name not in kinds:
-            near = nearest(name, kinds)
-            hint = f"did you mean {near}?" if near else "see `phi3v train --help` for every key"
+            hint = suggestion(name, kinds, "see `phi3v train --help` for every key")
             raise UserError(f"unknown key {name}", where=f"{path}:{line}", hint=hint)
         is_branch = dataclasses.is_dataclass(kinds[name])
         if is_branch and isinstance(below, yaml.MappingNode):

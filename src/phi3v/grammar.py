@@ -27,8 +27,8 @@ Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 RECIPE_ENDINGS = (".yaml", ".yml")
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Which of the known names is meant by an unknown one: of the same last part, or spelt alike."""
+def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
+    """The hint for an unknown name: the known one of the same last part, or spelt alike; ``otherwise`` if none is."""
 
     def plain(text: str) -> str:
         return text.lstrip("-").replace("-", "_").lower()
@@ -43,7 +43,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     for part in (plain, leaf):
         spelt = {part(each): each for each in reversed(known)}
         near += [spelt[each] for each in difflib.get_close_matches(part(name), spelt, n=1)]
-    return near[0] if near else None
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def words_of(values: Iterable[str]) -> list[str]:
@@ -152,10 +152,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            near = nearest(str(value), names)
             is_verb = isinstance(action, argparse._SubParsersAction)
             where = self.prog if is_verb else "/".join(action.option_strings) or action.metavar or action.dest
-            hint = f"did you mean {near}?" if near else f"choose from {', '.join(names)}"
+            hint = suggestion(str(value), names, f"choose from {', '.join(names)}")
             raise UserError(f"there is no {value!r}", where=str(where), hint=hint)
 
     def _arrange(self, words: list[str]) -> list[str]:
@@ -202,7 +201,8 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             action = self._option_string_actions.get(name)
             if action is None:
-                self._refuse(name)
+                hint = suggestion(name, self._option_string_actions, f"see `{self.prog} --help`")
+                raise UserError(f"unknown option {name}", hint=hint)
             given = _Given(name, action, [value] if equals else [], loose=not equals)
             if action.nargs == 0 and equals:
                 raise UserError("takes no value", where=name, hint=f"write {name} alone, or leave it out")
@@ -230,7 +230,3 @@ class Parser(argparse.ArgumentParser):
             if before.values != given.values:
                 both = " and ".join(" ".join(each.values) or "nothing" for each in (before, given))
                 raise UserError(f"is given twice: {both}", where=given.name, hint="name it once")
-
-    def _refuse(self, name: str) -> NoReturn:
-        near = nearest(name, self._option_string_actions)
-        raise UserError(f"unknown option {name}", hint=f"did you mean {near}?" if near else f"see `{self.prog} --help`")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -13,6 +11,7 @@ from typing import Any
 
 from phi3v.config import read_yaml
 from phi3v.errors import UserError
+from phi3v.grammar import suggestion
 from phi3v.machine import CPU, Accelerator, abilities, accelerator_of, available_cores
 
 GIB = 2**30
@@ -188,7 +187,9 @@ def find_gpu(name: str) -> Gpu:
         return cpu_machine().gpu
     if key in known_gpus():
         return known_gpus()[key]
-    raise UserError(f"there is no GPU {name!r} in the table", where="--gpu", hint=_near(key, [*known_gpus(), "cpu"]))
+    known = [*known_gpus(), "cpu"]
+    hint = suggestion(key, known, f"known are {', '.join(known)}")
+    raise UserError(f"there is no GPU {name!r} in the table", where="--gpu", hint=hint)
 
 
 def find_machine(gpu: str | None, gpus: int | None, sku: str | None = None, nodes: int = 1) -> Machine:
@@ -208,7 +209,8 @@ def find_machine(gpu: str | None, gpus: int | None, sku: str | None = None, node
             raise UserError("an Azure size names its GPUs itself", where="--sku", hint="leave out --gpu and --gpus")
         found = {name.lower(): entry for name, entry in azure_skus().items()}.get(sku.lower())
         if found is None:
-            raise UserError(f"there is no size {sku!r} in the table", where="--sku", hint=_near(sku, azure_skus()))
+            hint = suggestion(sku, azure_skus(), f"known are {', '.join(azure_skus())}")
+            raise UserError(f"there is no size {sku!r} in the table", where="--sku", hint=hint)
         return Machine(known_gpus()[found.gpu], found.gpus * nodes, nodes, found)
     if gpu is None:
         machine = this_machine()
@@ -220,9 +222,3 @@ def find_machine(gpu: str | None, gpus: int | None, sku: str | None = None, node
     if count < 1:
         raise UserError("at least one GPU is needed", where="--gpus")
     return Machine(find_gpu(counted.group(2) if counted else gpu), count)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
