@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -264,7 +264,7 @@ def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max
             faults.extend(line.faults[: max_errors - len(faults)])
             if line.record is not None and not total:
                 add(line.record)
-        repeated = lines._repeated_ids()
+        repeated = lines.repeated_ids()
         if total + len(repeated):
             first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
             raise DataFaultsError(path, first, total=total + len(repeated))
@@ -304,9 +304,21 @@ class DataLines:
         if empty:
             raise UserError("holds no record", where=str(path), hint="a data file has one JSON object a line")
 
-    def _repeated_ids(self) -> list[Fault]:
-        """The faults of lines, of those read so far, whose id an earlier line has."""
-        return _repeated_ids(self.path, self._ids, self._lines_of_ids)
+    def repeated_ids(self) -> list[Fault]:
+        """One fault for each line read so far whose id an earlier line has, in line order."""
+        ids, lines = pa.array(self._ids, pa.string()), self._lines_of_ids
+        if pc.count_distinct(ids).as_py() == len(ids):
+            return []
+        counts = pc.value_counts(ids)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        first: dict[str, int] = {}
+        faults = []
+        for index in pc.indices_nonzero(pc.is_in(ids, value_set=repeated)).to_pylist():
+            earlier = first.setdefault(self._ids[index], lines[index])
+            if earlier != lines[index]:
+                what = f"{quote(self._ids[index])} is the id of line {earlier} too"
+                faults.append(Fault(self.path, lines[index], "id", what, "give each line an id of its own"))
+        return faults
 
 
 @contextlib.contextmanager
@@ -344,27 +356,6 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
     # Says that the table is complete.
     with replacing(folder / "records.json") as temporary:
         temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))
-
-
-def _repeated_ids(file: Path, ids: Sequence[str], lines: Sequence[int]) -> list[Fault]:
-    """One fault for each line of ``file`` whose id an earlier line has, in line order.
-
-    Args:
-        ids, lines: each record's id and its line.
-    """
-    column = pa.array(ids, pa.string())
-    if pc.count_distinct(column).as_py() == len(column):
-        return []
-    counts = pc.value_counts(column)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    first: dict[str, int] = {}
-    faults = []
-    for index in pc.indices_nonzero(pc.is_in(column, value_set=repeated)).to_pylist():
-        earlier = first.setdefault(ids[index], lines[index])
-        if earlier != lines[index]:
-            what = f"{quote(ids[index])} is the id of line {earlier} too"
-            faults.append(Fault(file, lines[index], "id", what, "give each line an id of its own"))
-    return faults
 
 
 def _row(record: Record) -> dict[str, Any]:
