@@ -104,7 +104,6 @@ def make_batch(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Mi
         image_tokens=int((batch["input_ids"] < 0).sum()),
         crops=sum(num_distinct_crops(page.size[0] // CROP_SIZE, page.size[1] // CROP_SIZE) for page in pages),
         answer_tokens=int((batch["labels"] != -100).sum()),
-        is_padded=bool((batch["attention_mask"] == 0).any()),
     )
 
 
@@ -133,14 +132,14 @@ def make_row(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Micr
 
 def measure(model: Any, batch: dict[str, Any], *, accumulates: bool) -> int:
     """Peak bytes of the second optimizer step, weights and moments included."""
-    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    layout = {"layout": batch["layout"]} if "layout" in batch else {}
+    inputs = {name: value for name, value in batch.items() if name != "counts"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
         for _ in range(2 if accumulates else 1):
-            copied = {name: value.clone() for name, value in inputs.items()}  # as a loader makes it
-            model(**copied, **layout, logits_to_keep=None, use_cache=False).loss.backward()
+            # As a loader makes it.
+            copied = {n: value.clone() if isinstance(value, torch.Tensor) else value for n, value in inputs.items()}
+            model(**copied, logits_to_keep=None, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -20,6 +20,8 @@ from phi3v.data.collate import Sample, pack_row, shared_tokens
 from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
+from phi3v.processing.conversation import ImageAlignmentError
+from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -246,6 +248,21 @@ def test_what_is_shared_ends_before_the_answers() -> None:
     assert shared_tokens([one, sample([1, 5, 6], 1), sample([1, 5, 6, 7, 8, 9, 9], 1)]) == 1
 
 
+def test_placeholders_that_do_not_fit_their_images(
+    table: Any, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found where a row is made, with both counts, line and record: the model takes the row as it is."""
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
+    dataset = RowDataset(table, processor, packed=True)
+    monkeypatch.setattr(Phi3VImageProcessor, "num_tokens_of_page", lambda *_: 312)
+    record = table[1]
+    where = rf"jsonl:{record.line} \(record {record.id}\): image 1 has 312 placeholder tokens but 313 features"
+    with pytest.raises(ImageAlignmentError, match=where):
+        dataset.samples((1,))
+    with pytest.raises(ImageAlignmentError, match=r"records .* share images and differ before the last of them"):
+        pack_row([[sample([1, -1, 5, 6], 1), sample([2, -1, 5, 6], 1)]])
+
+
 def test_a_row() -> None:
     row = pack_row([[sample([1, 5, 6, 7, 8], 2), sample([1, 5, 4, 9], 1)], [sample([1, 3], 1)]])
     assert row["layout"] == ((2, 3, 2), (0, 2))
@@ -345,8 +362,8 @@ def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_d
 def test_a_group_has_its_images_once(table: Any, tiny_model_dir: Path) -> None:
     dataset = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), packed=True)
     row = pack_row([dataset.samples((0, 2)), dataset.samples((1,))])
-    assert row["page_index"].tolist() == [0, 0, 1]  # another group shows a page again: it is shipped once
-    assert row["image_sizes"].tolist() == [[336, 336]] * 2
+    assert row["page_index"] == (0, 0, 1)  # another group shows a page again: it is shipped once
+    assert row["image_sizes"] == ((336, 336),) * 2
     assert row["pages"].shape == (2 * 336 * 336, 3)
     assert row["pages"].dtype == torch.uint8
     assert int((row["input_ids"] < 0).sum()) == 3 * 313

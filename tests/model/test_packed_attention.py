@@ -29,6 +29,7 @@ from phi3v.model.attention import (
     uses_long_factors,
     visible,
 )
+from phi3v.model.loss import find_targets
 
 TOLERANCE = 2e-6
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_some_queries_alone_have_what_they_have_among_all(layout: Layout) -> Non
     asked = torch.arange(tokens)[2::3].tolist()
     outputs = torch.tensor(sorted({*asked, tokens - 1}))
     assert torch.equal(visible(layout, outputs), visible(layout)[outputs])
-    backend, whole = OutputBackend(layout, outputs), MaskBackend(layout, CPU)
+    backend, whole = OutputBackend(layout, outputs.tolist(), CPU), MaskBackend(layout, CPU)
 
     def those_of_all(*arguments: Any) -> torch.Tensor:
         return torch.zeros(1, tokens, 3, 8).index_copy(1, outputs, whole(*arguments)[:, outputs])
@@ -134,7 +135,13 @@ def test_the_last_layer_computes_what_is_learnt_from(load_golden: Any, sample: A
     for backend in ("packed_mask", "packed_segments"):
         model = load_golden(attn_implementation=backend)
         model.model.layers[-1].mlp.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[1]))
-        loss = model(input_ids=text.input_ids, labels=labels, layout=layout, logits_to_keep=None).loss
+        loss = model(
+            input_ids=text.input_ids,
+            labels=labels,
+            layout=layout,
+            logits_to_keep=None,
+            target_positions=find_targets(labels).tolist(),
+        ).loss
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     assert seen == [text.length, int((labels[:, 1:] != -100).sum())]

@@ -50,10 +50,9 @@ class StepWork:
     @classmethod
     def of(cls, batch: dict[str, Any]) -> StepWork:
         """Of one batch, or one packed row, as the collator made it."""
-        lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else []
-        squares = sum(length**2 for length in lengths) if lengths else pairs_of(batch["layout"])
-        sizes = batch["image_sizes"].tolist() if "image_sizes" in batch else []  # a batch of texts has none
-        grids = [(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes]
+        squares = pairs_of(batch["layout"]) if "layout" in batch else sum(n**2 for n in batch["lengths"])
+        sizes = batch.get("image_sizes", ())  # a batch of texts has none
+        grids = [(int(height) // CROP_SIZE, int(width) // CROP_SIZE) for height, width in sizes]
         samples, questions, tokens = (batch["counts"][index] for index in (1, 2, 3))
         return cls(
             samples=samples,

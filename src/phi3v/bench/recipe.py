@@ -53,7 +53,7 @@ class RecipeLoop(CountingLoop):
     """The recipe's loss: logits of every position."""
 
     def compute_loss(self, inputs: Row, normalizer: float, *, last: bool) -> torch.Tensor:
-        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        names = ("input_ids", "pixel_values", "image_sizes")
         own = {name: inputs[name] for name in names if name in inputs}
         logits = self.engine.forward(own | {"use_cache": False}, last=last).logits
         targets = inputs["labels"][:, 1:]

@@ -30,6 +30,7 @@ from phi3v.data.collate import (
     LossWeighting,
     OnBadSample,
     Sample,
+    check_placeholders,
     encode_record,
     make_sample,
     pack_row,
@@ -344,6 +345,7 @@ class RowDataset(Dataset[dict[str, Any]]):
 
         Raises:
             UserError: an image cannot be read.
+            ImageAlignmentError: placeholders and images do not fit together.
         """
         first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
         counts = [self.processor.image_processor.num_tokens_of_page(page.size) for page in first.pages]
@@ -351,6 +353,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         for index in group[1:]:
             record = self.table[index]
             stream = encode_record(record, self.processor, counts)
+            check_placeholders(stream.input_ids, first.pages, record, self.table.path)
             samples.append(Sample(stream.input_ids, stream.labels, first.pages, record.num_questions, index))
         return samples
 

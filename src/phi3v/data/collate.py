@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,16 @@ from torch.utils.data import Dataset
 from phi3v.data.pages import Page, PageReader
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
-from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
+from phi3v.model.loss import find_targets
+from phi3v.processing.conversation import (
+    IGNORE_INDEX,
+    ChatTurn,
+    ImageAlignmentError,
+    TokenStream,
+    check_image_runs,
+    encode_conversation,
+    image_runs,
+)
 from phi3v.processing.pages import flatten_pages
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
@@ -67,12 +77,26 @@ def make_sample(
     Args:
         question: make the prompt of this turn, after the turns before it with their answers; by default the whole
             record is made, with every answer.
+
+    Raises:
+        ImageAlignmentError: placeholders and images do not fit together.
     """
     record = upto_question(record, question)
     pages = reader.pages(record)
     counts = [processor.image_processor.num_tokens_of_page(page.size) for page in pages]
     stream = encode_record(record, processor, counts, question=question)
+    check_placeholders(stream.input_ids, pages, record, reader.table.path)
     return Sample(stream.input_ids, stream.labels, pages, record.num_questions)
+
+
+def check_placeholders(input_ids: Sequence[int], pages: Sequence[Page], record: Record, path: Path) -> None:
+    """Check that every image of a record has its placeholder tokens; the model would have to wait for its device.
+
+    Raises:
+        ImageAlignmentError: it has not; names the line and the record.
+    """
+    where = f"{path}:{record.line} (record {record.id})"
+    check_image_runs(image_runs(input_ids), [page.size for page in pages], where)
 
 
 def upto_question(record: Record, question: int | None) -> Record:
@@ -166,38 +190,41 @@ def _question(record: Record, turn_index: int) -> Question:
 
 @dataclass
 class Collator:
-    """Pads samples to a batch.
+    """Pads samples on the right to a batch.
 
     Args:
         pad_token_id: fills ``input_ids``.
-        padding_side: right to train, left to generate.
         loss_weighting: ``sample`` weighs each label by one over its sample's number of labels, so that every sample
             weighs 1; ``token`` weighs every label 1.
     """
 
     pad_token_id: int
-    padding_side: Literal["left", "right"] = "right"
     loss_weighting: LossWeighting = "sample"
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), ``counts``
-            (see `Counts`), and with images what `stack_images` gives.
+            ``input_ids``, ``labels`` int64 (B, T), ``loss_weights`` float32 (B, T), ``lengths`` of the rows, ``counts``
+            (see `Counts`), what `positions_of` gives, and with images what `stack_images` does.
         """
         rows = [sample.input_ids for sample in samples]
-        batch: dict[str, Any] = dict(pad_rows(rows, self.pad_token_id, self.padding_side))
-        length = batch["input_ids"].shape[1]
-        labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
-        weights = torch.zeros(len(samples), length)
+        input_ids = pad_rows(rows, self.pad_token_id, "right")["input_ids"]
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        weights = torch.zeros(input_ids.shape)
         for row, sample in enumerate(samples):
-            own = len(sample.labels)
-            where = slice(length - own, length) if self.padding_side == "left" else slice(0, own)
-            labels[row, where] = torch.tensor(sample.labels, dtype=torch.int64)
-            weights[row, where] = torch.tensor(label_weights(sample.labels, self.loss_weighting))
-        tokens = sum(map(len, rows))
-        batch |= {"labels": labels, "loss_weights": weights, "counts": count_samples(samples, weights, tokens)}
-        return batch | stack_images(samples)
+            own = slice(0, len(sample.labels))
+            labels[row, own] = torch.tensor(sample.labels, dtype=torch.int64)
+            weights[row, own] = torch.tensor(label_weights(sample.labels, self.loss_weighting))
+        lengths = tuple(map(len, rows))
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "loss_weights": weights,
+            "lengths": lengths,
+            "counts": count_samples(samples, weights, sum(lengths)),
+            **positions_of(input_ids, labels),
+            **stack_images(samples),
+        }
 
 
 def shared_tokens(samples: Sequence[Sample]) -> int:
@@ -224,8 +251,11 @@ def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting =
 
     Returns:
         ``input_ids``, ``labels`` int64 and ``loss_weights`` float32 (1, T); ``layout``, the prefix and the branches of
-        each group in tokens (see ``model/attention.py``); with images what `stack_images` gives, a page of several
-        groups once; and ``counts`` as of `Collator`.
+        each group in tokens (see ``model/attention.py``); ``counts`` as of `Collator`; what `positions_of` gives, and
+        with images what `stack_images` does, a page of several groups once.
+
+    Raises:
+        ImageAlignmentError: samples of a group differ before the last of their images.
     """
     layout: list[tuple[int, ...]] = []
     ids: list[int] = []
@@ -237,16 +267,20 @@ def pack_row(groups: Sequence[Sequence[Sample]], loss_weighting: LossWeighting =
         ids += samples[0].input_ids[:prefix]
         labels += [IGNORE_INDEX] * prefix
         weights += [0.0] * prefix
+        if len(samples) > 1 and any(token < 0 for sample in samples for token in sample.input_ids[prefix:]):
+            indices = [sample.index for sample in samples]
+            raise ImageAlignmentError(f"records {indices} share images and differ before the last of them")
         for sample in samples:
             ids += sample.input_ids[prefix:]
             labels += sample.labels[prefix:]
             weights += label_weights(sample.labels[prefix:], loss_weighting)
-    loss_weights = torch.tensor([weights])
+    input_ids, all_labels, loss_weights = torch.tensor([ids]), torch.tensor([labels]), torch.tensor([weights])
     return {
-        "input_ids": torch.tensor([ids]),
-        "labels": torch.tensor([labels]),
+        "input_ids": input_ids,
+        "labels": all_labels,
         "loss_weights": loss_weights,
         "layout": tuple(layout),
+        **positions_of(input_ids, all_labels),
         "counts": count_samples([sample for samples in groups for sample in samples], loss_weights, len(ids)),
         **stack_images([samples[0] for samples in groups]),
     }
@@ -265,13 +299,20 @@ def count_samples(samples: Sequence[Sample], weights: torch.Tensor, tokens: int)
     return Counts(float(weights.sum()), len(samples), questions, tokens, tuple(sample.index for sample in samples))
 
 
-def stack_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+def positions_of(input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Places in (B, T) laid out flat: ``image_positions`` of placeholders, an int64 (n,); ``target_positions``."""
+    return {
+        "image_positions": (input_ids < 0).flatten().nonzero()[:, 0],
+        "target_positions": tuple(find_targets(labels).tolist()),
+    }
+
+
+def stack_images(samples: Sequence[Sample]) -> dict[str, Any]:
     """The pages of all images, each page once; nothing where there is none.
 
     Returns:
         ``pages`` uint8 (P, 3), all pixels page after page, or ``image_features`` where these were kept;
-        ``image_sizes`` int64 (pages, 2), height and width of each; ``page_index`` int64 (N,), the page of each image in
-        order.
+        ``image_sizes``, (height, width) of each page; ``page_index``, the page of each image in order.
     """
     images = [page for sample in samples for page in sample.pages]
     if not images:
@@ -282,6 +323,6 @@ def stack_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     is_pixels = contents[0].dtype == torch.uint8
     return {
         **({"pages": flatten_pages(contents)} if is_pixels else {"image_features": torch.cat(contents)}),
-        "image_sizes": torch.tensor([page.size for page in distinct.values()]),
-        "page_index": torch.tensor([place[page.name] for page in images]),
+        "image_sizes": tuple(page.size for page in distinct.values()),
+        "page_index": tuple(place[page.name] for page in images),
     }

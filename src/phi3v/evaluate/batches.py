@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from phi3v.data.batches import assign_to_ranks
@@ -100,7 +100,7 @@ class PromptBatch:
     prefixes: list[list[int]]
     page_of_row: list[int]
     suffixes: list[list[int]]
-    images: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
 
     def lengths(self) -> list[int]:
         """Tokens of each row's prompt."""

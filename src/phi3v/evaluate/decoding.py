@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from phi3v.evaluate.batches import PromptBatch
 from phi3v.model.modeling import CACHE_NAMES
@@ -33,7 +34,7 @@ class DecodingState:
         self.mask: torch.Tensor | None = None  # [R, T]
         self.logits = torch.empty(0)  # [R, 1, V]
 
-    def feed(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor] | None = None) -> None:
+    def feed(self, inputs: dict[str, torch.Tensor], images: dict[str, Any] | None = None) -> None:
         """Read more tokens of every sample."""
         tokens = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(tokens))
@@ -62,7 +63,7 @@ class DecodingState:
             cache.batch_select_indices(chosen)
         self.lengths = [self.lengths[line] for line in lines] if self.lengths else []
 
-    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, **inputs: torch.Tensor) -> Any:
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, **inputs: Any) -> Any:
         return self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -78,11 +79,11 @@ def prefill(model: Any, processor: Phi3VProcessor, batch: PromptBatch) -> Decodi
     device = next(model.parameters()).device
 
     def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        inputs = pad_rows(rows, processor.tokenizer.pad_token_id, "left")
-        return {name: value.to(device) for name, value in inputs.items()}
+        inputs: dict[str, torch.Tensor] = pad_rows(rows, processor.tokenizer.pad_token_id, "left")
+        return send_to_device(inputs, device)
 
     state = DecodingState(model)
-    state.feed(padded(batch.prefixes), {name: value.to(device) for name, value in batch.images.items()})
+    state.feed(padded(batch.prefixes), send_to_device(batch.images, device))
     if any(batch.suffixes):
         state.select(batch.page_of_row)
         state.feed(padded(batch.suffixes))

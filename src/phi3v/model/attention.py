@@ -24,11 +24,13 @@ Shapes: ``T`` tokens of the row, ``D`` head size, ``h`` heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -43,6 +45,13 @@ from phi3v.machine import Accelerator
 Layout = tuple[tuple[int, ...], ...]
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on ``device``, without waiting for what that computes."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Backend(Protocol):
@@ -90,9 +99,9 @@ def uses_long_factors(layout: Layout, long_context_start: int) -> torch.Tensor:
 
 def _ids(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The group and the branch of every token, each (T,) int32."""
-    columns = zip(*segments(layout), strict=True)
-    groups, branches, lengths = (torch.tensor(column, dtype=torch.int32) for column in columns)
-    return groups.repeat_interleave(lengths).to(device), branches.repeat_interleave(lengths).to(device)
+    *columns, lengths = zip(*segments(layout), strict=True)
+    groups, branches = (torch.tensor(np.repeat(np.array(ids, dtype=np.int32), lengths)) for ids in columns)
+    return to_device(groups, device), to_device(branches, device)
 
 
 def visible(layout: Layout, queries: torch.Tensor | None = None) -> torch.Tensor:
@@ -108,7 +117,7 @@ class MaskBackend:
     """One SDPA call with the whole mask: the plain form, quadratic in the row."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.mask = visible(layout).to(device)
+        self.mask = to_device(visible(layout), device)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dropout: float
@@ -119,8 +128,8 @@ class MaskBackend:
 class SegmentBackend:
     """SDPA group by group, on any device: the prefix by itself, then all branches over the group's keys.
 
-    Computes beyond what is seen only one branch against its sisters, which are short. Of what SDPA can do on the CPU
-    this is the fastest (``benchmarks/packing.py --attention`` compares them).
+    Computes beyond what is seen only each branch against the others of its group, which are short. Of what SDPA can do
+    on the CPU this is the fastest (``benchmarks/packing.py --attention`` compares them).
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -133,7 +142,7 @@ class SegmentBackend:
                 continue
             mask = torch.ones(sum(branches), prefix + sum(branches), dtype=torch.bool)
             mask[:, prefix:] = torch.block_diag(*[torch.ones(length, length).tril() for length in branches]).bool()
-            self.masks.append(mask.to(device))
+            self.masks.append(to_device(mask, device))
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dropout: float
@@ -153,20 +162,23 @@ class SegmentBackend:
 
 
 class OutputBackend:
-    """SDPA group by group for the queries whose output is used: the last layer of a row that is learnt from.
+    """SDPA group by group for the queries whose output is used: the last layer of a row in training.
 
     Args:
-        outputs: (n,) int64 on the CPU, their places in the row, ascending. The output of all others is zero.
+        outputs: their places in the row, ascending. The output of all others is zero.
     """
 
-    def __init__(self, layout: Layout, outputs: torch.Tensor) -> None:
-        self.outputs = outputs
+    def __init__(self, layout: Layout, outputs: Sequence[int], device: torch.device) -> None:
+        self.outputs = to_device(torch.tensor(outputs), device)
         self.groups = [sum(group) for group in layout]
-        ends = torch.tensor(self.groups).cumsum(0)
-        self.counts = torch.searchsorted(outputs, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-        starts = (ends - torch.tensor(self.groups)).tolist()
-        own = (places - start for places, start in zip(outputs.split(self.counts), starts, strict=True))
-        self.masks = [visible((group,), places) for group, places in zip(layout, own, strict=True)]
+        starts = list(accumulate(self.groups, initial=0))
+        cuts = [bisect_left(outputs, start) for start in starts]
+        self.counts = [end - begin for begin, end in pairwise(cuts)]
+        own = [
+            torch.tensor([place - start for place in outputs[begin:end]], dtype=torch.int64)
+            for start, (begin, end) in zip(starts, pairwise(cuts), strict=False)
+        ]
+        self.masks = [to_device(visible((group,), places), device) for group, places in zip(layout, own, strict=True)]
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dropout: float
@@ -264,10 +276,10 @@ class VarlenBackend:
         lengths = [len(piece) for piece in keys]
         self.max_query, self.max_key = max(queries), max(lengths)
         self.cu_query, self.cu_key = (
-            torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32).to(device)
+            to_device(torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32), device)
             for sizes in (queries, lengths)
         )
-        self.gather = torch.cat(keys).to(device) if sum(lengths) > tokens else None  # [keys]
+        self.gather = to_device(torch.cat(keys), device) if sum(lengths) > tokens else None  # [keys]
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, dropout: float
@@ -330,7 +342,8 @@ def prepare_row(layout: Layout, implementation: str, device: torch.device, long_
             f"{implementation!r} attention cannot take packed rows: load the model with one of {[*BACKENDS]}"
         )
     is_long = uses_long_factors(layout, long_context_start)
-    return PackedRow(BACKENDS[implementation](layout, device), position_ids(layout).to(device), is_long.to(device))
+    positions = to_device(position_ids(layout), device)
+    return PackedRow(BACKENDS[implementation](layout, device), positions, to_device(is_long, device))
 
 
 def _attention(

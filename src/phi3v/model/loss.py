@@ -34,6 +34,7 @@ def causal_lm_loss(
     normalizer: torch.Tensor | float | None = None,
     *,
     kernel: LossKernel = "chunked",
+    targets: torch.Tensor | None = None,
     selected: bool = False,
 ) -> torch.Tensor:
     """Next-token cross-entropy; the head runs only where there is something to predict.
@@ -41,23 +42,28 @@ def causal_lm_loss(
     Args:
         hidden_states: (B, T, H), the decoder's output.
         lm_head: maps (n, H) to logits (n, vocabulary); it may carry an adapter.
-        labels: (B, T) int64, aligned with the inputs; ``IGNORE_INDEX`` where nothing is to be learnt.
+        labels: (B, T) int64, aligned with the inputs; ``IGNORE_INDEX`` where there is no target.
         loss_weights: (B, T) float, the weight of each label; ``None`` weighs every label 1.
         normalizer: the sum of weights of the whole step; ``None`` takes it from this batch, which with unit
             weights is the mean over tokens, as the official model returns.
         kernel: ``liger`` takes Liger's fused kernel where the head is a plain linear layer; an adapted or quantised
             one is ``chunked`` all the same. ``whole`` is one chunk, for when ranks must run the head equally often.
-        selected: ``hidden_states`` (1, n, H) are those of the `learnt_positions` alone.
+        targets: (n,) int64, see `find_targets`; by default they are read from ``labels``, for which the device is
+            waited for.
+        selected: ``hidden_states`` (1, n, H) are those before the targets alone.
 
     Returns:
         A float32 scalar.
     """
-    targets, learnt = labels[:, 1:], learnt_positions(labels)  # [B, T - 1]
-    states = hidden_states[0] if selected else hidden_states[:, :-1][learnt]  # [n, H]
-    wanted = targets[learnt]  # [n]
+    if targets is None:
+        targets = find_targets(labels)
+    states = hidden_states.flatten(0, 1)  # [B * T, H]
+    if not selected:
+        states = states.index_select(0, targets - 1)  # [n, H]
+    wanted = labels.flatten()[targets]  # [n]
     weights = torch.ones(len(wanted), device=states.device)
     if loss_weights is not None:
-        weights = loss_weights[:, 1:][learnt].to(weights)
+        weights = loss_weights.flatten()[targets].to(weights)
     if normalizer is None:
         normalizer = weights.sum()
     if kernel == "liger" and type(lm_head) is nn.Linear:
@@ -66,15 +72,20 @@ def causal_lm_loss(
         each = LigerFusedLinearCrossEntropyLoss(reduction="none")(lm_head.weight, states, wanted)  # [n]
         return (each.float() * weights).sum() / normalizer
     size = max(1, len(wanted) if kernel == "whole" else LOGITS_PER_CHUNK // vocabulary_size(lm_head))
-    # Without anything to learn there is still one chunk, of no tokens: every rank must reduce the same tensors.
+    # Without a target there is still one chunk, of no tokens: every rank must reduce the same tensors.
     chunks = zip(states.split(size), wanted.split(size), weights.split(size), strict=True)
     losses = [checkpoint(_weighted_sum, lm_head, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum() / normalizer
 
 
-def learnt_positions(labels: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) bool: where something is learnt; position t predicts token t + 1."""
-    return labels[:, 1:] != IGNORE_INDEX
+def find_targets(labels: torch.Tensor) -> torch.Tensor:
+    """(n,) int64: the places, in (B, T) laid out flat, of labels to predict, each from the token before it.
+
+    The first of a row has no token before it and is none.
+    """
+    targets = labels != IGNORE_INDEX
+    targets[:, 0] = False
+    return targets.flatten().nonzero()[:, 0]
 
 
 def vocabulary_size(lm_head: nn.Module) -> int:

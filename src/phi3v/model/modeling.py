@@ -5,9 +5,8 @@ Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch in reading order (ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,46 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3v.json_files import content_of, read_json
-from phi3v.model.attention import Layout, OutputBackend, prepare_row
+from phi3v.model.attention import BACKENDS, Layout, OutputBackend, prepare_row, to_device
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.loss import LossKernel, causal_lm_loss, learnt_positions
+from phi3v.model.loss import LossKernel, causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
+from phi3v.processing.conversation import ImageAlignmentError, check_image_runs, image_runs
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
 from phi3v.processing.pages import cut_flat_pages
 
 # transformers 5.24 renamed the cache from `past_key_values`; both names are met.
 CACHE_NAMES = ("cache", "past_key_values")
 
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "pages", "page_index", "image_features", "image_positions")
+
 OFFICIAL_VOCABULARY = 32064
 END_TOKEN_ID = 32007  # <|end|>
 END_OF_TEXT_TOKEN_ID = 32000  # <|endoftext|>, also padding
 
 
-class ImageAlignmentError(ValueError):
-    """Image placeholders and images of a batch do not fit together; the message gives both counts and the row."""
+# Attention that is causal by a flag and needs no mask. Ours of packed rows take ordinary ones by SDPA.
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", *BACKENDS)
 
 
-def check_image_alignment(input_ids: torch.Tensor, image_sizes: list[tuple[int, int]]) -> None:
+def check_image_alignment(input_ids: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> None:
     """Check that every run of an image id in ``input_ids`` (B, T) is as long as its image has tokens.
 
     Raises:
         ImageAlignmentError: otherwise.
     """
-    placeholders = input_ids.clamp(max=0).tolist()
-    runs = [
-        (row, -image_id, len(list(run)))
-        for row, ids in enumerate(placeholders)
-        for image_id, run in groupby(ids)
-        if image_id < 0
-    ]
-    if len(runs) != len(image_sizes):
-        rows = {row: sum(1 for r, _, _ in runs if r == row) for row in range(len(placeholders))}
+    rows = [image_runs(ids) for ids in input_ids.clamp(max=0).tolist()]
+    given = sum(map(len, rows))
+    if given != len(image_sizes):
         raise ImageAlignmentError(
-            f"the batch has placeholders for {len(runs)} images but {len(image_sizes)} images were given "
-            f"(images per row: {rows})"
+            f"the batch has placeholders for {given} images but {len(image_sizes)} images were given "
+            f"(images per row: {dict(enumerate(map(len, rows)))})"
         )
-    for (row, image_id, length), (height, width) in zip(runs, image_sizes, strict=True):
-        expected = num_img_tokens(height // CROP_SIZE, width // CROP_SIZE)
-        if length != expected:
-            raise ImageAlignmentError(
-                f"row {row}: image {image_id} has {length} placeholder tokens but {expected} features "
-                f"({height} x {width} pixels)"
-            )
+    sizes = iter(image_sizes)
+    for row, runs in enumerate(rows):
+        check_image_runs(runs, [next(sizes) for _ in runs], f"row {row}")
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -102,7 +94,7 @@ class Phi3VPreTrainedModel(PreTrainedModel):
 
 
 class LastDecoderLayer(Phi3DecoderLayer):
-    """The decoder's last layer, which can leave out what nothing is learnt from."""
+    """The decoder's last layer, which can leave out outputs that no target is predicted from."""
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, outputs: torch.Tensor | None = None, **kwargs: Any
@@ -124,60 +116,59 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.layers[-1].__class__ = LastDecoderLayer  # a new one would draw the random weights of a preset anew
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         # Set where ranks gather each layer's weights together, so that all must run the same layers.
-        self.meets_in_vision = False
+        self.always_runs_vision = False
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.post_init()
 
     def embed(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_sizes: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
         pages: torch.Tensor | None = None,
-        page_index: torch.Tensor | None = None,
+        page_index: torch.Tensor | Sequence[int] | None = None,
         image_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
         inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
-        is_image = input_ids < 0
         given = {"pixel_values": pixel_values, "pages": pages, "image_features": image_features}
         name = next((name for name, value in given.items() if value is not None), None)
-        if name is None:
-            if is_image.any():
-                check_image_alignment(input_ids, [])
-            return self._dummy_vision_forward(inputs_embeds)
-        if image_sizes is None:
+        if name is not None and image_sizes is None:
             raise ValueError(f"{name} came without image_sizes")
-        sizes = [(height, width) for height, width in image_sizes.tolist()]
-        shown = list(range(len(sizes))) if page_index is None else page_index.tolist()  # the page of each image
-        check_image_alignment(input_ids, [sizes[page] for page in shown])
+        sizes = [(height, width) for height, width in _host_values(image_sizes)]
+        shown = list(range(len(sizes))) if page_index is None else _host_values(page_index)  # the page of each image
+        if image_positions is None:  # of a batch whose maker did not check it
+            check_image_alignment(input_ids, [sizes[page] for page in shown] if name is not None else [])
+            image_positions = (input_ids < 0).flatten().nonzero()[:, 0]
+        if name is None:
+            return self._dummy_vision_forward(inputs_embeds)
         if image_features is not None:
             # (tokens, H), or as the tower leaves them, (n, 576, V)
             features = image_features
             if features.dim() == 3:
                 features = self.vision_embed_tokens.project(features, sizes)
+        elif pages is not None:
+            features = self.vision_embed_tokens(cut_flat_pages(pages, sizes), sizes)  # [tokens of all pages, H]
         else:
-            if pages is not None:
-                features = self.vision_embed_tokens(cut_flat_pages(pages, sizes), sizes)  # [tokens of all pages, H]
-            else:
-                assert pixel_values is not None
-                crops, counts = real_crops(pixel_values, sizes)
-                features = self.vision_embed_tokens(crops, sizes, counts)
-        if page_index is not None:
+            assert pixel_values is not None
+            crops, counts = real_crops(pixel_values, sizes)
+            features = self.vision_embed_tokens(crops, sizes, counts)
+        if shown != list(range(len(sizes))):
             of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
             features = torch.cat([of_page[page] for page in shown])
-        return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
+        flat = inputs_embeds.flatten(0, 1)  # [B * T, H]
+        return flat.index_copy(0, image_positions, features.to(flat.dtype)).view_as(inputs_embeds)
 
     def _dummy_vision_forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Run the vision part to no effect where a batch has no image; a trained one gets a zero gradient.
 
-        Ranks of one step must all reduce, or even gather, the same tensors, and text-only samples may sit beside ones
-        with images.
+        All ranks of a step reduce, or even gather, the same tensors, and the batches of some may be text alone.
         """
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
         is_trained = any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters())
-        if not (is_trained or self.meets_in_vision):
+        if not (is_trained or self.always_runs_vision):
             return inputs_embeds
         blank = inputs_embeds.new_zeros(1, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
@@ -187,27 +178,29 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        pages: torch.Tensor | None = None,
-        page_index: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
         layout: Layout | None = None,
-        outputs: torch.Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        outputs: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's output for official inputs or a packed row (see :class:`Phi3VForCausalLM`).
+        """The decoder's output for official inputs, or for a batch as `data` makes it (see `Phi3VForCausalLM`).
 
         Args:
-            outputs: (n,) places of a packed row, ascending: their output alone is wanted.
+            outputs: places of a packed row, ascending: their output alone is wanted.
         """
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give either input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, pages, page_index, image_features)
+            inputs_embeds = self.embed(input_ids, **images)
         if layout is not None:
             return self._forward_packed(inputs_embeds, layout, outputs)
+        if lengths is not None:
+            if self.config._attn_implementation in CAUSAL_WITHOUT_MASK:
+                return self._forward_padded(inputs_embeds, lengths)
+            places = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            attention_mask = (places < to_device(torch.tensor(lengths), places.device)[:, None]).long()
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count a sample's own tokens, so padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -216,26 +209,57 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
+    def _forward_padded(self, hidden_states: torch.Tensor, lengths: Sequence[int]) -> BaseModelOutputWithPast:
+        """Rows padded on the right: causal attention never sees their padding, so there is no mask."""
+        if len(lengths) != len(hidden_states) or max(lengths) > hidden_states.shape[1]:
+            raise ValueError(f"rows of {list(lengths)} tokens came with {tuple(hidden_states.shape)}")
+        self._check_window(max(lengths))
+        device = hidden_states.device
+        is_long = to_device(torch.tensor(lengths) > self.config.long_context_start, device)[:, None]
+        return self._run_layers(hidden_states, torch.arange(hidden_states.shape[1], device=device)[None], is_long)
+
     def _forward_packed(
-        self, hidden_states: torch.Tensor, layout: Layout, outputs: torch.Tensor | None
+        self, hidden_states: torch.Tensor, layout: Layout, outputs: Sequence[int] | None
     ) -> BaseModelOutputWithPast:
-        """The library's loop over the layers for one packed row (1, T, H), without a mask or a cache."""
-        if hidden_states.shape[:2] != (1, sum(map(sum, layout))):
-            raise ValueError(f"the layout of one row of {sum(map(sum, layout))} tokens came with {hidden_states.shape}")
-        longest = max(prefix + max(branches) for prefix, *branches in layout)
-        if self.config.sliding_window is not None and longest > self.config.sliding_window:
-            raise ValueError(f"a sample of {longest} tokens is longer than the window of {self.config.sliding_window}")
+        tokens = sum(map(sum, layout))
+        if hidden_states.shape[:2] != (1, tokens):
+            raise ValueError(f"the layout of one row of {tokens} tokens came with {tuple(hidden_states.shape)}")
+        self._check_window(max(prefix + max(branches) for prefix, *branches in layout))
         implementation = self.config._attn_implementation
         row = prepare_row(layout, implementation, hidden_states.device, self.config.long_context_start)
-        position_embeddings = self.rotary_emb(hidden_states, row.position_ids, row.is_long)
-        common = {"position_ids": row.position_ids, "position_embeddings": position_embeddings}
-        *earlier, last = self.layers
-        for layer in earlier:
-            hidden_states = layer(hidden_states, packed_row=row, **common)
+        last: dict[str, Any] = {"packed_row": row}
         if outputs is not None:
-            row = replace(row, backend=OutputBackend(layout, outputs))
-        hidden_states = last(hidden_states, packed_row=row, outputs=outputs, **common)
+            backend = OutputBackend(layout, outputs, hidden_states.device)
+            last = {"packed_row": replace(row, backend=backend), "outputs": backend.outputs}
+        return self._run_layers(hidden_states, row.position_ids, row.is_long, {"packed_row": row}, last)
+
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_long: torch.Tensor,
+        each: dict[str, Any] | None = None,
+        last: dict[str, Any] | None = None,
+    ) -> BaseModelOutputWithPast:
+        """The library's loop over the layers without a mask or a cache, whose making would read from the device.
+
+        Args:
+            each, last: what the layers, and the last one, take besides.
+        """
+        position_embeddings = self.rotary_emb(hidden_states, position_ids, is_long)
+        for layer in self.layers:
+            more = (last if layer is self.layers[-1] else each) or {}
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **more)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+    def _check_window(self, longest: int) -> None:
+        if self.config.sliding_window is not None and longest > self.config.sliding_window:
+            raise ValueError(f"a sample of {longest} tokens is longer than the window of {self.config.sliding_window}")
+
+
+def _host_values(values: torch.Tensor | Sequence[Any] | None) -> list[Any]:
+    """Sizes or indices as Python numbers; a tensor of the caller's is read, for which its device is waited for."""
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values or ())
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
@@ -293,12 +317,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         loss_normalizer: torch.Tensor | float | None = None,
         logits_to_keep: int | None = 0,
+        target_positions: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given.
@@ -309,27 +334,36 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             position_ids: (B, T) int64; by default a sample's own tokens are counted.
             pixel_values: (N, C + 1, 3, 336, 336) float, normalised, global crop first, padded with any crops.
             image_sizes: (N, 2) int64, padded height and width in pixels; of each page where ``pages`` are given.
-            labels: (B, T) int64, -100 where nothing is learnt.
+            labels: (B, T) int64, -100 where there is no target.
             loss_weights: (B, T) float, weight of each label (see ``loss.causal_lm_loss``).
             loss_normalizer: what the weighted sum is divided by; by default the sum of this batch's weights.
-            pages: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by row
-                (see ``processing.pages``); among ``kwargs``, as is
-            page_index: (N,) int64, the page that each image shows; by default image k shows page k. A page that
-                several images show is encoded once; and
-            image_features: what the vision part made of the pages earlier, in place of pixels: finished tokens
-                (tokens of all pages, H), or the tower's (distinct crops of all pages, 576, V).
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
-            kwargs: ``layout``, where ``input_ids`` (1, T) are a packed row: the prefix and the branches of each group
-                (see ``attention.Layout``). Masks and positions follow from it; the model must have been loaded with
-                an ``attn_implementation`` of ``attention.BACKENDS``.
+            target_positions: places of the targets in (B, T) laid out flat (``loss.find_targets``), as plain numbers.
+            kwargs: what our own batches give beside or in place of the above, so that nothing is read from the device:
+
+                * ``pages``: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by
+                  row (see ``processing.pages``); ``image_sizes`` are those of the pages;
+                * ``page_index``: N numbers, the page that each image shows; by default image k shows page k. A page
+                  that several images show is encoded once;
+                * ``image_features``: what the vision part made of the pages earlier, in place of pixels: finished
+                  tokens (tokens of all pages, H), or the tower's (distinct crops of all pages, 576, V);
+                * ``image_positions``: (tokens of all images,) int64, places of the placeholders in (B, T) laid out
+                  flat. Whoever gives them has checked that they fit the images;
+                * ``lengths``: tokens of each row, padded on the right, in place of ``attention_mask``;
+                * ``layout``: of ``input_ids`` (1, T) that are a packed row, the prefix and the branches of each group
+                  (see ``attention.Layout``), in place of mask and positions. The model must have been loaded with an
+                  ``attn_implementation`` of ``attention.BACKENDS``.
+
+                ``image_sizes`` and ``page_index`` may be plain numbers.
 
         Raises:
             ImageAlignmentError: placeholders and images do not fit together.
         """
-        learnt = None
-        if labels is not None and logits_to_keep is None and self._can_select_outputs(kwargs.get("layout"), labels):
-            learnt = learnt_positions(labels)[0].nonzero()[:, 0]
-            kwargs["outputs"] = learnt
+        on_segments = kwargs.get("layout") is not None and self.config._attn_implementation == "packed_segments"
+        # Whether the last layer computes alone what targets are predicted from.
+        selected = bool(target_positions) and on_segments and logits_to_keep is None
+        if selected:
+            kwargs["outputs"] = [place - 1 for place in target_positions or ()]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -342,6 +376,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
+            targets = None
+            if target_positions is not None:
+                targets = to_device(torch.tensor(target_positions, dtype=torch.int64), labels.device)
             loss = causal_lm_loss(
                 hidden_states,
                 self.lm_head,
@@ -349,17 +386,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 loss_weights,
                 loss_normalizer,
                 kernel=self.loss_kernel,
-                selected=learnt is not None,
+                targets=targets,
+                selected=selected,
             )
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-    def _can_select_outputs(self, layout: Layout | None, labels: torch.Tensor) -> bool:
-        """Whether the last layer can compute alone what is learnt from. To a GPU its places would have to be told."""
-        on_segments = self.config._attn_implementation == "packed_segments" and labels.device.type == "cpu"
-        return layout is not None and on_segments and bool(learnt_positions(labels).any())
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """The library's inputs; where a sample outgrows the short rotary factors, the cache is made anew.

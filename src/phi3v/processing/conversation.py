@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 
+from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
 from phi3v.processing.processor import IMAGE_TAG, Phi3VProcessor, image_tag
 
 IGNORE_INDEX = -100  # label of a token without loss
@@ -50,6 +51,37 @@ class TokenStream:
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
+
+
+class ImageAlignmentError(ValueError):
+    """Placeholders and images do not fit together; the message gives both counts and where."""
+
+
+def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(number of the image, placeholder tokens) of every run of an image id, in order."""
+    return [(-token, len(list(run))) for token, run in groupby(ids) if token < 0]
+
+
+def check_image_runs(runs: Sequence[tuple[int, int]], image_sizes: Sequence[tuple[int, int]], where: str) -> None:
+    """Check that every run of placeholders is as long as its image has tokens.
+
+    Args:
+        runs: as of `image_runs`.
+        image_sizes: padded (height, width) of each image in pixels.
+        where: the record or row, for the message.
+
+    Raises:
+        ImageAlignmentError: otherwise.
+    """
+    if len(runs) != len(image_sizes):
+        raise ImageAlignmentError(f"{where} has placeholders for {len(runs)} images but {len(image_sizes)} images")
+    for (number, length), (height, width) in zip(runs, image_sizes, strict=True):
+        expected = num_img_tokens(height // CROP_SIZE, width // CROP_SIZE)
+        if length != expected:
+            raise ImageAlignmentError(
+                f"{where}: image {number} has {length} placeholder tokens but {expected} features "
+                f"({height} x {width} pixels)"
+            )
 
 
 def user_prompt(

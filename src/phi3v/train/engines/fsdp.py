@@ -32,7 +32,7 @@ class FsdpEngine(ShardedEngine):
         for layer in [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]:
             fully_shard(layer, mp_policy=policy)
         fully_shard(self.model, reshard_after_forward=False)
-        base_of(self.model).model.meets_in_vision = True
+        base_of(self.model).model.always_runs_vision = True
 
     def mismatch(self) -> str | None:
         if not isinstance(self.model, FSDPModule):

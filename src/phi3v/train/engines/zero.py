@@ -82,7 +82,7 @@ class ZeroEngine(ShardedEngine):
         deepspeed = import_deepspeed(self.runtime.device.type)
         if self.stage == 3:
             base = base_of(self.model)
-            base.model.meets_in_vision = True
+            base.model.always_runs_vision = True
             base.loss_kernel = "whole"
         self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.settings())
 

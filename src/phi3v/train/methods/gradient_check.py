@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from phi3v.errors import UserError
@@ -27,7 +28,7 @@ def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: tor
     LoRA's B matrices start at zero, which makes the gradients of A zero; for the check they get small random values.
 
     Args:
-        batch: model inputs with labels, with at least one picture where a vision part is trained.
+        batch: model inputs with labels, with at least one image where a vision part is trained.
 
     Returns:
         The number of trainable tensors.
@@ -45,11 +46,7 @@ def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: tor
     was_training = model.training
     model.train()
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-    inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name != "counts"
-    }
+    inputs = send_to_device({name: value for name, value in batch.items() if name != "counts"}, device)
     problems: list[str] = []
     with torch.random.fork_rng(devices):
         try:
