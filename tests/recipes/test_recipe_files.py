@@ -61,8 +61,8 @@ def test_it_opens_with_its_commands_and_says_the_trade_off(name: str) -> None:
     task = task_of(name)
     assert f"# The data: phi3v data convert {CONVERTED[task]} --out data/{task}" in comments
     text = " ".join(line.removeprefix("#").strip() for line in comments)
-    assert ("those that Microsoft published" in text) == (name in PUBLISHED)
-    assert ("ours and unmeasured" in text) == (name not in PUBLISHED)
+    assert ("as published by Microsoft" in text) == (name in PUBLISHED)
+    assert ("our own and have not been evaluated" in text) == (name not in PUBLISHED)
     assert max(map(len, lines)) <= 120
 
 
