@@ -44,8 +44,8 @@ DESCRIPTIONS = {
     "fields": "find and read labelled fields",
     "digits": "read handwritten digits",
     "shapes": "coloured shapes: which, where, how many",
-    "caption": "a picture with a caption that fits it or not",
-    "pair": "compare two pictures",
+    "caption": "an image with a caption that matches it or not",
+    "pair": "compare two images",
     "frames": "order and motion in three or four frames",
 }
 

@@ -1,7 +1,7 @@
 """The command lines of Microsoft's public recipe, translated to our configuration.
 
-The scripts beside this file have the recipe's names and take its flags with its defaults. They train as ``phi3v train``
-does: a flag sets the key of the configuration that ``docs/from_the_recipe.md`` names, and that is all it does.
+The scripts next to this file have the names, flags and defaults of the recipe. Each flag only sets the configuration
+key listed in ``docs/from_the_recipe.md``; training is that of ``phi3v train``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from phi3v.data.sources import SOURCES
 from phi3v.errors import UserError
 
 MAX_CROPS = 16
-# What a split to measure on is called, by hub and by original distribution; the first that is there is taken.
+# Names of evaluation splits, on the hub and in the original distributions; the first that exists is used.
 EVAL_SPLITS = ("val", "dev", "dev_seen", "test", "test_seen", "test1")
 
-# Flags that set a key to their value; the others decide.
+# Flags that set a key to their value; the others choose between values.
 KEYS = {
     "--model_name_or_path": "model.path",
     "--num_crops": "model.num_crops",
@@ -45,7 +45,7 @@ KEYS = {
     "--learning_rate": "training.learning_rate",
     "--wd": "training.weight_decay",
 }
-# What a message about a key is about, in the words of these command lines.
+# The flag to name in a message about a key.
 _FLAGS = {key: flag for flag, key in KEYS.items()} | {
     "model.attention": "--use_flash_attention",
     "training.precision": "--bf16",
@@ -60,12 +60,12 @@ class Task:
     """One of the recipe's tasks.
 
     Attributes:
-        name: as in the script's name.
-        source: as ``phi3v data convert`` calls it.
-        metrics: its scores, its own first.
+        name: as in the name of the script.
+        source: its name in ``phi3v data convert``.
+        metrics: the metrics, primary first.
         answer_words: the answers whose probabilities ``auroc`` compares.
-        prefix: what the names of its .jsonl files start with.
-        small_source: hub id of the part to learn from without ``--full_train``.
+        prefix: prefix of its .jsonl files.
+        small_source: hub id of the dataset to train on without ``--full_train``.
     """
 
     name: str
@@ -88,7 +88,7 @@ TASKS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One message for a wrong flag, as for anything else that is wrong, and not one a process."""
+    """Raises wrong flags as `UserError`, so that only one process prints the message."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, where=self.prog, hint="--help lists the flags")
@@ -99,7 +99,7 @@ def fine_tune(name: str, argv: Sequence[str] | None = None) -> int:
 
     Args:
         name: a key of `TASKS`.
-        argv: the flags; default those of this process.
+        argv: the flags; default: those of this process.
     """
 
     argv = sys.argv[1:] if argv is None else argv
@@ -109,7 +109,7 @@ def fine_tune(name: str, argv: Sequence[str] | None = None) -> int:
         with _in_flags():
             _train(TASKS[name], flags, console)
 
-    # The hub's bars are worth their noise only where a dataset may be downloaded.
+    # Show the hub's progress bars only if a dataset may be downloaded.
     names = {argument.split("=", 1)[0] for argument in argv}
     return run_command(work, show_downloads=not names & {"--no-tqdm", "--data_dir"})
 
@@ -133,7 +133,7 @@ def convert_ucf101(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(task: Task) -> argparse.ArgumentParser:
-    """The flags of a task's script with the recipe's defaults."""
+    """The flags of the script of a task, with the recipe's defaults."""
     script = f"finetune_hf_trainer_{task.name}.py"
     parser = _Parser(
         prog=script,
@@ -146,8 +146,8 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     value("--data_dir", type=Path, help="folder of converted data; without it the data is converted into data/ first")
     if task.small_source:
         switch("--full_train", action="store_true", help="the whole train split, not the small one")
-    switch("--use_flash_attention", action="store_true", help="where it can run; elsewhere it is said why not")
-    switch("--bf16", action="store_true", help="bf16; without it fp16, on a machine without GPU fp32")
+    switch("--use_flash_attention", action="store_true", help="use it where it can run; otherwise print the reason")
+    switch("--bf16", action="store_true", help="bf16 instead of fp16 (without a GPU fp32)")
     switch("--use_lora", action="store_true", help="train adapters")
     switch("--use_qlora", action="store_true", help="train adapters over 4-bit weights")
     switch("--freeze_vision_model", action="store_true", help="train the decoder only; no adapters in the vision part")
@@ -155,24 +155,24 @@ def build_parser(task: Task) -> argparse.ArgumentParser:
     value("--lora_alpha_ratio", type=float, default=2.0, help="LoRA's alpha divided by its rank")
     value("--lora_dropout", type=float, default=0.0, help="dropout before the adapters")
     value("--output_dir", default="./output/", help="the run folder")
-    switch("--overwrite", action="store_true", help="replace a run that the run folder holds")
-    value("--batch_size", type=int, default=16, help="samples of an optimizer step, over all processes")
-    value("--batch_size_per_gpu", type=int, default=1, help="samples that a process computes at a time")
-    value("--num_crops", type=int, default=16, help=f"crops of a picture, at most {MAX_CROPS}")
+    switch("--overwrite", action="store_true", help="replace an existing run in the run folder")
+    value("--batch_size", type=int, default=16, help="samples per optimizer step, over all processes")
+    value("--batch_size_per_gpu", type=int, default=1, help="samples that a process computes at once")
+    value("--num_crops", type=int, default=16, help=f"crops per image, at most {MAX_CROPS}")
     value("--num_train_epochs", type=float, default=1, help="passes over the data")
     value("--learning_rate", type=float, default=4e-5, help="peak learning rate")
     value("--wd", type=float, default=0.01, help="weight decay")
-    switch("--no-tqdm", dest="progress_bar", action="store_false", help="lines in place of progress bars")
+    switch("--no-tqdm", dest="progress_bar", action="store_false", help="lines instead of progress bars")
     return parser
 
 
 def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunConfig:
-    """The configuration that the flags stand for, without the data: what ``phi3v train`` makes of the same keys.
+    """The configuration for the flags, without the data.
 
     Args:
-        task: whose script it is.
-        flags: as `build_parser` reads them.
-        has_gpu: whether this machine has one.
+        task: the task of the script.
+        flags: from `build_parser`.
+        has_gpu: whether this machine has a GPU.
 
     Raises:
         UserError: a value is out of range.
@@ -184,7 +184,7 @@ def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunCon
         method = "qlora" if flags.use_qlora else "lora"
     precision = "fp16" if has_gpu else "fp32"
     settings = {key: getattr(flags, flag.removeprefix("--")) for flag, key in KEYS.items()} | {
-        # `auto` is flash attention where it can run, and says why where it cannot.
+        # `auto` is flash attention where it can run, and prints the reason where it cannot.
         "model.attention": "auto" if flags.use_flash_attention else "sdpa",
         "method.name": method,
         "method.lora.parts": ["decoder", "head", *([] if flags.freeze_vision_model else ["vision", "projector"])],
@@ -199,10 +199,10 @@ def to_config(task: Task, flags: argparse.Namespace, *, has_gpu: bool) -> RunCon
 
 
 def find_data(task: Task, folder: Path) -> tuple[Path, Path] | None:
-    """The file to learn from and the one to measure on in a folder of converted data; None if either is missing."""
+    """The training and evaluation file in a folder of converted data; None if either is missing."""
     train = folder / f"{task.prefix}train.jsonl"
-    to_measure_on = (folder / f"{task.prefix}{split}.jsonl" for split in EVAL_SPLITS)
-    found = next((file for file in to_measure_on if file.is_file()), None)
+    to_evaluate_on = (folder / f"{task.prefix}{split}.jsonl" for split in EVAL_SPLITS)
+    found = next((file for file in to_evaluate_on if file.is_file()), None)
     return (train, found) if train.is_file() and found is not None else None
 
 
@@ -224,31 +224,31 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
         if files is None:
             names = ", ".join(f"{task.prefix}{split}.jsonl" for split in EVAL_SPLITS)
             raise UserError(
-                f"is no folder of converted data: it needs {task.prefix}train.jsonl and one of {names}",
+                f"is not a folder of converted data: it needs {task.prefix}train.jsonl and one of {names}",
                 where=f"--data_dir {flags.data_dir}",
-                hint=f"make one: phi3v data convert {task.source} --out {flags.data_dir}",
+                hint=f"create one: phi3v data convert {task.source} --out {flags.data_dir}",
             )
         if getattr(flags, "full_train", False):
-            console.print("data: --data_dir says what is learnt from, so --full_train changes nothing")
+            console.print("data: --data_dir names the training data, so --full_train has no effect")
     else:
-        # All that can be known to be wrong is found before hours of download.
+        # Find errors before hours of download.
         check_run_folder(config)
         compute = choose_device(config.training.precision)
         require_possible(Case(config, compute, inspect_model(config, compute).skeleton))
         files = _converted_data(task, console, small=not getattr(flags, "full_train", False), bars=flags.progress_bar)
-    train, to_measure_on = files
-    config.data = DataConfig(train=str(train), eval=str(to_measure_on))
-    console.print(f"data: learning from {train}, measuring on {to_measure_on}", highlight=False, soft_wrap=True)
+    train, to_evaluate_on = files
+    config.data = DataConfig(train=str(train), eval=str(to_evaluate_on))
+    console.print(f"data: training on {train}, evaluating on {to_evaluate_on}", highlight=False, soft_wrap=True)
     train_with_report(config, console)
 
 
 def _converted_data(task: Task, console: Console, *, small: bool, bars: bool) -> tuple[Path, Path]:
     """The task's data from the hub, converted by the first process of each machine; the others wait for it.
 
-    They wait for the files, not for each other: collective operations give up long before such a download ends.
+    They wait for the files and not with a collective operation, which would time out long before such a download ends.
 
     Raises:
-        UserError: it cannot be had or converted.
+        UserError: it cannot be downloaded or converted.
     """
     source = task.small_source if small else None
     folder = Path("data") / (f"{task.name}_small" if source else task.name)
@@ -264,7 +264,7 @@ def _converted_data(task: Task, console: Console, *, small: bool, bars: bool) ->
             files = find_data(task, folder)
     if files is None:
         raise UserError(
-            "has no split to learn from or none to measure on",
+            "has no training split or no evaluation split",
             where=str(folder),
             hint="convert the data with `phi3v data convert` and give its folder: --data_dir",
         )
@@ -273,7 +273,7 @@ def _converted_data(task: Task, console: Console, *, small: bool, bars: bool) ->
 
 @contextlib.contextmanager
 def _in_flags() -> Iterator[None]:
-    """Let errors name the flags that a person wrote, not the keys of a configuration that there is none of."""
+    """Let errors name the flags of the command line instead of configuration keys."""
     try:
         yield
     except UserError as error:
