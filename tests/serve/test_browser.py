@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +16,10 @@ from phi3v.serve.examples import find_examples
 from phi3v.serve.server import serve
 
 pytest.importorskip("gradio", reason="needs the extra serve")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")
 
 SUBMIT, STOP = '[data-testid="submit-button"]', "#question .stop-button"
 
 EMPTY = "document.querySelectorAll('[data-testid=bot]').length == 0"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +31,9 @@ def url(chat: Chat) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def opened(browser: Any, url: str) -> Iterator[Any]:
+def opened(chromium: Any, url: str) -> Iterator[Any]:
     """The page, opened; it may ask no other server for anything and may meet no error of its own."""
-    page = browser.new_page()
+    page = chromium.new_page()
     page.set_default_timeout(30_000)
     asked: set[str] = set()
     errors: list[str] = []
