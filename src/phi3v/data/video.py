@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,48 +90,36 @@ def _lengths(clip: Path | bytes, where: str) -> tuple[int, int]:
     """(frames that the header promises, 0 if it is silent; frames' packets that are there). Decodes nothing."""
     with _open(clip, where) as container:
         stream = container.streams.video[0]
-        try:
-            return stream.frames, sum(packet.size > 0 for packet in container.demux(stream))
-        except (av.FFmpegError, OSError) as error:
-            raise _broken(where, error) from None
+        return stream.frames, sum(packet.size > 0 for packet in container.demux(stream))
 
 
 def _decode_numbers(clip: Path | bytes, numbers: Sequence[int], where: str) -> tuple[list[Image.Image], int]:
     """(the frames of these ascending numbers, as far as they exist; how many frames the clip has)."""
     wanted, images, total = set(numbers), {}, 0
     with _open(clip, where) as container:
-        for frame in _frames(container, where):
+        for frame in container.decode(container.streams.video[0]):
             if total in wanted:
                 images[total] = frame.to_image()
             total += 1
     return [images[number] for number in numbers if number in images], total
 
 
-def _frames(container: av.container.InputContainer, where: str) -> Iterator[av.VideoFrame]:
+@contextlib.contextmanager
+def _open(clip: Path | bytes, where: str) -> Iterator[av.container.InputContainer]:
+    """The opened clip; what the library raises while it is open becomes a `UserError`."""
     try:
-        yield from container.decode(container.streams.video[0])
-    except (av.FFmpegError, OSError) as error:
-        raise _broken(where, error) from None
-
-
-def _open(clip: Path | bytes, where: str) -> av.container.InputContainer:
-    try:
-        container = av.open(str(clip) if isinstance(clip, Path) else io.BytesIO(clip), metadata_errors="ignore")
+        file = str(clip) if isinstance(clip, Path) else io.BytesIO(clip)
+        with av.open(file, metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise UserError("has no video track", where=where, hint="leave it out, or name a video file")
+            codec: av.VideoCodecContext | None = container.streams.video[0].codec_context
+            if codec is None:
+                what = "is of a codec that is unknown here"
+                raise UserError(what, where=where, hint="encode it as H.264 or MPEG-4")
+            codec.thread_count = 1  # the cores are shared among clips already
+            yield container
     except FileNotFoundError:
         raise UserError("no such clip", where=where, hint="is the source complete?") from None
     except (av.FFmpegError, OSError) as error:
-        raise _broken(where, error) from None
-    if not container.streams.video:
-        container.close()
-        raise UserError("has no video track", where=where, hint="leave it out, or name a video file")
-    codec: av.VideoCodecContext | None = container.streams.video[0].codec_context
-    if codec is None:
-        container.close()
-        raise UserError("is of a codec that is unknown here", where=where, hint="encode it as H.264 or MPEG-4")
-    codec.thread_count = 1  # the cores are shared among clips already
-    return container
-
-
-def _broken(where: str, error: Exception) -> UserError:
-    said = getattr(error, "strerror", None) or error
-    return UserError(f"cannot be decoded ({said})", where=where, hint=_ANOTHER_COPY)
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot be decoded ({said})", where=where, hint=_ANOTHER_COPY) from None
