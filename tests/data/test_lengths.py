@@ -83,27 +83,30 @@ def test_counted_once(table: RecordTable, tiny_model_dir: Path, monkeypatch: pyt
     assert_equal(measure_table(table, Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=1)), first)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "another's", "gone", "replaced image"])
-def test_damaged_or_stale_lengths_are_counted_again(table: RecordTable, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("kind", ["tokens", "sizes"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "another's", "gone"])
+def test_damaged_lengths_are_counted_again(table: RecordTable, kind: str, damage: str) -> None:
     first = measure_table(table, None)
-    (kept,) = table.folder.glob("lengths-*.npz")
+    (kept,) = table.folder.glob(f"{kind}-*.npz")
     whole = kept.read_bytes()
     if damage == "truncated":
         kept.write_bytes(whole[: len(whole) // 2])
     elif damage == "garbage":
         kept.write_bytes(whole[:100] + bytes(len(whole) - 100))
     elif damage == "another's":
-        np.savez(kept, text=np.zeros(1))
-    elif damage == "gone":
+        np.savez(kept, text=np.zeros(1), targets=np.zeros(1), sizes=np.zeros(1), stamps=np.zeros(1))
+    else:
         kept.unlink()
-    else:
-        Image.new("RGB", (700, 100)).save(tmp_path / "images" / "a.png")
-    again = measure_table(table, None)
-    if damage == "replaced image":
-        assert again.sizes.tolist() == [[700, 100]] * 3
-    else:
-        assert_equal(again, first)
-        assert kept.read_bytes() == whole
+    assert_equal(measure_table(table, None), first)
+    assert kept.read_bytes() == whole
+
+
+def test_a_replaced_image_is_measured_again(table: RecordTable, tmp_path: Path) -> None:
+    measure_table(table, None)
+    Image.new("RGB", (700, 100)).save(tmp_path / "images" / "a.png")
+    assert measure_table(table, None).sizes.tolist() == [[700, 100]] * 3
+    with pytest.raises(UserError, match="above the limit of 100"):
+        measure_table(open_table(table.path, max_pixels=100), None)
 
 
 def test_lengths_that_cannot_be_kept(table: RecordTable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +115,7 @@ def test_lengths_that_cannot_be_kept(table: RecordTable, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(np, "savez", full)
     assert_equal(measure_table(table, None), measure_table(table, None))
-    assert [file.name for file in table.folder.iterdir() if "lengths" in file.name] == []
+    assert [file.name for file in table.folder.iterdir() if file.suffix == ".npz"] == []
 
 
 def test_counted_in_parallel_as_in_one_process(
@@ -120,7 +123,7 @@ def test_counted_in_parallel_as_in_one_process(
 ) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
     alone = measure_table(table, processor)
-    (kept,) = table.folder.glob("lengths-*.npz")
+    (kept,) = table.folder.glob("tokens-*.npz")
     kept.unlink()
     counted = lengths_module.count_record
     parent = os.getpid()

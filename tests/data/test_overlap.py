@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_pairs_and_images_are_counted_apart(files: tuple[Path, Path]) -> None:
-    found = find_overlap(*map(open_table, files), "refuse")
+    found = find_overlap(*map(open_table, files))
     assert found == Overlap(questions=8, same=4, same_image=2, first=2)
     assert found.finding is not None
     for words in ("of 8 questions 4 are asked there too", "2 more are about images", "first in line 2"):
@@ -66,14 +66,14 @@ def test_files_that_share_nothing_are_not_read(
     other = write(tmp_path / "eval", [turn("What colour?", "c.png")])
     (tmp_path / "eval/images/c.png").write_bytes(image_bytes(5) + b" ")
     monkeypatch.setattr(overlap, "_hash", lambda path: pytest.fail(f"{path} was read"))
-    assert find_overlap(open_table(train), open_table(other), "refuse").finding is None
+    assert find_overlap(open_table(train), open_table(other)).finding is None
 
 
 def test_it_is_remembered_for_these_versions(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     train, other = files
-    first = find_overlap(open_table(train), open_table(other), "refuse")
+    first = find_overlap(open_table(train), open_table(other))
     with monkeypatch.context() as patched:
         patched.setattr(overlap, "_compare", lambda *tables: pytest.fail("compared again"))
-        assert find_overlap(open_table(train), open_table(other), "refuse") == first
+        assert find_overlap(open_table(train), open_table(other)) == first
     train.write_text(train.read_text().replace("one and one?", "another"))
-    assert find_overlap(open_table(train), open_table(other), "refuse").same == first.same - 1
+    assert find_overlap(open_table(train), open_table(other)).same == first.same - 1

@@ -254,50 +254,60 @@ def measure_table(
         UserError: the header of an image cannot be read; names the line and the field.
     """
     names, name_of_image = table.distinct_images()
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        stamp = np.array(list(pool.map(lambda name: _stamp(table.images_root / name), names)), dtype=np.int64)
-    file = table.folder / f"lengths-{_identity(table, processor)}.npz"
-    known = _recall(file, table, stamp, len(name_of_image))
-    if known is not None:
-        return known
-    sizes = _read_sizes(table, names, skip_unreadable)
-    with LateProgress("measuring records", len(table), enabled=progress) as bar:
-        counts = _count_all(table, processor, bar)
-    numbers: dict[bytes, int] = {}
-    arrays = {
-        "text": [count.text for count in counts],
-        "targets": [count.targets for count in counts],
-        "prompts": [tokens for count in counts for tokens in count.prompts],
-        "prefixes": [tokens for count in counts for tokens in count.prefixes],
-        "pages": [numbers.setdefault(key, len(numbers)) for count in counts for key in count.keys],
-        "sizes": sizes[name_of_image],
-    }
-    kept = {name: np.asarray(values, dtype=np.int64) for name, values in arrays.items()}
-    if sizes.all():  # else it may be another time
-        _keep(file, kept | {"stamp": stamp})
-    return TableLengths(**kept, turns=table.turn_counts(), images=table.turn_image_counts())
-
-
-def _count_all(table: RecordTable, processor: Phi3VProcessor | None, bar: LateProgress) -> list[RecordCount]:
-    from phi3v.data.readers import reading  # which imports torch
-
-    def count_chunk(start: int) -> list[RecordCount]:
-        return [count_record(record, processor) for record in table.records(start, start + CHUNK)]
-
-    counts: list[RecordCount] = []
-    workers = available_cores() if processor is not None and len(table) >= PARALLEL else 0
-    with reading(count_chunk, range(0, len(table), CHUNK), workers) as chunks:
-        for chunk in chunks:
-            counts += chunk
-            bar.advance(len(chunk))
-    return counts
-
-
-def _identity(table: RecordTable, processor: Phi3VProcessor | None) -> str:
-    """Of everything but the data file that the kept lengths depend on."""
+    sizes = image_sizes(table, skip_unreadable=skip_unreadable)
+    turns, images = table.turn_counts(), table.turn_image_counts()
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor is not None else ""
-    settings = [VERSION, tokenizer, os.path.abspath(table.images_root), table.max_pixels, table.exif_orientation]
-    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    file = table.folder / f"tokens-{_identity(tokenizer)}.npz"
+    shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
+    kept = _recall(file, shapes)
+    if kept is None:
+        counts = _count_all(table, processor, progress)
+        numbers: dict[bytes, int] = {}
+        values = {
+            "text": [count.text for count in counts],
+            "targets": [count.targets for count in counts],
+            "prompts": [tokens for count in counts for tokens in count.prompts],
+            "prefixes": [tokens for count in counts for tokens in count.prefixes],
+            "pages": [numbers.setdefault(key, len(numbers)) for count in counts for key in count.keys],
+        }
+        kept = {name: np.array(own, dtype=np.int64) for name, own in values.items()}
+        _keep(file, kept)
+    of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
+    return TableLengths(**kept, turns=turns, images=images, sizes=of_names[name_of_image])
+
+
+def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[str, tuple[int, int]]:
+    """Width and height of every image by its name, in the order of the file; kept as `measure_table` does.
+
+    Args:
+        skip_unreadable: (0, 0) where the header cannot be read, in place of an error.
+
+    Raises:
+        UserError: the header of an image cannot be read; names the line and the field.
+    """
+    names, _ = table.distinct_images()
+    file = table.folder / f"sizes-{_identity(os.path.abspath(table.images_root), table.exif_orientation)}.npz"
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        stamps = np.array(list(pool.map(lambda name: _stamp(table.images_root / name), names)), dtype=np.int64)
+        kept = _recall(file, {"stamps": len(names), "sizes": len(names)})
+        if kept is not None and kept["sizes"].shape == stamps.shape and np.array_equal(kept["stamps"], stamps):
+            sizes = [(width, height) for width, height in kept["sizes"].tolist()]
+            if all(width * height <= table.max_pixels for width, height in sizes):
+                return dict(zip(names, sizes, strict=True))
+        read = dict(zip(names, pool.map(lambda name: _read_size(table, name), names), strict=True))
+    unreadable = {name for name, size in read.items() if size is None}
+    if not unreadable:
+        _keep(file, {"stamps": stamps, "sizes": np.array(list(read.values()), dtype=np.int64).reshape(-1, 2)})
+    elif not skip_unreadable:
+        table.image_sizes(next(record for record in table if unreadable.intersection(record.images)))
+    return {name: size or (0, 0) for name, size in read.items()}
+
+
+def _read_size(table: RecordTable, name: str) -> tuple[int, int] | None:
+    try:
+        return table.of_image(image_size, name)
+    except UserError:
+        return None
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -309,19 +319,37 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _recall(file: Path, table: RecordTable, stamp: Ints, num_images: int) -> TableLengths | None:
-    """What was kept, if it is whole and of these images."""
+def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: bool) -> list[RecordCount]:
+    from phi3v.data.readers import reading  # which imports torch
+
+    def count_chunk(start: int) -> list[RecordCount]:
+        return [count_record(record, processor) for record in table.records(start, start + CHUNK)]
+
+    counts: list[RecordCount] = []
+    workers = available_cores() if processor is not None and len(table) >= PARALLEL else 0
+    with (
+        LateProgress("measuring records", len(table), enabled=progress) as bar,
+        reading(count_chunk, range(0, len(table), CHUNK), workers) as chunks,
+    ):
+        for chunk in chunks:
+            counts += chunk
+            bar.advance(len(chunk))
+    return counts
+
+
+def _identity(*settings: object) -> str:
+    """Of everything but the data file that what is kept depends on."""
+    return hashlib.blake2b(json.dumps([VERSION, *settings]).encode(), digest_size=8).hexdigest()
+
+
+def _recall(file: Path, shapes: dict[str, int]) -> dict[str, Ints] | None:
+    """The arrays that were kept, if they are whole and as long as they must be."""
     try:
         with np.load(file) as kept:
-            arrays = {name: kept[name] for name in kept.files}
-        same = np.array_equal(arrays.pop("stamp"), stamp)
-        lengths = TableLengths(**arrays, turns=table.turn_counts(), images=table.turn_image_counts())
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            arrays = {name: kept[name] for name in shapes}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    turns = len(lengths.images)
-    found = [len(value) for value in (lengths.text, lengths.targets, lengths.prompts, lengths.prefixes, lengths.pages)]
-    whole = found == [len(table)] * 2 + [turns] * 3 and lengths.sizes.shape == (num_images, 2)
-    return lengths if same and whole else None
+    return arrays if {name: len(array) for name, array in arrays.items()} == shapes else None
 
 
 def _keep(file: Path, arrays: dict[str, Ints]) -> None:
@@ -330,23 +358,6 @@ def _keep(file: Path, arrays: dict[str, Ints]) -> None:
             np.savez(opened, **arrays)  # type: ignore[arg-type]
     except OSError:
         pass  # it is counted again the next time
-
-
-def _read_sizes(table: RecordTable, names: Sequence[str], skip_unreadable: bool) -> Ints:
-    """(names, 2) width and height of images."""
-
-    def read(name: str) -> tuple[int, int] | None:
-        try:
-            return table.of_image(image_size, name)
-        except UserError:
-            return None
-
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        sizes = dict(zip(names, pool.map(read, names), strict=True))
-    unreadable = {name for name, size in sizes.items() if size is None}
-    if unreadable and not skip_unreadable:
-        table.image_sizes(next(record for record in table if unreadable.intersection(record.images)))
-    return np.array([size or (0, 0) for size in sizes.values()], dtype=np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

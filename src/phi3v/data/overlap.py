@@ -1,4 +1,4 @@
-"""What a file to measure on shares with the file that is learnt from; a score on that says little about new data.
+"""What the evaluation data shares with the training data; a score on that says little about new data.
 
 Images are the same if their files hold the same bytes. Only files of equal size are read.
 """
@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.cache import cannot_write
 from phi3v.data.jsonl import replacing
-from phi3v.data.schema import Record, SpecialText
+from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.findings import Finding
 from phi3v.paths import file_hash
@@ -24,12 +24,12 @@ READERS = 8  # threads that read files
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of the questions to measure on.
+    """Of the questions for evaluation.
 
     Attributes:
         questions: how many there are.
-        same: that are learnt too, with the same images.
-        same_image: others, about an image that is learnt from.
+        same: that are trained on too, with the same images.
+        same_image: others, about an image that is trained on.
         first: line of the first of all these.
     """
 
@@ -54,20 +54,18 @@ class Overlap:
             "warn",
             f"data.eval shares records with data.train: of {self.questions:,} questions "
             f"{' and '.join(filter(None, parts))} (first in line {self.first})",
-            "what was learnt by heart scores well: keep each image in one of the two files",
+            "memorised answers score well: keep each image in one of the two files",
         )
 
 
-def find_overlap(train: RecordTable, other: RecordTable, special_text: SpecialText) -> Overlap:
+def find_overlap(train: RecordTable, other: RecordTable) -> Overlap:
     """What ``other`` shares with ``train``; remembered in the cache for these versions of both files.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    tables = (train, other)
-    folders = [cache_folder(table.sha256, special_text) for table in tables]
-    memory = folders[1] / f"overlap-{folders[0].name}.json"
-    roots = [os.path.abspath(table.images_root) for table in tables]
+    memory = other.folder / f"overlap-{train.folder.name}.json"
+    roots = [os.path.abspath(table.images_root) for table in (train, other)]
     try:
         known = json.loads(memory.read_text())
         if known.pop("roots") == roots:
@@ -85,13 +83,13 @@ def find_overlap(train: RecordTable, other: RecordTable, special_text: SpecialTe
 
 def _compare(train: RecordTable, other: RecordTable) -> Overlap:
     contents = _same_contents(train, other)
-    asked: dict[tuple[tuple[str, ...], str], bool] = {}  # by images and text: whether it is learnt too
+    asked: dict[tuple[tuple[str, ...], str], bool] = {}  # by images and text: whether it is trained on too
     for record in other:
         asked.update(dict.fromkeys(_questions(record, contents[1]), False))
-    learnt: set[str] = set()
+    trained: set[str] = set()
     for record in train:
         for images, text in _questions(record, contents[0]):
-            learnt.update(images)
+            trained.update(images)
             if (images, text) in asked:
                 asked[images, text] = True
     same = same_image = questions = first = 0
@@ -100,7 +98,7 @@ def _compare(train: RecordTable, other: RecordTable) -> Overlap:
             questions += 1
             if asked[images, text]:
                 same += 1
-            elif not learnt.isdisjoint(images):
+            elif not trained.isdisjoint(images):
                 same_image += 1
             else:
                 continue
@@ -119,7 +117,7 @@ def _questions(record: Record, contents: dict[str, str]) -> Iterator[tuple[tuple
 
 def _same_contents(*tables: RecordTable) -> list[dict[str, str]]:
     """For each table what stands for the content of each of its images: equal where the files are."""
-    names = [sorted({name for record in table for name in record.images}) for table in tables]
+    names = [table.distinct_images()[0] for table in tables]
     paths = [[table.images_root / name for name in of_table] for table, of_table in zip(tables, names, strict=True)]
     with ThreadPoolExecutor(READERS) as pool:
         sizes = [list(pool.map(_size, of_table)) for of_table in paths]

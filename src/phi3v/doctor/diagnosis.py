@@ -64,7 +64,7 @@ def diagnose(config: RunConfig, console: Console) -> Report:
     case, table, eval_table = check_data(config, report, case, processor)
     if table is not None and eval_table is not None:
         with report.checking("overlap"):
-            shared = find_overlap(table, eval_table, config.data.special_text).finding
+            shared = find_overlap(table, eval_table).finding
             none = Finding("overlap", "pass", "data.eval shares no image and no question with data.train")
             report.add(shared or none)
     if case is not None and facts is not None and processor is not None and table is not None:

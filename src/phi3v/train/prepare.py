@@ -134,7 +134,7 @@ def prepare(
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
-        shared = find_overlap(train_table, eval_table, config.data.special_text) if eval_table is not None else None
+        shared = find_overlap(train_table, eval_table) if eval_table is not None else None
         lengths, *_ = [
             require_lengths(config, table, facts, processor) for table in (train_table, eval_table) if table is not None
         ]

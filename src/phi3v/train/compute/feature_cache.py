@@ -18,7 +18,8 @@ from torch import nn
 from phi3v.config import FeatureCache
 from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.features import FeatureStore
-from phi3v.data.images import image_size, load_image
+from phi3v.data.images import load_image
+from phi3v.data.lengths import image_sizes
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
@@ -72,11 +73,7 @@ def fill_features(
     if folder is not None:
         require_writable(folder, "training.feature_cache", CACHE_HINT)  # another user may have made it
     store = FeatureStore(table.images_root, folder)
-    sizes = {
-        name: size
-        for record in table
-        for name, size in table.read_images(record, lambda name, **kwargs: (name, image_size(name, **kwargs)))
-    }
+    sizes = image_sizes(table)
     missing = [name for name in sizes if name not in store]
 
     def features(name: str) -> torch.Tensor:
