@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from phi3v.data.faults import DataFaultsError, Fault
-from phi3v.data.schema import MAX_LINE_BYTES, Record, Turn, image_path_fault, parse_line, read_line
-from phi3v.errors import UserError
+from phi3v.data.faults import Fault
+from phi3v.data.schema import MAX_LINE_BYTES, Record, SpecialText, Turn, image_path_fault, read_line
 
 FILE = Path("data/train.jsonl")
 TURN = {"user": "what shape?", "assistant": "circle"}
@@ -20,6 +19,13 @@ def line_of(turn: dict[str, Any] | None = None, **keys: Any) -> str:
 
 def placed(offsets: Any) -> dict[str, Any]:
     return TURN | {"images": ["a.png", "b.png"], "image_offsets": offsets}
+
+
+def parse_line(text: str | bytes, line: int = 1, special_text: SpecialText = "refuse") -> Record:
+    """The record of a line without a fault."""
+    read = read_line(text, file=FILE, line=line, special_text=special_text)
+    assert read.record is not None, read.faults
+    return read.record
 
 
 def faults_of(text: str | bytes, line: int = 7, **options: Any) -> list[Fault]:
@@ -38,7 +44,7 @@ def test_a_record_of_several_turns_is_read_whole() -> None:
             ],
         }
     )
-    assert parse_line(text, file=FILE, line=3) == Record(
+    assert parse_line(text, line=3) == Record(
         "val-0300",
         "ucf101",
         (
@@ -54,12 +60,12 @@ def test_what_is_optional_may_be_null() -> None:
     keys = {"source": None, "system": None}
     turn = TURN | {"images": None, "image_offsets": None, "weight": None, "answers": None}
     for line in (line_of(), line_of(turn, **keys)):
-        assert parse_line(line, file=FILE, line=1) == Record("a", None, (Turn("what shape?", "circle"),), 1)
+        assert parse_line(line) == Record("a", None, (Turn("what shape?", "circle"),), 1)
 
 
 def test_a_system_message_images_within_a_text_and_a_turn_of_weight_0() -> None:
     turns = [placed([0, 11]), TURN | {"weight": 0}, TURN | {"weight": 1.0}]
-    record = parse_line(line_of(system="Be brief.", conversations=turns), file=FILE, line=1)
+    record = parse_line(line_of(system="Be brief.", conversations=turns))
     assert record.system == "Be brief."
     assert [turn.image_offsets for turn in record.turns] == [(0, 11), None, None]
     assert [turn.weight for turn in record.turns] == [1, 0, 1]
@@ -69,7 +75,7 @@ def test_a_system_message_images_within_a_text_and_a_turn_of_weight_0() -> None:
 def test_images_keep_their_places_beside_escaped_text() -> None:
     user = "<|end|> is <s>: "
     turn = {"user": user, "assistant": "A", "images": list("abcdef"), "image_offsets": [0, 3, 7, 11, 14, 16]}
-    (read,) = parse_line(line_of(turn), file=FILE, line=1, special_text="escape").turns
+    (read,) = parse_line(line_of(turn), special_text="escape").turns
     assert read.user == "< |end|> is < s>: "
     assert read.image_offsets == (0, 4, 8, 12, 16, 18)
 
@@ -117,7 +123,7 @@ def test_images_keep_their_places_beside_escaped_text() -> None:
         (line_of(system="</s>"), "system", "reads as a special token: </s>", ""),
         (line_of(TURN | {"weight": 0.5}), "conversations[0].weight", "must be 0 or 1", "context"),
         (line_of(TURN | {"weight": False}), "conversations[0].weight", "must be 0 or 1", "context"),
-        (line_of(TURN | {"weight": 0}), "conversations", "has turns of weight 0 alone", "weight 1"),
+        (line_of(TURN | {"weight": 0}), "conversations", "has only turns of weight 0", "weight 1"),
         (line_of(TURN | {"image_offsets": [0]}), "conversations[0].image_offsets", "1 given, images: 0", ""),
         (line_of(placed([2, 1])), "conversations[0].image_offsets", "must not decrease: images are listed in", ""),
         (line_of(placed([1])), "conversations[0].image_offsets", "1 given, images: 2", ""),
@@ -142,12 +148,9 @@ def test_a_fault_names_its_field_and_what_to_do(text: str, field: str, what: str
     assert what in fault.what
     assert fault.hint
     assert hint in fault.hint
-    with pytest.raises(DataFaultsError, match=r"train\.jsonl:7: ") as caught:
-        parse_line(text, file=FILE, line=7)
-    assert caught.value.faults == (fault,)
 
 
-def test_all_faults_of_a_line_are_found_and_parse_raises_the_first() -> None:
+def test_all_faults_of_a_line_are_found() -> None:
     text = '{"id": 1, "sauce": NaN, "conversations": [{"user": "x", "assistant": ""}, {"images": ["C:\\\\a.png"]}]}'
     fields = [fault.field for fault in faults_of(text)]
     assert fields == [
@@ -158,9 +161,6 @@ def test_all_faults_of_a_line_are_found_and_parse_raises_the_first() -> None:
         "conversations[1].user",
         "conversations[1].assistant",
     ]
-    with pytest.raises(UserError) as caught:
-        parse_line(text, file=FILE, line=2)
-    assert str(caught.value).startswith("data/train.jsonl: 6 faults (the first 1 follow)\ndata/train.jsonl:2: sauce: ")
 
 
 def test_a_fault_prints_as_one_line_and_its_hint() -> None:
@@ -213,13 +213,13 @@ def test_special_text_is_refused_with_its_field(token: str) -> None:
 
 def test_special_text_is_escaped_if_asked() -> None:
     text = line_of({"user": "a <|end|> <b>", "assistant": "<|user|>", "answers": ["</s>"]})
-    (turn,) = parse_line(text, file=FILE, line=1, special_text="escape").turns
+    (turn,) = parse_line(text, special_text="escape").turns
     assert turn == Turn("a < |end|> <b>", "< |user|>", (), ("< /s>",))
 
 
 def test_text_that_only_looks_special_is_left_alone() -> None:
     turn = {"user": "is 3 < 4? <|nothing|> <b>", "assistant": "a <- b"}
-    assert parse_line(line_of(turn), file=FILE, line=1).turns == (Turn(**turn),)
+    assert parse_line(line_of(turn)).turns == (Turn(**turn),)
 
 
 def test_invalid_utf8_names_the_byte() -> None:
@@ -231,8 +231,8 @@ def test_invalid_utf8_names_the_byte() -> None:
 
 def test_a_byte_order_mark_is_tolerated_on_the_first_line_only() -> None:
     text = "\ufeff" + line_of()
-    assert parse_line(text.encode(), file=FILE, line=1).id == "a"
-    assert parse_line(text, file=FILE, line=1).id == "a"
+    assert parse_line(text.encode()).id == "a"
+    assert parse_line(text).id == "a"
     assert faults_of(text, line=2)
 
 

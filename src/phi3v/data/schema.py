@@ -6,9 +6,9 @@ A line is one JSON object::
         {"images": ["val/BabyCrawling/g21.0.jpg"], "user": "Which class?", "assistant": "BabyCrawling"}]}
 
 Optional are ``source`` and ``system`` (a system message) of the record, and of a turn ``images``, ``image_offsets``
-(where in ``user`` each image stands), ``weight`` (0: context, not learnt) and ``answers`` (all reference answers of the
-question, for evaluation).
-Nothing here touches the disk: whether an image can be read is the business of `images.py`.
+(where in ``user`` each image stands), ``weight`` (0: context, not a target) and ``answers`` (all reference answers, for
+evaluation).
+Nothing here touches the disk; `images.py` checks whether an image can be read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3v.data.faults import DataFaultsError, Fault, quote
+from phi3v.data.faults import Fault, quote
 from phi3v.processing.special_text import escape_special_text, find_special_text, shift_by_escapes
 
 SpecialText = Literal["refuse", "escape"]
@@ -45,11 +46,11 @@ class Turn:
 
     Attributes:
         user: the question; empty only if the turn has images.
-        assistant: the answer to learn.
+        assistant: the answer.
         images: paths relative to the data folder's ``images/``, with ``/``.
         answers: all reference answers, for evaluation; empty means that ``assistant`` is the only one.
         image_offsets: where in ``user`` each image stands, in characters; None: all before it, in a line of their own.
-        weight: 1, or 0 for a turn that is context: its answer is neither learnt nor evaluated.
+        weight: 1, or 0 for a turn that is context: its answer is neither a target of the loss nor evaluated.
     """
 
     user: str
@@ -85,7 +86,7 @@ class Record:
 
     @property
     def num_questions(self) -> int:
-        """Turns that are learnt from."""
+        """Turns with a weight."""
         return sum(turn.weight for turn in self.turns)
 
 
@@ -107,7 +108,7 @@ class Line:
 
 
 def read_line(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Line:
-    """Read one line that is not blank. Never raises for what the line holds.
+    """Read one line that is not blank; raises nothing for what the line holds.
 
     Args:
         text: the line; bytes are decoded as UTF-8. A byte order mark is tolerated on line 1.
@@ -116,18 +117,6 @@ def read_line(text: str | bytes, *, file: Path, line: int, special_text: Special
         special_text: whether literal special tokens in texts are faults or are escaped.
     """
     return _LineReader(file, line, special_text).read(text)
-
-
-def parse_line(text: str | bytes, *, file: Path, line: int, special_text: SpecialText = "refuse") -> Record:
-    """The record of one line that is not blank.
-
-    Raises:
-        DataFaultsError: with the first fault of the line.
-    """
-    result = read_line(text, file=file, line=line, special_text=special_text)
-    if result.record is None:
-        raise DataFaultsError(file, result.faults[:1], total=len(result.faults))
-    return result.record
 
 
 def image_path_fault(path: str) -> tuple[str, str] | None:
@@ -281,7 +270,7 @@ class _LineReader:
         turns = self.turns(value)
         if not self.result.faults and not any(turn.weight for turn in turns):
             hint = "remove the line, or give a turn weight 1"
-            self.fault("conversations", "has turns of weight 0 alone: there is nothing to learn", hint)
+            self.fault("conversations", "has only turns of weight 0: there is nothing to train on", hint)
         if not self.result.faults:
             assert self.result.id is not None
             self.result.record = Record(self.result.id, source, turns, self.line, system)
@@ -335,14 +324,14 @@ class _LineReader:
         if assistant is not None and not assistant.strip():
             self.fault(
                 f"{where}.assistant",
-                "is empty: there is nothing to learn",
+                "is empty: there is nothing to train on",
                 "add the answer, or remove the turn",
             )
         answers = self.answers(value.get("answers"), f"{where}.answers")
         weight = value.get("weight")
         weight = 1 if weight is None else weight
         if isinstance(weight, bool) or weight not in (0, 1):
-            hint = "1 to learn the answer, which is the default; 0 for a turn that is context"
+            hint = "1 to train on the answer, which is the default; 0 for a turn that is context"
             self.fault(f"{where}.weight", "must be 0 or 1", hint)
         if len(self.result.faults) > faults_before:
             return None
@@ -351,22 +340,14 @@ class _LineReader:
         return Turn(user, assistant, images, answers, offsets, int(weight))
 
     def images(self, value: object, where: str) -> tuple[str, ...]:
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            hint = f'write a list: "images": ["{value}"]' if isinstance(value, str) else 'write "images": ["a.png"]'
-            self.fault(where, f"must be a list, not {json_kind(value)}", hint)
-            return ()
+        hint = f'write a list: "images": ["{value}"]' if isinstance(value, str) else 'write "images": ["a.png"]'
         paths = []
-        for k, item in enumerate(value):
-            path = self.string(item, f"{where}[{k}]", "name the file in quotes; images lie in files of their own")
-            if path is None:
-                continue
+        for at, path in self.strings(value, where, hint, "name the file in quotes; images lie in files of their own"):
             if wrong := image_path_fault(path):
-                self.fault(f"{where}[{k}]", *wrong)
+                self.fault(at, *wrong)
                 continue
             paths.append(path)
-            self.result.images.append((f"{where}[{k}]", path))
+            self.result.images.append((at, path))
         return tuple(paths)
 
     def offsets(self, value: dict[str, Any], where: str, num_images: int) -> tuple[int, ...] | None:
@@ -383,22 +364,23 @@ class _LineReader:
         return tuple(offsets) if isinstance(offsets, list) else None
 
     def answers(self, value: object, where: str) -> tuple[str, ...]:
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            self.fault(where, f"must be a list, not {json_kind(value)}", 'write "answers": ["…", "…"]')
-            return ()
-        if not value:
+        if value == []:
             self.fault(where, "is an empty list", 'list the reference answers, or leave "answers" out')
         texts = []
-        for k, item in enumerate(value):
-            text = self.string(item, f"{where}[{k}]", "write the answer in quotes")
-            if text is None:
-                continue
+        for at, text in self.strings(value, where, 'write "answers": ["…", "…"]', "write the answer in quotes"):
             if not text.strip():
-                self.fault(f"{where}[{k}]", "is empty", "write the answer, or remove it")
-            texts.append(self.special(text, f"{where}[{k}]"))
+                self.fault(at, "is empty", "write the answer, or remove it")
+            texts.append(self.special(text, at))
         return tuple(texts)
+
+    def strings(self, value: object, where: str, hint: str, hint_of_each: str) -> Iterator[tuple[str, str]]:
+        """Place and text of each string of an optional list."""
+        if value is not None and not isinstance(value, list):
+            self.fault(where, f"must be a list, not {json_kind(value)}", hint)
+        for k, item in enumerate(value if isinstance(value, list) else ()):
+            text = self.string(item, f"{where}[{k}]", hint_of_each)
+            if text is not None:
+                yield f"{where}[{k}]", text
 
     def text(self, value: dict[str, Any], key: str, where: str) -> str | None:
         """A required text that the model will read or write."""
