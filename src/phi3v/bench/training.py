@@ -129,6 +129,9 @@ def _earlier_rows(out: Path | None, facts: dict[str, Any]) -> dict[str, dict[str
             raise UserError(
                 f"holds a result with another {key}", where=str(out), hint="choose another --out, or remove it first"
             )
+    for row in held["rows"]:
+        if "way" in row:  # of an older version
+            row["variant"] = row.pop("way")
     return {Row(row["method"], row["variant"]).name: row for row in held["rows"]}
 
 
