@@ -1,4 +1,4 @@
-# Everything a newcomer needs. The first target that is asked for makes .venv by itself.
+# The first target that is run creates .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ QUICKSTART := quickstart
 
 .PHONY: help quickstart test check style docs clean
 
-help:  ## this list
+help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: LoRA on a tiny model, easy-vqa, before and after (10 minutes)
+quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: LoRA on a tiny model with easy-vqa, evaluated before and after (10 minutes)
 	rm -rf $(QUICKSTART)/model $(QUICKSTART)/run
 	$(BIN)/phi3v model init --preset tiny --pretrained --out $(QUICKSTART)/model
 	$(BIN)/phi3v data convert easy-vqa --out $(QUICKSTART)/data
@@ -30,14 +30,14 @@ check: $(VENV)/.installed  ## linter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-style: $(VENV)/.installed  ## put the code into form
+style: $(VENV)/.installed  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed  ## the pages of docs/ as a site that opens without a server, in build/site
+docs: $(VENV)/.installed  ## build the site of docs/ in build/site; it opens without a server
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open build/site/index.html"
 
-clean:  ## remove .venv and the quickstart's files
+clean:  ## remove .venv and the files of the quickstart
 	rm -rf $(VENV) $(QUICKSTART)

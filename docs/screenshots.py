@@ -1,9 +1,9 @@
-"""The pictures of docs/images, taken from real pages in headless Chromium.
+"""The images of docs/images, taken from real pages in headless Chromium.
 
     python docs/screenshots.py --run quickstart/run [--other output/another] [--chromium /usr/bin/chromium]
 
-``--run`` is a finished run; with ``--other`` the two are compared. The preview is of three photographs and a scanned
-page that come with scikit-image (extra bench), with questions written here.
+``--run`` is a finished run; with ``--other`` the two are compared. The preview shows three photographs and a scanned page
+from scikit-image (extra bench), with questions written here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from phi3v.report.report import report
 
 IMAGES = Path(__file__).parent / "images"
 MAX_BYTES = 300_000
-# (picture, turns): what the preview shows.
+# (image, turns): what the preview shows.
 PHOTOGRAPHS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("chelsea.png", (("Which animal is this?", "a cat"), ("What colour is its fur?", "orange and white"))),
     ("coffee.png", (("What is in the cup?", "coffee"), ("What lies on the saucer?", "a spoon"))),
@@ -34,7 +34,7 @@ PHOTOGRAPHS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def photographs(folder: Path) -> Path:
-    """A data file of real pictures."""
+    """A data file of real images."""
     package = importlib.util.find_spec("skimage")
     assert package is not None
     assert package.origin is not None
@@ -52,7 +52,7 @@ def photographs(folder: Path) -> Path:
 
 
 class Camera:
-    """Takes pictures of pages; each is kept below `MAX_BYTES`."""
+    """Takes screenshots of pages, each below `MAX_BYTES`."""
 
     def __init__(self, browser: Any) -> None:
         self.browser = browser
@@ -67,20 +67,20 @@ class Camera:
         return page
 
     def take(self, page: Any, name: str, *, top: float = 0, height: int = 900) -> None:
-        """A picture of the page from ``top`` on."""
+        """A screenshot of the page from ``top`` on."""
         page.wait_for_timeout(300)
         width = page.viewport_size["width"]
         clip = {"x": 0, "y": top, "width": width, "height": height}
         shot = page.screenshot(full_page=True, clip=clip)
-        with Image.open(io.BytesIO(shot)) as picture:
+        with Image.open(io.BytesIO(shot)) as shot_image:
             out = IMAGES / f"{name}.webp"
-            picture.save(out, "WEBP", quality=82, method=6)
+            shot_image.save(out, "WEBP", quality=82, method=6)
         size = out.stat().st_size
         assert size < MAX_BYTES, f"{out} has {size} bytes"
         print(f"{out}: {size / 1000:.0f} kB")
 
     def take_section(self, page: Any, section: str, name: str, *, height: int = 900) -> None:
-        """A picture that starts at a section; the head, which sticks to the window, is left out."""
+        """A screenshot that starts at a section, without the sticky page header."""
         page.evaluate("document.querySelector('header.top').style.position = 'static'")
         box = page.locator(f"#{section}").bounding_box()
         self.take(page, name, top=box["y"] + page.evaluate("scrollY") - 12, height=min(height, int(box["height"]) + 24))
