@@ -2,8 +2,8 @@
 
     python docs/screenshots.py --run quickstart/run [--other output/another] [--chromium /usr/bin/chromium]
 
-``--run`` is a finished run; with ``--other`` the two are compared. The preview shows three photographs and a scanned page
-from scikit-image (extra bench), with questions written here.
+``--run`` is a finished run; with ``--other`` the two are compared. The preview shows three photographs and a scanned
+page from scikit-image (extra bench), with questions written here.
 """
 
 from __future__ import annotations
