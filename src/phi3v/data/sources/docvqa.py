@@ -37,8 +37,8 @@ SOURCE = "docvqa"
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
-    return questions.convert_original_or_tables(
+    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `questions.py`."""
+    return questions.convert_dataset(
         SOURCE,
         options,
         original="train_v1.0*.json, val_v1.0*.json with documents/",
@@ -98,9 +98,6 @@ def _page(file: Path, root: Path, page: str, entries: list[tuple[int, RawRecord]
 
 
 def _write_tables(conversion: Conversion, tables: dict[str, Table]) -> None:
-    if all(questions.is_cauldron(table) for table in tables.values()):
-        questions.write_cauldron(conversion, tables, source=SOURCE, num_images=1)
-        return
     for table in tables.values():
         table.require(("image", "question" if "question" in table.columns else "query", "answers"))
     for split, table in tables.items():

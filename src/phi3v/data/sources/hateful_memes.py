@@ -16,15 +16,13 @@ from the same form that it was trained on.
 from __future__ import annotations
 
 import json
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from phi3v.data.convert import Conversion, ConversionResult, ConvertOptions
 from phi3v.data.jsonl import read_lines
-from phi3v.data.sources import questions
 from phi3v.data.sources.media import Medium
-from phi3v.data.sources.questions import Group, id_of, json_line, question_of, text_of, write_groups
+from phi3v.data.sources.questions import Group, convert_dataset, id_of, json_line, question_of, text_of, write_groups
 from phi3v.data.sources.records import RawRecord
 from phi3v.errors import UserError
 
@@ -34,14 +32,13 @@ SPLITS = ("train", "dev", "dev_seen", "dev_unseen", "test", "test_seen", "test_u
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
-    return questions.convert_original_or_tables(
+    """Write ``images/SPLIT/N.png`` and ``SPLIT.jsonl`` of every split; see `questions.py`."""
+    return convert_dataset(
         SOURCE,
         options,
         original="train.jsonl, dev_seen.jsonl … with img/",
         find_files=_annotation_files,
         write_original=_write_original,
-        write_tables=partial(questions.write_cauldron, source=SOURCE, num_images=1),
     )
 
 

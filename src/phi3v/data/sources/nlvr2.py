@@ -18,15 +18,13 @@ a model with data from the same form that it was trained on.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions
 from phi3v.data.jsonl import read_lines
-from phi3v.data.sources import questions
 from phi3v.data.sources.media import Medium
-from phi3v.data.sources.questions import Group, json_line, question_of, text_of, write_groups
+from phi3v.data.sources.questions import Group, convert_dataset, json_line, question_of, text_of, write_groups
 from phi3v.data.sources.records import RawRecord
 from phi3v.data.sources.splits import unknown_layout
 from phi3v.errors import UserError
@@ -40,14 +38,14 @@ _Pairs = dict[tuple[str, str], list[tuple[int, RawRecord]]]
 
 
 def convert(options: ConvertOptions) -> ConversionResult:
-    """Write ``images/SPLIT/N.{0,1}.png`` and ``SPLIT.jsonl`` of every split; see `convert_original_or_tables`."""
-    return questions.convert_original_or_tables(
+    """Write ``images/SPLIT/N.{0,1}.png`` and ``SPLIT.jsonl`` of every split; see `questions.py`."""
+    return convert_dataset(
         SOURCE,
         options,
         original="train.json, dev.json, test1.json with images",
         find_files=_annotation_files,
         write_original=_write_original,
-        write_tables=partial(questions.write_cauldron, source=SOURCE, num_images=2),
+        num_images=2,
     )
 
 

@@ -44,14 +44,15 @@ class Group:
     amount: int = 1
 
 
-def convert_original_or_tables(
+def convert_dataset(
     source: str,
     options: ConvertOptions,
     *,
     original: str,
     find_files: Callable[[Path], dict[str, Path]],
     write_original: Callable[[Conversion, Path, dict[str, Path]], None],
-    write_tables: Callable[[Conversion, dict[str, Table]], None],
+    write_tables: Callable[[Conversion, dict[str, Table]], None] | None = None,
+    num_images: int = 1,
 ) -> ConversionResult:
     """Convert a dataset from its original distribution, or from its part of the collection.
 
@@ -61,7 +62,8 @@ def convert_original_or_tables(
         original: what the original distribution consists of, for messages.
         find_files: the annotation files of the original distribution in a folder, by split.
         write_original: writes them; takes the folder and the files.
-        write_tables: writes tables, by split.
+        write_tables: writes tables with other columns than the collection's, by split.
+        num_images: of a row of the collection.
 
     Raises:
         UserError: the source is in neither form or cannot be read, ``out`` holds other data, or records are bad and
@@ -73,8 +75,11 @@ def convert_original_or_tables(
         if folder is not None and files:
             write_original(conversion, folder, files)
         else:
-            config = source.replace("-", "_")
-            write_tables(conversion, open_tables(options.source, HUB_ID, config, original=original))
+            tables = open_tables(options.source, HUB_ID, source.replace("-", "_"), original=original)
+            if write_tables is None or all(set(COLUMNS) <= set(table.columns) for table in tables.values()):
+                _write_cauldron(conversion, source, tables, num_images)
+            else:
+                write_tables(conversion, tables)
         return conversion.result()
 
 
@@ -128,12 +133,7 @@ def write_groups(
     conversion.write_split(split, units(), total=total)
 
 
-def is_cauldron(table: Table) -> bool:
-    """Whether a table has the collection's columns."""
-    return all(column in table.columns for column in COLUMNS)
-
-
-def write_cauldron(conversion: Conversion, tables: dict[str, Table], *, source: str, num_images: int) -> None:
+def _write_cauldron(conversion: Conversion, source: str, tables: dict[str, Table], num_images: int) -> None:
     """Write tables of the collection by split, holding out rows of a train split that is alone.
 
     Raises:

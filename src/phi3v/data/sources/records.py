@@ -1,8 +1,8 @@
-"""Raw records, as a source reads them, and the writer that makes records of ours of them.
+"""Raw records, as a source reads them, and the writer that turns them into records of the data format.
 
-A source makes a `RawRecord` of each question, chat or file. `RecordWriter` adds its images and clips to the data folder
-and gives the record that names them. `convert_rows` is the whole conversion of people's own data: splits, ids, and
-places for what is wrong.
+A source reads a `RawRecord` from each question, chat or file. `RecordWriter` adds its images and clips to the data
+folder and gives the record that names them. `convert_rows` is the whole conversion of a user's own data: splits, ids,
+and the place of every error.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class RawRecord:
 
 
 class RecordWriter:
-    """Makes records of raw ones, with their images in the data folder.
+    """Turns raw records into records whose images are in the data folder.
 
     Args:
         conversion: that the records belong to.
@@ -153,9 +153,9 @@ class RecordWriter:
         turns: list[JsonRecord] = []
         for turn in raw.turns:
             added |= {medium: self._add(medium) for medium in turn.media if medium not in added}
-            made: JsonRecord = (
-                {"images": [name for medium in turn.media for name in added[medium]]} if turn.media else {}
-            )
+            made: JsonRecord = {}
+            if turn.media:
+                made["images"] = [name for medium in turn.media for name in added[medium]]
             if turn.places is not None:
                 made["image_offsets"] = [
                     shift_by_escapes(turn.user, place) if self._escape else place
@@ -209,7 +209,7 @@ def convert_rows(
     split_of: Callable[[Row], str] | None = None,
     notes: Iterable[str] = (),
 ) -> ConversionResult:
-    """Convert rows of text that name images; the whole conversion of a source.
+    """Convert rows of text that name images: the whole conversion of a source.
 
     The rows are read once to count the records of each split and once more for each split, so that nothing but
     what is being worked on is in memory, and a file that is broken somewhere is found before the work starts.
@@ -223,7 +223,7 @@ def convert_rows(
         eval_share: if above 0 and all rows are of the split train, so many records, chosen by a hash of what they show,
             become the split eval; those about the same images go together, and neither split is empty.
         split_of: the split of a row, if the row says it; raises `UserError` if that is bad.
-        notes: what a person should know beforehand.
+        notes: said before those that the conversion adds.
 
     Raises:
         UserError: as `Conversion`; or the rows cannot be read.
