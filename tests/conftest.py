@@ -55,13 +55,13 @@ def golden_arrays() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def golden_images() -> Callable[[str], Image.Image]:
-    """A picture of the reference numbers, by its name (``640x480``)."""
+    """An image of the reference numbers, by its name (``640x480``)."""
     opened: dict[str, Image.Image] = {}
 
     def image(name: str) -> Image.Image:
         if name not in opened:
-            with Image.open(GOLDEN / "images" / f"{name}.png") as picture:
-                opened[name] = picture.convert("RGB")
+            with Image.open(GOLDEN / "images" / f"{name}.png") as image:
+                opened[name] = image.convert("RGB")
         return opened[name]
 
     return image

@@ -350,7 +350,7 @@ def test_ranks_that_meet_in_every_row_have_equally_many(table: Any, tiny_model_d
     assert len(equal[0]) == len(equal[1]) == max(map(len, uneven))
     for before, after in zip(uneven, equal, strict=True):
         assert sum(row["ends_step"] for row in after) == plan.num_steps
-        # What is learnt, and what is counted, stays.
+        # What is trained on, and what is counted, stays.
         for name in ("weight", "samples", "questions", "tokens"):
             total = [sum(getattr(row["counts"], name) for row in rows) for rows in (before, after)]
             assert total[0] == pytest.approx(total[1])

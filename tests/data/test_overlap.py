@@ -1,4 +1,4 @@
-"""What the file to measure on shares with the file that is learnt from."""
+"""What the file to evaluate on shares with the file to train on."""
 
 from __future__ import annotations
 

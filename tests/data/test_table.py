@@ -91,7 +91,7 @@ def test_what_a_turn_and_a_record_may_say_more(tmp_path: Path) -> None:
     first = Turn("A : B: ", "no", ("a.png", "b.png"), image_offsets=(2, 7), weight=0)
     assert opened[0] == Record("a", None, (first, Turn("look again", "yes")), 1, "Be brief.")
     assert list(opened) == [opened[0]]
-    assert opened.questions().tolist() == [[0, 1]]  # a turn of weight 0 is neither learnt nor evaluated
+    assert opened.questions().tolist() == [[0, 1]]  # a turn of weight 0 is neither trained on nor evaluated
 
 
 def test_the_second_opening_parses_nothing(tmp_path: Path, no_parser: Callable[[], None]) -> None:

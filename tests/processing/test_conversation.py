@@ -124,7 +124,7 @@ CASES = {
 }
 
 
-def pictures(turns: list[ChatTurn], image: GetImage) -> list[Image.Image]:
+def images_of(turns: list[ChatTurn], image: GetImage) -> list[Image.Image]:
     names = ("64x64", "300x900", "640x480", "2000x250")
     return [image(name) for name, _ in zip(names, range(sum(turn.num_images for turn in turns)), strict=False)]
 
@@ -138,7 +138,7 @@ def test_stream_equals_the_text_tokenised_as_one(
     """Cutting a conversation into prompts and answers changes no token and puts BOS where the official code does."""
     processor: Phi3VProcessor = request.getfixturevalue(f"{kind}_processor")
     turns = CASES[name]
-    images = pictures(turns, golden_images)
+    images = images_of(turns, golden_images)
     counts = processor.image_processor.calc_num_image_tokens(images)
     stream = encode_conversation(processor, turns, counts, system=system)
     assert stream.input_ids == official(processor, turns, images, system)
@@ -150,7 +150,7 @@ def test_stream_equals_the_text_tokenised_as_one(
 @pytest.mark.parametrize("name", list(CASES))
 def test_learnt_tokens_are_the_answers(name: str, golden_images: GetImage, tiny_processor: Phi3VProcessor) -> None:
     turns = CASES[name]
-    counts = tiny_processor.image_processor.calc_num_image_tokens(pictures(turns, golden_images))
+    counts = tiny_processor.image_processor.calc_num_image_tokens(images_of(turns, golden_images))
     stream = encode_conversation(tiny_processor, turns, counts)
     answers = [turn.assistant for turn in turns if turn.assistant is not None]
     ends = ["<|end|>\n"] * len(answers)
@@ -176,7 +176,7 @@ def test_image_numbers_run_on_through_the_conversation(tiny_processor: Phi3VProc
 
 
 @pytest.mark.parametrize("given", [0, 1, 3])
-def test_wrong_number_of_pictures_is_an_error(given: int, tiny_processor: Phi3VProcessor) -> None:
+def test_wrong_number_of_images_is_an_error(given: int, tiny_processor: Phi3VProcessor) -> None:
     with pytest.raises(ValueError, match=f"2 images but token counts of {given} were given"):
         encode_conversation(tiny_processor, [ChatTurn("a", "b", num_images=2)], [1] * given)
 
@@ -193,7 +193,7 @@ def test_no_turn_is_an_error(tiny_processor: Phi3VProcessor) -> None:
 
 @pytest.mark.parametrize("tag", ["<|image_1|>", "<|image_2|>", "<|image_0|>"])
 def test_image_tag_in_a_question_is_an_error(tag: str, tiny_processor: Phi3VProcessor) -> None:
-    """It would stand for a picture (0: the last one): tags are the processor's to write."""
+    """It would stand for an image (0: the last one): tags are the processor's to write."""
     with pytest.raises(ValueError, match=r"turn 1 .*image tag"):
         encode_conversation(tiny_processor, [ChatTurn(f"what is {tag}?", "a", num_images=1)], [3])
     with pytest.raises(ValueError, match="system message has an image tag"):

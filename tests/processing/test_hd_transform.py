@@ -51,7 +51,7 @@ def test_geometry_is_the_published_rule(num_crops: int) -> None:
 
 
 @pytest.mark.parametrize("num_crops", NUM_CROPS)
-def test_page_holds_the_picture_and_keeps_within_num_crops(num_crops: int) -> None:
+def test_page_holds_the_image_and_keeps_within_num_crops(num_crops: int) -> None:
     for width, height in sizes(500):
         page = page_geometry(width, height, num_crops)
         rows, columns = page.rows, page.columns
@@ -88,7 +88,7 @@ def test_no_crop_is_an_error(num_crops: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(127, 165), (10, 900), (333, 334), (336, 700), (1, 3), (500, 2000)])
-def test_a_tall_picture_is_worked_on_as_its_transpose(size: tuple[int, int]) -> None:
+def test_a_tall_image_is_worked_on_as_its_transpose(size: tuple[int, int]) -> None:
     """To the bit, though nothing is turned over: the order of resizing columns and rows is what matters."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     flipped = Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE)
@@ -98,7 +98,7 @@ def test_a_tall_picture_is_worked_on_as_its_transpose(size: tuple[int, int]) -> 
         assert np.array_equal(np.asarray(page), np.asarray(expected))
 
 
-def test_page_is_the_picture_on_white() -> None:
+def test_page_is_the_image_on_white() -> None:
     page = np.asarray(hd_transform(Image.new("RGB", (600, 200), (0, 0, 0)), 4))
     geometry = page_geometry(600, 200, 4)
     assert geometry.resized == (672 + 336, 336)

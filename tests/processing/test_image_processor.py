@@ -12,13 +12,13 @@ from PIL import Image
 from phi3v import Phi3VImageProcessor
 from phi3v.processing.hd_transform import CROP_SIZE
 
-PICTURES = ("640x480", "300x900", "1275x1650", "64x64", "2000x250")
+IMAGES = ("640x480", "300x900", "1275x1650", "64x64", "2000x250")
 
 
 @pytest.mark.parametrize("num_crops", [1, 4, 16])
-@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_equals_the_reference(
-    picture: str,
+    name: str,
     num_crops: int,
     golden_cases: dict[str, Any],
     golden_arrays: dict[str, torch.Tensor],
@@ -29,8 +29,8 @@ def test_equals_the_reference(
     Sub-crops are integers of PIL's, normalised: nothing to round but one division. The global crop comes from a
     bicubic kernel, whose order of summation may differ between builds of torch.
     """
-    (case,) = [c for c in golden_cases["processor"] if (c["image"], c["num_crops"]) == (picture, num_crops)]
-    image = golden_images(picture)
+    (case,) = [c for c in golden_cases["processor"] if (c["image"], c["num_crops"]) == (name, num_crops)]
+    image = golden_images(name)
     processor = Phi3VImageProcessor(num_crops=num_crops)
     batch = processor(image)
     pixels = batch["pixel_values"]
@@ -52,19 +52,19 @@ def test_equals_the_reference(
 
 def test_every_case_is_covered(golden_cases: dict[str, Any]) -> None:
     assert {(c["image"], c["num_crops"]) for c in golden_cases["processor"]} == {
-        (picture, num_crops) for picture in PICTURES for num_crops in (1, 4, 16)
+        (name, num_crops) for name in IMAGES for num_crops in (1, 4, 16)
     }
 
 
-def test_several_pictures_are_each_as_alone(golden_images: Callable[[str], Image.Image]) -> None:
+def test_several_images_are_each_as_alone(golden_images: Callable[[str], Image.Image]) -> None:
     processor = Phi3VImageProcessor(num_crops=4)
-    pictures = [golden_images(name) for name in ("64x64", "300x900", "640x480")]
-    together = processor(pictures)
-    for index, picture in enumerate(pictures):
-        alone = processor(picture)
+    images = [golden_images(name) for name in ("64x64", "300x900", "640x480")]
+    together = processor(images)
+    for index, image in enumerate(images):
+        alone = processor(image)
         assert torch.equal(together["pixel_values"][index], alone["pixel_values"][0])
         assert torch.equal(together["image_sizes"][index], alone["image_sizes"][0])
-    assert processor.calc_num_image_tokens(pictures) == together["num_img_tokens"]
+    assert processor.calc_num_image_tokens(images) == together["num_img_tokens"]
 
 
 def test_crops_behind_the_real_ones_are_zero(golden_images: Callable[[str], Image.Image]) -> None:
@@ -76,7 +76,7 @@ def test_crops_behind_the_real_ones_are_zero(golden_images: Callable[[str], Imag
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16"])
-def test_pictures_of_every_mode(mode: str) -> None:
+def test_images_of_every_mode(mode: str) -> None:
     batch = Phi3VImageProcessor(num_crops=1)(Image.new(mode, (50, 40)))
     assert batch["pixel_values"].isfinite().all()
 

@@ -16,11 +16,11 @@ from phi3v.processing.pages import cut_flat_pages, cut_pages, flatten_pages
 def test_pages_of_all_sizes_are_cut_as_the_processor_cuts_each(golden_images: Callable[[str], Image.Image]) -> None:
     """Equal to the bit, sub-crops and global views, together or alone: on the CPU the same kernels run."""
     processor = Phi3VImageProcessor(num_crops=4)
-    pictures = [golden_images(name) for name in ("64x64", "300x900", "640x480", "1275x1650", "300x900")]
-    pages = [processor.page(picture) for picture in pictures]
+    images = [golden_images(name) for name in ("64x64", "300x900", "640x480", "1275x1650", "300x900")]
+    pages = [processor.page(image) for image in images]
     sizes = [(page.shape[0], page.shape[1]) for page in pages]
     assert len(set(sizes)) < len(sizes)
-    expected = processor(pictures)
+    expected = processor(images)
     assert expected["image_sizes"].tolist() == [list(size) for size in sizes]
     crops = cut_flat_pages(flatten_pages(pages), sizes)
     counts = [num_distinct_crops(height // 336, width // 336) for height, width in sizes]

@@ -70,7 +70,7 @@ class CheckReport:
         records: lines that are not blank.
         turns: turns of all records.
         questions: turns with a text from the user (a turn may have images only).
-        context: turns of weight 0, which are read and not learnt.
+        context: turns of weight 0, which are read and not trained on.
         images: distinct image paths.
         image_kinds: how many of them are more than decoded, by kind (`IMAGE_KINDS`; ``header`` cannot tell which are
             transparent).

@@ -328,7 +328,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "is a system message with an image",
     ),
     "half a weight": (with_weights(None, 0.5), "messages[1].weight: must be 0 or 1, not 0.5"),
-    "nothing to learn": (with_weights(None, 0), "has only turns of weight 0: there is nothing to train on"),
+    "nothing to train on": (with_weights(None, 0), "has only turns of weight 0: there is nothing to train on"),
     "masked whole": (with_weights(None, True, key="mask"), "has only turns of weight 0"),
     "not to be trained on": (chat("Q", "A", train=False), "train: the record is marked as not to be trained on"),
     "unknown token": (
