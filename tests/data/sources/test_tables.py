@@ -47,6 +47,12 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     assert opened["train"].num_rows == 3
 
 
+def test_the_names_of_splits_are_those_of_other_files(tmp_path: Path) -> None:
+    for name in ("training-0", "dev-0", "evaluation-0", "testing-0"):
+        write_parquet(tmp_path / f"{name}.parquet", rows(0, 1))
+    assert list(open_folder(tmp_path)) == ["train", "val", "eval", "test"]
+
+
 def test_one_file_is_a_source_too(tmp_path: Path) -> None:
     opened = open_folder(write_parquet(tmp_path / "mine.parquet", rows(0, 3)))
     assert list(opened) == ["train"]
