@@ -120,7 +120,7 @@ def test_bad_evaluation_data_is_found_before_training(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--training.epochs", "1"], "no data to learn from"),
+        (["--training.epochs", "1"], "no training data"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["nowhere.yaml"], "no such file"),
         (["--training.learning_rat", "1"], "did you mean --training.learning_rate?"),

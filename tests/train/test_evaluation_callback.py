@@ -38,7 +38,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
         value = script.pop(0)
         return EvaluationResult([Score("accuracy", value, value, value, 4)], 0.1, [], [], [], 4)
 
-    monkeypatch.setattr(evaluation_callback, "measure", measure)
+    monkeypatch.setattr(evaluation_callback, "evaluate_model", measure)
     return script
 
 
@@ -161,7 +161,7 @@ def test_a_save_is_replaced_as_a_whole_and_reads_back(tmp_path: Path, small_mode
     [
         (("evaluation.keep_best", "true"), "there is no evaluation during training"),
         (("evaluation.early_stopping_patience", 2), "set evaluation.eval_steps"),
-        (("evaluation.eval_steps", 2, "data.eval", "null"), "there is no data to measure on"),
+        (("evaluation.eval_steps", 2, "data.eval", "null"), "there is no data to evaluate on"),
         (("evaluation.metrics", "[acuracy]"), "did you mean accuracy?"),
         (("evaluation.metrics", "[]"), "no metric is named"),
         (("evaluation.metrics", "[anls, anls]"), "named twice"),

@@ -184,7 +184,7 @@ def test_best_weights_on_a_full_disk(
     monkeypatch.setattr(evaluation_callback, "save_replacing", full)
     monkeypatch.setattr(
         evaluation_callback,
-        "measure",
+        "evaluate_model",
         lambda *args, **kwargs: SimpleNamespace(**vars(result), primary=SimpleNamespace(name="x", value=next(scores))),
     )
     settings = (*SETTINGS, "training.max_steps", 3, "evaluation.eval_steps", 1, "evaluation.keep_best", "true")

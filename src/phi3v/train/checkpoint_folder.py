@@ -4,7 +4,7 @@
 
     model/         what final/ would hold, with the trained tensors in the dtype they train in
     optimizer/     the engine's files: optimizer, schedule, gradient scaler
-    best/          the best weights that were measured so far, if they are kept
+    best/          the weights with the best score so far, if they are kept
     state.json     where the run is: step, data, counts, losses that are not logged yet, configuration, ranks, engine
     random.safetensors   the random generators of every rank
     manifest.json  the SHA-256 of every file; written last

@@ -31,7 +31,7 @@ class DataFacts:
 
     Attributes:
         where: the file to learn from.
-        unusable: why the metrics cannot be computed on what is measured on.
+        unusable: why the metrics cannot be computed on the evaluation data.
     """
 
     where: str
@@ -286,9 +286,9 @@ def trackers(case: Case) -> Iterator[UserError]:
             yield UserError(f"{name} is not installed", where="training.report_to", hint=f"pip install {name}")
 
 
-def measuring(case: Case) -> Iterator[UserError]:
+def evaluation_data(case: Case) -> Iterator[UserError]:
     if case.config.data.eval is None and case.config.evaluation.eval_steps is not None:
-        what, hint = "there is no data to measure on", "set data.eval to a JSONL file"
+        what, hint = "there is no data to evaluate on", "set data.eval to a JSONL file"
         yield UserError(what, where="evaluation.eval_steps", hint=hint)
 
 
@@ -344,7 +344,7 @@ CHECKS: tuple[Check, ...] = (
     four_bits,
     attention,
     trackers,
-    measuring,
+    evaluation_data,
     lora_targets,
     feature_cache,
     images,

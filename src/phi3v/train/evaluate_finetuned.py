@@ -21,7 +21,7 @@ from phi3v.evaluate.submission import find_benchmark, require_new_file, submissi
 from phi3v.terminal import progress_bar
 from phi3v.train.device import choose_device, default_workers
 from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
-from phi3v.train.observers.evaluating import measure, show_scores
+from phi3v.train.observers.evaluating import evaluate_model, show_scores
 
 
 def evaluate_tuned(
@@ -36,7 +36,7 @@ def evaluate_tuned(
     out: Path | None = None,
     submission: Path | None = None,
 ) -> EvaluationResult:
-    """Measure on ``data``; under ``torchrun`` all ranks share the questions.
+    """Evaluate on ``data``; under ``torchrun`` all ranks share the questions.
 
     Args:
         name: a model folder, a hub id, an adapter or a run folder.
@@ -87,7 +87,7 @@ def evaluate_tuned(
     model, _ = load_tuned(tuned, compute, inspected=inspected)
     workers = default_workers(compute) if tuned.run.data.num_workers is None else tuned.run.data.num_workers
     with progress_bar(console) as bar:
-        result = measure(
+        result = evaluate_model(
             model, processor, questions, config, compute, num_workers=workers, bar=bar, description="evaluating"
         )
     if compute.rank == 0:

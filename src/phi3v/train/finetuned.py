@@ -170,7 +170,7 @@ def inspect_tuned(tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: i
 def load_tuned(
     tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: int | None = None, inspected: Inspected | None = None
 ) -> tuple[Any, Phi3VProcessor]:
-    """The model, as its run measured it, and its processor.
+    """The model, as its run evaluated it, and its processor.
 
     Args:
         num_crops, inspected: as for and of `inspect_tuned`.

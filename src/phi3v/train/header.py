@@ -36,8 +36,8 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     chosen = config.with_keys({"training.activation_checkpointing": setup.checkpointing.split()[0]})
     planned = forecast(chosen, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
     for line in (
-        f"data: {len(train_table)} records, {len(train_table.questions())} questions to learn from"
-        + (f", {len(questions)} questions to measure on" if questions is not None else ""),
+        f"data: {len(train_table)} records, {len(train_table.questions())} questions to train on"
+        + (f", {len(questions)} questions to evaluate on" if questions is not None else ""),
         f"answers: {setup.limit}" if setup.limit is not None else None,
         f"device: {compute.device}, {compute.precision} ({compute.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",

@@ -67,7 +67,7 @@ class PreparedRun:
     processor: Phi3VProcessor
     engine: Engine
     train_table: RecordTable
-    questions: QuestionDataset | None  # to measure on
+    questions: QuestionDataset | None  # to evaluate on
     limit: AnswerLimit | None  # of their answers
     plan: BatchPlan
     checkpointing: str  # the policy and its reason
@@ -91,7 +91,7 @@ class PreparedRun:
 
     @property
     def evaluation(self) -> EvaluationConfig:
-        """How it is measured, with the answers' limit as a number: the same for every measurement."""
+        """How it is evaluated, with the answers' limit as a number: the same every time."""
         evaluation = self.config.evaluation
         return replace(evaluation, max_new_tokens=self.limit.tokens) if self.limit is not None else evaluation
 
@@ -278,7 +278,7 @@ def data_files(config: RunConfig) -> list[Path]:
         UserError: there is none to train on, or one does not exist.
     """
     if config.data.train is None:
-        raise UserError("no data to learn from", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+        raise UserError("no training data", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
     files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
     for file in files:
         require_file(file)
@@ -286,7 +286,7 @@ def data_files(config: RunConfig) -> list[Path]:
 
 
 def probe_index(table: RecordTable) -> int:
-    """A record for the gradient check: the first one with a picture, or the first."""
+    """A record for the gradient check: the first one with an image, or the first."""
     with_images = table.image_counts().nonzero()[0]
     return int(with_images[0]) if len(with_images) else 0
 
@@ -325,7 +325,7 @@ def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: Re
 def questions_of(
     config: RunConfig, table: RecordTable | None, processor: Phi3VProcessor, at_most: int | None = None
 ) -> QuestionDataset | None:
-    """What is measured on: as many questions as configured, and ``at_most`` so many."""
+    """The questions to evaluate on: as many as configured, and ``at_most`` so many."""
     if table is None:
         return None
     limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]

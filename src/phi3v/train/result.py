@@ -31,7 +31,7 @@ class RunResult:
     samples_per_second: float
     tokens_per_second: float
     mean_train_loss: float
-    best: Best | None = None  # the measurement whose weights were kept
+    best: Best | None = None  # the evaluation whose weights were kept
     stopped_early: bool = False
     skipped: tuple[tuple[str, str], ...] = ()  # records that were left out, and why
     dropped_steps: int = 0  # whose loss or gradient was not finite
@@ -78,7 +78,7 @@ def print_result(console: Console, result: RunResult) -> None:
     name = result.folder.name
     for command, purpose in (
         (f"phi3v report {result.folder} --open", "curves, scores and every answer"),
-        (f"phi3v chat {result.folder}", "ask it about your own picture"),
+        (f"phi3v chat {result.folder}", "ask it about your own image"),
         (f"phi3v export {result.folder} --out models/{name}", "merged weights in the official layout"),
     ):
         console.print(f"  {escape(command)}  [dim]# {purpose}[/dim]", highlight=False, soft_wrap=True)
@@ -86,17 +86,17 @@ def print_result(console: Console, result: RunResult) -> None:
 
 def _print_scores(console: Console, result: RunResult) -> None:
     """A row a metric: before and after, with their intervals."""
-    measured = [(when, of) for when, of in (("before", result.before), ("after", result.after)) if of is not None]
-    if not measured:
+    evaluated = [(when, of) for when, of in (("before", result.before), ("after", result.after)) if of is not None]
+    if not evaluated:
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("score")
-    for when, _ in measured:
+    for when, _ in evaluated:
         table.add_column(when, justify="right")
-    table.add_column(escape(always(measured[-1][1])), justify="right")
-    for place, score in enumerate(measured[-1][1].scores):
+    table.add_column(escape(always(evaluated[-1][1])), justify="right")
+    for place, score in enumerate(evaluated[-1][1].scores):
         constant = "" if score.most_frequent is None else f"{100 * score.most_frequent:.2f} %"
-        table.add_row(score.name, *(escape(str(of.scores[place])) for _, of in measured), constant)
-    if any(of.num_cut for _, of in measured):
-        table.add_row("answers cut", *(f"{of.num_cut:,} of {len(of.generated):,}" for _, of in measured), "")
+        table.add_row(score.name, *(escape(str(of.scores[place])) for _, of in evaluated), constant)
+    if any(of.num_cut for _, of in evaluated):
+        table.add_row("answers cut", *(f"{of.num_cut:,} of {len(of.generated):,}" for _, of in evaluated), "")
     console.print(table)

@@ -1,4 +1,4 @@
-"""One run from recipe to result: check, load, measure, train, save, measure again."""
+"""One run from recipe to result: check, load, evaluate, train, save, evaluate again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from phi3v.train.header import Forecast, print_header
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.weights import read_trained, save_replacing, saved_tensors
-from phi3v.train.observers.evaluating import measure, show_scores
+from phi3v.train.observers.evaluating import evaluate_model, show_scores
 from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
 from phi3v.train.observers.progress import ProgressObserver
@@ -120,7 +120,7 @@ def _in_run_folder(
                 describe_again(setup.config)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_measure(setup, point, signals, observers)
+        return _train_and_evaluate(setup, point, signals, observers)
     except UserError as error:
         error.one_rank = setup.runtime.rank > 0
         raise
@@ -148,7 +148,7 @@ def _lost(config: RunConfig, signals: Signals, error: BaseException) -> str:
     )
 
 
-def _train_and_measure(
+def _train_and_evaluate(
     setup: PreparedRun,
     point: ResumePoint | None,
     signals: Signals,
@@ -164,8 +164,8 @@ def _train_and_measure(
         setup.console,
         show_bar=config.training.progress_bar,
     )
-    signals.doing = "measuring before training; no step was taken"
-    before = _measure(setup, model, "before") if config.evaluation.before and point is None else None
+    signals.doing = "evaluating before training; no step was taken"
+    before = _evaluate(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken by this process"
 
     transformers.utils.logging.disable_progress_bar()  # one for every checkpoint that is written
@@ -199,7 +199,7 @@ def _train_and_measure(
     if best is not None and during is not None:
         trained = read_trained(tuned, during.best_folder) if runtime.rank == 0 else None
         load_whole(tuned, trained, runtime.world_size)
-        setup.console.print(f"final/ holds the weights of step {best.step}, the best measured", highlight=False)
+        setup.console.print(f"final/ holds the weights of step {best.step}, the best score", highlight=False)
     if runtime.rank == 0:
         try:
             save_replacing(tuned, setup.processor, setup.folder / "final", saved_tensors(tuned))
@@ -207,8 +207,8 @@ def _train_and_measure(
             hint = f"{newest_checkpoint(setup.folder)}; make room and start again with --resume"
             raise UserError(f"cannot be saved: {error}", where=str(setup.folder / "final"), hint=hint) from error
     PartialState().wait_for_everyone()
-    signals.doing = "measuring after training; final/ is saved, start again with --resume to measure it"
-    after = _measure(setup, tuned, "after") if config.evaluation.after else None
+    signals.doing = "evaluating after training; final/ is saved, start again with --resume to evaluate it"
+    after = _evaluate(setup, tuned, "after") if config.evaluation.after else None
 
     seen = state.seen
     return RunResult(
@@ -255,12 +255,12 @@ def _during(
     return EvaluationObserver(setup, questions, progress, faults, trackers)
 
 
-def _measure(setup: PreparedRun, model: Any, when: str) -> EvaluationResult | None:
-    """The scores before or after training, written to the run folder; none without data to measure on."""
+def _evaluate(setup: PreparedRun, model: Any, when: str) -> EvaluationResult | None:
+    """The scores before or after training, written to the run folder; none without evaluation data."""
     if setup.questions is None:
         return None
     with progress_bar(setup.console, enabled=setup.config.training.progress_bar) as bar:
-        result = measure(
+        result = evaluate_model(
             model,
             setup.processor,
             setup.questions,

@@ -86,7 +86,7 @@ class ResumePoint:
 
     @property
     def stopped_early(self) -> bool:
-        """Saved when measurements had ended training."""
+        """Saved when early stopping had ended training."""
         evaluation = self.state["evaluation"]
         return evaluation is not None and bool(evaluation["stopped_early"])
 

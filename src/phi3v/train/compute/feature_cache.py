@@ -89,7 +89,7 @@ def fill_features(
         needed = sum(_values(vision, stage, processor, sizes[name]) for name in missing) * itemsize
         place = f"on the disk, in {folder}" if folder is not None else "in memory"
         console.print(
-            f"feature cache: {len(sizes):,} pictures, {len(missing):,} of them new; these take {needed / 1e9:.2f} GB "
+            f"feature cache: {len(sizes):,} images, {len(missing):,} of them new; these take {needed / 1e9:.2f} GB "
             f"{place} ({'before the projector, which trains' if stage == 'tower' else 'ready for the decoder'})",
             highlight=False,
             soft_wrap=True,
@@ -119,7 +119,7 @@ def fill_features(
 
 
 def _values(vision: Phi3VImageEmbedding, stage: Stage, processor: Phi3VImageProcessor, size: tuple[int, int]) -> int:
-    """Numbers that are kept of a picture of ``size`` (width, height)."""
+    """Numbers that are kept of an image of ``size`` (width, height)."""
     page = page_geometry(*size, processor.num_crops)
     if stage == "projected":
         return page.num_img_tokens * _width(vision.img_projection)
@@ -144,7 +144,7 @@ def _computing(model: nn.Module, compute: RuntimeDevice) -> Iterator[None]:
 
 
 def _settings_key(vision: Phi3VImageEmbedding, stage: Stage, facts: list[Any]) -> str:
-    """A name for all that features depend on beside the picture, the weights' content among it."""
+    """A name for all that features depend on beside the image, the weights' content among it."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(["features-3", CROP_SIZE, *facts]).encode())
     for name, value in vision.state_dict().items():

@@ -29,7 +29,7 @@ class ZeroEngine(ShardedEngine):
     """Stages 1, 2 and 3.
 
     In half precision DeepSpeed computes on half-precision weights and keeps float32 ones in the optimizer; what is
-    measured and saved are these.
+    evaluated and saved are these.
     """
 
     can_drop_step = False  # it steps at the end of the backward pass

@@ -177,7 +177,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state[f"{name}_absmax"][part.start // BLOCK : -(-part.stop // BLOCK)] = quantised.absmax
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state; the library would cast every moment to the dtype of its weight."""
+        """Load a saved state; the library would cast every moment to the dtype of its weight."""
         super().load_state_dict(state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for parameter, name in zip(self._place, names, strict=True):

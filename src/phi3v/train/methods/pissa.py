@@ -1,7 +1,7 @@
-"""PiSSA adapters (arXiv 2404.02948), saved as what they have learnt, so that they fit the model as published.
+"""PiSSA adapters (arXiv 2404.02948), saved as the change that training made, so that they fit the model as published.
 
 PEFT moves the principal part B0 A0 of each adapted weight W into the adapter and leaves the rest in the base. Reloaded
-on the published base such an adapter would count that part twice. What was learnt is the difference to the start,
+on the published base such an adapter would count that part twice. What training changed is the difference to the start,
 B A - B0 A0: again a LoRA, of twice the rank, with the factors [A; A0] and [B, -B0].
 """
 
@@ -31,7 +31,7 @@ def start_of(model: Any) -> dict[str, torch.Tensor]:
     return getattr(model, "pissa_start", {})
 
 
-def as_learnt(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_difference(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors to save, with the factors of the start beside those of PiSSA adapters."""
     joined = dict(tensors)
     for name, start in start_of(model).items():
@@ -42,7 +42,7 @@ def as_learnt(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def as_trained(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The reverse of `as_learnt`."""
+    """The reverse of `as_difference`."""
     own = dict(tensors)
     for name, start in start_of(model).items():
         if name in tensors:
@@ -50,8 +50,8 @@ def as_trained(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     return own
 
 
-def learnt_config(config: Any) -> Any:
-    """The adapter's configuration for what `as_learnt` gives; its scale alpha / rank stays."""
+def difference_config(config: Any) -> Any:
+    """The adapter's configuration for what `as_difference` gives; its scale alpha / rank stays."""
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)

@@ -19,7 +19,7 @@ from phi3v.json_files import read_json
 from phi3v.model.checkpoint import make_weights_readable, stored_tensors
 from phi3v.paths import file_hash
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.methods.pissa import as_learnt, as_trained, learnt_config, start_of
+from phi3v.train.methods.pissa import as_difference, as_trained, difference_config, start_of
 
 # What the file system, safetensors and torch raise where a file cannot be written.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -39,7 +39,7 @@ class IncompleteSaveError(RuntimeError):
 def round_to_stored_dtype(model: Any, dtype: torch.dtype) -> None:
     """Put a model that was trained in float32 back into the dtype of its checkpoint, in place.
 
-    Done before it is measured again, so that the score belongs to the weights that were saved. Adapters stay float32.
+    Done before it is evaluated again, so that the score belongs to the weights that were saved. Adapters stay float32.
     """
     if not isinstance(model, PeftModel):
         model.to(dtype)
@@ -72,7 +72,7 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
         IncompleteSaveError: a trained tensor is missing from the files or differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = as_learnt(model, tensors)
+    tensors = as_difference(model, tensors)
     set_end_tokens(model, processor)
     with _config_of_what_is_saved(model):
         # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
@@ -101,7 +101,7 @@ def _config_of_what_is_saved(model: Any) -> Iterator[None]:
         yield
         return
     own = model.peft_config["default"]
-    model.peft_config["default"] = learnt_config(own)
+    model.peft_config["default"] = difference_config(own)
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""What looks on while it trains: progress, evaluation, faults, signals, trackers."""
+"""Observers of the training loop: progress, evaluation, faults, signals, trackers."""

@@ -1,4 +1,4 @@
-"""Measuring a model that is in memory: the bar, the call, what is shown."""
+"""Evaluating a model that is in memory: the bar, the call, what is shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phi3v.train.device import RuntimeDevice
 SHOWN_ANSWER = 40  # characters of the most frequent answer
 
 
-def measure(
+def evaluate_model(
     model: Any,
     processor: Phi3VProcessor,
     questions: QuestionDataset,

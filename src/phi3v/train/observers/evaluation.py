@@ -1,4 +1,4 @@
-"""Measuring while it trains: scores every few steps, the best weights, and when to stop."""
+"""Evaluation while it trains: scores every few steps, the best weights, and when to stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from phi3v.train.methods.weights import (
     save_replacing,
     saved_tensors,
 )
-from phi3v.train.observers.evaluating import measure
+from phi3v.train.observers.evaluating import evaluate_model
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.tracking import Trackers
@@ -32,16 +32,16 @@ logger = logging.getLogger("phi3v")
 
 @dataclass(frozen=True)
 class Best:
-    """The best measurement so far."""
+    """The best evaluation so far."""
 
     step: int
     score: float
 
 
 class EvaluationObserver(Observer):
-    """Measures every ``eval_steps`` optimizer steps and at the last one; training goes on as if it had not.
+    """Evaluates every ``eval_steps`` optimizer steps and at the last one; training goes on as if it had not.
 
-    What is measured, and kept in ``best/``, are the weights as they would be saved: in the dtype of the checkpoint.
+    What is evaluated, and kept in ``best/``, are the weights as they would be saved: in the dtype of the checkpoint.
     All ranks come to the same score, so all stop at the same step.
     """
 
@@ -92,7 +92,7 @@ class EvaluationObserver(Observer):
         devices = [self.run.runtime.device] if self.run.runtime.device.type == "cuda" else []
         # Reading data draws a seed; training must find the generators as it left them.
         with torch.random.fork_rng(devices), self.run.engine.whole_model(self.run.facts.stored_dtype) as model:
-            result = measure(
+            result = evaluate_model(
                 model,
                 self.run.processor,
                 self.questions,
@@ -115,7 +115,7 @@ class EvaluationObserver(Observer):
             self.stopped_early = True
             state.should_stop = True
             self.run.console.print(
-                f"stopping at step {state.step}: {patience} measurements without a better {result.primary.name}",
+                f"stopping at step {state.step}: {patience} evaluations without a better {result.primary.name}",
                 highlight=False,
             )
 
