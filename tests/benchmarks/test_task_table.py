@@ -111,7 +111,7 @@ def test_the_committed_table_is_of_the_base_that_is_shipped() -> None:
 
 
 @pytest.mark.parametrize("row", COMMITTED["rows"], ids=lambda row: f"{row['task']}-{row['method']}-{row['packing']}")
-def test_the_method_has_difference_the_task(row: dict[str, Any]) -> None:
+def test_the_method_has_learned_the_task(row: dict[str, Any]) -> None:
     """By its score's interval: above what is right without looking, and above what the base could already."""
     _, low, _ = row["after"][row["metric"]]
     assert low > row["chance"]
