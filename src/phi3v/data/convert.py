@@ -51,11 +51,13 @@ from phi3v.data.progress import LateProgress, in_order
 from phi3v.data.schema import SpecialText, read_line
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
+from phi3v.paths import cannot_write
 
 OnBad = Literal["stop", "skip"]
 JsonRecord = dict[str, Any]
 _Outcome = Sequence["JsonRecord | BadUnit"]
 
+_ROOM = "is there room, and the permission to write?"
 _LISTED = 20  # bad units that a message names; the others are counted
 _HOPELESS = 1000  # bad units after which "stop" does not look at the rest: the whole source is not what it should be
 
@@ -288,7 +290,7 @@ class Conversion:
                 "another conversion is writing into this folder", where=str(out), hint="wait for it, or stop it"
             ) from None
         except OSError as error:
-            raise _cannot_write(out, error) from None
+            raise cannot_write(error, str(out), _ROOM) from None
         return self
 
     def __exit__(
@@ -326,7 +328,7 @@ class Conversion:
         except _SplitHasBadUnitsError:
             return
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise cannot_write(error, str(path), _ROOM) from None
         finally:
             self._bad += state.bad
         self._files[split] = path
@@ -411,9 +413,3 @@ def _repeated(part: JsonRecord | BadUnit, place: str, ids: set[int]) -> BadUnit 
         return BadUnit(place, f"the id {quote(part['id'])} is that of an earlier record", "give each an id of its own")
     ids.add(key)
     return None
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot be written: {error.strerror or error}", where=str(path), hint="is there room, and the right?"
-    )

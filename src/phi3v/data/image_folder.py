@@ -180,7 +180,7 @@ class ImageFolder:
                 temporary.write_bytes(data)
         except OSError as error:
             what = f"cannot be written: {error.strerror or error}"
-            raise OutputError(what, where=str(path), hint="is there room, and the right to write?") from None
+            raise OutputError(what, where=str(path), hint="is there room, and the permission to write?") from None
         self._made.add(path)
         self._added.add(path)
 

@@ -20,7 +20,7 @@ from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.generate import Generated
 from phi3v.evaluate.text_scores import normalize_answer
-from phi3v.paths import require_writable
+from phi3v.paths import cannot_write, require_writable
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def write_submission(
         with replacing(path) as temporary:
             temporary.write_text(benchmark.text(questions, answers), encoding="utf-8", newline="\n")
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
+        raise cannot_write(error, str(path), "choose another --submission") from None
     words = {normalize_answer(word) for word in benchmark.answer_words}
     other = sum(normalize_answer(answer.text) not in words for answer in answers) if words else 0
     note = (

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from phi3v.data.jsonl import replacing
-from phi3v.errors import UserError
+from phi3v.paths import cannot_write
 from phi3v.terminal import say
 
 WEBP_QUALITY = 72
@@ -64,7 +64,7 @@ def write_page(out: Path, title: str, parts: tuple[str, ...], blocks: dict[str, 
         with replacing(out) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another --out") from None
+        raise cannot_write(error, str(out), "choose another --out") from None
     return len(content)
 
 

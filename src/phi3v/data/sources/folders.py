@@ -1,7 +1,6 @@
 """Folders of images or clips that say the answer: the sources ``image-folder`` and ``video-folder``.
 
-Known forms, each with or without folders ``train/``, ``val/``, ``test/``
-around it:
+Known forms, each with or without folders ``train/``, ``val/``, ``test/`` around it:
 
 * ``CLASS/NAME.jpg``: which of the classes is it? The answer is the name of the folder.
 * ``NAME.jpg`` with ``NAME.txt`` beside it: a description. Taken if there are no folders of classes.
@@ -33,8 +32,6 @@ EVAL_SHARE = 0.1
 # What systems leave in folders without being asked.
 _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
-
-_SPLIT_FOLDERS = "all folders at the top are splits (train, val, eval, test), or none is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +122,8 @@ def _classify(folder: Path, paths: Sequence[str], kind: MediumKind) -> list[_Fil
         other = next((top for top, split in tops.items() if split is None), None) or loose[0]
         of_split = next(top for top, name in tops.items() if name)
         what = f"{quote(of_split)} is a split, and {quote(other)} is beside it"
-        raise UserError(what, where=str(folder), hint=_SPLIT_FOLDERS)
+        hint = "all folders at the top are splits (train, val, eval, test), or none is"
+        raise UserError(what, where=str(folder), hint=hint)
     files = []
     for path in paths:
         parts = PurePosixPath(path).parts
