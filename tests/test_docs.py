@@ -171,3 +171,57 @@ def test_a_command_works(
 def test_there_are_commands() -> None:
     pages = {page for page, _ in commands()}
     assert {"README.md", "data.md", "export.md", "planning.md", "report.md", "resume.md"} <= pages
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|yaml|json))`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "src" / "phi3v")), name
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_is_short_and_its_figures_are_committed() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 170
+    quick = result("quickstart")
+    expected = []
+    for run in ("quickstart", "from_scratch"):
+        score = quick[run]["evaluation"]["after"]["accuracy"]
+        value, low, high = (f"{100 * score[key] + 1e-9:.1f}" for key in ("value", "low", "high"))  # 88.45 goes up
+        expected.append(f"{value} %{'**' * (run == 'quickstart')} ({low} to {high})")
+    expected.append(f"{100 * quick['quickstart']['evaluation']['before']['accuracy']['value']:.1f} %")
+    seconds = {run: quick[run]["training"]["train_seconds"] for run in ("quickstart", "from_scratch")}
+    expected.append(f"| {seconds['from_scratch'] / seconds['quickstart']:.2f} |")
+    for data in ("easy-vqa", "receipts"):
+        for over in ("recipe", "padded"):
+            ratio = result("packing")[data][f"shared_image_over_{over}"]
+            low, high = result("packing")[data][f"shared_image_over_{over}_range"]
+            expected.append(f"{ratio:.1f}x ({low:.1f} to {high:.1f})")
+    planned = {(row["machine"], row["method"]): row for row in result("plan_accuracy")["machines"]}
+    for machine, method in (
+        ("1x NVIDIA GeForce RTX 4090", "qlora"),
+        ("1x NVIDIA GeForce RTX 4090", "lora"),
+        ("1x NVIDIA H100 80 GB", "full"),
+        ("8x NVIDIA A100 80 GB", "full"),
+    ):
+        row = planned[machine, method]
+        needed, _, _, room, *_ = row["reason"].split()  # 12.4 GiB of 23.6 GiB …
+        expected.append(f"| {needed} GiB of {room} | {row['samples_per_second']:.2f} |")
+    for figure in expected:
+        assert figure in readme, figure
