@@ -177,7 +177,7 @@ def test_what_is_no_list_is_given_once(verb: str, capsys: pytest.CaptureFixture[
         ("train --evaluation.metrics [anls", "there is no metric '[anls'"),
         ("train --evaluation.metrics [a,{]", "cannot be read as a list"),
         ("train --evaluation.metrics []", "no metric is named"),
-        ("train", "nothing to train is named"),
+        ("train", "there is nothing to train"),
         ("azure submit --sku S --method.name lora", "--name: a run without a recipe has no name"),
     ],
 )

@@ -30,61 +30,61 @@ def add_commands(verbs: Parser) -> None:
     command = group.add_command(
         "skus",
         skus,
-        "list the Azure sizes that a recipe fits, the fewest GPUs first, with the quota to ask for; needs no login",
+        "list the Azure sizes that a recipe fits, the fewest GPUs first, with the quota to request; needs no login",
         "phi3v azure skus recipes/docvqa_lora.yaml",
     )
     add_recipe(command)
-    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of each size")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes of each size")
 
     command = group.add_command(
         "quota",
         quota,
-        "show the limit and the usage of a family of sizes in a region, and ask for more",
+        "show the limit and usage of a family of sizes in a region, and request more",
         "phi3v azure quota --region westeurope --sku Standard_ND96asr_v4 --request 96",
     )
     command.add_argument("--region", required=True, metavar="REGION", help="e.g. westeurope")
-    command.add_argument("--sku", metavar="SIZE", help="an Azure size, whose family is meant")
-    command.add_argument("--family", metavar="NAME", help="a family by its name, in place of --sku")
-    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that you want")
+    command.add_argument("--sku", metavar="SIZE", help="an Azure size of the family")
+    command.add_argument("--family", metavar="NAME", help="the name of the family, instead of --sku")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes that you want")
     command.add_argument(
         "--for",
         dest="service",
         choices=("compute", "ml"),
         default="compute",
-        help="whose quota: of virtual machines or of Azure Machine Learning",
+        help="the quota of virtual machines or of Azure Machine Learning",
     )
-    command.add_argument("--request", type=int, metavar="N", help="ask for a limit of N vCPUs; shows it and asks first")
-    command.add_argument("--yes", action="store_true", help="send the request without asking")
+    command.add_argument("--request", type=int, metavar="N", help="request a limit of N vCPUs, after confirmation")
+    command.add_argument("--yes", action="store_true", help="send the request without confirmation")
     command.add_argument("--subscription", **SUBSCRIPTION)
 
     command = group.add_command(
         "submit",
         submit,
-        "train a recipe as a job of Azure Machine Learning, on one or many nodes; it resumes when it is pre-empted",
+        "train a recipe as an Azure Machine Learning job, on one or several nodes; it resumes after pre-emption",
         "phi3v azure submit recipes/docvqa_lora.yaml --sku Standard_ND96asr_v4 --workspace W --resource-group G",
     )
     add_recipe(command)
     command.add_argument("--sku", required=True, metavar="SIZE", help="the Azure size of a node")
-    command.add_argument("--nodes", type=int, default=1, metavar="N", help="how many nodes")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes")
     command.add_argument("--workspace", metavar="NAME", help="the workspace of Azure Machine Learning")
     command.add_argument("--resource-group", metavar="NAME", help="the resource group of the workspace")
     command.add_argument(
         "--data",
         metavar="FOLDER_OR_URI",
-        help="the folder of the recipe's data files: here (it is uploaded), azureml:NAME:VERSION or azureml://… "
-        "(default: where data.train lies)",
+        help="the folder of the recipe's data files: a local one (it is uploaded), azureml:NAME:VERSION or azureml://… "
+        "(default: the folder of data.train)",
     )
     command.add_argument(
         "--model",
         metavar="FOLDER_OR_URI",
         help="the model, likewise (default: model.path of the recipe; a hub id is downloaded by the job)",
     )
-    command.add_argument("--name", metavar="NAME", help="of the run; the same name resumes (default: the recipe's)")
+    command.add_argument("--name", metavar="NAME", help="name of the run; the same name resumes it (default: the recipe's)")
     command.add_argument("--compute", metavar="CLUSTER", help="an existing cluster (default: serverless compute)")
     command.add_argument(
-        "--low-priority", action="store_true", help="serverless compute that is cheaper and may be taken away"
+        "--low-priority", action="store_true", help="cheaper serverless compute that may be pre-empted"
     )
-    command.add_argument("--datastore", default="workspaceblobstore", metavar="NAME", help="keeps the run")
+    command.add_argument("--datastore", default="workspaceblobstore", metavar="NAME", help="datastore for the run folder")
     command.add_argument("--out", type=Path, metavar="DIR", help="the job's folder (default: azure-jobs/NAME)")
     command.add_argument("--dry-run", action="store_true", help="write the job's folder and check it; needs no login")
     command.add_argument("--subscription", **SUBSCRIPTION)

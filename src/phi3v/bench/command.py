@@ -18,60 +18,60 @@ from phi3v.model.preset_fields import PRESET_FIELDS
 
 
 def add_commands(verbs: Parser) -> None:
-    group = verbs.add_group("bench", "measure speed and memory here")
+    group = verbs.add_group("bench", "measure speed and memory on this machine")
     usual = BenchSettings()
     train = group.add_command(
         "train",
         bench_train,
-        "speed and memory of training, beside the public recipe's training in the same call; also under torchrun",
+        "speed and memory of training, compared with the public recipe's training; also under torchrun",
         "phi3v bench train --methods lora --variants recipe samples shared-image --out lora.json",
         on_all_ranks=True,
     )
     train.add_argument("--methods", nargs="+", action="extend", choices=METHODS, help="(default: all)")
     train.add_argument("--variants", "--ways", nargs="+", action="extend", choices=VARIANTS, help="(default: all)")
     numbers = {
-        "steps": "steps timed, after one",
-        "seconds": "a row ends after so many",
-        "batch_size": "samples of an optimizer step, over all devices",
-        "num_crops": "crops of a page at most",
-        "micro_batch": "samples at a time of the variant padded",
-        "lean_batch": "samples of a step of the variant lean",
+        "steps": "timed steps, after one that is not timed",
+        "seconds": "maximum seconds of a row",
+        "batch_size": "samples per optimizer step, over all devices",
+        "num_crops": "maximum number of crops per image",
+        "micro_batch": "samples computed at once by the variant padded",
+        "lean_batch": "samples per step of the variant lean",
         "pack_tokens": "tokens of a packed row",
-        "shared_image_max": "questions of a page that share a step at most",
-        "rank": "of the adapters",
+        "shared_image_max": "maximum number of questions that share a page in a step",
+        "rank": "rank of the adapters",
     }
     for name, text in numbers.items():
         value = getattr(usual, name)
         train.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, metavar="N", help=text)
-    train.add_argument("--precision", choices=PRECISIONS, default=usual.precision, help="arithmetic")
+    train.add_argument("--precision", choices=PRECISIONS, default=usual.precision, help="precision of computation")
     train.add_argument(
         "--optimizer",
         choices=("auto", "adamw", "adamw_8bit", "adamw_bf16"),
         default=usual.optimizer,
-        help="of all variants but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
+        help="optimizer of all variants but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
     )
-    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="of our variants")
-    train.add_argument("--fp8", action="store_true", help="our variants multiply in float8 in the decoder; not exact")
+    train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="kernels of our variants")
+    train.add_argument("--fp8", action="store_true", help="our variants compute the decoder in float8; not exact")
     preprocess = group.add_command(
         "preprocess",
         bench_preprocess,
-        "what a page costs a core, beside the official processor",
+        "CPU time per page, compared with the official processor",
         "phi3v bench preprocess --pages 4",
     )
-    preprocess.add_argument("--images", type=Path, metavar="DIR", help="images in place of drawn pages of 1275x1650")
-    preprocess.add_argument("--pages", type=int, default=8, metavar="N", help="how many pages")
+    preprocess.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of drawn pages of 1275x1650")
+    preprocess.add_argument("--pages", type=int, default=8, metavar="N", help="number of pages")
     preprocess.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds over the pages")
-    preprocess.add_argument("--num-crops", type=int, default=16, metavar="N", help="crops of a page at most")
+    preprocess.add_argument("--num-crops", type=int, default=16, metavar="N", help="maximum number of crops per image")
     generate = group.add_command(
         "generate",
         bench_generate,
-        "answering questions in batches, beside one at a time",
+        "speed of answering questions in batches, compared with one at a time",
         "phi3v bench generate --model output/first/final --data data/test.jsonl",
     )
-    generate.add_argument("--questions", type=int, default=64, metavar="N", help="how many questions")
-    generate.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")
-    generate.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
+    generate.add_argument("--questions", type=int, default=64, metavar="N", help="number of questions")
+    generate.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions answered at once")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="maximum tokens of an answer")
+    generate.add_argument("--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)")
     for command in (train, generate):
         which = command.add_mutually_exclusive_group()
         which.add_argument(
@@ -79,8 +79,8 @@ def add_commands(verbs: Parser) -> None:
             choices=tuple(PRESET_FIELDS),
             help="random weights (default: phi-3.5-vision on a GPU, else tiny)",
         )
-        which.add_argument("--model", type=Path, metavar="DIR", help="a model in place of random weights")
-        command.add_argument("--data", type=Path, metavar="FILE.jsonl", help="in place of drawn pages")
+        which.add_argument("--model", type=Path, metavar="DIR", help="a model to use instead of random weights")
+        command.add_argument("--data", type=Path, metavar="FILE.jsonl", help="data to use instead of drawn pages")
     for command in (train, preprocess, generate):
         command.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there")
 

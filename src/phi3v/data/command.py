@@ -13,27 +13,35 @@ from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.grammar import Parser
 from phi3v.terminal import say
 
-MAX_PIXELS: dict[str, Any] = {"type": int, "default": DEFAULT_MAX_PIXELS, "help": "refuse larger images unread"}
+MAX_PIXELS: dict[str, Any] = {
+    "type": int,
+    "default": DEFAULT_MAX_PIXELS,
+    "help": "refuse larger images without decoding them",
+}
 SPECIAL_TEXT: dict[str, Any] = {
     "choices": ("refuse", "escape"),
     "default": "refuse",
     "help": "literal special tokens such as <|end|> in texts are faults, or are escaped",
 }
-FILE: dict[str, Any] = {"type": Path, "metavar": "FILE.jsonl", "help": "the data; images lie in images/ beside it"}
+FILE: dict[str, Any] = {
+    "type": Path,
+    "metavar": "FILE.jsonl",
+    "help": "the data; its images are in the folder images/ next to it",
+}
 
 
 def add_commands(verbs: Parser) -> None:
-    group = verbs.add_group("data", "convert, check and look at data")
+    group = verbs.add_group("data", "convert, check and preview data")
     _add_convert(group)
     command = group.add_command(
         "check",
         check,
-        "list every fault of a data file with its line, its field and what to do; tokens are counted as the model does "
-        "(without one: about as Phi-3.5-vision)",
+        "list every fault of a data file with its line, its field and what to do; tokens are counted as by the model "
+        "(without --model.path: approximately as by Phi-3.5-vision)",
         "phi3v data check data/train.jsonl",
     )
     command.add_argument("file", **FILE)
-    command.add_argument("--max-errors", type=int, default=20, help="stop after so many faults")
+    command.add_argument("--max-errors", type=int, default=20, help="stop after this many faults")
     command.add_argument(
         "--images",
         choices=("decode", "header", "off"),
@@ -52,7 +60,7 @@ def add_commands(verbs: Parser) -> None:
     )
     command.add_argument("file", **FILE)
     command.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="where to write it")
-    command.add_argument("--samples", type=int, default=12, metavar="N", help="records that are shown")
+    command.add_argument("--samples", type=int, default=12, metavar="N", help="number of records to show")
     add_keys(command, ("model.path", "model.num_crops"))
     command.add_argument("--special-text", **SPECIAL_TEXT)
     command.add_argument("--open", action="store_true", help="open it in the browser")
@@ -62,7 +70,7 @@ def _add_convert(group: Parser) -> None:
     command = group.add_command(
         "convert",
         convert,
-        "bring a dataset into the JSONL format",
+        "convert a dataset to the JSONL format",
         "phi3v data convert docvqa --source downloads/docvqa --out data/docvqa --on-bad skip",
     )
     command.add_argument(
@@ -77,16 +85,16 @@ def _add_convert(group: Parser) -> None:
         "--source",
         dest="location",
         metavar="PATH_OR_HUB_ID",
-        help="where the dataset lies: a folder or file here, or a hub id (default: its usual place)",
+        help="location of the dataset: a local folder or file, or a hub id (default: its usual place)",
     )
     command.add_argument(
         "--on-bad",
         choices=("stop", "skip"),
         default="stop",
-        help="bad records and clips: an error that lists them once the good ones are done, "
-        "or leave them out and list them",
+        help="bad records and clips: stop with an error that lists them once the others are converted, "
+        "or skip and list them",
     )
-    command.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    command.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     command.add_argument("--max-pixels", **MAX_PIXELS)
     # An option that was not given is None, so that a source that does not take it can refuse it.
     own: dict[str, tuple[str, dict[str, Any]]] = {

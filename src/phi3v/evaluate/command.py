@@ -25,16 +25,14 @@ def add_commands(verbs: Parser) -> None:
         on_all_ranks=True,
     )
     command.add_argument("model", metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder")
-    command.add_argument(
-        "--model", "--base", dest="base", metavar="MODEL", help="the model that it was tuned from, where that has moved"
-    )
+    command.add_argument("--model", "--base", dest="base", metavar="MODEL", help="the base model, if it has moved")
     command.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="the questions")
     command.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and predictions.jsonl there")
     command.add_argument(
         "--submission",
         type=Path,
         metavar="FILE",
-        help="write what the official evaluator of docvqa (JSON), nlvr2 or hateful-memes (CSV) takes",
+        help="write a file for the official evaluator of docvqa (JSON), nlvr2 or hateful-memes (CSV)",
     )
     own = "default: as the run was evaluated"
     command.add_argument(
@@ -43,7 +41,7 @@ def add_commands(verbs: Parser) -> None:
         action="extend",
         choices=METRIC_NAMES,
         metavar="NAME",
-        help=f"the scores, the task's own first, from {', '.join(METRIC_NAMES)} ({own}, else accuracy)",
+        help=f"metrics, the primary one first, from {', '.join(METRIC_NAMES)} ({own}, else accuracy)",
     )
     command.add_argument(
         "--answer-words",
@@ -52,13 +50,15 @@ def add_commands(verbs: Parser) -> None:
         metavar="WORD",
         help=f"for auroc: the possible answers, the positive one first, e.g. yes no ({own})",
     )
-    command.add_argument("--max-questions", type=int, metavar="N", help=f"draw so many ({own}, else all)")
-    command.add_argument("--batch-size", type=int, metavar="N", help=f"questions at a time ({own}, else 8)")
+    command.add_argument("--max-questions", type=int, metavar="N", help=f"size of a random sample ({own}, else all)")
+    command.add_argument("--batch-size", type=int, metavar="N", help=f"questions answered at once ({own}, else 8)")
     command.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"longest answer ({own}, else by the references)"
+        "--max-new-tokens", type=int, metavar="N", help=f"maximum tokens of an answer ({own}, else by the references)"
     )
-    command.add_argument("--num-crops", type=int, metavar="N", help="crops of a page at most (default: as saved)")
-    command.add_argument("--precision", choices=PRECISIONS, help=f"arithmetic ({own}, else auto)")
+    command.add_argument(
+        "--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)"
+    )
+    command.add_argument("--precision", choices=PRECISIONS, help=f"precision of computation ({own}, else auto)")
 
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -17,25 +17,23 @@ def add_commands(verbs: Parser) -> None:
     command = verbs.add_command(
         "export",
         export,
-        "write a tuned model in the official layout, merged and proven, or check a folder",
+        "export a fine-tuned model, merged, in the official layout and verified; or check a folder",
         "phi3v export output/mine --out models/mine",
-        brief="write a merged model, proven; or check a folder",
+        brief="export a merged, verified model; or check a folder",
     )
     command.add_argument(
         "source", nargs="?", metavar="RUN", help="a run, its best/ or final/, a checkpoint, an adapter or a model"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="where to write it")
     command.add_argument(
-        "--dtype", choices=tuple(DTYPES.values()), help="of the weights (default: the original model's)"
+        "--dtype", choices=tuple(DTYPES.values()), help="dtype of the weights (default: the original model's)"
     )
-    command.add_argument("--adapter", action="store_true", help="the adapter alone, in PEFT's layout")
-    command.add_argument(
-        "--model", "--base", dest="base", metavar="MODEL", help="the model that it was tuned from, where that has moved"
-    )
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file")
-    command.add_argument("--samples", type=int, default=4, metavar="N", help="prompts to compare with")
+    command.add_argument("--adapter", action="store_true", help="export only the adapter, in PEFT's layout")
+    command.add_argument("--model", "--base", dest="base", metavar="MODEL", help="the base model, if it has moved")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file")
+    command.add_argument("--samples", type=int, default=4, metavar="N", help="number of prompts to verify with")
     command.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
-    command.add_argument("--verify", type=Path, metavar="DIR", help="only check whether a folder is whole and right")
+    command.add_argument("--verify", type=Path, metavar="DIR", help="only check that a folder is complete and correct")
 
 
 def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -47,9 +45,9 @@ def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         report = verify_folder(arguments.verify, console)
         return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
     if arguments.out is None:
-        raise UserError("where to write it is not said", where="--out", hint="phi3v export output/mine --out DIR")
+        raise UserError("the output folder is missing", where="--out", hint="phi3v export output/mine --out DIR")
     if arguments.samples < 1:
-        raise UserError("at least one prompt is needed to compare with", where="--samples")
+        raise UserError("at least one prompt is needed", where="--samples")
     from phi3v.export.make import export
 
     names = ("dtype", "adapter", "base", "max_shard_size", "samples", "overwrite")

@@ -28,7 +28,7 @@ def add_commands(verbs: Parser) -> None:
     init.add_argument(
         "--pretrained",
         action="store_true",
-        help="tiny only: the small base model that comes with the package, in place of random weights",
+        help="tiny only: the small base model that comes with the package, instead of random weights",
     )
     init.add_argument("--seed", type=int, default=0, help="seed of random weights")
     init.add_argument(

@@ -18,9 +18,9 @@ def add_commands(verbs: Parser) -> None:
     command = verbs.add_command(
         "plan",
         plan,
-        "say what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
+        "predict what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
         "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
-        brief="say what fits which GPUs, and how fast",
+        brief="predict what fits which GPUs, and how fast",
     )
     add_recipe(command)
     command.add_argument(
@@ -28,12 +28,12 @@ def add_commands(verbs: Parser) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="e.g. a100-80gb, or 8xa100-80gb; several for one table over all (default: this machine)",
+        help="e.g. a100-80gb, or 8xa100-80gb; several are compared in one table (default: this machine)",
     )
-    command.add_argument("--gpus", type=int, metavar="N", help="how many of it (default: 1)")
-    command.add_argument("--sku", metavar="SIZE", help="an Azure size in place of --gpu, e.g. Standard_ND96asr_v4")
-    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of that size")
-    command.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the recipe as recommended")
+    command.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: 1)")
+    command.add_argument("--sku", metavar="SIZE", help="an Azure size instead of --gpu, e.g. Standard_ND96asr_v4")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes of that size")
+    command.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the recommended recipe")
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

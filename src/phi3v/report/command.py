@@ -18,7 +18,7 @@ def add_commands(verbs: Parser) -> None:
         report,
         "write one HTML file about a run, or several compared: curves, scores, predictions, configuration",
         "phi3v report output/first output/second --out compared.html",
-        brief="write an HTML page of a run, or of several",
+        brief="write an HTML report of one or several runs",
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     command.add_argument(
@@ -29,7 +29,7 @@ def add_commands(verbs: Parser) -> None:
         type=float,
         default=2.0,
         metavar="MB",
-        help="megabytes that small images may take in the page",
+        help="maximum size of the thumbnails in the page",
     )
     command.add_argument("--open", action="store_true", help="open it in the browser")
 

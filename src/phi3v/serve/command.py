@@ -38,44 +38,50 @@ def add_commands(verbs: Parser) -> None:
         "--base",
         dest="base",
         metavar="MODEL",
-        help="what to compare with; of an adapter, what it goes on (default: what the run was tuned from)",
+        help="the model to compare with; for an adapter, its base model (default: the base model of the run)",
     )
-    command.add_argument("--compare", action="store_true", help="ask the base too")
-    command.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: as the run)")
+    command.add_argument("--compare", action="store_true", help="also ask the base model")
+    command.add_argument("--precision", choices=PRECISIONS, help="precision of computation (default: as in the run)")
     once = command.add_argument_group("one answer in the terminal")
     once.add_argument("--prompt", metavar="TEXT", help="the question")
     for option, what in (("--image", "images"), ("--video", "clips")):
         once.add_argument(
             option, dest="media", type=Path, nargs="+", action="extend", metavar="FILE", help=f"{what}; may be repeated"
         )
-    how = command.add_argument_group("how it answers; in the browser what is set first")
+    how = command.add_argument_group("answers; initial settings in the browser")
     how.add_argument(
-        "--system", metavar="TEXT", help="a system message, as the records had that it was tuned on (default: none)"
+        "--system", metavar="TEXT", help="a system message, as in the records that it was trained on (default: none)"
     )
-    how.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a clip")
-    how.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest words")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from so much probability")
-    how.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    how.add_argument("--num-crops", type=int, metavar="N", help="crops of an image at most (default: as saved)")
-    most = command.add_argument_group("limits, on the page too")
+    how.add_argument("--frames", type=int, default=8, metavar="N", help="number of frames taken from a clip")
+    how.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="maximum tokens of an answer")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0: greedy")
+    how.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens with this total probability",
+    )
+    how.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    how.add_argument("--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)")
+    most = command.add_argument_group("limits, also in the browser")
     for entry in dataclasses.fields(Limits):
         text = f"{entry.metadata['help']} (default: {entry.default:,})"
         most.add_argument(
             limit_option(entry.name), type=type(entry.default), default=entry.default, metavar="N", help=text
         )
-    page = command.add_argument_group("the page (extra serve)")
+    page = command.add_argument_group("the browser page (extra serve)")
     page.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; others than this machine's own need a password"
+        "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a password"
     )
-    page.add_argument("--port", type=int, default=7860, help="port, or the next that is free")
+    page.add_argument("--port", type=int, default=7860, help="port, or the next free one")
     page.add_argument(
-        "--share", action="store_true", help="also reachable through Gradio's public tunnel; needs a password"
+        "--share", action="store_true", help="also make it reachable through Gradio's public tunnel; needs a password"
     )
     page.add_argument(
         "--password",
         default=os.environ.get("PHI3V_PASSWORD"),
-        help="ask for it, with the user name phi3v (default: $PHI3V_PASSWORD)",
+        help="required to open the page, with the user name phi3v (default: $PHI3V_PASSWORD)",
     )
 
 

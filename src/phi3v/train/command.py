@@ -16,10 +16,10 @@ def add_commands(verbs: Parser) -> None:
     command = verbs.add_command(
         "train",
         train,
-        "fine-tune a model as a recipe says; options override it. SIGTERM, SIGINT and SIGUSR1 end training after its "
-        "step, with a checkpoint and exit code 3",
+        "fine-tune a model from a recipe; options override its keys. SIGTERM, SIGINT and SIGUSR1 stop training after "
+        "the current step, with a checkpoint and exit code 3",
         "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
-        brief="fine-tune a model as a recipe says",
+        brief="fine-tune a model from a recipe",
         on_all_ranks=True,
     )
     command.usage = "phi3v train [RECIPE.yaml] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
@@ -29,15 +29,15 @@ def add_commands(verbs: Parser) -> None:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, or from the newest valid one of training.output_dir; without any the run "
-        "starts anew (default: start anew)",
+        help="resume from this checkpoint, or from the newest valid one in training.output_dir; without any, start "
+        "from the beginning (default: start from the beginning)",
     )
 
 
 def train(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.recipe is None and not arguments.overrides:
         raise UserError(
-            "nothing to train is named", hint="name a recipe, or keys such as --data.train; see `phi3v train --help`"
+            "there is nothing to train", hint="name a recipe, or keys such as --data.train; see `phi3v train --help`"
         )
     config = load_config(arguments.recipe, arguments.overrides)
     if arguments.recipe is not None:
