@@ -79,12 +79,16 @@ def add_commands(verbs: Parser) -> None:
         metavar="FOLDER_OR_URI",
         help="the model, likewise (default: model.path of the recipe; a hub id is downloaded by the job)",
     )
-    command.add_argument("--name", metavar="NAME", help="name of the run; the same name resumes it (default: the recipe's)")
+    command.add_argument(
+        "--name", metavar="NAME", help="name of the run; the same name resumes it (default: the recipe's)"
+    )
     command.add_argument("--compute", metavar="CLUSTER", help="an existing cluster (default: serverless compute)")
     command.add_argument(
         "--low-priority", action="store_true", help="cheaper serverless compute that may be pre-empted"
     )
-    command.add_argument("--datastore", default="workspaceblobstore", metavar="NAME", help="datastore for the run folder")
+    command.add_argument(
+        "--datastore", default="workspaceblobstore", metavar="NAME", help="datastore for the run folder"
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="the job's folder (default: azure-jobs/NAME)")
     command.add_argument("--dry-run", action="store_true", help="write the job's folder and check it; needs no login")
     command.add_argument("--subscription", **SUBSCRIPTION)

@@ -58,7 +58,9 @@ def add_commands(verbs: Parser) -> None:
         "CPU time per page, compared with the official processor",
         "phi3v bench preprocess --pages 4",
     )
-    preprocess.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of drawn pages of 1275x1650")
+    preprocess.add_argument(
+        "--images", type=Path, metavar="DIR", help="images to use instead of drawn pages of 1275x1650"
+    )
     preprocess.add_argument("--pages", type=int, default=8, metavar="N", help="number of pages")
     preprocess.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds over the pages")
     preprocess.add_argument("--num-crops", type=int, default=16, metavar="N", help="maximum number of crops per image")
@@ -71,7 +73,9 @@ def add_commands(verbs: Parser) -> None:
     generate.add_argument("--questions", type=int, default=64, metavar="N", help="number of questions")
     generate.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions answered at once")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="maximum tokens of an answer")
-    generate.add_argument("--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)")
+    generate.add_argument(
+        "--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)"
+    )
     for command in (train, generate):
         which = command.add_mutually_exclusive_group()
         which.add_argument(
