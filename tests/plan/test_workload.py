@@ -15,6 +15,7 @@ from phi3v.errors import UserError
 from phi3v.plan.workload import CANDIDATE_CROPS, Workload, assumed_workload, read_workload
 from phi3v.processing.hd_transform import page_geometry
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.compute.activations import MicroBatch
 
 SIZES = {"page.png": (1275, 1650), "small.png": (64, 64), "wide.png": (2000, 250), "photo.png": (640, 480)}
 
@@ -75,7 +76,7 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
         ]
         assert choice.lengths.targets.tolist() == [sum(label != -100 for label in s.labels) for s in samples]
         assert sum(choice.histogram().values()) == len(samples)
-    largest = workload.largest(16, 2)
+    largest = MicroBatch.largest_of(workload.at(16).lengths, 2)
     assert largest.rows == 2
     assert largest.tokens == 2 * int(workload.at(16).tokens.max())
     assert largest.is_padded

@@ -35,7 +35,7 @@ from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_sp
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checks import Case, DataFacts, refusals
-from phi3v.train.compute.activations import kind_of_attention
+from phi3v.train.compute.activations import MicroBatch, kind_of_attention
 from phi3v.train.methods.loading import choose_attention, make_skeleton
 from phi3v.train.prepare import open_tables, questions_of
 from phi3v.train.schedule import total_steps
@@ -286,7 +286,7 @@ class Planner:
     def memory(self, setup: TrainSetup, machine: Machine) -> Memory:
         """The predicted peak of a rank."""
         if setup.packing == "none":
-            batch = self.workload.largest(setup.num_crops, setup.micro_batch)
+            batch = MicroBatch.largest_of(self.workload.at(setup.num_crops).lengths, setup.micro_batch)
         else:
             rows = self.rows(setup)
             batch, setup = rows.largest, replace(setup, accumulates=rows.most_rows > 1)

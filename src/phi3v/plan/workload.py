@@ -15,7 +15,6 @@ from phi3v.data.lengths import CHARACTERS_PER_TOKEN, LONG_CONTEXT, RecordLengths
 from phi3v.data.table import open_table
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.compute.activations import MicroBatch
 
 CANDIDATE_CROPS = (1, 2, 4, 6, 8, 9, 12, 16)
 HISTOGRAM_WIDTH = 512  # tokens
@@ -112,22 +111,6 @@ class Workload:
             blank=1 - float(area.sum()) / float((crops * CROP_SIZE**2).sum()),
             padding_crops=num_crops - float(crops.mean()),
             shrunk=float(np.array(shrunk, dtype=np.float64)[place].mean()),
-        )
-
-    def largest(self, num_crops: int, rows: int) -> MicroBatch:
-        """The micro-batch of ``rows`` records that memory must hold: the longest ones, padded to the longest."""
-        choice = self.at(num_crops)
-        longest = np.argsort(choice.tokens)[::-1][: max(1, rows)]
-        rows = max(1, rows)
-        tokens = int(choice.tokens[longest[0]])
-        repeat = rows / len(longest)
-        return MicroBatch(
-            rows=rows,
-            tokens=rows * tokens,
-            image_tokens=int(choice.lengths.image_tokens[longest].sum() * repeat),
-            crops=int(choice.lengths.crops[longest].sum() * repeat),
-            answer_tokens=int(np.sort(self.lengths.targets)[::-1][:rows].sum() * repeat),
-            is_padded=rows > 1 and len(np.unique(choice.tokens[longest])) > 1,
         )
 
     @cached_property

@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
@@ -208,20 +206,8 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Runt
 def _largest_batch(plan: BatchPlan) -> MicroBatch:
     """The most that a row may hold of everything: the longest records together, or a full packed row."""
     lengths = plan.lengths
-
-    def most(values: npt.NDArray[np.int64]) -> int:
-        return int(np.sort(values)[-plan.micro_batch_size :].sum())
-
     if not plan.is_packed:
-        rows, longest = min(plan.micro_batch_size, len(plan)), int(lengths.tokens.max())
-        return MicroBatch(
-            rows=rows,
-            tokens=rows * longest,
-            image_tokens=most(lengths.image_tokens),
-            crops=most(lengths.crops),
-            answer_tokens=most(lengths.targets),
-            is_padded=rows > 1,
-        )
+        return MicroBatch.largest_of(lengths, min(plan.micro_batch_size, len(plan)))
     tokens = max(plan.pack_tokens, int(lengths.tokens.max()))
     return MicroBatch(
         rows=1,
@@ -316,7 +302,8 @@ def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: Re
         batch_tokens=config.training.batch_tokens,
         pack_tokens=config.data.pack_tokens,
         shared_image_max=config.data.shared_image_max,
-        crop_cost=ModelShape.of(model.config).crop_cost,
+        # Features that are kept cost nothing.
+        crop_cost=ModelShape.of(model.config).crop_cost if config.training.feature_cache == "off" else 0.0,
         world_size=compute.world_size,
         seed=config.training.seed,
     )

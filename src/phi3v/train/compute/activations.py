@@ -13,9 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from phi3v.config import MethodConfig, Packing
+from phi3v.data.lengths import RecordLengths
 from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import CROP_SIZE
 
@@ -45,6 +48,24 @@ class MicroBatch:
     answer_tokens: int
     is_padded: bool = False
     branch_pairs: int = 0
+
+    @classmethod
+    def largest_of(cls, lengths: RecordLengths, rows: int) -> MicroBatch:
+        """The most of everything that ``rows`` records may have together, padded to the longest."""
+
+        def most(values: npt.NDArray[np.int64]) -> int:
+            top = np.sort(values)[-rows:]
+            return int(top.sum() * rows / len(top))
+
+        longest = int(lengths.tokens.max())
+        return cls(
+            rows=rows,
+            tokens=rows * longest,
+            image_tokens=most(lengths.image_tokens),
+            crops=most(lengths.crops),
+            answer_tokens=most(lengths.targets),
+            is_padded=rows > 1 and bool((lengths.tokens < longest).any()),
+        )
 
     @property
     def longest(self) -> int:
