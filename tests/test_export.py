@@ -215,15 +215,15 @@ def test_training_goes_on_from_an_export(
 def test_an_export_that_differs_leaves_nothing(
     runs: dict[str, Path], tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make._Maker._merged
+    whole = make._merge
 
-    def half_merged(self: Any, model: Any, processor: Any) -> Any:
+    def half_merged(model: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name and "qkv_proj" in name:
                 parameter.data.mul_(0.5)  # lost on the way, after what was tuned has answered
-        return whole(self, model, processor)
+        return whole(model)
 
-    monkeypatch.setattr(make._Maker, "_merged", half_merged)
+    monkeypatch.setattr(make, "_merge", half_merged)
     with pytest.raises(make.ExportDiffersError, match="the merged weights do not answer"):
         main(["export", str(runs["lora"]), "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

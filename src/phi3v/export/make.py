@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, require_writable
-from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
@@ -86,7 +86,6 @@ def export(
     wanted = torch_dtype(dtype) if dtype else _stored_dtype(tuned)
     if not adapter:
         _require_room(out, tuned, wanted)
-    compute = choose_device("fp32")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
@@ -95,8 +94,7 @@ def export(
         folder, work = Path(made) / out.name, Path(exchanged)
         probes, source = make_probes(tuned, samples, work)
         say(console, f"comparing {len(probes)} prompts from {source}")
-        maker = _Maker(tuned, compute, probes, folder, console)
-        here = maker.write_adapter() if adapter else maker.write_model(wanted, max_shard_size)
+        written = _write(tuned, folder, probes, choose_device("fp32"), None if adapter else wanted, max_shard_size)
         theirs = answer_in_fresh_process(folder, probes, work)
         result = ExportResult(
             folder=out,
@@ -104,98 +102,92 @@ def export(
             method=tuned.run.method.name if tuned.run_folder is not None else "unknown",
             dtype=str(wanted).removeprefix("torch."),
             is_adapter=adapter,
-            parameters=maker.parameters,
-            merge=maker.merge,
-            files=compare(here, theirs),
-            tuned=compare(maker.live, theirs),
+            parameters=written.parameters,
+            merge=written.merge,
+            files=compare(written.exported, theirs),
+            tuned=compare(written.tuned, theirs),
             probes=source,
         )
         _require_same(result)
         write_card(folder, result, tuned, scores)
         write_manifest(folder, tuned_from=tuned.origin)
         if out.exists():
-            old = Path(made) / "old"
-            out.rename(old)
+            out.rename(Path(made) / "old")
         folder.rename(out)
     result.render(console)
     return result
 
 
-class _Maker:
-    """Writes the folder; what it keeps for the comparison is answers, not models, so that one fits the memory."""
+@dataclass
+class _Written:
+    """What is kept for the comparison: answers, not models, so that one model fits the memory.
 
-    def __init__(
-        self, tuned: FinetunedModel, compute: RuntimeDevice, probes: Sequence[Probe], folder: Path, console: Console
-    ) -> None:
-        self.tuned = tuned
-        self.compute = compute
-        self.probes = probes
-        self.folder = folder
-        self.console = console
-        self.merge: Comparison | None = None
-        self.parameters = 0
-        self.live: Answers
+    Attributes:
+        tuned: of the model as it was tuned.
+        exported: of the weights that were written, in float32.
+        merge: merged against unmerged weights; none without an adapter that was merged.
+    """
 
-    def write_adapter(self) -> Answers:
-        model, processor = load_tuned(self.tuned, self.compute)
-        self.live = answer_probes(model, processor, self.probes)
-        here = self.live
-        if self.tuned.is_quantised:
-            del model
-            model = self._whole()
-            here = answer_probes(model, processor, self.probes)
-        model.peft_config["default"].base_model_name_or_path = self.tuned.base
-        model.save_pretrained(self.folder, save_embedding_layers=False)
-        make_weights_readable(self.folder)
-        processor.save_pretrained(self.folder)
-        tensors = {name: p for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
-        self.parameters = sum(tensor.numel() for tensor in tensors.values())
-        return here
+    tuned: Answers
+    exported: Answers
+    merge: Comparison | None
+    parameters: int
 
-    def write_model(self, dtype: torch.dtype, max_shard_size: str) -> Answers:
-        model, processor = load_tuned(self.tuned, self.compute)
-        if self.tuned.adapter is None:
-            model = model.float()
-            self.live = answer_probes(model, processor, self.probes)
-        else:
-            self.live = answer_probes(model, processor, self.probes)
-            if self.tuned.is_quantised:
-                del model
-                model = self._whole()
-            model = self._merged(model, processor)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+def _write(
+    tuned: FinetunedModel,
+    folder: Path,
+    probes: Sequence[Probe],
+    compute: RuntimeDevice,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> _Written:
+    """Write the folder: without ``dtype`` the adapter, else a whole model."""
+    model, processor = load_tuned(tuned, compute)
+    if tuned.adapter is None:
+        model = model.float()
+    answers = exported = answer_probes(model, processor, probes)
+    if tuned.adapter is not None and tuned.is_quantised:
+        del model
+        model = load_weights(tuned.base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, str(tuned.adapter)).eval().to(compute.device)
+        exported = answer_probes(model, processor, probes)
+    merge = None
+    if dtype is None:
+        model.peft_config["default"].base_model_name_or_path = tuned.base
+        model.save_pretrained(folder, save_embedding_layers=False)
+        trained = {name: p for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
+        parameters = sum(parameter.numel() for parameter in trained.values())
+    else:
+        if tuned.adapter is not None:
+            model = _merge(model)
+            merge = compare(exported, answer_probes(model, processor, probes))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         model = model.to(dtype)
         model.config.dtype = dtype
         set_end_tokens(model, processor)
-        model.save_pretrained(self.folder, max_shard_size=max_shard_size)
-        make_weights_readable(self.folder)
-        processor.save_pretrained(self.folder)
-        self._bring_remote_code()
-        return answer_probes(model.float(), processor, self.probes)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _copy_remote_code(tuned, folder)
+        exported = answer_probes(model.float(), processor, probes)
+    make_weights_readable(folder)
+    processor.save_pretrained(folder)
+    return _Written(answers, exported, merge, parameters)
 
-    def _whole(self) -> Any:
-        """Adapter on base in float32, not quantised."""
-        assert self.tuned.adapter is not None
-        model = load_weights(self.tuned.base, dtype=torch.float32)
-        return PeftModel.from_pretrained(model, str(self.tuned.adapter)).eval().to(self.compute.device)
 
-    def _merged(self, model: Any, processor: Phi3VProcessor) -> Any:
-        """The adapter's weights added to the base's, in float32."""
-        apart = answer_probes(model, processor, self.probes) if self.tuned.is_quantised else self.live
-        merged = model.merge_and_unload(safe_merge=True)
-        self.merge = compare(apart, answer_probes(merged, processor, self.probes))
-        return merged
+def _merge(model: Any) -> Any:
+    """The adapter's weights added to the base's."""
+    return model.merge_and_unload(safe_merge=True)
 
-    def _bring_remote_code(self) -> None:
-        """Copy the official code that ``auto_map`` names, or let it name the hub's."""
-        path = self.folder / "config.json"
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        auto_map = fields.get("auto_map", {})
-        base = self.tuned.run.model.path if self.tuned.adapter is None else self.tuned.base
-        for module in sorted({str(entry).split(".")[0] for entry in auto_map.values() if "--" not in str(entry)}):
-            found = _source_file(base, f"{module}.py") or _source_file(self.tuned.base, f"{module}.py")
-            if found is not None:
-                shutil.copyfile(found, self.folder / f"{module}.py")
+
+def _copy_remote_code(tuned: FinetunedModel, folder: Path) -> None:
+    """Copy the official code that ``auto_map`` names, or let it name the hub's."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = tuned.run.model.path if tuned.adapter is None else tuned.base
+    entries = map(str, fields.get("auto_map", {}).values())
+    for module in sorted({entry.split(".")[0] for entry in entries if "--" not in entry}):
+        found = _source_file(base, f"{module}.py") or _source_file(tuned.base, f"{module}.py")
+        if found is not None:
+            shutil.copyfile(found, folder / f"{module}.py")
 
 
 def _source_file(model: str, name: str) -> Path | None:
