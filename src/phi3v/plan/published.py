@@ -147,31 +147,33 @@ def compare_published() -> list[dict[str, Any]]:
 
 
 def explain(row: PublishedRow, planned: float, utilisation: float) -> str:
-    """Why a published run differs from what the planner says of it, as far as we can tell.
+    """Why a published run differs from the planner's prediction, as far as we can tell.
 
     Args:
         planned: the planner's peak in GiB.
-        utilisation: share of the hardware's rate that the published speed implies.
+        utilisation: share of the hardware's peak rate that the published speed implies.
     """
     remarks = []
     if row.method == "frozen-vision":
-        remarks.append(f"{utilisation:.0%} of the rate if the decoder learnt: most likely it got no gradients")
+        remarks.append(
+            f"{utilisation:.0%} of the peak rate if the decoder was trained: most likely it got no gradients"
+        )
     if row.gigabytes is None:
-        return "; ".join([*remarks, "no memory was published"])
+        return "; ".join([*remarks, "memory was not published"])
     card = known_gpus()[row.gpu].memory_bytes / GIB
     with_flash = next(
         (r for r in ROWS if (r.gpu, r.gpus, r.method, r.flash_attention) == (row.gpu, row.gpus, row.method, True)), None
     )
     if row.gigabytes > 0.85 * card:
-        remarks.append("nearly the whole card: what the allocator had taken, not what was needed")
+        remarks.append("nearly the whole GPU: presumably what the allocator had reserved, not what was needed")
     elif not row.flash_attention and with_flash is not None and with_flash.gigabytes is not None:
         more, matrices = row.gigabytes - with_flash.gigabytes, _attention_matrices() / GIB
         cause = (
-            "kept and not recomputed, it seems" if abs(more / matrices - 1) < 0.25 else "why this much, we cannot tell"
+            "apparently kept, not recomputed" if abs(more / matrices - 1) < 0.25 else "we cannot explain this amount"
         )
         remarks.append(
             f"{more:.0f} GB more than with flash attention; attention matrices of all layers take {matrices:.0f} GiB: "
-            f"{cause}; SDPA, which we take, makes none"
+            f"{cause}; SDPA, which we use, has none"
         )
     elif row.gigabytes > 1.1 * planned:
         sharded = row.method in ("full", "frozen-vision")

@@ -81,8 +81,8 @@ def _show_data(console: Console, plan: Plan) -> None:
     console.print(table)
     say(
         console,
-        "  crops: with the global view; blank: white share of the pages; padding: blank crops a picture that the "
-        "official processor adds and computes; shrunk: pictures that lose resolution",
+        "  crops: including the global view; blank: white share of the pages; padding: blank crops per image that the "
+        "official processor adds and computes; shrunk: images that lose resolution",
     )
     histogram = plan.workload.at(plan.num_crops).histogram()
     most = max(histogram.values())
@@ -91,9 +91,7 @@ def _show_data(console: Console, plan: Plan) -> None:
             say(console, f"  {span:>12} tokens {'█' * max(1, round(30 * count / most))} {count:,}")
     say(console, f"num_crops {plan.num_crops}: {plan.crops_reason}")
     if plan.workload.shared_image_factor > 1.05:
-        say(
-            console, f"{plan.workload.shared_image_factor:.1f} records share a picture: shared-image packing gains most"
-        )
+        say(console, f"{plan.workload.shared_image_factor:.1f} records per image: shared-image packing saves most")
 
 
 def _show_options(console: Console, plan: Plan) -> None:
@@ -113,7 +111,10 @@ def _show_options(console: Console, plan: Plan) -> None:
         table.add_row(*row, option.reason)
     console.print(table)
     if plan.published:
-        say(console, "published: Microsoft's figures for DocVQA on Phi-3-vision; see docs/planning.md for what differs")
+        say(
+            console,
+            "published: Microsoft's figures for DocVQA on Phi-3-vision; docs/planning.md explains the differences",
+        )
 
 
 def _published_engine(option: Option) -> str:
@@ -145,7 +146,7 @@ def _batch(option: Option) -> str:
     if rows is None:
         return f"micro-batch {setup.micro_batch}"
     return (
-        f"packing {setup.packing} in rows of {setup.pack_tokens} tokens ({rows.row_count:.1f} rows a step and GPU, "
+        f"packing {setup.packing} in rows of {setup.pack_tokens} tokens ({rows.row_count:.1f} rows per step and GPU, "
         f"{rows.filled:.0%} full)"
     )
 

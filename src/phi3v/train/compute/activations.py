@@ -28,14 +28,14 @@ AttentionKind = Literal["eager", "sdpa", "flash_attention_2"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank computes at a time: the largest of a run decides the peak.
+    """What a rank computes at once: the largest of a run decides the peak.
 
     Attributes:
         rows: samples or packs.
         tokens: of all rows, padding included.
-        image_tokens: those that are pictures.
+        image_tokens: those of images.
         crops: that run through the tower, global views included.
-        answer_tokens: that are learnt, for which there are logits.
+        answer_tokens: supervised tokens, for which there are logits.
         is_padded: rows are of uneven length, so that attention needs a mask.
         branch_pairs: of a packed row with shared prefixes, queries of branches times the keys of their group, which
             need a mask where no kernel takes the layout itself.
