@@ -1,8 +1,8 @@
 """Fine-tune Phi-3.5-vision and Phi-3-vision.
 
 Importing any of the four names below registers them with transformers' Auto classes for ``model_type``
-``phi3_v``; ``trust_remote_code`` is never needed. They are imported on first use, so that the command line answers
-at once where no model is involved.
+``phi3_v``; ``trust_remote_code`` is never needed. They are imported on first use, so that commands
+without a model start fast.
 """
 
 from __future__ import annotations

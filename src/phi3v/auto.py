@@ -22,7 +22,7 @@ AutoConfig.register("phi3_v", Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
 AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
 AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast)
-# Some versions of the library refuse even to name this class where torchvision is missing; ours never needs it.
+# Some versions of transformers cannot import this class without torchvision, which ours never needs.
 with suppress(ImportError):
     AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor})
 

@@ -1,4 +1,4 @@
-"""What checks find: lines of pass, warn or fail, each with what to do."""
+"""Results of checks: pass, warn or fail, each with what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STYLE = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """The result of one check."""
 
     check: str
     verdict: Verdict
@@ -35,14 +35,14 @@ class Finding:
 
 @dataclass
 class Report:
-    """All findings, in order; each is shown on ``console`` as it is made."""
+    """The results of all checks, in order; each is printed on ``console`` as it is added."""
 
     console: Console | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Nothing failed."""
+        """Whether nothing failed."""
         return not any(finding.verdict == "fail" for finding in self.findings)
 
     def has_failed(self, *checks: str) -> bool:
@@ -58,7 +58,7 @@ class Report:
         self.add(Finding(check, verdict, what, hint))
 
     def fail(self, check: str, error: UserError) -> bool:
-        """Add an error as a failure, unless it is known already; whether it was new."""
+        """Add an error as a failure unless it was added before; returns whether it is new."""
         what = f"{error.where}: {error.what}" if error.where else error.what
         if any(finding.verdict == "fail" and finding.what == what for finding in self.findings):
             return False
@@ -67,7 +67,7 @@ class Report:
 
     @contextlib.contextmanager
     def checking(self, check: str) -> Iterator[None]:
-        """What is raised inside as `UserError` is a failure of ``check``."""
+        """Add a `UserError` raised inside as a failure of ``check``."""
         try:
             yield
         except UserError as error:

@@ -1,4 +1,4 @@
-"""The small JSON files of models and runs: whatever they hold, one message that names the file."""
+"""Reading the small JSON files of models and runs: any fault is one message that names the file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _COPY = "copy or download it again"
 
 
 def read_json(file: Path, *, hint: str = _COPY) -> dict[str, Any]:
-    """The object that a file holds.
+    """The JSON object in a file.
 
     Raises:
-        UserError: it cannot be read, or holds anything else.
+        UserError: the file cannot be read, or contains anything else.
     """
     try:
         content = file.read_bytes()
@@ -28,15 +28,15 @@ def read_json(file: Path, *, hint: str = _COPY) -> dict[str, Any]:
         what = f"is not valid JSON: {error}" if content.strip() else "is an empty file"
         raise UserError(what, where=str(file), hint=hint) from None
     if not isinstance(value, dict):
-        raise UserError(f"must hold a JSON object, not {type(value).__name__}", where=str(file), hint=hint)
+        raise UserError(f"must contain a JSON object, not {type(value).__name__}", where=str(file), hint=hint)
     return value
 
 
 @contextlib.contextmanager
 def content_of(file: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is said to be the content of ``file``, as a `UserError`.
+    """Attribute any exception raised inside to the content of ``file``, as a `UserError`.
 
-    For calls that do nothing but make something of it: libraries raise any class on values they do not expect.
+    For calls that only parse it: libraries raise all kinds of exceptions for unexpected values.
     """
     try:
         yield

@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 def say(console: Console, text: str, *, style: str = "") -> None:
-    """Print text as it is: no markup, no highlighting, and lines stay whole, so that paths can be copied."""
+    """Print text verbatim: no markup, no highlighting, no line breaks, so that paths can be copied."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
