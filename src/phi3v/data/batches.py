@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -65,6 +65,7 @@ def assign_to_ranks(work: Sequence[float], ranks: int, most: int | None = None) 
     return assigned
 
 
+@dataclass(eq=False)
 class BatchPlan:
     """The rows of every rank in every step of an epoch, in the order of torch's seeded sampler.
 
@@ -80,43 +81,32 @@ class BatchPlan:
         pack_tokens: tokens of a packed row at most, unless one record has more.
         shared_image_max: records of a group at most, when the pages are cut. Two groups of a page that chance brings
             into one step become one.
-        crop_cost: work of a crop, in tokens (`ModelShape.crop_cost`).
+        crop_cost: what a crop costs, in tokens (`ModelShape.crop_cost`).
         world_size: ranks.
         seed: of the order.
     """
 
-    def __init__(
-        self,
-        lengths: RecordLengths,
-        packing: Packing = "none",
-        *,
-        batch_size: int,
-        micro_batch_size: int = 1,
-        batch_tokens: int | None = None,
-        pack_tokens: int = 0,
-        shared_image_max: int = 1,
-        crop_cost: float = 0.0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.lengths = lengths
-        self.packing = packing
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.pack_tokens = pack_tokens
-        self.shared_image_max = shared_image_max
-        self.crop_cost = crop_cost
-        self.world_size = world_size
-        self.seed = seed
+    lengths: RecordLengths
+    packing: Packing = "none"
+    _: KW_ONLY
+    batch_size: int
+    micro_batch_size: int = 1
+    batch_tokens: int | None = None
+    pack_tokens: int = 0
+    shared_image_max: int = 1
+    crop_cost: float = 0.0
+    world_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
         # Plain numbers: one at a time they are looked up far faster than out of an array.
-        self._tokens: list[int] = lengths.tokens.tolist()
-        self._prefix: list[int] = lengths.prefix.tolist()
-        self._page: list[int] = lengths.page.tolist()
-        self._crops: list[int] = lengths.crops.tolist()
-        self.num_steps = -(-len(self) // batch_size)
-        self.by_tokens = batch_tokens is not None
-        if batch_tokens is not None:
-            self.num_steps = min(max(1, round(self.epoch_tokens() / batch_tokens)), len(self))
+        self._tokens: list[int] = self.lengths.tokens.tolist()
+        self._prefix: list[int] = self.lengths.prefix.tolist()
+        self._page: list[int] = self.lengths.page.tolist()
+        self._crops: list[int] = self.lengths.crops.tolist()
+        self.num_steps = -(-len(self) // self.batch_size)
+        if self.batch_tokens is not None:
+            self.num_steps = min(max(1, round(self.epoch_tokens() / self.batch_tokens)), len(self))
 
     def __len__(self) -> int:
         """Records."""
@@ -205,7 +195,7 @@ class BatchPlan:
 
     def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
         """Where each step starts and ends among the records in their order."""
-        if not self.by_tokens:
+        if self.batch_tokens is None:
             starts = [step * self.batch_size for step in range(self.num_steps)]
         else:
             reached = np.cumsum(self._added_tokens(chunks))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,12 +60,14 @@ _BATCH_ROWS = 4096
 _BATCH_CHARACTERS = 16 * 2**20  # whichever comes first ends a batch
 
 
+@dataclass(frozen=True, eq=False)
 class RecordTable:
     """The records of a data file, read from the disk one by one as they are asked for.
 
     Opened by `open_table`. May be pickled and sent to worker processes: the file is mapped again there.
 
     Attributes:
+        dataset: the mapped Arrow file.
         path: the data file.
         images_root: the folder that image paths are relative to.
         max_pixels: the limit of `load_images`.
@@ -73,27 +76,16 @@ class RecordTable:
         folder: where what is derived from this content is kept.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        path: Path,
-        images_root: Path,
-        max_pixels: int,
-        *,
-        exif_orientation: bool,
-        sha256: str,
-        folder: Path,
-    ) -> None:
-        self._dataset = dataset
-        self.path = path
-        self.sha256 = sha256
-        self.folder = folder
-        self.images_root = images_root
-        self.max_pixels = max_pixels
-        self.exif_orientation = exif_orientation
+    dataset: datasets.Dataset
+    path: Path
+    images_root: Path
+    max_pixels: int
+    exif_orientation: bool
+    sha256: str
+    folder: Path
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Record:
         """Record ``index``, from 0 in the order of the file; negative ones count from the end.
@@ -103,7 +95,7 @@ class RecordTable:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
-        return _record(self._dataset[int(index)])
+        return _record(self.dataset[int(index)])
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), 1000):
@@ -111,22 +103,22 @@ class RecordTable:
 
     def records(self, start: int, stop: int) -> list[Record]:
         """The records of a range, read faster than one by one."""
-        rows = self._dataset.with_format("arrow")[start : min(stop, len(self))].to_pylist()
+        rows = self.dataset.with_format("arrow")[start : min(stop, len(self))].to_pylist()
         return [_record(row) for row in rows]
 
     def questions(self) -> npt.NDArray[np.int64]:
         """(questions, 2) record and turn of every turn with a weight, without reading the texts."""
-        of_records = self._dataset.data.column("questions").combine_chunks()
+        of_records = self.dataset.data.column("questions").combine_chunks()
         records = np.repeat(np.arange(len(self)), np.asarray(pc.list_value_length(of_records)))
         return np.stack([records, np.asarray(of_records.flatten())], axis=1).astype(np.int64)
 
     def image_counts(self) -> npt.NDArray[np.int32]:
         """(records,) number of images of each record, without reading the texts."""
-        return np.asarray(self._dataset.data.column("num_images")).astype(np.int32)
+        return np.asarray(self.dataset.data.column("num_images")).astype(np.int32)
 
     def turn_counts(self) -> npt.NDArray[np.int64]:
         """(records,) number of turns of each record, without reading the texts."""
-        return np.asarray(pc.list_value_length(self._dataset.data.column("turns"))).astype(np.int64)
+        return np.asarray(pc.list_value_length(self.dataset.data.column("turns"))).astype(np.int64)
 
     def turn_image_counts(self) -> npt.NDArray[np.int64]:
         """(turns,) number of images of each turn of all records."""
@@ -138,7 +130,7 @@ class RecordTable:
         return names.dictionary.to_pylist(), np.asarray(names.indices).astype(np.int64)
 
     def _image_lists(self) -> pa.ChunkedArray:
-        return pc.struct_field(pc.list_flatten(self._dataset.data.column("turns")), "images")
+        return pc.struct_field(pc.list_flatten(self.dataset.data.column("turns")), "images")
 
     def load_images(self, record: Record) -> list[Image.Image]:
         """The images of all turns of a record as RGB, in order.
@@ -230,7 +222,7 @@ def open_table(
         if dataset is None:
             raise RuntimeError(f"the table that was just written cannot be read: {folder}")
     root = images_root or path.parent / "images"
-    return RecordTable(dataset, path, root, max_pixels, exif_orientation=exif_orientation, sha256=sha256, folder=folder)
+    return RecordTable(dataset, path, root, max_pixels, exif_orientation, sha256, folder)
 
 
 def open_cached(folder: Path) -> datasets.Dataset | None:

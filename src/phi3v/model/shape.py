@@ -68,7 +68,12 @@ class ModelShape:
         products = 2 * self.tower_layers * self.patches * self.tower_layer_parameters
         return products, 4 * self.tower_layers * self.patches**2 * self.tower_width
 
-    @property
-    def crop_cost(self) -> float:
-        """A crop's operations in tokens', about 53 for the released models."""
-        return sum(self.crop_flops) / self.token_flops
+    def crop_cost(self, *, tower_trained: bool = True, adapters: bool = False) -> float:
+        """What a crop costs in a training step, in tokens: about 53 for the released models, if the tower is trained.
+
+        Args:
+            adapters: the weights of products need no gradients.
+        """
+        forward = sum(self.crop_flops) / self.token_flops
+        # The decoder runs forward, back to its inputs and, but for adapters, back to its weights.
+        return forward if tower_trained else forward / (2 if adapters else 3)

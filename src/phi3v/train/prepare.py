@@ -142,7 +142,7 @@ def prepare(
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
     model = load_for_training(config, facts, runtime)
-    plan = make_plan(config, runtime, model, lengths)
+    plan = make_plan(config, runtime, facts.skeleton, lengths)
     checkpointing, reason = _choose_checkpointing(config, model, facts, plan, runtime, collectives, choice)
     apply_checkpointing(model, checkpointing)
     if config.training.fp8:
@@ -293,7 +293,14 @@ def require_lengths(
 
 
 def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:
-    """Which records each rank computes in which step."""
+    """Which records each rank computes in which step.
+
+    Args:
+        model: without weights, and no method applied to it.
+    """
+    tower_trained = "vision" in Case(config, compute, model).trained
+    adapters = config.method.name in ("lora", "qlora")
+    cost = ModelShape.of(model.config).crop_cost(tower_trained=tower_trained, adapters=adapters)
     return BatchPlan(
         lengths,
         config.data.packing,
@@ -302,8 +309,7 @@ def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: Re
         batch_tokens=config.training.batch_tokens,
         pack_tokens=config.data.pack_tokens,
         shared_image_max=config.data.shared_image_max,
-        # Features that are kept cost nothing.
-        crop_cost=ModelShape.of(model.config).crop_cost if config.training.feature_cache == "off" else 0.0,
+        crop_cost=cost if config.training.feature_cache == "off" else 0.0,
         world_size=compute.world_size,
         seed=config.training.seed,
     )
