@@ -69,7 +69,7 @@ class ModelShape:
         return products, 4 * self.tower_layers * self.patches**2 * self.tower_width
 
     def crop_cost(self, *, tower_trained: bool = True, adapters: bool = False) -> float:
-        """What a crop costs in a training step, in tokens: about 53 for the released models, if the tower is trained.
+        """What a crop costs in a training step, in tokens: about 50 for the released models, if the tower is trained.
 
         Args:
             adapters: the weights of products need no gradients.
