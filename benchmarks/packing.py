@@ -102,7 +102,7 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def easy_vqa_data(folder: Path, batch: int, steps: int) -> Data:
     files = easy_vqa.convert(ConvertOptions(folder / "easy-vqa", progress=False)).files
-    # The test file has a record a question, as the recipe takes it; the training file has a conversation a picture.
+    # The test file has one record per question, as the recipe does; the training file has one conversation per image.
     return Data("easy-vqa", _first(files["test"], batch * (steps + 1)), 1, 2048, 8, batch)
 
 

@@ -46,14 +46,14 @@ from phi3v.train.device import choose_device
 from phi3v.train.methods.loading import inspect_model, load_for_training
 
 MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
-# Rows, width and height of the picture, questions of the first row, and how many fewer each next one has.
+# Rows, width and height of the image, questions of the first row, and how many fewer each next one has.
 BATCHES = {
     "a page": (1, 1275, 1650, 1, 0),
     "8 small pictures": (8, 64, 64, 1, 0),
     "4 x 10 questions": (4, 640, 480, 10, 0),
     "4 x 10, 8, 6, 4 questions": (4, 640, 480, 10, 2),
 }
-# Packed rows: width and height of the picture, and the questions of each group about one.
+# Packed rows: width and height of the image, and the questions of each group about one.
 ROWS: dict[str, tuple[Packing, int, int, tuple[int, ...]]] = {
     "row of 3 pages": ("samples", 1275, 1650, (1, 1, 1)),
     "row of a page with 8 questions and one with 4": ("shared-image", 1275, 1650, (8, 4)),

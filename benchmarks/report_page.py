@@ -31,7 +31,7 @@ SPREAD = 0.05
 def make_run(
     folder: Path, *, questions: int, pictures: int = 40, steps: int = 200, seed: int = 0, metric: str = "accuracy"
 ) -> Path:
-    """Write a run folder as a run leaves it, with made-up numbers and pictures of coloured shapes."""
+    """Write a run folder as a run leaves it, with made-up numbers and images of coloured shapes."""
     generator = Random(seed)
     images = folder / "data" / "images"
     images.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Pictures with questions, drawn from a seed: what the tiny base model is pretrained on.
+"""Images with questions, drawn from a seed: what the tiny base model is pretrained on.
 
-A scene is one or several pictures and questions whose answers can be seen in them: words, numbers and labelled fields
+A scene is one or several images and questions whose answers can be seen in them: words, numbers and labelled fields
 in many fonts, handwritten digits, coloured shapes, captions, pairs to compare, frames in order. ``level`` 0 to 2 goes
 from a few large things to many small ones.
 """
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 @dataclass
 class Scene:
-    """Pictures, and questions about them with their answers."""
+    """Images, and questions about them with their answers."""
 
     images: list[Image.Image]
     turns: list[Turn]
@@ -340,7 +340,7 @@ def draw_things(rng: Rng, things: list[Thing], side: int = SIDE) -> Image.Image:
 
 
 def statement(rng: Rng, things: list[Thing]) -> tuple[str, bool]:
-    """What a picture contains, and whether it does; true about half of the time."""
+    """What an image contains, and whether it does; true about half of the time."""
     thing = choose(rng, things)
     kind = int(rng.integers(4))
     honest = rng.random() < 0.5
@@ -463,11 +463,11 @@ def caption_scene(rng: Rng, level: int) -> Scene:
     return Scene([page], pick(rng, turns, 4))
 
 
-# --- several pictures ---------------------------------------------------------------------------------------------
+# --- several images ---------------------------------------------------------------------------------------------
 
 
 def pair_scene(rng: Rng, level: int) -> Scene:
-    """Two pictures to compare."""
+    """Two images to compare."""
     side = int(choose(rng, [224, 280, 336]))
     if rng.random() < 0.3:
         values = [int(rng.integers(10)) for _ in range(2)]
@@ -597,7 +597,7 @@ def frames_scene(rng: Rng, level: int, count: int | None = None) -> Scene:
         turns = [(f"Does the picture turn {what}?", yes_no(end == what)) for what in ("dark", "light")]
         turns += [("Is there a cut?", "no"), ("Does the picture change?", yes_no(end is not None))]
         return Scene(frames, pick(rng, turns, len(turns)))
-    cut = int(rng.integers(count)) if rng.random() < 0.8 else 0  # a cut before this picture; 0 is none
+    cut = int(rng.integers(count)) if rng.random() < 0.8 else 0  # a cut before this image; 0 is none
     first, second = photo_crop(rng, (side, side)), photo_crop(rng, (side, side))
     frames = [second if cut and index >= cut else first for index in range(count)]
     turns = [("Is there a cut?", yes_no(cut > 0)), ("Does the picture change?", yes_no(cut > 0))]

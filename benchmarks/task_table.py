@@ -148,7 +148,7 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def chance(file: Path, metric: str) -> float:
-    """The best score without looking at the pictures: to every question text the one answer that does best on it."""
+    """The best score without looking at the images: to every question text the one answer that does best on it."""
     of_answer = METRICS[metric].of_answer
     questions: defaultdict[str, list[list[str]]] = defaultdict(list)
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,10 +1,10 @@
-"""Pretrain a tiny base model: the tiny preset, taught on pictures drawn from a seed.
+"""Pretrain a tiny base model: the tiny preset, taught on images drawn from a seed.
 
     python benchmarks/tiny_base.py [--work build/tiny_base]
 
 LoRA, QLoRA and a frozen tower mean nothing on random weights, so the small runs of every task (`task_table.py`) start
 from this model. First the tower learns what single tokens show (`tiny_tower.py`), then the decoder where to look
-(`tiny_pointers.py`). After that it learns to answer in the stages of `STAGES`; each draws its pictures (`scenes.py`)
+(`tiny_pointers.py`). After that it learns to answer in the stages of `STAGES`; each draws its images (`scenes.py`)
 and is one run of ``phi3v train`` on two processes. Interrupted and started again, it goes on from its newest
 checkpoint; the same versions on the same processor give the same weights.
 """
@@ -52,7 +52,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Pictures of some kinds and how long to learn from them."""
+    """Images of some kinds and how long to learn from them."""
 
     name: str
     samples: int
@@ -85,7 +85,7 @@ POINTERS: dict[str, Any] = {"steps": 1800, "batch_size": 8, "learning_rate": 1e-
 
 
 def draw(kind: str, level: int, rng: np.random.Generator) -> list[Scene]:
-    """The scenes of one sample: one of several pictures, or two of one picture each."""
+    """The scenes of one sample: one of several images, or two of one image each."""
     if kind in SINGLE:
         return [SINGLE[kind](rng, level)]
     return [SEVERAL[kind](rng, level)]
@@ -108,7 +108,7 @@ def samples(stage: Stage, index: int, images: Path) -> Iterator[dict[str, Any]]:
 
 
 def save_images(scene: Scene, images: Path, stem: str) -> list[str]:
-    """Write the scene's pictures and return their names."""
+    """Write the scene's images and return their names."""
     names = [f"{stem}-{k}.png" for k in range(len(scene.images))]
     for name, image in zip(names, scene.images, strict=True):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def save_images(scene: Scene, images: Path, stem: str) -> list[str]:
 
 
 def run_stage(stage: Stage, index: int, model: Path, folder: Path) -> Path:
-    """Draw the stage's pictures and learn from them; what is finished already is taken as it is."""
+    """Draw the stage's images and learn from them; what is finished already is taken as it is."""
     data, run = folder / "data", folder / "run"
     if not (data / "train.jsonl").exists():
         write_jsonl(data / "train.jsonl", samples(stage, index, data / "images"))
@@ -150,7 +150,7 @@ def run_stage(stage: Stage, index: int, model: Path, folder: Path) -> Path:
 
 
 def measure(model: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """The share of right answers to questions about new pictures, by kind and level."""
+    """The share of right answers to questions about new images, by kind and level."""
     data, out = folder / "data", folder / "eval"
     kinds = list(DESCRIPTIONS)
     if not (data / "test.jsonl").exists():

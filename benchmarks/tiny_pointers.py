@@ -1,15 +1,15 @@
 """The second step of the tiny base: its decoder learns where to look.
 
-Left to answers alone, a decoder of this size guesses for tens of thousands of pictures before it finds out that the
-word it is to say stands somewhere in the picture. Here the cells that show it are known, since the pictures are drawn:
+Left to answers alone, a decoder of this size guesses for tens of thousands of images before it finds out that the
+word it is to say stands somewhere in the image. Here the cells that show it are known, since the images are drawn:
 some heads are told to attend to them (supervised attention, arXiv 1609.04186), beside the loss on the answers. Two
 heads of the last layer point to the character that is said next. Two heads of the layer below point to what is asked
-about, one in the first and one in the last picture, or to the first token where there is nothing of the kind.
+about, one in the first and one in the last image, or to the first token where there is nothing of the kind.
 
 The decoder starts as one that copies: what a head reads is what it writes, and two of four heads compare tokens by
 their likeness (mimetic initialisation, arXiv 2305.09828). The tower is left as it is.
 
-Shapes: ``B`` conversations, ``T`` tokens, 144 cells of 28 x 28 pixels a picture.
+Shapes: ``B`` conversations, ``T`` tokens, 144 cells of 28 x 28 pixels per image.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ COPYING = 0.15  # of what a head reads comes out
 QUIET = 0.1  # how much smaller the feed-forward layers begin
 FIRST_TOKEN = -1  # in place of cells: the thing is not there
 ROW = CELLS + 1  # tokens of a row of cells, with the one that ends it
-TOKENS_A_PICTURE = 2 * CELLS * ROW + 1  # of a picture of one crop: the crop, a separator, the whole view
+TOKENS_A_PICTURE = 2 * CELLS * ROW + 1  # of an image of one crop: the crop, a separator, the whole view
 VIEWS = (0, CELLS * ROW + 1)  # where the cells of each begin
 READING, FINDING = (3, (0, 1)), (2, (2, 3))  # the layer and the heads that are told
 MORE_LABELS = ("fruit", "animal", "job", "street", "house", "weight", "size", "owner", "buyer", "room", "team", "item")
@@ -68,8 +68,8 @@ class Turn:
     """A question, its answer and where to look for it.
 
     Attributes:
-        reads: cells of each character of the answer, where it is written in the picture.
-        finds: cells of what is asked about in the first and in the last picture, or `FIRST_TOKEN` where there is none.
+        reads: cells of each character of the answer, where it is written in the image.
+        finds: cells of what is asked about in the first and in the last image, or `FIRST_TOKEN` where there is none.
     """
 
     question: str
@@ -80,13 +80,13 @@ class Turn:
 
 @dataclass
 class Guided:
-    """Pictures of ``SIDE`` x ``SIDE`` pixels and turns about them."""
+    """Images of ``SIDE`` x ``SIDE`` pixels and turns about them."""
 
     images: list[Image.Image]
     turns: list[Turn]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 def reading_scene(rng: Rng, level: int) -> Guided:
@@ -132,12 +132,12 @@ def _form(rng: Rng, page: Image.Image, ink: tuple[int, int, int], count: int) ->
 
 
 def single_scene(rng: Rng, level: int) -> Guided:
-    """A picture of a shape or two, and what it shows."""
+    """An image of a shape or two, and what it shows."""
     return _finding_scene(rng, level, 1)
 
 
 def pair_scene(rng: Rng, level: int) -> Guided:
-    """Two pictures of a shape or two each, and what they show."""
+    """Two images of a shape or two each, and what they show."""
     return _finding_scene(rng, level, 2)
 
 
@@ -164,7 +164,7 @@ def _thing(rng: Rng) -> Thing:
 
 
 def _claim(rng: Rng, things: Sequence[list[Thing]], cells: Sequence[list[Cells]]) -> Turn:
-    """Whether there is something in one of the pictures, in both or in any."""
+    """Whether there is something in one of the images, in both or in any."""
     model = choose(rng, [thing for of_picture in things for thing in of_picture])
     other = _thing(rng)
     if rng.random() < 0.4:
@@ -213,7 +213,7 @@ def _phrase(rng: Rng, thing: Thing) -> tuple[str, Callable[[Thing], bool]]:
 
 
 def _draw(rng: Rng, things: list[Thing]) -> tuple[Image.Image, list[Cells]]:
-    """A picture of one thing or two, side by side, and the cells of each."""
+    """An image of one thing or two, side by side, and the cells of each."""
     ground = tuple(int(value) for value in rng.integers(140, 250, size=3))
     page = Image.new("RGB", (SIDE, SIDE), ground)
     if rng.random() < 0.4:

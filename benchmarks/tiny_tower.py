@@ -1,13 +1,13 @@
 """The first step of the tiny base: its vision tower and projector learn what each image token shows.
 
-Learning to see through the decoder alone takes a hundred times as many pictures: an answer says one thing about a
-picture, while here each of the 144 tokens of a page has a label, the character, digit or shape in its 28 x 28 pixels
+Learning to see through the decoder alone takes a hundred times as many images: an answer says one thing about a
+image, while here each of the 144 tokens of a page has a label, the character, digit or shape in its 28 x 28 pixels
 and the colour there. A linear head reads them off the tokens that the decoder will get; it is thrown away afterwards.
 
 Attention starts local: every head looks at one neighbour of a patch, as a convolution does (ConViT, arXiv 2103.10697),
 by positions that are sines and queries that are rotated keys.
 
-Shapes: ``B`` pictures, 24 x 24 = 576 patches and 144 tokens a picture, ``V`` width of the tower.
+Shapes: ``B`` images, 24 x 24 = 576 patches and 144 tokens per image, ``V`` width of the tower.
 """
 
 from __future__ import annotations
