@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.errors import UserError
-from phi3v.plan.hardware import GIB, AzureSku, Machine, azure_skus, known_gpus
+from phi3v.plan.hardware import GIB, AzureSku, Gpu, Machine, azure_skus, known_gpus
 from phi3v.plan.planner import Option, Planner
 from phi3v.terminal import say
 
@@ -35,6 +35,10 @@ class FittedSku:
         return self.option is not None and self.option.fits
 
     @property
+    def gpu(self) -> Gpu:
+        return known_gpus()[self.sku.gpu]
+
+    @property
     def verdict(self) -> str:
         return self.option.verdict if self.option is not None else "does not fit"
 
@@ -46,7 +50,7 @@ class FittedSku:
         speed = self.option.speed if self.option is not None else None
         return {
             "sku": self.sku.name,
-            "gpu": known_gpus()[self.sku.gpu].name,
+            "gpu": self.gpu.name,
             "gpus": self.sku.gpus * self.nodes,
             "nodes": self.nodes,
             "family": self.sku.family,
@@ -64,8 +68,8 @@ class FittedSku:
     def show(self, console: Console) -> None:
         """Two lines of a size that fits, one of another; names stay whole, to be copied."""
         sku, option = self.sku, self.option
-        gpu = known_gpus()[sku.gpu]
-        line = Text(f"{sku.name:26} {sku.gpus * self.nodes}x {gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB: ")
+        gpus = f"{sku.gpus * self.nodes}x {self.gpu.name}, {self.gpu.memory_bytes / GIB:.0f} GiB"
+        line = Text(f"{sku.name:26} {gpus}: ")
         style = "red" if not self.fits else "yellow" if option is not None and option.changes else "green"
         line.append(self.verdict, style=style)
         note = f" ({sku.note})" if sku.note else ""
@@ -85,7 +89,7 @@ class FittedSku:
 def fitted_skus(planner: Planner, *, nodes: int = 1) -> list[FittedSku]:
     """Every size of the table: those that the recipe fits first, each by GPUs and then by their memory."""
     found = [_fit(planner, sku, nodes) for sku in azure_skus().values()]
-    return sorted(found, key=lambda f: (not f.fits, f.sku.gpus, f.sku.gpus * _gpu_bytes(f.sku), f.sku.vcpus))
+    return sorted(found, key=lambda f: (not f.fits, f.sku.gpus, f.gpu.memory_bytes, f.sku.vcpus))
 
 
 def _fit(planner: Planner, sku: AzureSku, nodes: int) -> FittedSku:
@@ -95,10 +99,6 @@ def _fit(planner: Planner, sku: AzureSku, nodes: int) -> FittedSku:
     except UserError as error:
         return FittedSku(sku, nodes, None, f"{error.what} ({error.where})")
     return FittedSku(sku, nodes, option, option.reason)
-
-
-def _gpu_bytes(sku: AzureSku) -> int:
-    return known_gpus()[sku.gpu].memory_bytes
 
 
 def show_quota_request(console: Console, method: str, found: Sequence[FittedSku]) -> None:

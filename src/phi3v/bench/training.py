@@ -84,7 +84,9 @@ def bench_train(
             measured[row.name] = asdict(row) | measure_row(row, settings, model_folder, file)
         result = with_environment("train", facts | {"rows": list(measured.values())})
         result["ratios"] = ratios(result["rows"])
-        say(console, f"{row.name}: {_short(measured[row.name])}")
+        found = measured[row.name]
+        speed = found.get("error") or f"{found['samples_per_second']} samples/s, {found['peak_gb']} GB"
+        say(console, f"{row.name}: {speed}")
         if out is not None and state.is_main_process:
             write_json(result, out)
     _show(console, result)
@@ -147,10 +149,6 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         and (base != "samples" or variant == "shared-image")
     }
     return {name: round(value, 2) for name, value in over.items()}
-
-
-def _short(row: dict[str, Any]) -> str:
-    return str(row["error"]) if "error" in row else f"{row['samples_per_second']} samples/s, {row['peak_gb']} GB"
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

@@ -74,13 +74,15 @@ def write_report(runs: Sequence[RunFiles], out: Path, *, image_budget: int = IMA
 
 
 def _run_block(run: RunFiles) -> dict[str, Any]:
+    command = run.environment.get("command")
+    typed = {"command": shlex.join(map(str, command))} if isinstance(command, list) else {}
     return {
         "name": run.name,
         "folder": str(run.folder),
         "status": run.status,
         "config": _flat(run.config),
         "defaults": _flat(dataclasses.asdict(RunConfig())),
-        "environment": _flat(_with_command_line(run.environment)),
+        "environment": _flat(run.environment | typed),
         "curves": dataclasses.asdict(run.curves),
         "result": run.result,
         "evaluations": run.evaluations,
@@ -88,12 +90,6 @@ def _run_block(run: RunFiles) -> dict[str, Any]:
         "log": run.log,
         "missing": run.missing,
     }
-
-
-def _with_command_line(environment: dict[str, Any]) -> dict[str, Any]:
-    """The environment with its command as one would type it."""
-    command = environment.get("command")
-    return environment | ({"command": shlex.join(map(str, command))} if isinstance(command, list) else {})
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
