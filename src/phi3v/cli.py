@@ -37,7 +37,7 @@ def build_parser() -> Parser:
         prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
     )
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
-    parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_subparsers(metavar="COMMAND")
     for room in ROOMS:
         importlib.import_module(f"phi3v.{room}.command").add_commands(parser)
     completion = parser.add_command(

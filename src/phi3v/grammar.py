@@ -91,17 +91,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpWithDefaults, **settings)
+        self._verbs: Any = None
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        self._verbs = super().add_subparsers(required=True, **settings)
+        return self._verbs
 
     @property
     def verbs(self) -> dict[str, Parser]:
         """The commands below this one, by name."""
-        choices: Any = self._subparsers._group_actions[0].choices if self._subparsers is not None else {}
-        return dict(choices)
+        return dict(self._verbs.choices) if self._verbs is not None else {}
 
     def add_group(self, name: str, summary: str) -> Parser:
         """A command that has others below it."""
-        group = self._add_verb(name, help=summary)
-        group.add_subparsers(required=True)
+        group: Parser = self._verbs.add_parser(name, help=summary)
+        group.add_subparsers()
         return group
 
     def add_command(
@@ -122,24 +126,20 @@ class Parser(argparse.ArgumentParser):
             on_all_ranks: the processes of a launcher divide its work; any other command is refused there.
         """
         description = f"{summary[0].upper()}{summary[1:]}."
-        command = self._add_verb(name, help=brief or summary, description=description, epilog=f"example: {example}")
+        command: Parser = self._verbs.add_parser(
+            name, help=brief or summary, description=description, epilog=f"example: {example}"
+        )
         command.add_argument(
             "--json", action="store_true", help="print one JSON object on standard output, nothing else"
         )
         command.set_defaults(handler=handler, on_all_ranks=on_all_ranks, command=command.prog)
         return command
 
-    def _add_verb(self, name: str, **settings: Any) -> Parser:
-        assert self._subparsers is not None
-        verbs: Any = self._subparsers._group_actions[0]
-        parser: Parser = verbs.add_parser(name, **settings)
-        return parser
-
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = list(args or [])
-        if self._subparsers is not None:
+        if self._verbs is not None:
             if not words or (is_option(words[0]) and words[0] not in self._option_string_actions):
                 hint = f"choose from {', '.join(self.verbs)}; options come after it"
                 raise UserError("the command comes first", where=self.prog, hint=hint)
