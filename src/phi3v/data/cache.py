@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from phi3v.data.jsonl import require_file
+from phi3v.data.jsonl import replacing, require_file
 from phi3v.data.schema import SCHEMA_VERSION, SpecialText
 from phi3v.errors import UserError
 from phi3v.paths import file_hash
@@ -53,6 +54,28 @@ def cache_folder(sha256: str, special_text: SpecialText) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from None
     return folder
+
+
+def recall(file: Path) -> dict[str, Any]:
+    """What `remember` kept; empty if nothing was, or it is damaged."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def remember(file: Path, values: dict[str, Any]) -> None:
+    """Keep plain values; the file appears whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(values))
+    except OSError as error:
+        raise cannot_write(file.parent, error) from None
 
 
 def changed(path: Path) -> UserError:

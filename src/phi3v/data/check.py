@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.cache import cache_folder, cannot_write, content_hash
+from phi3v.data.cache import cache_folder, cannot_write, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
-from phi3v.data.jsonl import replacing
 from phi3v.data.lengths import LENGTH_HINT, Context
 from phi3v.data.progress import in_order
 from phi3v.data.schema import Line, Record, SpecialText
@@ -52,6 +50,9 @@ class TextStats:
     def mean(self) -> float:
         """0 if there is none."""
         return self.total / self.count if self.count else 0.0
+
+
+COUNTS = ("records", "turns", "questions", "context", "images", "image_kinds")
 
 
 @dataclass(slots=True)
@@ -108,12 +109,7 @@ class CheckReport:
             "image_level": self.image_level,
             "faults": [fault.to_json_dict() for fault in self.faults],
             "stopped_early": self.stopped_early,
-            "records": self.records,
-            "turns": self.turns,
-            "questions": self.questions,
-            "context": self.context,
-            "images": self.images,
-            "image_kinds": self.image_kinds,
+            **{name: getattr(self, name) for name in COUNTS},
             "user": asdict(self.user),
             "assistant": asdict(self.assistant),
         }
@@ -281,34 +277,21 @@ def ensure_checked(
                 if not report.ok:
                     total = len(report.faults) + report.stopped_early
                     raise DataFaultsError(path, report.faults, total=total, exact=not report.stopped_early)
-            with replacing(memory) as temporary:
-                temporary.write_text(json.dumps(report.to_json_dict() | {"images_root": os.path.abspath(root)}))
         except OSError as error:
             raise cannot_write(folder, error) from None
+        remember(memory, report.to_json_dict())
     report.sha256 = sha256
     return report
 
 
 def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckReport | None:
-    """The report of a passed check of these images, if there was one."""
+    """The report of a passed check, if there was one."""
+    known = recall(memory)
     try:
-        known = json.loads(memory.read_text())
-        if known["images_root"] != os.path.abspath(root) or not known["ok"]:
-            return None
-        return CheckReport(
-            path,
-            root,
-            level,
-            records=int(known["records"]),
-            turns=int(known["turns"]),
-            questions=int(known["questions"]),
-            context=int(known["context"]),
-            images=int(known["images"]),
-            image_kinds={str(kind): int(count) for kind, count in known["image_kinds"].items()},
-            user=TextStats(**known["user"]),
-            assistant=TextStats(**known["assistant"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        texts = {name: TextStats(**known[name]) for name in ("user", "assistant")}
+        counts: dict[str, Any] = {name: known[name] for name in COUNTS}
+        return CheckReport(path, root, level, **(counts | texts))
+    except (KeyError, TypeError):
         return None
 
 

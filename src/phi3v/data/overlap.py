@@ -5,15 +5,14 @@ Images are the same if their files hold the same bytes. Only files of equal size
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phi3v.data.cache import cannot_write
-from phi3v.data.jsonl import replacing
+from phi3v.data.cache import recall, remember
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.findings import Finding
@@ -66,18 +65,12 @@ def find_overlap(train: RecordTable, other: RecordTable) -> Overlap:
     """
     memory = other.folder / f"overlap-{train.folder.name}.json"
     roots = [os.path.abspath(table.images_root) for table in (train, other)]
-    try:
-        known = json.loads(memory.read_text())
-        if known.pop("roots") == roots:
+    known = recall(memory)
+    if known.pop("roots", None) == roots:
+        with contextlib.suppress(TypeError):
             return Overlap(**known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
     overlap = _compare(train, other)
-    try:
-        with replacing(memory) as temporary:
-            temporary.write_text(json.dumps(asdict(overlap) | {"roots": roots}))
-    except OSError as error:
-        raise cannot_write(memory.parent, error) from None
+    remember(memory, asdict(overlap) | {"roots": roots})
     return overlap
 
 

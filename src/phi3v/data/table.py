@@ -7,7 +7,6 @@ opening maps that file, so that memory grows neither with the file nor with the 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash
+from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault, quote
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import read_lines, replacing, require_file
@@ -231,7 +230,7 @@ def open_cached(folder: Path) -> datasets.Dataset | None:
     import datasets  # takes a second, and a check may do without
 
     try:
-        expected = json.loads((folder / "records.json").read_text())
+        expected = recall(folder / "records.json")
         if arrow.stat().st_size != expected["bytes"]:
             return None
         dataset = datasets.Dataset.from_file(str(arrow))
@@ -346,8 +345,7 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
             raise changed(path)
         size = temporary.stat().st_size
     # Says that the table is complete.
-    with replacing(folder / "records.json") as temporary:
-        temporary.write_text(json.dumps({"records": records, "bytes": size, "file": str(path.absolute())}))
+    remember(folder / "records.json", {"records": records, "bytes": size, "file": str(path.absolute())})
 
 
 def _row(record: Record) -> dict[str, Any]:
