@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -261,16 +262,7 @@ def measure_table(
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
     kept = _recall(file, shapes)
     if kept is None:
-        counts = _count_all(table, processor, progress)
-        numbers: dict[bytes, int] = {}
-        values = {
-            "text": [count.text for count in counts],
-            "targets": [count.targets for count in counts],
-            "prompts": [tokens for count in counts for tokens in count.prompts],
-            "prefixes": [tokens for count in counts for tokens in count.prefixes],
-            "pages": [numbers.setdefault(key, len(numbers)) for count in counts for key in count.keys],
-        }
-        kept = {name: np.array(own, dtype=np.int64) for name, own in values.items()}
+        kept = dict(zip(shapes, _count_all(table, processor, progress), strict=True))
         _keep(file, kept)
     of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
     return TableLengths(**kept, turns=turns, images=images, sizes=of_names[name_of_image])
@@ -319,22 +311,27 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: bool) -> list[RecordCount]:
+def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: bool) -> list[Ints]:
+    """The fields of `RecordCount` for all records, one after the other, with a number in place of each key."""
     from phi3v.data.readers import reading  # which imports torch
 
-    def count_chunk(start: int) -> list[RecordCount]:
-        return [count_record(record, processor) for record in table.records(start, start + CHUNK)]
+    def count_chunk(start: int) -> tuple[list[Ints], list[bytes]]:
+        counts = [count_record(record, processor) for record in table.records(start, start + CHUNK)]
+        text, targets, *of_turns = zip(*counts, strict=True)
+        prompts, prefixes, keys = (list(chain.from_iterable(values)) for values in of_turns)
+        return [np.array(values, dtype=np.int64) for values in (text, targets, prompts, prefixes)], keys
 
-    counts: list[RecordCount] = []
+    numbers: dict[bytes, int] = {}
+    parts: list[list[Ints]] = []
     workers = available_cores() if processor is not None and len(table) >= PARALLEL else 0
     with (
         LateProgress("measuring records", len(table), enabled=progress) as bar,
         reading(count_chunk, range(0, len(table), CHUNK), workers) as chunks,
     ):
-        for chunk in chunks:
-            counts += chunk
-            bar.advance(len(chunk))
-    return counts
+        for arrays, keys in chunks:
+            parts.append([*arrays, np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)])
+            bar.advance(len(arrays[0]))
+    return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
 
 def _identity(*settings: object) -> str:
@@ -398,7 +395,7 @@ class Context:
 
 
 def require_context(table: RecordTable, context: Context, lengths: RecordLengths) -> None:
-    """Look whether the model can read every record whole.
+    """Check that the model can read every record whole.
 
     Raises:
         UserError: it cannot; names lines and lengths.

@@ -2,7 +2,7 @@
 
 Torch's ``DataLoader`` passes tensors through shared memory, one file descriptor each, so Docker's 64 MB of ``/dev/shm``
 and a small ``ulimit -n`` are too little for pages of images; and at exit SIGTERM ends its processes, which those of a
-training job have to survive. Here batches come through pipes, and whoever reads ends the processes.
+training job have to survive. Here batches come through pipes, and the code that reads ends the processes.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Readers:
             raise UserError(
                 f"no batch came within {self.timeout / 60:g} minutes",
                 where="data.num_workers",
-                hint="look whether the disk that holds the images answers, and at distributed.timeout_minutes",
+                hint="check that the disk with the images responds, or raise distributed.timeout_minutes",
             ) from None
 
 

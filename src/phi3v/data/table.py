@@ -185,7 +185,7 @@ def open_table(
     sha256: str | None = None,
     progress: bool = True,
 ) -> RecordTable:
-    """Open a data file; the first time it is parsed and every line is validated (images are not looked at).
+    """Open a data file; the first time it is parsed and every line is validated (images are not read).
 
     Several processes may open the same file at once: one parses, the others wait for it.
 

@@ -69,7 +69,8 @@ def evaluate_tuned(
     processor = inspected.processor
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
-    lengths = measure_table(table, processor).at(processor.image_processor.num_crops)
+    with PartialState().main_process_first():  # one rank counts, the others find it kept
+        lengths = measure_table(table, processor, progress=True).at(processor.image_processor.num_crops)
     require_context(table, Context(inspected.facts.context, processor), lengths)
     check_references(questions, config)
     limit = answer_limit(questions, config.max_new_tokens)
