@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
-from phi3v.data.batches import BatchPlan, RowDataset, Step, assign_to_ranks, read_steps, rows_of_rank
+from phi3v.data.batches import BatchPlan, RowDataset, RowPlan, Step, assign_to_ranks, read_steps, rows_of_rank
 from phi3v.data.collate import Sample, pack_row, shared_tokens
 from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
@@ -235,6 +235,22 @@ def test_a_step_has_the_same_records_on_any_number_of_ranks(world: int, equal: b
             assert sorted(chain(*alone)) == list(range(7))
             if equal:
                 assert len({len(rows) for rows in ranks}) == 1
+
+
+def test_a_plan_goes_on_from_any_step_without_reading_what_is_skipped() -> None:
+    read: list[Any] = []
+
+    def fetch(row: RowPlan) -> dict[str, Any]:
+        read.append(row)
+        return {"ends_step": row.ends_step}
+
+    for plan in plans(2):
+        whole = list(plan.steps(1))
+        for first in range(len(whole)):
+            assert list(plan.steps(1, first)) == whole[first:]
+            read.clear()
+            assert len(list(read_steps(plan, 0, Readers(fetch), 1, first_step=first))) == len(whole) - first
+            assert read == list(rows_of_rank(plan, 0, 1, first_step=first))
 
 
 def test_padded_batches_come_in_the_order_of_the_librarys_sampler() -> None:
