@@ -26,8 +26,7 @@ from rich.table import Table
 
 from bench_result import ROOT, write_result
 from phi3v.config import METHODS, DataConfig, LoraConfig, MethodConfig, ModelConfig, Packing, RunConfig
-from phi3v.data.collate import Collator, Sample, pack_row
-from phi3v.data.pages import Page
+from phi3v.data.collate import Collator, Page, Sample, pack_row
 from phi3v.model.presets import init_model
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import find_machine

@@ -16,9 +16,8 @@ from sample_files import image_bytes
 
 from phi3v.cli import main
 from phi3v.data import lengths as lengths_module
-from phi3v.data.collate import make_sample
+from phi3v.data.collate import PageReader, make_sample
 from phi3v.data.lengths import Context, TableLengths, measure_table, require_context
-from phi3v.data.pages import PageReader
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor

@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from phi3v.data import pages as pages_module
-from phi3v.data.collate import Sample, stack_images
-from phi3v.data.pages import KEPT_PAGES, PageReader
+from phi3v.data import collate
+from phi3v.data.collate import KEPT_PAGES, PageReader, Sample, stack_images
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.image_processor import Phi3VImageProcessor
@@ -55,13 +54,13 @@ def test_the_last_pages_are_kept_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[str] = []
-    load = pages_module.load_image
+    load = collate.load_image
 
     def spy(name: str, **kwargs: Any) -> Image.Image:
         read.append(name)
         return load(name, **kwargs)
 
-    monkeypatch.setattr(pages_module, "load_image", spy)
+    monkeypatch.setattr(collate, "load_image", spy)
     table = open_table(write(*(record(name, images=[name]) for name in images)))
     reader = PageReader(table, Phi3VImageProcessor(num_crops=1))
     for index in (0, 0, 1, 0, 2, 3, 4, 0):  # 0 was used last but four

@@ -11,8 +11,7 @@ from device_reads import DeviceReads
 from torch._subclasses import FakeTensorMode
 
 from phi3v import Phi3VForCausalLM
-from phi3v.data.collate import Collator, Sample, pack_row
-from phi3v.data.pages import Page
+from phi3v.data.collate import Collator, Page, Sample, pack_row
 from phi3v.train.compute.checkpointing import apply_checkpointing
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelConfig, RunConfig
-from phi3v.data.collate import Collator, Sample
-from phi3v.data.pages import Page
+from phi3v.data.collate import Collator, Page, Sample
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import ENGINES, TrainSetup

@@ -29,6 +29,7 @@ from phi3v.data.collate import (
     Counts,
     LossWeighting,
     OnBadSample,
+    PageReader,
     Sample,
     check_placeholders,
     encode_record,
@@ -37,7 +38,6 @@ from phi3v.data.collate import (
 )
 from phi3v.data.features import FeatureStore
 from phi3v.data.lengths import RecordLengths
-from phi3v.data.pages import PageReader
 from phi3v.data.readers import Readers
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError

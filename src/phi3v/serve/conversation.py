@@ -15,8 +15,7 @@ from peft import PeftModel
 from PIL import Image
 
 from phi3v.config import ModelConfig, RunConfig
-from phi3v.data.collate import Sample
-from phi3v.data.pages import Page, require_clip_statistics
+from phi3v.data.collate import Page, Sample, require_clip_statistics
 from phi3v.errors import UserError
 from phi3v.evaluate.streaming import Sampling, stream_answer
 from phi3v.paths import is_hub_id
