@@ -56,7 +56,7 @@ MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qlora-zero2": ("qlora", "zero2", {}),
     "qlora-fsdp2": ("qlora", "fsdp2", {}),
 }
-DEFAULT = ("full-zero2", "full-zero3-packed", "full-fsdp2")
+DEFAULT = ("full-zero2", "lora-zero2", "full-zero3-packed", "full-fsdp2")
 
 Alone = Any  # what one process came to, by its settings
 

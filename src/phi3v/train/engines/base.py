@@ -70,8 +70,8 @@ class Engine(ABC):
         """
         self.wrap()
         self.optimizer = make_optimizer(self.model, self.config, fused=self.fused)
-        self.schedule = make_schedule(self.optimizer, self.config.training, total_steps)
         self.start()
+        self.schedule = make_schedule(self.optimizer, self.config.training, total_steps)
         wrong = self.mismatch()
         if wrong is not None:
             raise WrongEngineError(f"the engine is {self.name}, but what trains is {wrong}")
@@ -86,7 +86,7 @@ class Engine(ABC):
         return
 
     def start(self) -> None:
-        """What needs the optimizer."""
+        """What needs the optimizer, and may regroup what it steps."""
         return
 
     @abstractmethod
