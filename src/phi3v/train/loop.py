@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from transformers import set_seed
 
 from phi3v.data.batches import read_steps
@@ -148,9 +147,11 @@ class TrainingLoop:
         losses = []
         for row in rows:
             last = row is rows[-1]
-            inputs = send_to_device(
-                {name: value for name, value in row.items() if name != "counts"}, self.runtime.device, non_blocking=True
-            )
+            inputs = {
+                name: value.to(self.runtime.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in row.items()
+                if name != "counts"
+            }
             # Engines average gradients over the ranks, so each rank's share is multiplied by their number.
             loss = self.compute_loss(inputs, weight / self.runtime.world_size, last=last)
             losses.append(loss.detach())
