@@ -15,8 +15,8 @@ from phi3v.data import collate
 from phi3v.data.collate import KEPT_PAGES, PageReader, Sample, stack_images
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
+from phi3v.processing.hd_transform import flatten_pages
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.pages import flatten_pages
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from model_inputs import Sample, pad_batch
 from PIL import Image
 
 from phi3v import Phi3VImageProcessor
-from phi3v.processing.pages import flatten_pages
+from phi3v.processing.hd_transform import flatten_pages
 
 
 def run(model: Any, given: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:

@@ -9,8 +9,7 @@ import torch
 from model_inputs import pad_batch
 
 from phi3v.model.vision import merge_patches, real_crops
-from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
-from phi3v.processing.pages import cut_flat_pages, flatten_pages
+from phi3v.processing.hd_transform import CROP_SIZE, cut_flat_pages, flatten_pages, num_distinct_crops
 
 TOWER = "model.vision_embed_tokens.img_processor.vision_model"
 

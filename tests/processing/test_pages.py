@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from phi3v import Phi3VImageProcessor
-from phi3v.processing.hd_transform import num_distinct_crops
-from phi3v.processing.pages import cut_flat_pages, cut_pages, flatten_pages
+from phi3v.processing.hd_transform import cut_flat_pages, cut_pages, flatten_pages, num_distinct_crops
 
 
 def test_pages_of_all_sizes_are_cut_as_the_processor_cuts_each(golden_images: Callable[[str], Image.Image]) -> None:

@@ -19,9 +19,8 @@ from torch.nn import functional
 
 from phi3v.bench.counting import one_thread
 from phi3v.errors import UserError
-from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
+from phi3v.processing.hd_transform import CROP_SIZE, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, cut_pages, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, cut_pages
 
 
 def decode(content: bytes) -> Image.Image:

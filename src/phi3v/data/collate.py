@@ -31,9 +31,8 @@ from phi3v.processing.conversation import (
     encode_conversation,
     image_runs,
 )
-from phi3v.processing.hd_transform import page_geometry
+from phi3v.processing.hd_transform import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, flatten_pages, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, flatten_pages
 from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
 LossWeighting = Literal["sample", "token"]

@@ -26,8 +26,7 @@ from phi3v.model.loss import LossKernel, causal_lm_loss
 from phi3v.model.rotary import Phi3VRotaryEmbedding
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.conversation import ImageAlignmentError, check_image_runs, image_runs
-from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
-from phi3v.processing.pages import cut_flat_pages
+from phi3v.processing.hd_transform import CROP_SIZE, cut_flat_pages, num_img_tokens
 
 # transformers 5.24 renamed the cache from `past_key_values`; both names are met.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -342,7 +341,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             kwargs: what our own batches give beside or in place of the above, so that nothing is read from the device:
 
                 * ``pages``: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by
-                  row (see ``processing.pages``); ``image_sizes`` are those of the pages;
+                  row (see ``processing.hd_transform``); ``image_sizes`` are those of the pages;
                 * ``page_index``: N numbers, the page that each image shows; by default image k shows page k. A page
                   that several images show is encoded once;
                 * ``image_features``: what the vision part made of the pages earlier, in place of pixels: finished

@@ -1,19 +1,30 @@
-"""The HD transform: resizes and pads an image of any shape to a page of 336 x 336 crops.
+"""The HD transform: an image of any shape to its page of 336 x 336 crops, and pages to crops.
 
-Follows `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL instead of torchvision
-(which calls PIL for PIL images), so the pixels are equal.
+Resizing and padding follow `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL instead
+of torchvision (which calls PIL for PIL images), so the pixels are equal. Cutting, normalising and the global view run
+on the device of the pages: the processor cuts on the CPU and returns ``pixel_values``; training and evaluation send
+uint8 pages, a quarter of the bytes, and the model cuts them on its device.
+
+Shapes: ``n`` pages of one size, ``r`` x ``c`` their rows and columns of crops, ``P`` pixels of all pages.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from PIL import Image
+from torch.nn import functional
 
 CROP_SIZE = 336
 TOKENS_PER_CROP = 144
 PAD_COLOUR = (255, 255, 255)
+# CLIP's statistics of the red, green and blue channel.
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -88,3 +99,83 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     page = Image.new("RGB", (width, height), PAD_COLOUR)
     page.paste(resized, geometry.offset)
     return page
+
+
+@lru_cache(maxsize=8)
+def _channel_values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) float32, copied to the device only once."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def _normalised(pages: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """float32 (n, 3, height, width) of pages (n, height, width, 3)."""
+    pixels = pages.permute(0, 3, 1, 2).float().div_(255)
+    return pixels.sub_(_channel_values(tuple(mean), pages.device)).div_(_channel_values(tuple(std), pages.device))
+
+
+def cut_pages(
+    pages: torch.Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
+) -> torch.Tensor:
+    """The crops of pages of one size, equal to those of the official processor.
+
+    Sub-crops are bit-identical on every device: one subtraction and two divisions in float32. The global view is a
+    bicubic resize, whose summation order depends on the device: it agrees within 1e-5 (values reach 2.7).
+
+    Args:
+        pages: (n, r * 336, c * 336, 3) uint8.
+        mean, std: of each channel, for values in 0..1.
+
+    Returns:
+        float32 (n, 1 + r * c, 3, 336, 336), global view first, then the page's crops row by row.
+    """
+    n, height, width, _ = pages.shape
+    pixels = _normalised(pages, mean, std)
+    # Without antialias, as in the reference.
+    view = functional.interpolate(pixels, size=(CROP_SIZE, CROP_SIZE), mode="bicubic")  # [n, 3, 336, 336]
+    rows, columns = height // CROP_SIZE, width // CROP_SIZE
+    crops = pixels.new_empty(n, 1 + rows * columns, 3, CROP_SIZE, CROP_SIZE)
+    crops[:, 0] = view
+    grid = pixels.view(n, 3, rows, CROP_SIZE, columns, CROP_SIZE).permute(0, 2, 4, 1, 3, 5)
+    crops[:, 1:].view(n, rows, columns, 3, CROP_SIZE, CROP_SIZE).copy_(grid)
+    return crops
+
+
+def flatten_pages(pages: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pages (height, width, 3) of any sizes as one tensor (P, 3), in order, for a single copy to the device."""
+    return torch.cat([page.reshape(-1, 3) for page in pages])
+
+
+def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The distinct crops of pages of any sizes, normalised with CLIP's statistics.
+
+    A page of one crop is bit-identical to its global view and is included once.
+
+    Args:
+        pages: (P, 3) uint8, from `flatten_pages`.
+        sizes: (height, width) of each page in pixels, multiples of 336.
+
+    Returns:
+        float32 (crops of all pages, 3, 336, 336): for each page the global view, then its crops row by row,
+        ``num_distinct_crops`` in all.
+
+    Raises:
+        ValueError: the number of pixels does not match ``sizes``.
+    """
+    lengths = [height * width for height, width in sizes]
+    if pages.shape[0] != sum(lengths):
+        raise ValueError(f"the pages have {pages.shape[0]} pixels, but their sizes {list(sizes)} have {sum(lengths)}")
+    flat = pages.split(lengths)
+    # Pages of one size are cut together.
+    places: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        places.setdefault(size, []).append(index)
+    crops: list[torch.Tensor] = [pages] * len(sizes)
+    for size, indices in places.items():
+        alike = torch.stack([flat[i].view(*size, 3) for i in indices])
+        if size == (CROP_SIZE, CROP_SIZE):
+            cuts = _normalised(alike, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)[:, None]
+        else:
+            cuts = cut_pages(alike)
+        for index, cut in zip(indices, cuts, strict=True):
+            crops[index] = cut
+    return torch.cat(crops)

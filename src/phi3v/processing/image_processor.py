@@ -14,8 +14,16 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from phi3v.processing.hd_transform import CROP_SIZE, TOKENS_PER_CROP, hd_transform, num_img_tokens, page_geometry
-from phi3v.processing.pages import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, cut_pages
+from phi3v.processing.hd_transform import (
+    CROP_SIZE,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    TOKENS_PER_CROP,
+    cut_pages,
+    hd_transform,
+    num_img_tokens,
+    page_geometry,
+)
 from phi3v.processing.rgb import to_rgb
 
 Images = Image.Image | Sequence[Image.Image]

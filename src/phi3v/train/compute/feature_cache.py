@@ -24,9 +24,8 @@ from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
 from phi3v.paths import free_space, require_writable
-from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, page_geometry
+from phi3v.processing.hd_transform import CROP_SIZE, cut_flat_pages, num_distinct_crops, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.pages import cut_flat_pages
 from phi3v.terminal import progress_bar
 from phi3v.train.device import RuntimeDevice
 
