@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from phi3v import Phi3VImageProcessor
-from phi3v.processing.rgb import GreyRangeError, to_rgb
+from phi3v.processing.hd_transform import GreyRangeError, to_rgb
 
 RAMP = np.linspace(0, 65535, 200).reshape(10, 20)  # of 16 bits
 AS_8_BITS = np.rint(RAMP / 257).astype(np.uint8)

@@ -20,7 +20,7 @@ from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import quote
 from phi3v.data.image_files import ImageFaultError, faults_of, find_file, require_usable_file
 from phi3v.data.schema import image_path_fault
-from phi3v.processing.rgb import GreyRangeError, as_transparent, is_deep_grey, to_rgb
+from phi3v.processing.hd_transform import GreyRangeError, as_transparent, is_deep_grey, to_rgb
 
 ImageLevel = Literal["decode", "header", "off"]
 

@@ -23,8 +23,8 @@ from phi3v.processing.hd_transform import (
     hd_transform,
     num_img_tokens,
     page_geometry,
+    to_rgb,
 )
-from phi3v.processing.rgb import to_rgb
 
 Images = Image.Image | Sequence[Image.Image]
 
