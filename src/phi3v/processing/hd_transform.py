@@ -182,8 +182,8 @@ def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tor
     return torch.cat(crops)
 
 
-# Colours: as ``.convert("RGB")`` wherever that is right. It is wrong for grey values of more than 8 bits, which it clips
-# to white, and for transparency, which it drops so that the hidden colour shows.
+# Colours: as ``.convert("RGB")`` wherever that is right. It is wrong for grey values of more than 8 bits, which it
+# clips to white, and for transparency, which it drops so that the hidden colour shows.
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
