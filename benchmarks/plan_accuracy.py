@@ -27,13 +27,12 @@ from rich.table import Table
 from bench_result import ROOT, write_result
 from phi3v.config import METHODS, DataConfig, LoraConfig, MethodConfig, ModelConfig, Packing, RunConfig
 from phi3v.data.collate import Collator, Page, Sample, pack_row
-from phi3v.model.presets import init_model
+from phi3v.model.presets import init_model, planned_config
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import count_parameters, meta_model
-from phi3v.plan.planned_model import planned_config
 from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
 from phi3v.processing.conversation import ChatTurn, encode_conversation
@@ -132,7 +131,7 @@ def make_row(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Micr
 def measure(model: Any, batch: dict[str, Any], *, accumulates: bool) -> int:
     """Peak bytes of the second optimizer step, weights and moments included."""
     inputs = {name: value for name, value in batch.items() if name != "counts"}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
 
     def step() -> None:
         for _ in range(2 if accumulates else 1):
@@ -191,7 +190,6 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
             checkpointing=case.checkpointing,  # type: ignore[arg-type]
             packing=packing,
             accumulates=case.accumulates,
-            fused_optimizer=True,
         )
         memory = predict_memory(shape, count_parameters(config, method, "fp32"), setup, micro, cpu=True)
         predicted = memory.peak - memory.parts["overhead"]
@@ -271,7 +269,7 @@ def write_docs(result: dict[str, Any], path: Path) -> None:
         [
             r["machine"],
             r["method"],
-            r["engine"] + ("" if r["offered"] or not r["fits"] else r"\*"),
+            r["engine"],
             r["verdict"],
             "–" if r["samples_per_second"] is None else f"{r['samples_per_second']:.2f}",
             r["reason"],

@@ -11,11 +11,11 @@ import torch
 from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelConfig, RunConfig
 from phi3v.data.collate import Collator, Page, Sample
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import ENGINES, TrainSetup
 from phi3v.plan.memory import activations_of, predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
-from phi3v.plan.planned_model import planned_config
 from phi3v.plan.published import ROWS, compare_published
 from phi3v.train.compute.activations import MicroBatch
 from phi3v.train.device import choose_device
@@ -121,7 +121,7 @@ def test_each_policy_and_optimizer_saves_what_it_promises(
         assert by_rows == sorted(by_rows)
     one = [peak(real, real_counts, setup_of("full", optimizer=o)) for o in ("adamw", "adamw_8bit", "adamw_bf16")]
     assert one == sorted(one, reverse=True)
-    assert one[0] > 75  # plain AdamW leaves no room on an 80 GB card
+    assert 65 < one[0] < 75  # float32 weights, moments and gradients: 80 GB cards alone hold them
     assert one[2] < 45
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from phi3v.config import METHODS, LoraConfig, MethodConfig, MethodName, ModelConfig, RunConfig
+from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
 from phi3v.plan.parameters import count_parameters, meta_model
-from phi3v.plan.planned_model import planned_config
 from phi3v.train.device import choose_device
 from phi3v.train.methods.loading import inspect_model, load_for_training
 

@@ -11,9 +11,10 @@ import pytest
 from phi3v.cli import main
 from phi3v.config import METHODS, RunConfig, load_config
 from phi3v.errors import UserError
-from phi3v.plan.hardware import find_machine
+from phi3v.plan.hardware import GIB, find_machine
 from phi3v.plan.inputs import setup_from_config
-from phi3v.plan.planner import Plan, Planner, planned_recipe
+from phi3v.plan.options import Plan, planned_recipe
+from phi3v.plan.planner import Planner
 
 MACHINES = ("4xrtx-8000", "8xa100-80gb", "8xv100-32gb", "1xh100", "1xrtx-4090", "1xt4")
 
@@ -45,8 +46,8 @@ def test_verdicts_agree_with_what_is_known(plans: dict[str, Plan]) -> None:
         assert fits(machine, "lora", "ddp")
         assert fits(machine, "qlora", "ddp")
         assert not fits(machine, "full", "ddp")
-    assert not fits("1xh100", "full", "ddp")  # float32 moments leave no room
-    assert plans["1xh100"].best("full").changes == ("adamw_8bit",)
+    assert fits("1xh100", "full", "ddp")  # float32 moments leave little room, and fused AdamW needs no more
+    assert 65 * GIB < plans["1xh100"].best("full").memory.peak < 75 * GIB  # type: ignore[union-attr]
 
 
 def test_every_verdict_is_explained(plans: dict[str, Plan]) -> None:

@@ -16,7 +16,8 @@ from phi3v.data.lengths import measure_table
 from phi3v.data.table import open_table
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
-from phi3v.plan.planner import Planner, planned_recipe
+from phi3v.plan.options import planned_recipe
+from phi3v.plan.planner import Planner
 from phi3v.plan.rows import pack_workload
 from phi3v.plan.workload import read_workload
 from phi3v.processing.processor import Phi3VProcessor

@@ -79,7 +79,6 @@ def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir:
     largest = MicroBatch.largest_of(workload.at(16).lengths, 2)
     assert largest.rows == 2
     assert largest.tokens == 2 * int(workload.at(16).tokens.max())
-    assert largest.is_padded
 
 
 def test_without_a_tokenizer_texts_are_estimated(folder: Path) -> None:

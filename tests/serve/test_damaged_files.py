@@ -15,7 +15,7 @@ import pytest
 from phi3v.cli import main
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.errors import UserError
-from phi3v.plan.planned_model import planned_config
+from phi3v.model.presets import planned_config
 from phi3v.report.run_files import read_run
 from phi3v.train.checkpoint_folder import damage
 from phi3v.train.device import choose_device

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from phi3v.errors import UserError
 from phi3v.plan.hardware import GIB, AzureSku, Gpu, Machine, azure_skus, known_gpus
-from phi3v.plan.planner import Option, Planner
+from phi3v.plan.options import Option
+from phi3v.plan.planner import Planner
 from phi3v.terminal import say
 
 

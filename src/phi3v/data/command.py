@@ -155,7 +155,7 @@ def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     context = Context()
     config = load_config(None, arguments.overrides)
     if "model.path" in arguments.overrides:
-        from phi3v.plan.planned_model import planned_config
+        from phi3v.model.presets import planned_config
         from phi3v.train.methods.loading import load_processor
 
         longest = planned_config(config.model.path)[0].max_position_embeddings

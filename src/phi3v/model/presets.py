@@ -22,6 +22,8 @@ from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, save_tiny_tokenizer
 
 # Made by benchmarks/tiny_base.py.
 PRETRAINED_TINY = Path(__file__).parent / "tiny_base"
+# Their sizes are known without asking the hub, under whatever name that has one of these in it.
+RELEASED = ("phi-3.5-vision", "phi-3-vision")
 
 
 def preset_config(preset: str, **overrides: Any) -> Phi3VConfig:
@@ -35,6 +37,27 @@ def preset_config(preset: str, **overrides: Any) -> Phi3VConfig:
     fields = PRESET_FIELDS[preset]
     return Phi3VConfig(
         **(fields | {"embd_layer": dict(HD_EMBEDDING), "architectures": ["Phi3VForCausalLM"]} | overrides)
+    )
+
+
+def planned_config(path: str) -> tuple[Phi3VConfig, str]:
+    """The configuration of the model at ``path`` and where it is from; nothing is downloaded for a released model.
+
+    Raises:
+        UserError: there is no model, and it is not a released one.
+    """
+    if Path(path).is_dir():
+        try:
+            return Phi3VConfig.from_pretrained(path), str(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no model there: {str(error).splitlines()[0]}", where=f"model.path {path}") from None
+    for preset in RELEASED:
+        if preset in path.lower():
+            return preset_config(preset), f"the released {preset}"
+    raise UserError(
+        "no model there, and it is not one of the released models",
+        where=f"model.path {path}",
+        hint="give a folder in the official layout, microsoft/Phi-3.5-vision-instruct or …/Phi-3-vision-128k-instruct",
     )
 
 

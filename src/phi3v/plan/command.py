@@ -43,7 +43,8 @@ def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         where = "--write" if write is not None else "--gpus"
         raise UserError("several machines are compared", where=where, hint="name one --gpu, e.g. 8xa100-80gb")
     from phi3v.plan.hardware import find_machine
-    from phi3v.plan.planner import Planner, planned_recipe
+    from phi3v.plan.options import planned_recipe
+    from phi3v.plan.planner import Planner
     from phi3v.plan.show import show_comparison, show_plan
 
     machines = [find_machine(gpu, count, arguments.sku, arguments.nodes) for gpu in gpus]

@@ -36,8 +36,6 @@ class TrainSetup:
         micro_batch: samples that a rank computes at a time, where they are not packed.
         accumulates: gradients are kept over several micro-batches.
         num_crops: crops of a page at most.
-        fused_optimizer: no temporary copy of the second moments in a step (the library's plain AdamW makes one on a
-            GPU).
         float8: the decoder multiplies in float8; what it keeps is as large as without.
         lean: bf16 weights, and each gradient used up as soon as it is there.
     """
@@ -55,7 +53,6 @@ class TrainSetup:
     micro_batch: int = 1
     accumulates: bool = True
     num_crops: int = 16
-    fused_optimizer: bool = False
     float8: bool = False
     lean: bool = False
 
@@ -127,7 +124,6 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
         micro_batch=training.micro_batch_size,
         accumulates=config.data.packing == "none" and training.batch_size > machine.gpus * training.micro_batch_size,
         num_crops=num_crops,
-        fused_optimizer=machine.gpu.is_cpu,  # there the plain one works tensor by tensor
         float8=training.fp8,
         lean=training.lean,
     )

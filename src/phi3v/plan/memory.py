@@ -117,16 +117,11 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
 
 
 def _optimizer_work(counts: Parameters, setup: TrainSetup) -> float:
-    """Temporaries of a step: the plain AdamW of a GPU holds the root of all second moments at once."""
-    if setup.offload_optimizer:
-        return 0.0
+    """Temporaries of a step: none of fused AdamW; ZeRO's plain one holds the root of its second moments at once."""
     if setup.keeps_bf16_weights:
         return UPDATE_BYTES * min(SLICE, counts.largest_matrix)
-    if setup.optimizer != "adamw" or setup.fused_optimizer:
-        return 4 * counts.largest_matrix
-    if setup.engine == "ddp":
-        return 4 * counts.trainable
-    return 4 * counts.trainable / setup.gpus
+    is_plain = setup.optimizer == "adamw" and setup.engine.startswith("zero") and setup.gpus > 1
+    return 4 * counts.trainable / setup.gpus if is_plain and not setup.offload_optimizer else 0.0
 
 
 def _static(shape: ModelShape, counts: Parameters, setup: TrainSetup) -> dict[str, float]:

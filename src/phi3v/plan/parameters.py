@@ -105,10 +105,10 @@ def count_parameters(config: Phi3VConfig, method: MethodConfig, precision: str) 
 
 def count_model(wrapped: nn.Module, method: MethodConfig) -> Parameters:
     """Count a model of `meta_model`; for qlora its frozen linear layers as packed."""
-    quantised = _quantised(wrapped, method.lora) if method.name == "qlora" else set()
+    packed = quantised(wrapped, method.lora) if method.name == "qlora" else set()
     frozen = sum(
-        _nf4_bytes(parameter.numel(), double=method.lora.double_quant)
-        if id(parameter) in quantised
+        nf4_bytes(parameter.numel(), double=method.lora.double_quant)
+        if id(parameter) in packed
         else parameter.numel() * parameter.element_size()
         for parameter in wrapped.parameters()
         if not parameter.requires_grad
@@ -126,7 +126,7 @@ def count_model(wrapped: nn.Module, method: MethodConfig) -> Parameters:
     )
 
 
-def _quantised(model: nn.Module, lora: LoraConfig) -> set[int]:
+def quantised(model: nn.Module, lora: LoraConfig) -> set[int]:
     """The weights that 4-bit loading packs: every linear layer but the head and what is trained in full."""
     kept = ("lm_head", *(VISION + PART_MODULES[part] for part in lora.also_train))
     return {
@@ -136,7 +136,7 @@ def _quantised(model: nn.Module, lora: LoraConfig) -> set[int]:
     }
 
 
-def _nf4_bytes(elements: int, *, double: bool) -> int:
+def nf4_bytes(elements: int, *, double: bool) -> int:
     """A packed weight with its scales and code books (bitsandbytes' ``QuantState``)."""
     blocks = math.ceil(elements / NF4_BLOCK)
     packed = math.ceil(elements / 2) + 16 * 4

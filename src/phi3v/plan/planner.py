@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,12 +13,12 @@ from phi3v.config import METHODS, MethodName, Packing, RunConfig
 from phi3v.data.lengths import Context, require_context
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
+from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
-from phi3v.plan.hardware import GIB, Machine
+from phi3v.plan.hardware import Machine
 from phi3v.plan.inputs import (
     ENGINES,
     Engine,
-    Optimizer,
     TrainSetup,
     engine_of,
     planned_compute,
@@ -27,9 +26,9 @@ from phi3v.plan.inputs import (
     setup_from_config,
 )
 from phi3v.plan.memory import Memory, predict_memory
+from phi3v.plan.options import Option, Plan, gib, on_engine, refused, relaxations
 from phi3v.plan.parameters import Parameters, count_model, meta_model
-from phi3v.plan.planned_model import planned_config
-from phi3v.plan.published import PublishedRow, assumed_utilisation, published_row
+from phi3v.plan.published import assumed_utilisation, published_row
 from phi3v.plan.rows import PackedRows, pack_workload
 from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_speed, training_flops
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
@@ -45,128 +44,6 @@ BY_SCORE: tuple[MethodName, ...] = ("full", "lora", "qlora", "frozen-vision")
 MARGIN = 0.95  # of a device's memory that a plan may fill
 DEFAULT_CROPS = 16
 PACK_TOKENS = (1024, 2048, 4096, 8192, 16384)  # lengths of rows that are recommended
-
-
-@dataclass(frozen=True)
-class Option:
-    """One method on one engine.
-
-    Attributes:
-        setup: as planned, with the changes that make it fit.
-        changes: what differs from the recipe, in words; empty if it fits as it is.
-        fits: with those changes.
-        reason: why, in a sentence.
-        rows: of a packed set-up.
-        refusal: why `phi3v train` would not begin, whatever the memory.
-    """
-
-    setup: TrainSetup
-    fits: bool
-    changes: tuple[str, ...]
-    reason: str
-    memory: Memory | None
-    speed: Speed | None
-    rows: PackedRows | None = None
-    refusal: UserError | None = None
-
-    @property
-    def verdict(self) -> str:
-        """``fits``, ``fits with …`` or ``does not fit``."""
-        if not self.fits:
-            return "does not fit"
-        return f"fits with {', '.join(self.changes)}" if self.changes else "fits"
-
-    def to_json_dict(self) -> dict[str, Any]:
-        setup = self.setup
-        return {
-            "method": setup.method.name,
-            "engine": setup.engine,
-            "verdict": self.verdict,
-            "fits": self.fits,
-            "changes": list(self.changes),
-            "reason": self.reason,
-            "precision": setup.precision,
-            "attention": setup.attention,
-            "checkpointing": setup.checkpointing,
-            "optimizer": setup.optimizer,
-            "lean": setup.lean,
-            "offload_optimizer": setup.offload_optimizer,
-            "packing": setup.packing,
-            "pack_tokens": setup.pack_tokens if setup.packing != "none" else None,
-            "rows_a_step": round(self.rows.row_count, 2) if self.rows else None,
-            "rows_filled": round(self.rows.filled, 3) if self.rows else None,
-            "micro_batch_size": setup.micro_batch,
-            "num_crops": setup.num_crops,
-            "peak_gib": round(self.memory.peak / GIB, 2) if self.memory else None,
-            "peak_at": self.memory.moment if self.memory else None,
-            "memory_bytes": self.memory.parts if self.memory else None,
-            "samples_per_second": round(self.speed.samples_per_second, 3) if self.speed else None,
-            "speed_basis": self.speed.basis if self.speed else None,
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that `phi3v plan` says about one machine.
-
-    Attributes:
-        own: the recipe as it is, on the engine that `phi3v train` would take.
-        options: every method on every engine, with what else of the recipe has to change for it.
-    """
-
-    machine: Machine
-    config: RunConfig
-    model_basis: str
-    workload: Workload
-    num_crops: int
-    crops_reason: str
-    own: Option
-    options: tuple[Option, ...]
-    recommended: Option | None
-    reason: str
-    steps: int
-    samples: int
-    published: dict[str, PublishedRow]
-
-    @property
-    def hours(self) -> float | None:
-        """Of training, for what is recommended."""
-        if self.recommended is None or not self.recommended.speed or not self.recommended.speed.samples_per_second:
-            return None
-        return self.samples / self.recommended.speed.samples_per_second / 3600
-
-    def best(self, method: MethodName) -> Option:
-        """The option of a method that needs the fewest changes; of several, that on the engine of `phi3v train`."""
-        own = [option for option in self.options if option.setup.method.name == method]
-        usual = engine_of(self.config, self.machine, method)
-        return min(own, key=lambda option: (not option.fits, len(option.changes), option.setup.engine != usual))
-
-    def to_json_dict(self) -> dict[str, Any]:
-        return {
-            "machine": self.machine.label,
-            "memory_gib": round(self.machine.gpu.memory_bytes / GIB, 1),
-            "hardware_source": self.machine.gpu.source,
-            "quota": self.machine.quota,
-            "model": self.model_basis,
-            "data": self.workload.basis,
-            "records": len(self.workload),
-            "tokens": [self.workload.at(crops).summary() for crops in sorted({self.num_crops, *_SHOWN_CROPS})],
-            "recommended_num_crops": self.num_crops,
-            "num_crops_reason": self.crops_reason,
-            "shared_image_factor": round(self.workload.shared_image_factor, 2),
-            "steps": self.steps,
-            "hours": round(self.hours, 3) if self.hours is not None else None,
-            "options": [option.to_json_dict() for option in self.options],
-            "recommended": self.recommended.to_json_dict() if self.recommended else None,
-            "reason": self.reason,
-            "published": {
-                name: {"images_per_second": row.images_per_second, "gb": row.gigabytes}
-                for name, row in self.published.items()
-            },
-        }
-
-
-_SHOWN_CROPS = (1, 4, 9, 16)
 
 
 class Planner:
@@ -205,15 +82,15 @@ class Planner:
         base = setup_from_config(self._splittable(machine), machine, self.num_crops)
         engines: Sequence[Engine] = ENGINES if machine.gpus > 1 else ("ddp",)
         options = tuple(
-            self.option(_on_engine(base.with_method(method), engine), machine)
+            self.option(on_engine(base.with_method(method), engine), machine)
             for method in METHODS
             for engine in engines
         )
-        refused = next(iter(refusals(self._case(self.config, machine))), None)
-        if refused is not None and all(option.refusal for option in options):
-            raise refused
+        refusal = next(iter(refusals(self._case(self.config, machine))), None)
+        if refusal is not None and all(option.refusal for option in options):
+            raise refusal
         own = setup_from_config(self.config, machine, self.num_crops)
-        own_option = self.option(own, machine) if refused is None else _refused(own, refused)
+        own_option = self.option(own, machine) if refusal is None else refused(own, refusal)
         recommended, reason = self._recommend(own_option, options, machine)
         records = len(self.workload)
         samples = math.ceil(records * self.config.training.epochs)
@@ -240,29 +117,29 @@ class Planner:
 
     def option(self, setup: TrainSetup, machine: Machine) -> Option:
         """Whether a set-up fits, and if not, the fewest changes that make it fit."""
-        if (refused := self._refusal(setup, machine)) is not None:
-            return _refused(setup, refused)
+        if (refusal := self._refusal(setup, machine)) is not None:
+            return refused(setup, refusal)
         limit = int(machine.gpu.memory_bytes * MARGIN)
         first = self.memory(setup, machine)
         best, best_memory = setup, first
         changes: tuple[str, ...] = ()
-        for changed, words in _relaxations(setup):
+        for changed, words in relaxations(setup):
             if self._refusal(changed, machine) is not None:
                 continue
             memory = self.memory(changed, machine)
             if memory.peak < best_memory.peak or not words:
                 best, best_memory, changes = changed, memory, words
             if memory.peak <= limit:
-                reason = f"{_gib(memory.peak)} of {_gib(machine.gpu.memory_bytes)} ({memory.moment})"
+                reason = f"{gib(memory.peak)} of {gib(machine.gpu.memory_bytes)} ({memory.moment})"
                 if words:
-                    reason = f"{reason}; as the recipe is, {_gib(first.peak)}"
+                    reason = f"{reason}; as the recipe is, {gib(first.peak)}"
                 speed = self.speed(changed, machine)
                 return Option(changed, True, words, reason, memory, speed, self.rows_or_none(changed))
         biggest = max(best_memory.parts, key=lambda name: best_memory.parts[name])
         tried = ", ".join(changes) or "one sample"
         reason = (
-            f"{_gib(best_memory.peak)} of {_gib(machine.gpu.memory_bytes)} even with {tried}"
-            f"; {_gib(best_memory.parts[biggest])} of it {biggest}"
+            f"{gib(best_memory.peak)} of {gib(machine.gpu.memory_bytes)} even with {tried}"
+            f"; {gib(best_memory.parts[biggest])} of it {biggest}"
         )
         return Option(best, False, (), reason, best_memory, None)
 
@@ -394,7 +271,7 @@ class Planner:
             setup=best,
             memory=memory,
             speed=self.speed(best, machine),
-            reason=f"{_gib(memory.peak)} of {_gib(machine.gpu.memory_bytes)} ({memory.moment})",
+            reason=f"{gib(memory.peak)} of {gib(machine.gpu.memory_bytes)} ({memory.moment})",
             rows=self.rows_or_none(best),
         )
 
@@ -442,49 +319,6 @@ class Planner:
         return self.config.with_keys({"training.micro_batch_size": micro_batch})
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
-
-
-def _refused(setup: TrainSetup, why: UserError) -> Option:
-    return Option(setup, False, (), f"{why.where}: {why.what}" if why.where else why.what, None, None, refusal=why)
-
-
-def _on_engine(setup: TrainSetup, engine: Engine) -> TrainSetup:
-    """The same on another engine; only ZeRO keeps the optimizer's state in the host's memory."""
-    return replace(setup, engine=engine, offload_optimizer=setup.offload_optimizer and engine.startswith("zero"))
-
-
-def _relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
-    """A set-up as it is, then with ever more changes that save memory.
-
-    What costs only time comes before what costs detail. Not every one of them can run.
-    """
-    yield setup, ()
-    current = setup
-    words: tuple[str, ...] = ()
-    if setup.micro_batch > 1:
-        current, words = replace(current, micro_batch=1, accumulates=True), (*words, "micro_batch_size 1")
-        yield current, words
-    if setup.packing != "none" and setup.pack_tokens > 4096:
-        current, words = replace(current, pack_tokens=4096), (*words, "pack_tokens 4096")
-        yield current, words
-    if setup.checkpointing != "full":
-        current, words = replace(current, checkpointing="full"), (*words, "everything recomputed")
-        yield current, words
-    fewer = [crops for crops in (9, 4) if crops < setup.num_crops]
-    for crops in fewer:
-        yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
-    if not setup.offload_optimizer:
-        yield replace(current, offload_optimizer=True), (*words, "offload_optimizer")
-    smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16")
-    for optimizer in smaller:
-        if optimizer != setup.optimizer:
-            yield replace(current, optimizer=optimizer), (*words, optimizer)
-    for crops in fewer:
-        yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
-
-
 def _processor(config: RunConfig) -> Phi3VProcessor | None:
     """The model's processor where it lies on the disk; a plan never downloads."""
     if not Path(config.model.path).is_dir():
@@ -508,21 +342,3 @@ def _workload(config: RunConfig, processor: Phi3VProcessor | None, *, progress: 
     if config.data.train is None or not Path(config.data.train).is_file():
         return assumed_workload()
     return read_workload(Path(config.data.train), config.data, processor, progress=progress)
-
-
-def planned_recipe(plan: Plan) -> str:
-    """The recipe as recommended, YAML with the reason at its head.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    if plan.recommended is None:
-        raise UserError(plan.reason, where="--write")
-    config = plan.config.with_keys(recipe_changes(plan.recommended.setup))
-    lines = [
-        f"Planned for {plan.machine.label}: {plan.reason}.",
-        f"num_crops: {plan.crops_reason}.",
-        plan.machine.quota,
-    ]
-    head = "".join(f"# {line}\n" for line in lines if line)
-    return head + config.to_yaml()

@@ -13,12 +13,12 @@ from typing import Any
 
 from phi3v.config import LoraConfig, MethodConfig, MethodName
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import GIB, Machine, known_gpus
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import Parameters, count_parameters
-from phi3v.plan.planned_model import planned_config
 from phi3v.plan.throughput import SampleWork, training_flops
 from phi3v.train.compute.activations import MicroBatch
 

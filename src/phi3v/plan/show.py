@@ -10,7 +10,7 @@ from rich.text import Text
 
 from phi3v.config import METHODS
 from phi3v.plan.hardware import GIB
-from phi3v.plan.planner import Option, Plan
+from phi3v.plan.options import Option, Plan
 from phi3v.terminal import say
 
 
@@ -65,7 +65,7 @@ def _show_data(console: Console, plan: Plan) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("num_crops", "tokens", "95 %", "longest", "> 4096", "crops", "blank", "padding", "shrunk"):
         table.add_column(column, justify="right")
-    for crops in sorted({1, 4, 9, 16, plan.num_crops}):
+    for crops in plan.shown_crops:
         figures = plan.workload.at(crops).summary()
         table.add_row(
             f"{crops}{' ←' if crops == plan.num_crops else ''}",

@@ -36,7 +36,6 @@ class MicroBatch:
         image_tokens: those of images.
         crops: that run through the tower, global views included.
         answer_tokens: supervised tokens, for which there are logits.
-        is_padded: rows are of uneven length, so that attention needs a mask.
         branch_pairs: of a packed row with shared prefixes, queries of branches times the keys of their group, which
             need a mask where no kernel takes the layout itself.
     """
@@ -46,7 +45,6 @@ class MicroBatch:
     image_tokens: int
     crops: int
     answer_tokens: int
-    is_padded: bool = False
     branch_pairs: int = 0
 
     @classmethod
@@ -64,7 +62,6 @@ class MicroBatch:
             image_tokens=most(lengths.image_tokens),
             crops=most(lengths.crops),
             answer_tokens=most(lengths.targets),
-            is_padded=rows > 1 and bool((lengths.tokens < longest).any()),
         )
 
     @property
@@ -170,10 +167,8 @@ class Activations:
 
     def mask_elements(self, batch: MicroBatch) -> int:
         """Elements of attention's mask: none where all is causal or the kernel takes lengths or layouts."""
-        if self.attention == "flash_attention_2":
+        if self.attention == "flash_attention_2" or self.packing == "none":
             return 0
-        if self.packing == "none":
-            return batch.rows * batch.longest**2 if batch.is_padded else 0
         return batch.tokens**2 if self.attention == "eager" else batch.branch_pairs
 
     def boundary(self, batch: MicroBatch) -> int:
