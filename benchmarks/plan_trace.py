@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from phi3v.data.pages import Page
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
@@ -37,7 +36,7 @@ from torch.utils._pytree import tree_iter
 
 from bench_result import ROOT, write_result
 from phi3v.config import METHODS, LoraConfig, MethodConfig, RunConfig
-from phi3v.data.collate import Collator, Sample, pack_row
+from phi3v.data.collate import Collator, Page, Sample, pack_row
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape

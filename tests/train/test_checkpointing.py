@@ -82,9 +82,10 @@ def test_every_policy_gives_the_same_loss_and_gradients(
             atol = 1e-6 * float(gradient.abs().max()) + 1e-9
             torch.testing.assert_close(own[key], gradient, atol=atol, rtol=0, msg=f"{policy}: {key}")
         forward_products[policy] = (ran - plain)["aten.mm"] + (ran - plain)["aten.addmm"]
-    # Selective runs no product of the decoder again, full all of them; both do the tower's.
-    assert forward_products["selective"] == forward_products["vision"] > 0
-    assert forward_products["full"] > forward_products["selective"]
+    # Of the decoder's products selective runs adapters' second ones again, which are narrow, and full all of them.
+    narrow = sum("model.layers." in key and ".lora_B." in key for key in expected)
+    assert 0 <= forward_products["selective"] - forward_products["vision"] <= narrow
+    assert forward_products["full"] > forward_products["selective"] > 0
 
 
 PAGE = MicroBatch(rows=1, tokens=2509, image_tokens=2480, crops=17, answer_tokens=20)

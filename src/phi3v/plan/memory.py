@@ -82,8 +82,11 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
 
     step = static["gradients"]
     early = step if setup.accumulates else 0  # gradients that are there before the backward pass
+    # They come from the back of the model to its front.
+    behind_decoder = early or step * counts.trainable_but("vision", "projector", "embeddings")
+    behind_tower = early or step * counts.trainable_but("vision")
     moments: dict[str, dict[str, float]] = {
-        "tower, forward": {"gradients": early, "tower": activations.tower_forward(batch)},
+        "tower, forward": {"gradients": early, "tower": activations.tower_forward(policy, batch)},
         "end of the forward pass": kept | {"gradients": early, "weight casts": weight_casts, "logits": logits * 2 / 3},
         "loss, backward": kept | {"gradients": early, "weight casts": late_casts, "logits": logits},
         "decoder, backward": {
@@ -93,7 +96,7 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
             "decoder": kept_decoder + activations.decoder_backward(policy, batch),
         },
         "first decoder layer, backward": {
-            "gradients": step + one_gradient,
+            "gradients": behind_decoder + one_gradient,
             "weight casts": layer_casts,
             "tower": kept["tower"],
             "decoder": activations.boundary(batch) + activations.layer_backward(policy, batch),
@@ -102,7 +105,7 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     }
     if counts.gradients.tower_trained:
         moments["tower, backward"] = {
-            "gradients": step + one_gradient,
+            "gradients": behind_tower + one_gradient,
             "tower": pages + kept_tower + activations.tower_backward(policy, batch),
         }
     constant = {name: size for name, size in static.items() if name != "gradients"}

@@ -53,6 +53,11 @@ class Parameters:
         """Trainable elements."""
         return sum(size * count for size, count in self.trainable_sizes.items())
 
+    def trainable_but(self, *parts: str) -> float:
+        """Share of the trainable elements that lie in other parts."""
+        inside = sum(part.trainable for part in self.parts if part.part in parts)
+        return 1 - inside / self.trainable
+
     @property
     def total(self) -> int:
         """All elements, frozen and trainable."""

@@ -130,28 +130,37 @@ class Activations:
     packing: Packing
     adapter_rank: int | None
 
-    def decoder_layer(self, batch: MicroBatch) -> int:
-        """What is kept of one decoder layer that is not recomputed."""
+    def decoder_layer(self, batch: MicroBatch, outputs: int | None = None) -> int:
+        """What is kept of one decoder layer that is not recomputed.
+
+        Args:
+            outputs: tokens whose output is computed; by default all.
+        """
+        outputs = batch.tokens if outputs is None else outputs
         a, r, shape = self.compute_bytes, self.residual_bytes, self.shape
         H, I = shape.hidden, shape.intermediate  # noqa: N806, E741
         # float32 input, normalised, cast for the product
         norm = 4 * H + (r * H if self.gradients.norms_trained else 0) + a * H
-        qkv = a * (shape.qkv_width + H + shape.kv_width)  # values lie in the product's output; rotated queries and keys
-        # Laid out by heads, and again by tokens for the product (or cast for an adapter); the log-sum-exp.
-        out = 2 * a * H + 4 * shape.heads
+        qkv = a * (shape.qkv_width + shape.kv_width)  # values lie in the product's output; rotated keys
+        # Rotated queries; attention laid out by heads, and again by tokens for the product (or cast for an adapter);
+        # the log-sum-exp.
+        out = 3 * a * H + 4 * shape.heads
         mlp = a * 4 * I  # gate and up, activation, product
         adapters = a * (self.adapter_rank or 0) * self.gradients.adapters[0]
-        kept = batch.tokens * (2 * norm + qkv + out + mlp + adapters)
+        kept = batch.tokens * (norm + qkv) + outputs * (norm + out + mlp + adapters)
         kept += a * self.mask_elements(batch)  # each layer makes numbers of the mask's booleans
         if self.attention == "eager" and self.packing == "none":
             kept += batch.rows * shape.heads * batch.longest**2 * (a + 4)  # softmax in float32 and its cast
         return kept
 
-    def selective_layer(self, batch: MicroBatch) -> int:
-        """What is kept of a decoder layer of which norms, rotation and activation are recomputed."""
+    def selective_layer(self, batch: MicroBatch, outputs: int | None = None) -> int:
+        """What is kept of a decoder layer of which norms, rotation and activation are recomputed; else as above."""
+        outputs = batch.tokens if outputs is None else outputs
         a, shape = self.compute_bytes, self.shape
-        products = a * (shape.qkv_width + shape.hidden + 2 * shape.intermediate)
-        return batch.tokens * (2 * self.residual_bytes * shape.hidden + products + 4 * shape.heads)
+        # Attention's output, the products of o_proj, gate_up_proj and down_proj, the adapters' narrow ones.
+        products = 3 * shape.hidden + 2 * shape.intermediate + (self.adapter_rank or 0) * self.gradients.adapters[0]
+        kept = batch.tokens * (self.residual_bytes * shape.hidden + a * shape.qkv_width)
+        return kept + outputs * (a * products + 4 * shape.heads)
 
     def tower_layer(self, batch: MicroBatch) -> int:
         """What is kept of one tower layer that is not recomputed."""
@@ -192,7 +201,10 @@ class Activations:
         H, r = self.shape.hidden, self.residual_bytes  # noqa: N806
         around = batch.tokens * (4 * H + (r * H if self.gradients.norms_trained else 0) + 2 * r * H // self.shape.heads)
         around += batch.answer_tokens * self.compute_bytes * H + self.mask_elements(batch)
-        return self.shape.layers * self._layer(policy, batch) + around
+        # The last layer of a row of segments computes what targets are predicted from (`OutputBackend`).
+        on_segments = self.packing != "none" and self.attention == "sdpa"
+        last = self._layer(policy, batch, batch.answer_tokens if on_segments else None)
+        return (self.shape.layers - 1) * self._layer(policy, batch) + last + around
 
     def kept_tower(self, policy: Policy, batch: MicroBatch) -> int:
         """By the tower, its inputs apart; nothing where it does not learn."""
@@ -214,18 +226,20 @@ class Activations:
         """Beside what is kept, while gradients go through a decoder layer that is recomputed."""
         layer = self.decoder_layer(batch)
         again = layer - self.selective_layer(batch) if policy == "selective" else layer
-        return again + 2 * self.compute_bytes * batch.tokens * self.shape.intermediate
+        # The gradient of gate and up; an adapter's second product beside the layer's own has one too.
+        wide = 2 if self.gradients.adapters[0] else 1
+        return again + wide * 2 * self.compute_bytes * batch.tokens * self.shape.intermediate
 
     def decoder_backward(self, policy: Policy, batch: MicroBatch) -> int:
         """Beside what is kept, at most, while gradients go through the decoder."""
         norm = 16 * batch.tokens * self.shape.hidden
         return max(norm, self.layer_backward(policy, batch)) if policy in ("selective", "full") else norm
 
-    def tower_forward(self, batch: MicroBatch) -> int:
-        """While the tower runs: its pages, their crops and a layer's own."""
+    def tower_forward(self, policy: Policy, batch: MicroBatch) -> int:
+        """While the tower runs: its pages, their crops, what is kept and a layer's own."""
         shape, real_crops = self.shape, self.real_crops(batch)
         layer = batch.crops * shape.patches * (3 * self.compute_bytes * shape.tower_mlp + 12 * shape.tower_width)
-        return self.pages(batch) + real_crops + max(2 * real_crops, layer)
+        return self.pages(batch) + real_crops + max(2 * real_crops, self.kept_tower(policy, batch) + layer)
 
     def tower_backward(self, policy: Policy, batch: MicroBatch) -> int:
         """Beside what is kept, while gradients go through the tower."""
@@ -237,7 +251,7 @@ class Activations:
         """The most that activations take at a time, without the loss's own."""
         tower = self.pages(batch) + self.kept_tower(policy, batch) + self.kept_projector(batch)
         moments = [
-            self.tower_forward(batch),
+            self.tower_forward(policy, batch),
             tower + self.kept_decoder(policy, batch) + self.decoder_backward(policy, batch),
         ]
         if self.gradients.tower_trained:
@@ -245,7 +259,7 @@ class Activations:
             moments.append(kept + self.tower_backward(policy, batch))
         return max(moments)
 
-    def _layer(self, policy: Policy, batch: MicroBatch) -> int:
+    def _layer(self, policy: Policy, batch: MicroBatch, outputs: int | None = None) -> int:
         if policy == "full":
             return self.boundary(batch)
-        return self.selective_layer(batch) if policy == "selective" else self.decoder_layer(batch)
+        return (self.selective_layer if policy == "selective" else self.decoder_layer)(batch, outputs)

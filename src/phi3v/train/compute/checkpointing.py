@@ -18,7 +18,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from phi3v.config import Checkpointing
 from phi3v.train.compute.activations import Activations, MicroBatch, Policy
 
-# What `selective` keeps in the decoder: products of matrices and attention. All else is cheap to compute again.
+# What `selective` keeps in the decoder: products of matrices, but for adapters' large ones, and attention. All else is
+# cheap to compute again.
 KEPT = {
     "aten.mm",
     "aten.addmm",
@@ -42,7 +43,17 @@ USABLE_SHARE = 0.8
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(getattr(operation, "overloadpacket", operation))
-    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if name in KEPT and not _is_narrow(name, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+
+
+def _is_narrow(name: str, args: Any) -> bool:
+    """Whether a product sums over few numbers for each that it gives: an adapter's second, as large as the layer's own.
+
+    To compute it again costs next to nothing, to keep it as much as the layer's.
+    """
+    return name == "aten.mm" and 8 * args[0].shape[1] < args[1].shape[1]
 
 
 _RECOMPUTE_ALL = functools.partial(checkpoint, use_reentrant=False)
