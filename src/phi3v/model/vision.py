@@ -1,4 +1,4 @@
-"""Pictures to tokens: CLIP tower, 2x2 merge, page layout, projector.
+"""Images to tokens: CLIP tower, 2x2 merge, page layout, projector.
 
 Shapes: ``N`` images, ``C`` crops of an image (global crop not counted), ``h`` x ``w`` its rows and columns of
 crops, ``V`` width of the tower, ``H`` width of the decoder. A crop is 336 x 336 pixels, 24 x 24 patches and,

@@ -23,7 +23,8 @@ class Readback:
     """Numbers of a step, on their way from the device to the host; nothing waits for them until they are asked for."""
 
     def __init__(self, values: Sequence[torch.Tensor]) -> None:
-        stacked = torch.stack([value.detach().float() for value in values])
+        # In lean mode the norm is that of no gradients, which torch has on the CPU.
+        stacked = torch.stack([value.detach().to(values[0].device, torch.float32) for value in values])
         self._host = stacked.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if stacked.is_cuda else None
         if self._arrived is not None:
