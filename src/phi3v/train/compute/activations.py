@@ -226,9 +226,9 @@ class Activations:
         """Beside what is kept, while gradients go through a decoder layer that is recomputed."""
         layer = self.decoder_layer(batch)
         again = layer - self.selective_layer(batch) if policy == "selective" else layer
-        # The gradient of gate and up; an adapter's second product beside the layer's own has one too.
-        wide = 2 if self.gradients.adapters[0] else 1
-        return again + wide * 2 * self.compute_bytes * batch.tokens * self.shape.intermediate
+        # The gradient of gate and up; under autocast an adapter of down_proj has its input in float32 besides.
+        input_copy = 4 if self.gradients.adapters[0] and self.compute_bytes == 2 else 0
+        return again + (2 * self.compute_bytes + input_copy) * batch.tokens * self.shape.intermediate
 
     def decoder_backward(self, policy: Policy, batch: MicroBatch) -> int:
         """Beside what is kept, at most, while gradients go through the decoder."""
