@@ -16,15 +16,13 @@ from PIL import Image
 from torch.utils.data import RandomSampler
 
 from phi3v.data.batches import BatchPlan, RowDataset, RowPlan, Step, assign_to_ranks, read_steps, rows_of_rank
-from phi3v.data.collate import Sample, pack_row, shared_tokens
+from phi3v.data.collate import Page, Sample, pack_row, shared_tokens
 from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape
-from phi3v.processing.conversation import ImageAlignmentError
-from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import ImageAlignmentError, Phi3VProcessor
 
 
 def lengths_of(tokens: Any, prefix: Any, page: Any, crops: Any = None) -> RecordLengths:
@@ -283,7 +281,7 @@ def test_placeholders_that_do_not_fit_their_images(
     """Found where a row is made, with both counts, line and record: the model takes the row as it is."""
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
     dataset = RowDataset(table, processor, packed=True)
-    monkeypatch.setattr(Phi3VImageProcessor, "num_tokens_of_page", lambda *_: 312)
+    monkeypatch.setattr(Page, "num_img_tokens", 312)
     record = table[1]
     where = rf"jsonl:{record.line} \(record {record.id}\): image 1 has 312 placeholder tokens but 313 features"
     with pytest.raises(ImageAlignmentError, match=where):

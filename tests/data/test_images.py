@@ -15,15 +15,16 @@ import pytest
 from PIL import Image, ImageOps
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.image_files import find_file, read_image
 from phi3v.data.images import (
     ImageLevel,
     check_image,
     decode_image,
     describe_kinds,
+    find_file,
     image_kinds,
     image_size,
     load_image,
+    read_image,
 )
 from phi3v.errors import UserError
 

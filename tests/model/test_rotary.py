@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from phi3v import Phi3VConfig
-from phi3v.model.rotary import Phi3VRotaryEmbedding
+from phi3v.model.attention import Phi3VRotaryEmbedding
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from phi3v import Phi3VProcessor
-from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, encode_conversation, user_prompt
+from phi3v.processing.processor import IGNORE_INDEX, ChatTurn, encode_conversation, user_prompt
 
 GetImage = Callable[[str], Image.Image]
 

@@ -13,8 +13,7 @@ from report_helpers import HOSTILE, OpenPage, block
 from phi3v.cli import main
 from phi3v.config import DataConfig, ModelConfig, RunConfig
 from phi3v.data.check import check_file
-from phi3v.processing.conversation import ChatTurn, encode_conversation
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import ChatTurn, Phi3VProcessor, encode_conversation
 from phi3v.report import preview as preview_module
 from phi3v.report.preview import preview
 from phi3v.report.samples import IMAGE, SPECIAL, SUPERVISED, image_block, pieces

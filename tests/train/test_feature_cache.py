@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_pixels(
         return fill_features(kind, model, table, processor.image_processor, choose_device("fp32"), Console())
 
     store = fill()
-    assert "3 pictures, 3 of them new" in capsys.readouterr().out
+    assert "3 images, 3 of them new" in capsys.readouterr().out
     assert len(ran) == 1 + 3  # one to learn the dtype, then each picture
     ran.clear()
 
@@ -109,7 +109,7 @@ def test_a_run_with_kept_features_learns_as_one_without(
         assert code == 0
         losses.append([line["loss"] for line in read_metrics(folder)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert "feature cache: 24 pictures, 24 of them new; these take" in " ".join(capsys.readouterr().out.split())
+    assert "feature cache: 24 images, 24 of them new; these take" in " ".join(capsys.readouterr().out.split())
 
 
 def test_packed_rows_with_kept_features_learn_as_those_without(train: Train) -> None:

@@ -20,13 +20,13 @@ from phi3v.config import Attention, Packing, RunConfig
 from phi3v.data.readers import Readers
 from phi3v.errors import UserError
 from phi3v.machine import accelerator_of
-from phi3v.model.attention import flash_obstacle
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import training_flops
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
+from phi3v.train.methods.loading import flash_obstacle
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import peak_memory_gb

@@ -338,7 +338,7 @@ class RowDataset(Dataset[dict[str, Any]]):
             ImageAlignmentError: placeholders and images do not fit together.
         """
         first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
-        counts = [self.processor.image_processor.num_tokens_of_page(page.size) for page in first.pages]
+        counts = [page.num_img_tokens for page in first.pages]
         samples = [first]
         for index in group[1:]:
             record = self.table[index]

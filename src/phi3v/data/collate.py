@@ -22,18 +22,27 @@ from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.loss import find_targets
-from phi3v.processing.conversation import (
+from phi3v.processing.hd_transform import (
+    CROP_SIZE,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    flatten_pages,
+    num_img_tokens,
+    page_geometry,
+    to_page,
+)
+from phi3v.processing.image_processor import Phi3VImageProcessor
+from phi3v.processing.processor import (
     IGNORE_INDEX,
     ChatTurn,
     ImageAlignmentError,
+    Phi3VProcessor,
     TokenStream,
     check_image_runs,
     encode_conversation,
     image_runs,
+    pad_rows,
 )
-from phi3v.processing.hd_transform import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, flatten_pages, page_geometry
-from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.processor import Phi3VProcessor, pad_rows
 
 LossWeighting = Literal["sample", "token"]
 OnBadSample = Literal["stop", "skip"]
@@ -54,6 +63,10 @@ class Page:
     name: str
     size: tuple[int, int]
     content: torch.Tensor
+
+    @property
+    def num_img_tokens(self) -> int:
+        return num_img_tokens(self.size[0] // CROP_SIZE, self.size[1] // CROP_SIZE)
 
 
 def require_clip_statistics(image_processor: Phi3VImageProcessor) -> None:
@@ -106,7 +119,7 @@ class PageReader:
         if self.features is not None:
             size = image_size(name, **settings)
             return Page(name, page_geometry(*size, self.image_processor.num_crops).size, self.features.get(name))
-        pixels = self.image_processor.page(load_image(name, **settings))
+        pixels = to_page(load_image(name, **settings), self.image_processor.num_crops)
         return Page(name, (pixels.shape[0], pixels.shape[1]), pixels)
 
 
@@ -158,7 +171,7 @@ def make_sample(
     """
     record = upto_question(record, question)
     pages = reader.pages(record)
-    counts = [processor.image_processor.num_tokens_of_page(page.size) for page in pages]
+    counts = [page.num_img_tokens for page in pages]
     stream = encode_record(record, processor, counts, question=question)
     check_placeholders(stream.input_ids, pages, record, reader.table.path)
     return Sample(stream.input_ids, stream.labels, pages, record.num_questions)

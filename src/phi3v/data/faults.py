@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,18 @@ def quote(text: str, limit: int = 80) -> str:
     Data may hold terminal escape sequences, so a message never prints it raw.
     """
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+def near_name(name: str, folder: Path) -> str | None:
+    """A name in ``folder`` that ``name`` may have meant: other case, other extension, or a slip."""
+    try:
+        # Bounded, so that a million images with one missing do not make a check slow.
+        names = [entry.name for entry in islice(os.scandir(folder), 20_000)]
+    except OSError:
+        return None
+    for same in (str.lower, lambda text: Path(text).stem, lambda text: Path(text).stem.lower()):
+        for candidate in sorted(names):
+            if same(candidate) == same(name):
+                return candidate
+    near = difflib.get_close_matches(name, names[:2_000], n=1, cutoff=0.8)
+    return near[0] if near else None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from phi3v.data.cache import cannot_write
-from phi3v.data.image_files import find_file
+from phi3v.data.images import find_file
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
 from phi3v.paths import file_hash

@@ -192,7 +192,7 @@ def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCoun
     if processor is None:
         return _estimate(record)
     from phi3v.data.collate import encode_record  # takes seconds to import, and a check may do without
-    from phi3v.processing.conversation import IGNORE_INDEX
+    from phi3v.processing.processor import IGNORE_INDEX
 
     # One token an image, and its own number added elsewhere: the runs of a page would cost the most.
     stream = encode_record(record, processor, [1] * len(record.images))

@@ -143,7 +143,7 @@ class PromptBatches(Dataset[PromptBatch]):
         )
 
     def _num_img_tokens(self, sample: Sample) -> list[int]:
-        return [self.questions.processor.image_processor.num_tokens_of_page(page.size) for page in sample.pages]
+        return [page.num_img_tokens for page in sample.pages]
 
     def __iter__(self) -> Iterator[PromptBatch]:
         return (self[number] for number in range(len(self)))

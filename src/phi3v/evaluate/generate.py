@@ -27,8 +27,7 @@ from phi3v.evaluate.batches import (
     whole_prompts,
 )
 from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
-from phi3v.processing.conversation import END
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import END, Phi3VProcessor
 
 
 @dataclass(frozen=True)

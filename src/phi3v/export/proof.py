@@ -24,8 +24,7 @@ from phi3v.data.jsonl import require_file
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.decoding import decode_answer, stop_token_ids
-from phi3v.processing.conversation import user_prompt
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import Phi3VProcessor, user_prompt
 from phi3v.train.finetuned import FinetunedModel
 
 NEW_TOKENS = 24  # of an answer

@@ -18,12 +18,15 @@ Every backend here computes this one function; ``packed_mask`` is its plain form
 They are registered with transformers under the names in ``BACKENDS``. A model with such an implementation takes
 ordinary rows too (generation), by SDPA.
 
-Shapes: ``T`` tokens of the row, ``D`` head size, ``h`` heads.
+`Phi3VRotaryEmbedding` gives the positions their angles: LongRoPE, with factors chosen per sample.
+
+Shapes: ``B`` rows, ``T`` tokens of the row, ``D`` head size, ``h`` heads.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,14 +35,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from phi3v.config import Attention
-from phi3v.errors import UserError
-from phi3v.machine import Accelerator
+from phi3v.model.configuration import Phi3VConfig
 
 # A group as (tokens of the prefix, tokens of each branch …). Plain numbers: nobody waits for the device to read them.
 Layout = tuple[tuple[int, ...], ...]
@@ -371,63 +373,60 @@ for _name in BACKENDS:
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 
-def choose_packed_attention(
-    wanted: Attention, gpu: Accelerator, dtype: torch.dtype, *, shares_prefixes: bool
-) -> tuple[str, str]:
-    """The implementation for packed rows and the reason for it.
+class Phi3VRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding with LongRoPE's short and long factors.
 
-    Raises:
-        UserError: what is asked for cannot run there.
+    ``inv_freq[i] = 1 / (factor[i] * theta ** (2i / D))`` and both tables are scaled by
+    ``sqrt(1 + ln(max / original) / ln(original))`` (LongRoPE, arXiv 2402.13753; `Phi3SuScaledRotaryEmbedding` of
+    the official ``modeling_phi3_v.py``). The official code picks the factors from the largest position of the
+    batch; here each row picks by its own length, so a neighbour never changes a sample's result.
+
+    The frequencies are not buffers: they stay float32 whatever dtype the model is cast to.
     """
-    names = {
-        "eager": "packed_mask",
-        "sdpa": "packed_segments",
-        "flex": "packed_flex",
-        "varlen": "packed_varlen",
-        "flash_attention_2": "packed_fa2",
-    }
-    if wanted != "auto":
-        obstacle = packed_obstacle(names[wanted], gpu, dtype)
-        if obstacle is None:
-            return names[wanted], "as configured"
-        raise UserError(
-            f"{wanted} cannot run: {obstacle}", where="model.attention", hint="leave it at auto, or use sdpa"
-        )
-    # FlexAttention reads a shared prefix where it lies; the others would copy its keys for every branch.
-    order = ["packed_varlen", "packed_fa2", "packed_flex"]
-    if shares_prefixes:
-        order.insert(0, order.pop())
-    obstacles: list[str] = []
-    for name in order:
-        obstacle = packed_obstacle(name, gpu, dtype)
-        if obstacle is None:
-            first = "rows share prefixes" if shares_prefixes else "rows of separate samples"
-            return name, "; ".join([f"{first}, {dtype} on {gpu.name}", *obstacles])
-        obstacles.append(obstacle)
-    return "packed_segments", "; ".join(dict.fromkeys(obstacles))
 
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        rope = config.rope_parameters
+        dim = config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
+        base = rope["rope_theta"] ** exponents
+        self.long_context_start = config.long_context_start
+        if rope["rope_type"] == "longrope":
+            factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32, device="cpu")
+            scale = config.max_position_embeddings / self.long_context_start
+            self.attention_scaling = (
+                math.sqrt(1 + math.log(scale) / math.log(self.long_context_start)) if scale > 1 else 1.0
+            )
+        else:
+            factors = torch.ones(2, dim // 2, device="cpu")
+            self.attention_scaling = 1.0
+        self._inv_freq = 1.0 / (factors * base)  # [2 = short, long; D / 2]
 
-def packed_obstacle(name: str, gpu: Accelerator, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot train on ``gpu`` in ``dtype``, or None."""
-    if name in ("packed_mask", "packed_segments"):
-        return None
-    if gpu.type != "cuda":
-        return f"flash and flex attention need a GPU, this is {gpu.type}"
-    if name == "packed_flex":
-        if not gpu.has("triton"):
-            return "FlexAttention needs triton, which is not installed"
-        return None if gpu.flash_attention else f"FlexAttention is not used on {gpu.name}"
-    return flash_obstacle(gpu, dtype, "flash_attn" if name == "packed_fa2" else "torch.nn.attention.varlen")
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """The short and the long frequencies on ``device``, float32 of shape (2, D / 2)."""
+        if self._inv_freq.device != device:
+            self._inv_freq = self._inv_freq.to(device)
+        return self._inv_freq
 
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, is_long: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables for ``position_ids`` (B, T).
 
-def flash_obstacle(gpu: Accelerator, dtype: torch.dtype, module: str) -> str | None:
-    """Why flash attention of ``module`` cannot run on ``gpu`` in ``dtype``, or None."""
-    if gpu.type != "cuda":
-        return f"flash attention needs a GPU, this is {gpu.type}"
-    if not gpu.flash_attention:
-        return f"flash attention has no kernels for {gpu.name}"
-    if not gpu.has(module):
+        Args:
+            is_long: (B, T) bool, whether a token's sample uses the long factors; by default a row is one sample and
+                its largest position tells.
+
+        Returns:
+            cos and sin, each (B, T, D), in the dtype of ``x``.
+        """
+        short, long = self.frequencies(position_ids.device)
+        if is_long is None:
+            is_long = position_ids.amax(dim=-1, keepdim=True) >= self.long_context_start  # [B, 1]
+        inv_freq = torch.where(is_long[..., None], long, short)  # [B, 1 or T, D / 2]
+        angles = position_ids[..., None].float() * inv_freq  # [B, T, D / 2]
+        angles = torch.cat((angles, angles), dim=-1)  # [B, T, D]
         return (
-            "flash-attn is not installed" if module == "flash_attn" else "this torch has no variable-length attention"
+            (angles.cos() * self.attention_scaling).to(x.dtype),
+            (angles.sin() * self.attention_scaling).to(x.dtype),
         )
-    return "flash attention does not compute in fp32" if dtype not in HALF else None

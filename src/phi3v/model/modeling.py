@@ -19,14 +19,13 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3v.json_files import content_of, read_json
-from phi3v.model.attention import BACKENDS, Layout, OutputBackend, prepare_row, to_device
+from phi3v.model.attention import BACKENDS, Layout, OutputBackend, Phi3VRotaryEmbedding, prepare_row, to_device
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.loss import LossKernel, causal_lm_loss
-from phi3v.model.rotary import Phi3VRotaryEmbedding
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
-from phi3v.processing.conversation import ImageAlignmentError, check_image_runs, image_runs
 from phi3v.processing.hd_transform import CROP_SIZE, cut_flat_pages, num_img_tokens
+from phi3v.processing.processor import ImageAlignmentError, check_image_runs, image_runs
 
 # transformers 5.24 renamed the cache from `past_key_values`; both names are met.
 CACHE_NAMES = ("cache", "past_key_values")

@@ -102,6 +102,11 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
     return page
 
 
+def to_page(image: Image.Image, num_crops: int) -> torch.Tensor:
+    """An RGB image resized and padded to its page, uint8 (height, width, 3), both multiples of 336."""
+    return torch.from_numpy(np.array(hd_transform(image, num_crops)))
+
+
 @lru_cache(maxsize=8)
 def _channel_values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """(3, 1, 1) float32, copied to the device only once."""

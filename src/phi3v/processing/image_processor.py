@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -20,9 +19,8 @@ from phi3v.processing.hd_transform import (
     OPENAI_CLIP_STD,
     TOKENS_PER_CROP,
     cut_pages,
-    hd_transform,
-    num_img_tokens,
     page_geometry,
+    to_page,
     to_rgb,
 )
 
@@ -69,10 +67,6 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Tokens of a ``width`` x ``height`` image."""
         return page_geometry(width, height, self.num_crops).num_img_tokens
 
-    def num_tokens_of_page(self, size: tuple[int, int]) -> int:
-        """Tokens of a page of ``size`` (height, width)."""
-        return num_img_tokens(size[0] // CROP_SIZE, size[1] // CROP_SIZE)
-
     def calc_num_image_tokens(self, images: Images) -> list[int]:
         """Tokens of each image."""
         return [self.calc_num_image_tokens_from_image_size(*image.size) for image in as_list(images)]
@@ -88,7 +82,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """
         if self.do_convert_rgb:
             image = to_rgb(image)
-        return torch.from_numpy(np.array(hd_transform(image, self.num_crops)))
+        return to_page(image, self.num_crops)
 
     def crops(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """The crops of one image and the size of its page.

@@ -20,7 +20,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from phi3v.data.image_files import read_image
+from phi3v.data.images import read_image
 from phi3v.errors import UserError
 from phi3v.evaluate.streaming import Sampling
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn, Which

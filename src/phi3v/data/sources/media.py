@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from phi3v.data.faults import quote
-from phi3v.data.image_files import find_file, near_name
-from phi3v.data.images import decode_image, image_size
+from phi3v.data.faults import near_name, quote
+from phi3v.data.images import decode_image, find_file, image_size
 from phi3v.data.schema import image_path_fault, json_kind
 from phi3v.errors import UserError
 

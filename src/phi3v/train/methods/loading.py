@@ -15,7 +15,7 @@ from phi3v.config import Attention, LoraConfig, RunConfig
 from phi3v.errors import UserError
 from phi3v.json_files import content_of
 from phi3v.machine import Accelerator
-from phi3v.model.attention import choose_packed_attention, flash_obstacle
+from phi3v.model.attention import HALF
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -189,6 +189,68 @@ def _choose_padded_attention(wanted: Attention, gpu: Accelerator, dtype: torch.d
     raise UserError(
         f"flash_attention_2 cannot run: {obstacle}", where="model.attention", hint="leave it at auto, or use sdpa"
     )
+
+
+def choose_packed_attention(
+    wanted: Attention, gpu: Accelerator, dtype: torch.dtype, *, shares_prefixes: bool
+) -> tuple[str, str]:
+    """The implementation for packed rows and the reason for it.
+
+    Raises:
+        UserError: what is asked for cannot run there.
+    """
+    names = {
+        "eager": "packed_mask",
+        "sdpa": "packed_segments",
+        "flex": "packed_flex",
+        "varlen": "packed_varlen",
+        "flash_attention_2": "packed_fa2",
+    }
+    if wanted != "auto":
+        obstacle = packed_obstacle(names[wanted], gpu, dtype)
+        if obstacle is None:
+            return names[wanted], "as configured"
+        raise UserError(
+            f"{wanted} cannot run: {obstacle}", where="model.attention", hint="leave it at auto, or use sdpa"
+        )
+    # FlexAttention reads a shared prefix where it lies; the others would copy its keys for every branch.
+    order = ["packed_varlen", "packed_fa2", "packed_flex"]
+    if shares_prefixes:
+        order.insert(0, order.pop())
+    obstacles: list[str] = []
+    for name in order:
+        obstacle = packed_obstacle(name, gpu, dtype)
+        if obstacle is None:
+            first = "rows share prefixes" if shares_prefixes else "rows of separate samples"
+            return name, "; ".join([f"{first}, {dtype} on {gpu.name}", *obstacles])
+        obstacles.append(obstacle)
+    return "packed_segments", "; ".join(dict.fromkeys(obstacles))
+
+
+def packed_obstacle(name: str, gpu: Accelerator, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot train on ``gpu`` in ``dtype``, or None."""
+    if name in ("packed_mask", "packed_segments"):
+        return None
+    if gpu.type != "cuda":
+        return f"flash and flex attention need a GPU, this is {gpu.type}"
+    if name == "packed_flex":
+        if not gpu.has("triton"):
+            return "FlexAttention needs triton, which is not installed"
+        return None if gpu.flash_attention else f"FlexAttention is not used on {gpu.name}"
+    return flash_obstacle(gpu, dtype, "flash_attn" if name == "packed_fa2" else "torch.nn.attention.varlen")
+
+
+def flash_obstacle(gpu: Accelerator, dtype: torch.dtype, module: str) -> str | None:
+    """Why flash attention of ``module`` cannot run on ``gpu`` in ``dtype``, or None."""
+    if gpu.type != "cuda":
+        return f"flash attention needs a GPU, this is {gpu.type}"
+    if not gpu.flash_attention:
+        return f"flash attention has no kernels for {gpu.name}"
+    if not gpu.has(module):
+        return (
+            "flash-attn is not installed" if module == "flash_attn" else "this torch has no variable-length attention"
+        )
+    return "flash attention does not compute in fp32" if dtype not in HALF else None
 
 
 def require_bitsandbytes() -> None:
