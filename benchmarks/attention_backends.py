@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from phi3v.machine import accelerator_of
-from phi3v.model.attention import BACKENDS, Layout, MaskBackend, packed_obstacle
+from phi3v.model.attention import BACKENDS, Layout, MaskBackend
+from phi3v.train.methods.loading import packed_obstacle
 
 # bfloat16 keeps 8 bits. Outputs and gradients are averages of many rounded numbers: on the norm they stay within a
 # few roundings, 2 ** -8 each, of the float32 reference; a wrong mask is off by the norm itself.

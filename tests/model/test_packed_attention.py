@@ -22,14 +22,13 @@ from phi3v.model.attention import (
     OutputBackend,
     SegmentBackend,
     VarlenBackend,
-    choose_packed_attention,
-    packed_obstacle,
     position_ids,
     prepare_row,
     uses_long_factors,
     visible,
 )
 from phi3v.model.loss import find_targets
+from phi3v.train.methods.loading import choose_packed_attention, packed_obstacle
 
 TOLERANCE = 2e-6
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -107,16 +106,15 @@ def to_page(image: Image.Image, num_crops: int) -> torch.Tensor:
     return torch.from_numpy(np.array(hd_transform(image, num_crops)))
 
 
-@lru_cache(maxsize=8)
-def _channel_values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) float32, copied to the device only once."""
-    return torch.tensor(values, device=device)[:, None, None]
+def _channel_values(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) float32, on the device without waiting for it."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None].to(device, non_blocking=True)
 
 
 def _normalised(pages: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """float32 (n, 3, height, width) of pages (n, height, width, 3)."""
     pixels = pages.permute(0, 3, 1, 2).float().div_(255)
-    return pixels.sub_(_channel_values(tuple(mean), pages.device)).div_(_channel_values(tuple(std), pages.device))
+    return pixels.sub_(_channel_values(mean, pages.device)).div_(_channel_values(std, pages.device))
 
 
 def cut_pages(
