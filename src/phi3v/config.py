@@ -250,6 +250,11 @@ class MethodConfig:
                 hint="use gaussian, or method.name lora",
             )
 
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether adapters on a frozen model are trained."""
+        return self.name in ("lora", "qlora")
+
 
 @dataclass
 class LearningRates:

@@ -67,7 +67,7 @@ class TrainSetup:
 
     @property
     def is_adapter(self) -> bool:
-        return self.method.name in ("lora", "qlora")
+        return self.method.uses_adapters
 
     @property
     def is_sharded(self) -> bool:

@@ -294,7 +294,7 @@ def evaluation_data(case: Case) -> Iterator[UserError]:
 
 def lora_targets(case: Case) -> Iterator[UserError]:
     model, method = case.model, case.config.method
-    if model is not None and method.name in ("lora", "qlora"):
+    if model is not None and method.uses_adapters:
         yield from _raised(lambda: target_modules(model, method.lora))
 
 

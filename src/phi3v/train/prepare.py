@@ -191,7 +191,6 @@ def _choose_checkpointing(
 
 
 def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: RuntimeDevice) -> Activations:
-    is_adapter = config.method.name in ("lora", "qlora")
     return Activations(
         ModelShape.of(model.config),
         Gradients.of(model),
@@ -199,7 +198,7 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: Runt
         residual_bytes=residual_bytes(compute.precision, config.method),
         attention=kind_of_attention(facts.attention),
         packing=config.data.packing,
-        adapter_rank=config.method.lora.rank if is_adapter else None,
+        adapter_rank=config.method.lora.rank if config.method.uses_adapters else None,
     )
 
 
@@ -299,7 +298,7 @@ def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: Re
         model: without weights, and no method applied to it.
     """
     tower_trained = "vision" in Case(config, compute, model).trained
-    adapters = config.method.name in ("lora", "qlora")
+    adapters = config.method.uses_adapters
     cost = ModelShape.of(model.config).crop_cost(tower_trained=tower_trained, adapters=adapters)
     return BatchPlan(
         lengths,

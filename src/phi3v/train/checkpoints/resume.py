@@ -298,7 +298,7 @@ def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: RuntimeDe
         f"saved on {state['world_size']} ranks, going on on {compute.world_size}: every step has the same samples, and "
         "their gradients are summed in another order, so numbers agree up to rounding"
     ]
-    if config.method.name in ("lora", "qlora") and config.method.lora.dropout > 0:
+    if config.method.uses_adapters and config.method.lora.dropout > 0:
         lines.append("dropout draws other numbers than it would have on the same ranks")
     return lines
 

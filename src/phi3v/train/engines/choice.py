@@ -49,7 +49,7 @@ def choose_engine(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
 
 
 def _auto(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
-    if config.method.name in ("lora", "qlora"):
+    if config.method.uses_adapters:
         return EngineChoice("ddp", "adapters are small; as the public recipe")
     if not compute.gpu.has("deepspeed"):
         return EngineChoice("ddp", "the public recipe takes zero2, but DeepSpeed is not installed")

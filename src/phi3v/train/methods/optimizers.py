@@ -255,9 +255,9 @@ def _group_and_rate(name: str, config: RunConfig) -> tuple[str, float]:
 
 def has_several_rates(config: RunConfig) -> bool:
     """Whether not all parameters share one learning rate."""
-    uses_adapters = config.method.name in ("lora", "qlora")
     rates = dataclasses.astuple(config.training.learning_rates)
-    return any(rate is not None for rate in rates) or (uses_adapters and config.method.lora.lora_plus_ratio is not None)
+    has_lora_plus = config.method.uses_adapters and config.method.lora.lora_plus_ratio is not None
+    return has_lora_plus or any(rate is not None for rate in rates)
 
 
 def keeps_bf16_weights(training: TrainingConfig) -> bool:

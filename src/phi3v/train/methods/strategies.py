@@ -62,7 +62,7 @@ def apply_method(model: Phi3VForCausalLM, method: MethodConfig, trained_dtype: t
     Args:
         trained_dtype: of the trained tensors.
     """
-    if method.name in ("lora", "qlora"):
+    if method.uses_adapters:
         model = add_adapters(model, method.lora)
     else:
         for name, parameter in model.named_parameters():
@@ -95,7 +95,7 @@ def trained_parts(model: Phi3VForCausalLM, method: MethodConfig) -> frozenset[st
     Raises:
         UserError: a LoRA target matches no linear layer that runs.
     """
-    if method.name in ("lora", "qlora"):
+    if method.uses_adapters:
         return frozenset(map(part_of, target_modules(model, method.lora))) | frozenset(method.lora.also_train)
     language = frozenset({"decoder", "head"})
     if method.name == "frozen-vision":
