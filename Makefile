@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := quickstart
+# Libraries whose versions do not fit beside each other are tested in environments of their own.
+ECOSYSTEM := $(patsubst tests/ecosystem/%/requirements.txt,%,$(wildcard tests/ecosystem/*/requirements.txt))
 
-.PHONY: help quickstart test check style docs clean
+.PHONY: help quickstart test test-ecosystem check style docs clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -25,6 +27,14 @@ quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: LoRA on a tiny 
 test: check  ## linter, type checker and the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-ecosystem: $(ECOSYSTEM:%=.venv-ecosystem/%/.installed)  ## the libraries that take the model, each in its own environment
+	set -e; for name in $(ECOSYSTEM); do .venv-ecosystem/$$name/bin/python -m pytest tests/ecosystem/$$name; done
+
+.venv-ecosystem/%/.installed: tests/ecosystem/%/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-ecosystem/$*
+	.venv-ecosystem/$*/bin/python -m pip install --quiet -r $< -e .
+	@touch $@
+
 check: $(VENV)/.installed  ## linter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +50,4 @@ docs: $(VENV)/.installed  ## build the site of docs/ in build/site; it opens wit
 	@echo "open build/site/index.html"
 
 clean:  ## remove .venv and the files of the quickstart
-	rm -rf $(VENV) $(QUICKSTART)
+	rm -rf $(VENV) .venv-ecosystem $(QUICKSTART)
