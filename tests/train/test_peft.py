@@ -123,7 +123,7 @@ def test_what_is_trained_in_full_travels_with_the_adapter(
     assert moved > len(full) / 2  # all but what no forward pass runs
 
 
-# One cannot train in full what another adapts: PEFT does not find the layers of the second within the copy of the first.
+# None trains in full what another adapts: PEFT does not find the layers of the second in the copy of the first.
 @pytest.mark.parametrize("names", [("projector", "head", "other"), ("vision", "head"), ("dora", "head", "pissa")])
 def test_several_at_once(names: tuple[str, ...], adapters: dict[str, Path], small_model_dir: Path, inputs: Any) -> None:
     model = PeftModel.from_pretrained(base(small_model_dir), adapters[names[0]], adapter_name=names[0])
