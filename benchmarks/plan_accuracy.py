@@ -172,13 +172,13 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
     config, _ = planned_config(str(folder))
     shape = ModelShape.of(config)
     processor = Phi3VProcessor.from_pretrained(folder)
-    compute = choose_device("fp32")
+    runtime = choose_device("fp32")
     rows = []
     for case in cases():
         method = MethodConfig(name=case.method, lora=LoraConfig(rank=8))  # type: ignore[arg-type]
         packing = ROWS[case.batch][0] if case.batch in ROWS else "none"
         run = RunConfig(model=ModelConfig(path=str(folder)), method=method, data=DataConfig(packing=packing))
-        model = load_for_training(run, inspect_model(run, compute), compute)
+        model = load_for_training(run, inspect_model(run, runtime), runtime)
         if case.checkpointing == "full":
             apply_checkpointing(model, "full")
         batch, micro = make_row(processor, case.batch) if packing != "none" else make_batch(processor, case.batch)

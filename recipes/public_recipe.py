@@ -233,8 +233,8 @@ def _train(task: Task, flags: argparse.Namespace, console: Console) -> None:
     else:
         # Find errors before hours of download.
         check_run_folder(config)
-        compute = choose_device(config.training.precision)
-        require_possible(Case(config, compute, inspect_model(config, compute).skeleton))
+        runtime = choose_device(config.training.precision)
+        require_possible(Case(config, runtime, inspect_model(config, runtime).skeleton))
         files = _converted_data(task, console, small=not getattr(flags, "full_train", False), bars=flags.progress_bar)
     train, to_evaluate_on = files
     config.data = DataConfig(train=str(train), eval=str(to_evaluate_on))

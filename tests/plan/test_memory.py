@@ -47,8 +47,8 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
     """
     choice = MethodConfig(name=method, lora=LoraConfig(rank=4))
     run = RunConfig(model=ModelConfig(path=str(tiny_model_dir)), method=choice)
-    compute = choose_device(precision)  # type: ignore[arg-type]
-    model = load_for_training(run, inspect_model(run, compute), compute).train()
+    runtime = choose_device(precision)  # type: ignore[arg-type]
+    model = load_for_training(run, inspect_model(run, runtime), runtime).train()
     config, _ = planned_config(str(tiny_model_dir))
     shape, counts = ModelShape.of(config), count_parameters(config, choice, precision)
     text, picture = 20, 313
@@ -71,7 +71,7 @@ def test_activations_are_what_autograd_keeps(tiny_model_dir: Path, method: Metho
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        autocast = torch.autocast("cpu", compute.dtype, enabled=precision != "fp32")
+        autocast = torch.autocast("cpu", runtime.dtype, enabled=precision != "fp32")
         with autocast:
             model(**inputs, logits_to_keep=None, use_cache=False)
     batch = MicroBatch(1, len(sample.input_ids), picture, 1, text)

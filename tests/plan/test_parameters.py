@@ -66,8 +66,8 @@ def test_a_loaded_model_has_the_bytes_that_were_counted(
     """bitsandbytes shares one code book among the layers of the CPU or not: half a kilobyte a layer is left open."""
     choice = MethodConfig(name=method, lora=LoraConfig(rank=4))
     run = RunConfig(model=ModelConfig(path=str(tiny_model_dir)), method=choice)
-    compute = choose_device(precision)  # type: ignore[arg-type]
-    model = load_for_training(run, inspect_model(run, compute), compute)
+    runtime = choose_device(precision)  # type: ignore[arg-type]
+    model = load_for_training(run, inspect_model(run, runtime), runtime)
     config, _ = planned_config(str(tiny_model_dir))
     counts = count_parameters(config, choice, precision)
     counted = sum(tensor.numel() * tensor.element_size() for tensor in tensors(model))

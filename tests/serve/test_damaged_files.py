@@ -128,13 +128,13 @@ def test_a_wrong_value_is_read_or_refused(small_model_dir: Path, tmp_path: Path,
 def test_a_wrong_value_of_the_model_is_read_or_refused(small_model_dir: Path, tmp_path: Path) -> None:
     folder = linked(small_model_dir, tmp_path / "model")
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config, compute = RunConfig(model=ModelConfig(str(folder))), choose_device("fp32")
+    config, runtime = RunConfig(model=ModelConfig(str(folder))), choose_device("fp32")
     refused = set()
     for number, key in enumerate(fields):
         for wrong in (WRONG[number % len(WRONG)], WRONG[(number + 3) % len(WRONG)]):
             damaged(folder / "config.json", json.dumps(fields | {key: wrong}).encode())
             try:
-                inspect_model(config, compute)
+                inspect_model(config, runtime)
             except UserError:
                 refused.add(key)
     assert {"hidden_size", "num_hidden_layers", "model_type"} <= refused

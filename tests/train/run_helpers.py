@@ -23,5 +23,5 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def load(folder: Path, method: MethodConfig, precision: Precision = "fp32"):  # type: ignore[no-untyped-def]
     """The model as a run would get it."""
     config = RunConfig(model=ModelConfig(path=str(folder)), method=method)
-    compute = choose_device(precision)
-    return load_for_training(config, inspect_model(config, compute), compute)
+    runtime = choose_device(precision)
+    return load_for_training(config, inspect_model(config, runtime), runtime)

@@ -15,7 +15,7 @@ from phi3v.errors import UserError
 from phi3v.findings import Report
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.hardware import Machine, find_machine
-from phi3v.plan.inputs import planned_compute, recipe_changes, setup_from_config
+from phi3v.plan.inputs import planned_runtime, recipe_changes, setup_from_config
 from phi3v.plan.planner import Planner
 from phi3v.train import prepare as setup
 from phi3v.train.checks import Case, refusals
@@ -94,7 +94,7 @@ def files(tmp_path: Path, easy_vqa: Path, monkeypatch: pytest.MonkeyPatch) -> di
 
 def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
     try:
-        setup.prepare(config, Console(quiet=True), planned_compute(config, machine), HostCollectives(1))
+        setup.prepare(config, Console(quiet=True), planned_runtime(config, machine), HostCollectives(1))
     except UserError as error:
         return f"{error.where}: {error.what}"
     except BegunError:
@@ -104,7 +104,7 @@ def refused_by_train(config: RunConfig, machine: Machine) -> str | None:
 
 def failed_by_doctor(config: RunConfig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
-        diagnosis, "choose_device", lambda precision: planned_compute(config, machine), HostCollectives(1)
+        diagnosis, "choose_device", lambda precision: planned_runtime(config, machine), HostCollectives(1)
     )
     report = Report()
     case, _, processor = diagnosis.check_setup(config, report)
@@ -120,7 +120,7 @@ def refused_by_plan(planner: Planner, machine: Machine) -> str | None:
         return f"{error.where}: {error.what}"
     if plan.recommended is not None:
         recipe = planner.config.with_keys(recipe_changes(plan.recommended.setup))
-        facts = Case(recipe, planned_compute(recipe, machine), planner.skeleton, planner.data)
+        facts = Case(recipe, planned_runtime(recipe, machine), planner.skeleton, planner.data)
         assert not refusals(facts)
     return plan.own.reason if plan.own.refusal else None
 

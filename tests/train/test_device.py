@@ -17,8 +17,8 @@ def test_readers_share_the_cores_of_their_machine(
     gpus: int, nodes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "available_cores", lambda: 96)
-    compute = RuntimeDevice(torch.device("cuda"), "bf16", "", 0, gpus * nodes, node_ranks=gpus)
-    assert default_workers(compute) == expected
+    runtime = RuntimeDevice(torch.device("cuda"), "bf16", "", 0, gpus * nodes, node_ranks=gpus)
+    assert default_workers(runtime) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_ranks_of_a_machine_as_launchers_tell_them(
     state = SimpleNamespace(process_index=9, num_processes=16, local_process_index=1)
     monkeypatch.setattr(device, "PartialState", lambda **kwargs: state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    compute = choose_device("fp32")
-    assert (compute.rank, compute.world_size, compute.node_ranks) == (9, 16, expected)
-    assert compute.gpu == machine.CPU
+    runtime = choose_device("fp32")
+    assert (runtime.rank, runtime.world_size, runtime.node_ranks) == (9, 16, expected)
+    assert runtime.gpu == machine.CPU

@@ -231,10 +231,10 @@ def config(*overrides: object) -> RunConfig:
 
 
 def refused(ranks: int, *overrides: object) -> str:
-    return "\n".join(map(str, refusals(Case(config(*overrides), compute(ranks)))))
+    return "\n".join(map(str, refusals(Case(config(*overrides), runtime(ranks)))))
 
 
-def compute(ranks: int, precision: str = "fp32") -> RuntimeDevice:
+def runtime(ranks: int, precision: str = "fp32") -> RuntimeDevice:
     return RuntimeDevice(torch.device("cpu"), precision, "", 0, ranks)
 
 
@@ -243,19 +243,19 @@ def compute(ranks: int, precision: str = "fp32") -> RuntimeDevice:
     [(1, "full", "none"), (2, "full", "zero2"), (2, "frozen-vision", "zero2"), (2, "lora", "ddp"), (2, "qlora", "ddp")],
 )
 def test_the_default_is_the_public_recipes(ranks: int, method: str, expected: str) -> None:
-    assert choose_engine(config("method.name", method), compute(ranks)).name == expected
+    assert choose_engine(config("method.name", method), runtime(ranks)).name == expected
 
 
 def test_the_default_goes_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    choice = choose_engine(config(), compute(2))
+    choice = choose_engine(config(), runtime(2))
     assert choice.name == "ddp"
     assert "DeepSpeed is not installed" in choice.reason
     assert re.search(r"(?s)zero2 needs DeepSpeed.*phi3v\[deepspeed\]", refused(2, "distributed.engine", "zero2"))
 
 
 def test_the_default_respects_the_optimizer() -> None:
-    choice = choose_engine(config("training.optimizer", "adamw_8bit"), compute(2))
+    choice = choose_engine(config("training.optimizer", "adamw_8bit"), runtime(2))
     assert (choice.name, "does not go with adamw_8bit" in choice.reason) == ("ddp", True)
 
 

@@ -147,12 +147,12 @@ def _fill(model: Path, data: Path, caches: list[Path], ran: Path) -> None:
     if len(caches) > 1:  # each rank is a node of its own
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ["PHI3V_CACHE"] = str(caches[rank % len(caches)])
-    compute = choose_device("fp32")
+    runtime = choose_device("fp32")
     if rank == 1:  # looks at the disk when the other has begun to fill it
         time.sleep(2)
     processor = Phi3VProcessor.from_pretrained(model).image_processor
     table = open_table(data)
-    store = fill_features("disk", load(model, FROZEN), table, processor, compute, Console(quiet=True))
+    store = fill_features("disk", load(model, FROZEN), table, processor, runtime, Console(quiet=True))
     names = {name for record in table for turn in record.turns for name in turn.images}
     assert store is not None
     (ran / str(rank)).write_text(json.dumps([name in store for name in sorted(names)]))

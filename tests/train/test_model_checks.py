@@ -79,11 +79,11 @@ def test_flash_attention_where_it_cannot_run(train: Train, model: Path, capsys: 
 
 
 def test_auto_attention_says_why() -> None:
-    compute = choose_device("fp32")
-    name, reason = choose_attention(RunConfig(), compute)
+    runtime = choose_device("fp32")
+    name, reason = choose_attention(RunConfig(), runtime)
     assert name == "sdpa"
     assert "needs a GPU" in reason
-    assert choose_attention(RunConfig(ModelConfig(attention="eager")), compute) == ("eager", "as configured")
+    assert choose_attention(RunConfig(ModelConfig(attention="eager")), runtime) == ("eager", "as configured")
 
 
 def test_a_run_does_not_replace_its_own_model(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,12 +190,12 @@ def test_runs_and_learns(train: Train, settings: dict[str, Any]) -> None:
     assert (folder / "final" / "manifest.json").is_file()
 
 
-COMPUTE = RuntimeDevice(torch.device("cpu"), "bf16", "", 0, 1)
+RUNTIME = RuntimeDevice(torch.device("cpu"), "bf16", "", 0, 1)
 LEAN: dict[str, Any] = {"lean": True, "optimizer": "adamw_8bit", "max_grad_norm": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("settings", "compute", "message"),
+    ("settings", "runtime", "message"),
     [
         ({"optimizer": "adamw_bf16"}, {"precision": "fp16"}, "the precision is fp16"),
         (LEAN, {"precision": "fp32"}, "the precision is fp32"),
@@ -206,15 +206,15 @@ LEAN: dict[str, Any] = {"lean": True, "optimizer": "adamw_8bit", "max_grad_norm"
         (LEAN | {"activation_checkpointing": "none"}, {}, "recomputes all activations"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings: dict[str, Any], compute: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], runtime: dict[str, Any], message: str) -> None:
     config = RunConfig(training=TrainingConfig(**{"batch_size": 4, "micro_batch_size": 4} | settings))
-    found = refusals(Case(config, dataclasses.replace(COMPUTE, **compute)))
+    found = refusals(Case(config, dataclasses.replace(RUNTIME, **runtime)))
     assert any(message in str(refusal) for refusal in found)
 
 
 def test_lean_mode_takes_no_packed_rows() -> None:
     config = RunConfig(data=DataConfig(packing="samples"), training=TrainingConfig(**LEAN))
-    (refusal,) = refusals(Case(config, COMPUTE))
+    (refusal,) = refusals(Case(config, RUNTIME))
     assert "a step of packed rows may have several" in str(refusal)
 
 

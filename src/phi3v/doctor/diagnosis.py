@@ -59,7 +59,7 @@ def diagnose(config: RunConfig, console: Console) -> Report:
         report.say("run folder", "pass", f"{folder} is free for a run")
     report.add(check_disk(config))
     if case is not None:
-        _check_workers(config, case.compute, report)
+        _check_workers(config, case.runtime, report)
     case, table, eval_table = check_data(config, report, case, processor)
     if table is not None and eval_table is not None:
         with report.checking("overlap"):
@@ -70,16 +70,16 @@ def diagnose(config: RunConfig, console: Console) -> Report:
         _check_records(config, report, facts, processor, table, eval_table)
         if not report.has_failed("lengths"):
             lengths = require_lengths(config, table, facts, processor)
-            plan = make_plan(config, case.compute, facts.skeleton, lengths)
+            plan = make_plan(config, case.runtime, facts.skeleton, lengths)
             report.add(describe_schedule(config.training, total_steps(config.training, plan.num_steps)))
     if case is not None and facts is not None and not report.has_failed("lengths") and not refusals(case):
         with report.checking("plan"):
-            _check_plan(config, report, case.compute)
+            _check_plan(config, report, case.runtime)
     if not report.ok:
         report.say("gradients", "warn", "not tried: something before them failed")
     elif case is not None and facts is not None and processor is not None and table is not None:
         with report.checking("gradients"):
-            _check_gradients(config, report, case.compute, facts, processor, table)
+            _check_gradients(config, report, case.runtime, facts, processor, table)
     failed = sum(finding.verdict == "fail" for finding in report.findings)
     warned = sum(finding.verdict == "warn" for finding in report.findings)
     summary = f"{failed} failed, {warned} warnings" if failed or warned else "ready to train"
@@ -111,15 +111,15 @@ def check_setup(config: RunConfig, report: Report) -> tuple[Case | None, ModelFa
     """Device, configuration and model, as far as they can be had."""
     facts, processor = None, None
     try:
-        compute = choose_device(config.training.precision)
+        runtime = choose_device(config.training.precision)
     except UserError as error:
         report.fail("precision", error)
         return None, None, None
-    report.say("precision", "pass", f"{compute.precision} ({compute.reason})")
-    case = Case(config, compute)
+    report.say("precision", "pass", f"{runtime.precision} ({runtime.reason})")
+    case = Case(config, runtime)
     if not _refuse(report, "configuration", case):
         with report.checking("configuration"):
-            accumulation = config.accumulation_steps(compute.world_size)
+            accumulation = config.accumulation_steps(runtime.world_size)
             report.say(
                 "configuration",
                 "pass",
@@ -127,7 +127,7 @@ def check_setup(config: RunConfig, report: Report) -> tuple[Case | None, ModelFa
                 f"{config.training.micro_batch_size} at a time, {accumulation} accumulated",
             )
     with report.checking("model"):
-        facts = inspect_model(config, compute)
+        facts = inspect_model(config, runtime)
         processor = load_processor(config)
         case = replace(case, model=facts.skeleton)
         if not _refuse(report, "model", case):
@@ -152,12 +152,12 @@ def check_disk(config: RunConfig) -> Finding:
     return Finding("disk", "fail", what, "free some space, or choose another training.output_dir")
 
 
-def _check_workers(config: RunConfig, compute: RuntimeDevice, report: Report) -> None:
+def _check_workers(config: RunConfig, runtime: RuntimeDevice, report: Report) -> None:
     cores, wanted = available_cores(), config.data.num_workers
-    workers = default_workers(compute) if wanted is None else wanted
-    if workers * compute.node_ranks > max(1, cores):
+    workers = default_workers(runtime) if wanted is None else wanted
+    if workers * runtime.node_ranks > max(1, cores):
         what = f"{workers} reading processes a rank on {cores} cores get in each other's way"
-        hint = f"set data.num_workers to at most {max(0, cores // compute.node_ranks - 1)}"
+        hint = f"set data.num_workers to at most {max(0, cores // runtime.node_ranks - 1)}"
         report.say("workers", "warn", what, hint)
     else:
         fed = max(1, workers) * PAGES_PER_CORE
@@ -285,9 +285,9 @@ def _check_labels(report: Report, processor: Phi3VProcessor, table: RecordTable)
         report.say("end of answers", "pass", what)
 
 
-def _check_plan(config: RunConfig, report: Report, compute: RuntimeDevice) -> None:
+def _check_plan(config: RunConfig, report: Report, runtime: RuntimeDevice) -> None:
     """Whether the recipe as it is fits this machine."""
-    plan = Planner(config, progress=False).plan(Machine(this_machine().gpu, compute.world_size))
+    plan = Planner(config, progress=False).plan(Machine(this_machine().gpu, runtime.world_size))
     own = plan.own
     if own.fits and not own.changes:
         speed = own.speed
@@ -304,13 +304,13 @@ def _check_plan(config: RunConfig, report: Report, compute: RuntimeDevice) -> No
 def _check_gradients(
     config: RunConfig,
     report: Report,
-    compute: RuntimeDevice,
+    runtime: RuntimeDevice,
     facts: ModelFacts,
     processor: Phi3VProcessor,
     table: RecordTable,
 ) -> None:
     """One real forward and backward pass on the smallest batch."""
-    model = load_for_training(config, facts, compute)
+    model = load_for_training(config, facts, runtime)
     for part in summarize(model):
         adapters = ", ".join(f"{name} ×{count}" for name, count in part.adapters.items())
         trained = f"{part.trainable:,} of {part.total:,} parameters" if part.trainable else "frozen"
@@ -319,7 +319,7 @@ def _check_gradients(
     with_images = counts.nonzero()[0]
     smallest = int(with_images[counts[with_images].argmin()]) if len(with_images) else 0
     batch = RowDataset(table, processor)[RowPlan(((smallest,),), ends_step=True)]
-    checked = check_gradients(model, batch, autocast_dtype=compute.autocast_dtype)
+    checked = check_gradients(model, batch, autocast_dtype=runtime.autocast_dtype)
     report.say("gradients", "pass", f"all {checked} trainable tensors get one, no frozen one does")
 
 

@@ -138,19 +138,19 @@ def _write(
     tuned: FinetunedModel,
     folder: Path,
     probes: Sequence[Probe],
-    compute: RuntimeDevice,
+    runtime: RuntimeDevice,
     dtype: torch.dtype | None,
     max_shard_size: str,
 ) -> _Written:
     """Write the folder: without ``dtype`` the adapter, else a whole model."""
-    model, processor = load_tuned(tuned, compute)
+    model, processor = load_tuned(tuned, runtime)
     if tuned.adapter is None:
         model = model.float()
     answers = exported = answer_probes(model, processor, probes)
     if tuned.adapter is not None and tuned.is_quantised:
         del model
         model = load_weights(tuned.base, dtype=torch.float32)
-        model = PeftModel.from_pretrained(model, str(tuned.adapter)).eval().to(compute.device)
+        model = PeftModel.from_pretrained(model, str(tuned.adapter)).eval().to(runtime.device)
         exported = answer_probes(model, processor, probes)
     merge = None
     if dtype is None:

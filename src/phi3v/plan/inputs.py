@@ -81,7 +81,7 @@ class TrainSetup:
         return replace(self, method=replace(self.method, name=name, lora=replace(self.method.lora, init="gaussian")))
 
 
-def planned_compute(config: RunConfig, machine: Machine) -> RuntimeDevice:
+def planned_runtime(config: RunConfig, machine: Machine) -> RuntimeDevice:
     """What a rank of ``machine`` would compute in.
 
     Raises:
@@ -97,7 +97,7 @@ def engine_of(config: RunConfig, machine: Machine, method: MethodName) -> Engine
     asked = copy.copy(config)
     asked.method = copy.copy(config.method)
     asked.method.name = method
-    name = choose_engine(asked, planned_compute(config, machine)).name
+    name = choose_engine(asked, planned_runtime(config, machine)).name
     return "ddp" if name == "none" else name
 
 
@@ -107,15 +107,15 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
     Raises:
         UserError: the machine cannot compute in the precision, or lacks the attention, that is asked for.
     """
-    training, compute = config.training, planned_compute(config, machine)
+    training, runtime = config.training, planned_runtime(config, machine)
     wanted = training.activation_checkpointing
     return TrainSetup(
         method=config.method,
         engine=engine_of(config, machine, config.method.name),
         offload_optimizer=config.distributed.offload_optimizer,
         gpus=machine.gpus,
-        precision=compute.precision,
-        attention=kind_of_attention(choose_attention(config, compute)[0]),
+        precision=runtime.precision,
+        attention=kind_of_attention(choose_attention(config, runtime)[0]),
         # `auto` recomputes all where memory is short.
         checkpointing="full" if training.lean or wanted == "auto" else wanted,
         optimizer=training.optimizer,

@@ -21,7 +21,7 @@ from phi3v.plan.inputs import (
     Engine,
     TrainSetup,
     engine_of,
-    planned_compute,
+    planned_runtime,
     recipe_changes,
     setup_from_config,
 )
@@ -144,7 +144,7 @@ class Planner:
         return Option(best, False, (), reason, best_memory, None)
 
     def _case(self, config: RunConfig, machine: Machine) -> Case:
-        return Case(config, planned_compute(config, machine), self.skeleton, self.data)
+        return Case(config, planned_runtime(config, machine), self.skeleton, self.data)
 
     def _refusal(self, setup: TrainSetup, machine: Machine) -> UserError | None:
         """Why `phi3v train` would not begin with a set-up."""
@@ -157,7 +157,7 @@ class Planner:
     def _packed(self, setup: TrainSetup, packing: Packing, machine: Machine) -> TrainSetup:
         """A set-up with packed rows, which other attention computes."""
         config = self.config.with_keys({"data.packing": packing, "training.micro_batch_size": 1})
-        attention = kind_of_attention(choose_attention(config, planned_compute(config, machine))[0])
+        attention = kind_of_attention(choose_attention(config, planned_runtime(config, machine))[0])
         return replace(setup, packing=packing, micro_batch=1, attention=attention)
 
     def memory(self, setup: TrainSetup, machine: Machine) -> Memory:

@@ -111,12 +111,12 @@ def _load_chat(arguments: argparse.Namespace, console: Console, limits: Limits) 
 
     base = arguments.base
     tuned = resolve_model(arguments.model, base)
-    compute = choose_device(arguments.precision or tuned.run.training.precision)
+    runtime = choose_device(arguments.precision or tuned.run.training.precision)
     system, num_crops = arguments.system, arguments.num_crops
-    chat = Chat(tuned, compute, base=base, num_crops=num_crops, system=system, limits=limits)
+    chat = Chat(tuned, runtime, base=base, num_crops=num_crops, system=system, limits=limits)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     say(console, f"asking {chat.tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}")
-    say(console, f"device: {compute.device}, {compute.precision} ({compute.reason})")
+    say(console, f"device: {runtime.device}, {runtime.precision} ({runtime.reason})")
     if arguments.compare and not chat.can_compare:
         raise UserError("there is no model to compare with", where="--compare", hint="name it with --model")
     return chat

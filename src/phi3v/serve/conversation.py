@@ -86,7 +86,7 @@ class Chat:
     def __init__(
         self,
         tuned: FinetunedModel,
-        compute: RuntimeDevice,
+        runtime: RuntimeDevice,
         *,
         base: str | None = None,
         num_crops: int | None = None,
@@ -94,15 +94,15 @@ class Chat:
         limits: Limits = LIMITS,
     ) -> None:
         self.tuned = tuned
-        self.compute = compute
+        self.runtime = runtime
         self.limits = limits
         self.base = tuned.base if tuned.adapter is not None else base or _local_origin(tuned)
         self._lock = threading.Lock()
         self._num_crops = num_crops
         self._system = escape_special_text(system) if system else None
         if base is not None and tuned.adapter is None:  # an error now, not at the first question
-            inspect_model(RunConfig(model=ModelConfig(resolve_model(base).base)), compute)
-        model, processor = load_tuned(tuned, compute, num_crops=num_crops)
+            inspect_model(RunConfig(model=ModelConfig(resolve_model(base).base)), runtime)
+        model, processor = load_tuned(tuned, runtime, num_crops=num_crops)
         require_clip_statistics(processor.image_processor)
         self._loaded: dict[Which, tuple[Any, Phi3VProcessor]] = {"tuned": (model, processor)}
 
@@ -138,7 +138,7 @@ class Chat:
             prompt,
             max_new_tokens=settings.max_new_tokens,
             sampling=settings.sampling,
-            autocast_dtype=self.compute.autocast_dtype,
+            autocast_dtype=self.runtime.autocast_dtype,
             around=lambda: self._alone(model, which),
         )
         if not is_whole:
@@ -158,7 +158,7 @@ class Chat:
             if which not in self._loaded:
                 if self.base is None:
                     raise UserError("there is no model to compare with", hint="name it with --model")
-                self._loaded[which] = load_tuned(resolve_model(self.base), self.compute, num_crops=self._num_crops)
+                self._loaded[which] = load_tuned(resolve_model(self.base), self.runtime, num_crops=self._num_crops)
             return self._loaded[which]
 
     def _prompt(

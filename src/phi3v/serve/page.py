@@ -283,7 +283,7 @@ def _chatbot(label: str, name: str, *, visible: bool = True) -> Any:
 
 def _head(chat: Chat, title: str) -> str:
     """The model and its base by name, without the folders they are in."""
-    facts = [f"{chat.compute.device}, {chat.compute.precision}"]
+    facts = [f"{chat.runtime.device}, {chat.runtime.precision}"]
     if chat.base is not None:
         how = "adapter on" if chat.tuned.adapter is not None else "compared with"
         name = Path(chat.base).name if Path(chat.base).is_absolute() else chat.base

@@ -55,18 +55,18 @@ class Case:
     """A run to be checked; of what is not known yet, nothing is refused.
 
     Attributes:
-        compute: of the machine that it is to run on, which may be another than this.
+        runtime: of the machine that it is to run on, which may be another than this.
         model: without weights, and no method applied to it.
     """
 
     config: RunConfig
-    compute: RuntimeDevice
+    runtime: RuntimeDevice
     model: Phi3VForCausalLM | None = None
     data: DataFacts | None = None
 
     @cached_property
     def engine(self) -> EngineChoice:
-        return choose_engine(self.config, self.compute)
+        return choose_engine(self.config, self.runtime)
 
     @cached_property
     def trained(self) -> frozenset[str]:
@@ -101,7 +101,7 @@ def _raised(work: Callable[[], object]) -> Iterator[UserError]:
 
 def one_process(case: Case) -> Iterator[UserError]:
     wanted = case.config.distributed.engine
-    if case.compute.world_size == 1 and wanted not in ("auto", "ddp"):
+    if case.runtime.world_size == 1 and wanted not in ("auto", "ddp"):
         yield UserError(
             f"{wanted} divides a model over several processes, and there is one",
             where="distributed.engine",
@@ -122,7 +122,7 @@ def deepspeed(case: Case) -> Iterator[UserError]:
     where, training, name = "distributed.engine", case.config.training, case.engine.name
     if not case.engine.is_zero:
         return
-    if not case.compute.gpu.has("deepspeed"):
+    if not case.runtime.gpu.has("deepspeed"):
         hint = 'pip install "phi3v[deepspeed]"'
         yield UserError(f"{name} needs DeepSpeed, which is not installed", where=where, hint=hint)
     if training.optimizer != DIVIDED_OPTIMIZER:
@@ -160,7 +160,7 @@ def fsdp(case: Case) -> Iterator[UserError]:
             where="training.optimizer",
             hint="use adamw, whose state is divided over the ranks; or set distributed.engine to ddp",
         )
-    if case.compute.precision == "fp16":
+    if case.runtime.precision == "fp16":
         yield UserError(
             "fsdp2 is not proven with fp16's loss scale",
             where="distributed.engine",
@@ -169,17 +169,17 @@ def fsdp(case: Case) -> Iterator[UserError]:
 
 
 def batch(case: Case) -> Iterator[UserError]:
-    yield from _raised(lambda: case.config.accumulation_steps(case.compute.world_size))
+    yield from _raised(lambda: case.config.accumulation_steps(case.runtime.world_size))
 
 
 def optimizer(case: Case) -> Iterator[UserError]:
     training = case.config.training
     where = "training.lean" if training.lean else "training.optimizer"
-    if training.optimizer == "adamw_8bit" and not case.compute.gpu.has("bitsandbytes"):
+    if training.optimizer == "adamw_8bit" and not case.runtime.gpu.has("bitsandbytes"):
         yield UserError("adamw_8bit needs bitsandbytes", where=where, hint='pip install "phi3v[qlora]"')
-    if keeps_bf16_weights(training) and case.compute.precision != "bf16":
+    if keeps_bf16_weights(training) and case.runtime.precision != "bf16":
         yield UserError(
-            f"the trained weights would be in bf16, but the precision is {case.compute.precision}",
+            f"the trained weights would be in bf16, but the precision is {case.runtime.precision}",
             where=where,
             hint="set training.precision to bf16, or training.optimizer to adamw or adamw_8bit without training.lean",
         )
@@ -201,7 +201,7 @@ def lean(case: Case) -> Iterator[UserError]:
             where="training.max_grad_norm",
             hint="set it to 0, or training.lean to false",
         )
-    share = case.compute.world_size * training.micro_batch_size
+    share = case.runtime.world_size * training.micro_batch_size
     if config.data.packing != "none":
         yield UserError(
             "each backward pass is an optimizer step, and a step of packed rows may have several",
@@ -215,7 +215,7 @@ def lean(case: Case) -> Iterator[UserError]:
             where=where,
             hint="set training.micro_batch_size to the share of training.batch_size that a device has",
         )
-    if case.compute.world_size > 1:
+    if case.runtime.world_size > 1:
         yield UserError(
             "each gradient is used up before the ranks could add theirs",
             where=where,
@@ -233,19 +233,19 @@ def kernels(case: Case) -> Iterator[UserError]:
     if case.config.training.kernels != "liger":
         return
     where, hint = "training.kernels", "use torch"
-    if case.compute.gpu.type != "cuda":
-        yield UserError(f"Liger's kernels need a GPU, this is {case.compute.gpu.type}", where=where, hint=hint)
+    if case.runtime.gpu.type != "cuda":
+        yield UserError(f"Liger's kernels need a GPU, this is {case.runtime.gpu.type}", where=where, hint=hint)
         return
-    if case.compute.precision == "fp16":  # its loss takes the gradient before fp16's loss scale
+    if case.runtime.precision == "fp16":  # its loss takes the gradient before fp16's loss scale
         yield UserError("Liger's loss does not train in fp16", where=where, hint=hint)
-    if not case.compute.gpu.has("liger_kernel"):
+    if not case.runtime.gpu.has("liger_kernel"):
         yield UserError("Liger is not installed", where=where, hint='pip install "phi3v[gpu]"')
 
 
 def float8(case: Case) -> Iterator[UserError]:
     if not case.config.training.fp8:
         return
-    where, hint, gpu = "training.fp8", "set it to false", case.compute.gpu
+    where, hint, gpu = "training.fp8", "set it to false", case.runtime.gpu
     if case.config.method.name == "qlora":
         yield UserError("the decoder's weights are in four bits with qlora", where=where, hint=f"use lora, or {hint}")
     if gpu.type != "cuda":
@@ -255,9 +255,9 @@ def float8(case: Case) -> Iterator[UserError]:
         what = f"{gpu.name} has no products of float8; NVIDIA's cards of compute capability 8.9 and newer do"
         yield UserError(what, where=where, hint=hint)
         return
-    if case.compute.precision != "bf16":
+    if case.runtime.precision != "bf16":
         yield UserError(
-            f"what is not FP8 must be bf16, and the precision is {case.compute.precision}",
+            f"what is not FP8 must be bf16, and the precision is {case.runtime.precision}",
             where=where,
             hint="set training.precision to bf16",
         )
@@ -266,7 +266,7 @@ def float8(case: Case) -> Iterator[UserError]:
 
 
 def four_bits(case: Case) -> Iterator[UserError]:
-    gpu = case.compute.gpu
+    gpu = case.runtime.gpu
     if case.config.method.name != "qlora":
         return
     if not gpu.four_bit:
@@ -277,12 +277,12 @@ def four_bits(case: Case) -> Iterator[UserError]:
 
 
 def attention(case: Case) -> Iterator[UserError]:
-    yield from _raised(lambda: choose_attention(case.config, case.compute))
+    yield from _raised(lambda: choose_attention(case.config, case.runtime))
 
 
 def trackers(case: Case) -> Iterator[UserError]:
     for name in case.config.training.report_to:
-        if not case.compute.gpu.has(name):
+        if not case.runtime.gpu.has(name):
             yield UserError(f"{name} is not installed", where="training.report_to", hint=f"pip install {name}")
 
 

@@ -124,14 +124,14 @@ def _own_environment() -> str:
     return "; ".join(words)
 
 
-def default_workers(compute: RuntimeDevice) -> int:
+def default_workers(runtime: RuntimeDevice) -> int:
     """Reading processes of a rank: with a GPU its share of the machine's cores less one, at most 8.
 
     Without a GPU none: the computation has the cores already, and reading beside it costs more than it hides.
     """
-    if compute.device.type == "cpu":
+    if runtime.device.type == "cpu":
         return 0
-    return max(0, min(8, available_cores() // compute.node_ranks - 1))
+    return max(0, min(8, available_cores() // runtime.node_ranks - 1))
 
 
 LIBRARIES = ("phi3v", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tokenizers", "Pillow")

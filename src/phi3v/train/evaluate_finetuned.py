@@ -60,12 +60,12 @@ def evaluate_tuned(
         require_new_file(submission, "--submission")
         benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
-    compute = choose_device(precision or tuned.run.training.precision)
+    runtime = choose_device(precision or tuned.run.training.precision)
     reading = tuned.run.data.reading
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)
         table = open_table(data, **reading, sha256=checked.sha256)
-    inspected = inspect_tuned(tuned, compute, num_crops=num_crops)
+    inspected = inspect_tuned(tuned, runtime, num_crops=num_crops)
     processor = inspected.processor
     seed = tuned.run.training.seed
     questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
@@ -78,20 +78,20 @@ def evaluate_tuned(
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     for line in (
         f"[bold]evaluating[/bold] {tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
-        f"device: {compute.device}, {compute.precision} ({compute.reason}), {compute.world_size} ranks",
+        f"device: {runtime.device}, {runtime.precision} ({runtime.reason}), {runtime.world_size} ranks",
         f"data: {len(questions)} questions of {data}",
         f"answers: {limit}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
     if limit.finding is not None:
         limit.finding.render(console)
-    model, _ = load_tuned(tuned, compute, inspected=inspected)
-    workers = default_workers(compute) if tuned.run.data.num_workers is None else tuned.run.data.num_workers
+    model, _ = load_tuned(tuned, runtime, inspected=inspected)
+    workers = default_workers(runtime) if tuned.run.data.num_workers is None else tuned.run.data.num_workers
     with progress_bar(console) as bar:
         result = evaluate_model(
-            model, processor, questions, config, compute, num_workers=workers, bar=bar, description="evaluating"
+            model, processor, questions, config, runtime, num_workers=workers, bar=bar, description="evaluating"
         )
-    if compute.rank == 0:
+    if runtime.rank == 0:
         show_scores(console, result)
         try:
             if out is not None:

@@ -144,7 +144,7 @@ class Inspected:
     processor: Phi3VProcessor
 
 
-def inspect_tuned(tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: int | None = None) -> Inspected:
+def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: int | None = None) -> Inspected:
     """Look at a model without loading its weights.
 
     Args:
@@ -158,7 +158,7 @@ def inspect_tuned(tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: i
     # Those two are for training: packed rows, and shared pages.
     model = ModelConfig(tuned.base, num_crops=num_crops, attention="auto" if trained in ("varlen", "flex") else trained)
     config = RunConfig(model=model, method=method)
-    facts = inspect_model(config, compute)
+    facts = inspect_model(config, runtime)
     if tuned.adapter is not None:
         with content_of(tuned.adapter / ADAPTER_CONFIG):
             PeftConfig.from_pretrained(str(tuned.adapter))
@@ -168,7 +168,7 @@ def inspect_tuned(tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: i
 
 
 def load_tuned(
-    tuned: FinetunedModel, compute: RuntimeDevice, *, num_crops: int | None = None, inspected: Inspected | None = None
+    tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: int | None = None, inspected: Inspected | None = None
 ) -> tuple[Any, Phi3VProcessor]:
     """The model, as its run evaluated it, and its processor.
 
@@ -178,17 +178,17 @@ def load_tuned(
     Raises:
         UserError: there is no such model, or it cannot be loaded here.
     """
-    inspected = inspected or inspect_tuned(tuned, compute, num_crops=num_crops)
+    inspected = inspected or inspect_tuned(tuned, runtime, num_crops=num_crops)
     facts, method = inspected.facts, inspected.config.method
-    under_adapter = compute.dtype if compute.autocast_dtype is not None else torch.float32
+    under_adapter = runtime.dtype if runtime.autocast_dtype is not None else torch.float32
     kwargs: dict[str, Any] = {
         "attn_implementation": facts.attention,
         "dtype": facts.stored_dtype if tuned.adapter is None else under_adapter,
     }
     if tuned.is_quantised:
-        kwargs["quantization_config"] = quantization(method.lora, compute.dtype)
-    if tuned.is_quantised or compute.device.type == "cuda":
-        kwargs["device_map"] = {"": compute.device}
+        kwargs["quantization_config"] = quantization(method.lora, runtime.dtype)
+    if tuned.is_quantised or runtime.device.type == "cuda":
+        kwargs["device_map"] = {"": runtime.device}
     loaded = load_weights(tuned.base, **kwargs)
     if tuned.is_quantised:
         keep_trainable_layout(loaded)

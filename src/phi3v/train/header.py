@@ -17,7 +17,7 @@ Forecast = Callable[[RunConfig, int, int], str | None]
 
 def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     """Say on the console what will happen: parts, data, device, choices with their reasons, what it will take."""
-    config, console, compute, facts = setup.config, setup.console, setup.runtime, setup.facts
+    config, console, runtime, facts = setup.config, setup.console, setup.runtime, setup.facts
     train_table, questions = setup.train_table, setup.questions
     parts = summarize(setup.model)
     table = Table(box=None, pad_edge=False)
@@ -34,12 +34,12 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     schedule = describe_schedule(config.training, steps)
     # With what is recomputed here: where memory is free, `auto` keeps more than the least that a plan asks for.
     chosen = config.with_keys({"training.activation_checkpointing": setup.checkpointing.split()[0]})
-    planned = forecast(chosen, len(train_table), compute.world_size) if forecast and compute.rank == 0 else None
+    planned = forecast(chosen, len(train_table), runtime.world_size) if forecast and runtime.rank == 0 else None
     for line in (
         f"data: {len(train_table)} records, {len(train_table.questions())} questions to train on"
         + (f", {len(questions)} questions to evaluate on" if questions is not None else ""),
         f"answers: {setup.limit}" if setup.limit is not None else None,
-        f"device: {compute.device}, {compute.precision} ({compute.reason})",
+        f"device: {runtime.device}, {runtime.precision} ({runtime.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
         f"activation checkpointing: {setup.checkpointing}",

@@ -190,12 +190,12 @@ def _choose_checkpointing(
     )
 
 
-def _activations(config: RunConfig, model: Any, facts: ModelFacts, compute: RuntimeDevice) -> Activations:
+def _activations(config: RunConfig, model: Any, facts: ModelFacts, runtime: RuntimeDevice) -> Activations:
     return Activations(
         ModelShape.of(model.config),
         Gradients.of(model),
-        compute_bytes=compute.dtype.itemsize,
-        residual_bytes=residual_bytes(compute.precision, config.method),
+        compute_bytes=runtime.dtype.itemsize,
+        residual_bytes=residual_bytes(runtime.precision, config.method),
         attention=kind_of_attention(facts.attention),
         packing=config.data.packing,
         adapter_rank=config.method.lora.rank if config.method.uses_adapters else None,
@@ -291,13 +291,13 @@ def require_lengths(
     return lengths
 
 
-def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:
+def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:
     """Which records each rank computes in which step.
 
     Args:
         model: without weights, and no method applied to it.
     """
-    tower_trained = "vision" in Case(config, compute, model).trained
+    tower_trained = "vision" in Case(config, runtime, model).trained
     adapters = config.method.uses_adapters
     cost = ModelShape.of(model.config).crop_cost(tower_trained=tower_trained, adapters=adapters)
     return BatchPlan(
@@ -309,7 +309,7 @@ def make_plan(config: RunConfig, compute: RuntimeDevice, model: Any, lengths: Re
         pack_tokens=config.data.pack_tokens,
         shared_image_max=config.data.shared_image_max,
         crop_cost=cost if config.training.feature_cache == "off" else 0.0,
-        world_size=compute.world_size,
+        world_size=runtime.world_size,
         seed=config.training.seed,
     )
 

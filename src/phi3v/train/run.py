@@ -79,16 +79,16 @@ def run_training(
     config = config.absolute()
     with Signals() as signals, contextlib.ExitStack() as held:
         try:
-            compute = choose_device(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
-            collectives = HostCollectives(compute.world_size, timedelta(minutes=config.distributed.timeout_minutes))
+            runtime = choose_device(config.training.precision, timeout_minutes=config.distributed.timeout_minutes)
+            collectives = HostCollectives(runtime.world_size, timedelta(minutes=config.distributed.timeout_minutes))
             hold = hold_run_folder(Path(config.training.output_dir))
-            collectives.run_on_first(compute.rank, lambda: held.enter_context(hold))
-            point = find_resume_point(resume, config, compute, collectives, console)
+            collectives.run_on_first(runtime.rank, lambda: held.enter_context(hold))
+            point = find_resume_point(resume, config, runtime, collectives, console)
             if isinstance(point, FinishedRun):
                 return point
-            setup = prepare(config, console, compute, collectives, resume=resume is not None)
+            setup = prepare(config, console, runtime, collectives, resume=resume is not None)
             require_same_content(setup.contents, point, collectives)
-            for line in prepare_trackers(config.training.report_to, compute.rank):
+            for line in prepare_trackers(config.training.report_to, runtime.rank):
                 say(console, line)
             print_header(setup, forecast)
             checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.runtime.autocast_dtype)

@@ -102,7 +102,7 @@ class FinishedRun:
 
 
 def find_resume_point(
-    wanted: str | None, config: RunConfig, compute: RuntimeDevice, collectives: HostCollectives, console: Console
+    wanted: str | None, config: RunConfig, runtime: RuntimeDevice, collectives: HostCollectives, console: Console
 ) -> ResumePoint | FinishedRun | None:
     """What to go on from.
 
@@ -122,12 +122,12 @@ def find_resume_point(
 
     def find() -> ResumePoint | FinishedRun | None:
         _require_newest_here(everywhere, config.training.output_dir)
-        return _find(wanted, config, compute, console)
+        return _find(wanted, config, runtime, console)
 
-    return collectives.run_on_first(compute.rank, find)
+    return collectives.run_on_first(runtime.rank, find)
 
 
-def _find(wanted: str, config: RunConfig, compute: RuntimeDevice, console: Console) -> ResumePoint | FinishedRun | None:
+def _find(wanted: str, config: RunConfig, runtime: RuntimeDevice, console: Console) -> ResumePoint | FinishedRun | None:
     run_folder = Path(config.training.output_dir)
     for path in remove_unfinished(run_folder):
         step = path.name.split("-")[1].split(".")[0]
@@ -158,17 +158,17 @@ def _find(wanted: str, config: RunConfig, compute: RuntimeDevice, console: Conso
     else:
         folder, why = _named(Path(wanted), run_folder), "as asked for"
     state, randoms = read_state(folder)
-    engine = choose_engine(config, compute).name
+    engine = choose_engine(config, runtime).name
     if (engine in WHOLE) != (state["engine"] in WHOLE):
         raise UserError(
-            f"was saved by the engine {state['engine']}, and on {compute.world_size} ranks this is {engine}",
+            f"was saved by the engine {state['engine']}, and on {runtime.world_size} ranks this is {engine}",
             where=str(folder),
             hint=f"go on on {state['world_size']} ranks, or begin runs that change their number with "
             "distributed.engine ddp or fsdp2",
         )
     changes = allowed_changes(state, config, str(folder))
     console.print(f"resume: {folder} ({why}), after step {state['step']}", highlight=False, soft_wrap=True)
-    for line in [*changes, *_other_ranks(state, config, compute)]:
+    for line in [*changes, *_other_ranks(state, config, runtime)]:
         console.print(f"resume: {line}", highlight=False, soft_wrap=True)
     return ResumePoint(folder, state, randoms)
 
@@ -290,12 +290,12 @@ def require_same_content(contents: Mapping[str, str], point: ResumePoint | None,
             raise _other_content(keys[name], f"{keys[name]}, replaced a moment ago,", str(point.folder))
 
 
-def _other_ranks(state: Mapping[str, Any], config: RunConfig, compute: RuntimeDevice) -> list[str]:
+def _other_ranks(state: Mapping[str, Any], config: RunConfig, runtime: RuntimeDevice) -> list[str]:
     """What another number of ranks changes, as lines to say."""
-    if state["world_size"] == compute.world_size:
+    if state["world_size"] == runtime.world_size:
         return []
     lines = [
-        f"saved on {state['world_size']} ranks, going on on {compute.world_size}: every step has the same samples, and "
+        f"saved on {state['world_size']} ranks, going on on {runtime.world_size}: every step has the same samples, and "
         "their gradients are summed in another order, so numbers agree up to rounding"
     ]
     if config.method.uses_adapters and config.method.lora.dropout > 0:

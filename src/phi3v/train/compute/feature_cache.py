@@ -49,7 +49,7 @@ def fill_features(
     model: Any,
     table: RecordTable,
     processor: Phi3VImageProcessor,
-    compute: RuntimeDevice,
+    runtime: RuntimeDevice,
     console: Console,
     *,
     show_bar: bool = True,
@@ -67,7 +67,7 @@ def fill_features(
         return None
     vision = vision_part(model)
     stage = cached_stage(vision)
-    facts = [stage, processor.num_crops, table.exif_orientation, compute.precision, compute.device.type]
+    facts = [stage, processor.num_crops, table.exif_orientation, runtime.precision, runtime.device.type]
     folder = cache_root() / "features" / _settings_key(vision, stage, facts) if kind == "disk" else None
     if folder is not None:
         require_writable(folder, "training.feature_cache", CACHE_HINT)  # another user may have made it
@@ -77,12 +77,12 @@ def fill_features(
 
     def features(name: str) -> torch.Tensor:
         image = table.of_image(load_image, name)
-        page = processor.page(image).to(compute.device)
+        page = processor.page(image).to(runtime.device)
         size = (page.shape[0], page.shape[1])
         tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
         return tower if stage == "tower" else vision.project(tower, [size])
 
-    with _computing(model, compute):
+    with _computing(model, runtime):
         # The first one tells how large a value is.
         itemsize = features(missing[0]).element_size() if missing else 0
         needed = sum(_values(vision, stage, processor, sizes[name]) for name in missing) * itemsize
@@ -93,7 +93,7 @@ def fill_features(
             highlight=False,
             soft_wrap=True,
         )
-        room = free_space(folder) if folder is not None else psutil.virtual_memory().available // compute.node_ranks
+        room = free_space(folder) if folder is not None else psutil.virtual_memory().available // runtime.node_ranks
         if needed > room:
             raise UserError(
                 f"the features take {needed / 1e9:.2f} GB and there is room for {room / 1e9:.2f} GB",
@@ -103,9 +103,9 @@ def fill_features(
         # Shares are of all names, not of the missing ones: those grow fewer while ranks look, and differ by disk.
         names = sorted(sizes)
         shares = [names]
-        if folder is not None and compute.world_size > 1:
+        if folder is not None and runtime.world_size > 1:
             here = PartialState().local_process_index
-            shares = [names[compute.rank :: compute.world_size], names[here :: compute.node_ranks]]
+            shares = [names[runtime.rank :: runtime.world_size], names[here :: runtime.node_ranks]]
         with progress_bar(console, enabled=show_bar) as bar:
             for share in shares:
                 mine = [name for name in share if name not in store]
@@ -131,13 +131,13 @@ def _width(projection: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _computing(model: nn.Module, compute: RuntimeDevice) -> Iterator[None]:
+def _computing(model: nn.Module, runtime: RuntimeDevice) -> Iterator[None]:
     """As a training step computes, without gradients."""
-    dtype = compute.autocast_dtype
-    autocast = torch.autocast(compute.device.type, dtype) if dtype else contextlib.nullcontext()
+    dtype = runtime.autocast_dtype
+    autocast = torch.autocast(runtime.device.type, dtype) if dtype else contextlib.nullcontext()
     where = next(model.parameters()).device
-    if where != compute.device:
-        model.to(compute.device)
+    if where != runtime.device:
+        model.to(runtime.device)
     with torch.no_grad(), autocast:
         yield
 

@@ -15,10 +15,10 @@ from phi3v.train.engines.zero import ZeroEngine
 __all__ = ["DataParallel", "DeferredWrite", "Engine", "FsdpEngine", "ZeroEngine", "make_engine", "no_op", "to_host"]
 
 
-def make_engine(model: Any, choice: EngineChoice, config: RunConfig, compute: RuntimeDevice) -> Engine:
+def make_engine(model: Any, choice: EngineChoice, config: RunConfig, runtime: RuntimeDevice) -> Engine:
     """The engine for a loaded model that is not wrapped yet."""
     if choice.is_zero:
-        return ZeroEngine(model, choice, config, compute)
+        return ZeroEngine(model, choice, config, runtime)
     if choice.name == "fsdp2":
-        return FsdpEngine(model, choice, config, compute)
-    return DataParallel(model, choice, config, compute)
+        return FsdpEngine(model, choice, config, runtime)
+    return DataParallel(model, choice, config, runtime)

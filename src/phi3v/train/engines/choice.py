@@ -40,18 +40,18 @@ class EngineChoice:
         return gradient + -(-(whole - gradient) // ranks)
 
 
-def choose_engine(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
+def choose_engine(config: RunConfig, runtime: RuntimeDevice) -> EngineChoice:
     """The engine for this configuration on these ranks; whether it can run is for `phi3v.train.checks` to say."""
     wanted = config.distributed.engine
-    if compute.world_size == 1:
+    if runtime.world_size == 1:
         return EngineChoice("none", "one process")
-    return _auto(config, compute) if wanted == "auto" else EngineChoice(wanted, "as configured")
+    return _auto(config, runtime) if wanted == "auto" else EngineChoice(wanted, "as configured")
 
 
-def _auto(config: RunConfig, compute: RuntimeDevice) -> EngineChoice:
+def _auto(config: RunConfig, runtime: RuntimeDevice) -> EngineChoice:
     if config.method.uses_adapters:
         return EngineChoice("ddp", "adapters are small; as the public recipe")
-    if not compute.gpu.has("deepspeed"):
+    if not runtime.gpu.has("deepspeed"):
         return EngineChoice("ddp", "the public recipe takes zero2, but DeepSpeed is not installed")
     if config.training.optimizer != DIVIDED_OPTIMIZER:
         return EngineChoice("ddp", f"zero2, as the public recipe, does not go with {config.training.optimizer}")

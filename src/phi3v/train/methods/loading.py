@@ -37,7 +37,7 @@ class ModelFacts:
     context: int  # tokens of a record that it reads at most
 
 
-def inspect_model(config: RunConfig, compute: RuntimeDevice) -> ModelFacts:
+def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
     """Look at a model without loading a weight.
 
     Raises:
@@ -63,7 +63,7 @@ def inspect_model(config: RunConfig, compute: RuntimeDevice) -> ModelFacts:
         skeleton = make_skeleton(model_config)
     if folder.is_dir():
         _check_weights(folder, skeleton, where)
-    attention, reason = choose_attention(config, compute)
+    attention, reason = choose_attention(config, runtime)
     dtype = model_config.dtype
     stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
     return ModelFacts(skeleton, stored, attention, reason, model_config.max_position_embeddings)
@@ -113,7 +113,7 @@ def load_processor(config: RunConfig) -> Phi3VProcessor:
         ) from None
 
 
-def load_for_training(config: RunConfig, facts: ModelFacts, compute: RuntimeDevice) -> Any:
+def load_for_training(config: RunConfig, facts: ModelFacts, runtime: RuntimeDevice) -> Any:
     """The model as the method wants it: quantised, with adapters, with the right tensors trainable.
 
     Raises:
@@ -124,16 +124,16 @@ def load_for_training(config: RunConfig, facts: ModelFacts, compute: RuntimeDevi
     trained_dtype = torch.bfloat16 if keeps_bf16_weights(config.training) else torch.float32
     if trained_dtype == torch.bfloat16 and method.name == "full":
         kwargs["dtype"] = facts.stored_dtype  # what never trains is saved as it was
-    elif compute.autocast_dtype is None or method.name == "full":
+    elif runtime.autocast_dtype is None or method.name == "full":
         # Full training updates what it computes with, and half precision would round small updates away.
         kwargs["dtype"] = torch.float32
     else:
         # Frozen weights that are saved again must stay what they were; those under adapters may be rounded.
-        kwargs["dtype"] = facts.stored_dtype if method.name == "frozen-vision" else compute.dtype
+        kwargs["dtype"] = facts.stored_dtype if method.name == "frozen-vision" else runtime.dtype
     if method.name == "qlora":
-        kwargs["quantization_config"] = quantization(method.lora, compute.dtype)
-    if method.name == "qlora" or compute.device.type == "cuda":
-        kwargs["device_map"] = {"": compute.device}  # straight to the device, not through the host's memory
+        kwargs["quantization_config"] = quantization(method.lora, runtime.dtype)
+    if method.name == "qlora" or runtime.device.type == "cuda":
+        kwargs["device_map"] = {"": runtime.device}  # straight to the device, not through the host's memory
     model = load_weights(config.model.path, **kwargs)
     if method.name == "qlora":
         keep_trainable_layout(model)
@@ -157,16 +157,16 @@ def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:
     return loaded
 
 
-def choose_attention(config: RunConfig, compute: RuntimeDevice) -> tuple[str, str]:
+def choose_attention(config: RunConfig, runtime: RuntimeDevice) -> tuple[str, str]:
     """The decoder's attention, as transformers knows it, and the reason for it.
 
     Raises:
         UserError: what is asked for cannot run there.
     """
     if config.data.packing == "none":
-        return _choose_padded_attention(config.model.attention, compute.gpu, compute.dtype)
+        return _choose_padded_attention(config.model.attention, runtime.gpu, runtime.dtype)
     shares = config.data.packing == "shared-image"
-    return choose_packed_attention(config.model.attention, compute.gpu, compute.dtype, shares_prefixes=shares)
+    return choose_packed_attention(config.model.attention, runtime.gpu, runtime.dtype, shares_prefixes=shares)
 
 
 def _choose_padded_attention(wanted: Attention, gpu: Accelerator, dtype: torch.dtype) -> tuple[str, str]:

@@ -22,7 +22,7 @@ def evaluate_model(
     processor: Phi3VProcessor,
     questions: QuestionDataset,
     config: EvaluationConfig,
-    compute: RuntimeDevice,
+    runtime: RuntimeDevice,
     *,
     num_workers: int,
     bar: Progress,
@@ -36,12 +36,12 @@ def evaluate_model(
             processor,
             questions,
             config,
-            autocast_dtype=compute.autocast_dtype,
+            autocast_dtype=runtime.autocast_dtype,
             num_workers=num_workers,
-            rank=compute.rank,
-            world_size=compute.world_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
             # The other ranks are about as far; the last part of an uneven share must not overshoot.
-            on_batch=lambda count: bar.advance(task, count * compute.world_size),
+            on_batch=lambda count: bar.advance(task, count * runtime.world_size),
         )
     finally:
         bar.remove_task(task)
