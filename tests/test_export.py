@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,27 @@ def test_an_export_that_differs_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [(), ("--adapter",)], ids=["merged", "adapter"])
+def test_a_disk_that_fills_up_is_said_and_nothing_is_left(
+    options: tuple[str, ...],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the system refuses a file's next byte
+    try:
+        status = main(["export", str(runs["lora"]), "--out", str(tmp_path / "out"), *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"File too large.*: the export takes [\d.]+ MB, and [\d,.]+ MB are free", said)
+    assert str(tmp_path) in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_in_the_way_is_found_before_anything_is_loaded(
     runs: dict[str, Path],
     base: Path,
@@ -274,7 +297,7 @@ def test_what_is_in_the_way_is_found_before_anything_is_loaded(
     assert "--max-shard-size 5 apples" in capsys.readouterr().err
     monkeypatch.setattr(make, "free_space", lambda folder: 1000)
     assert main(["export", str(run), "--out", str(tmp_path / "new")]) == 2
-    assert "0.00 GB are free" in capsys.readouterr().err
+    assert " MB, and 0.0 MB are free" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -100,6 +101,16 @@ def free_space(folder: Path) -> int:
         folder = folder.parent
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
+
+
+def is_out_of_room(error: Exception) -> bool:
+    """Whether a write failed at a full disk, a quota, or a limit on the size of files."""
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors gives the system's error in its text alone
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def require_writable(folder: Path, where: str, hint: str) -> None:

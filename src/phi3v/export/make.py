@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from phi3v.config import torch_dtype
@@ -33,7 +35,7 @@ from phi3v.export.proof import (
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.paths import absolute, find_model, free_space, is_hub_id, require_writable
+from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
 from phi3v.terminal import say
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
@@ -84,12 +86,14 @@ def export(
         raise UserError(str(error), where=f"--max-shard-size {max_shard_size}", hint="e.g. 5GB") from None
     scores = score_table(tuned)  # found damaged now, not when all is done
     wanted = torch_dtype(dtype) if dtype else _stored_dtype(tuned)
-    if not adapter:
-        _require_room(out, tuned, wanted)
+    room = _bytes_needed(tuned, None if adapter else wanted)
+    if free_space(out.parent) < room * 1.05:
+        raise _no_room(out, room, "there is no room")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
+        _until_the_disk_is_full(out, room),
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
-        tempfile.TemporaryDirectory() as exchanged,
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as exchanged,
     ):
         folder, work = Path(made) / out.name, Path(exchanged)
         probes, source = make_probes(tuned, samples, work)
@@ -237,17 +241,32 @@ def _check_out(out: Path, tuned: FinetunedModel, overwrite: bool) -> None:
     require_writable(out.parent, where, hint)
 
 
-def _require_room(out: Path, tuned: FinetunedModel, dtype: torch.dtype) -> None:
+def _bytes_needed(tuned: FinetunedModel, dtype: torch.dtype | None) -> int:
+    """Of the weights; without ``dtype`` of the adapter's files."""
+    if dtype is None:
+        return sum(path.stat().st_size for path in (tuned.adapter or Path(tuned.base)).iterdir() if path.is_file())
     with torch.device("meta"):
         skeleton = Phi3VForCausalLM(Phi3VConfig.from_pretrained(tuned.base))
-    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    free = free_space(out.parent)
-    if free < needed * 1.05:
-        raise UserError(
-            f"the export takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-            where=str(out.parent),
-            hint="make room, or export to another disk with --out",
-        )
+    return sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+
+
+@contextmanager
+def _until_the_disk_is_full(out: Path, needed: int) -> Iterator[None]:
+    """What fills the disk meanwhile (another program, or a quota that `free_space` does not see) is no fault of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_out_of_room(error):
+            raise
+        raise _no_room(out, needed, str(error)) from None
+
+
+def _no_room(out: Path, needed: int, why: str) -> UserError:
+    return UserError(
+        f"{why}: the export takes {needed / 1e6:,.1f} MB, and {free_space(out.parent) / 1e6:,.1f} MB are free",
+        where=str(out.parent),
+        hint="make room, or export to another disk with --out",
+    )
 
 
 def _require_same(result: ExportResult) -> None:
