@@ -252,7 +252,7 @@ def _bytes_needed(tuned: FinetunedModel, dtype: torch.dtype | None) -> int:
 
 @contextmanager
 def _until_the_disk_is_full(out: Path, needed: int) -> Iterator[None]:
-    """What fills the disk meanwhile (another program, or a quota that `free_space` does not see) is no fault of ours."""
+    """What fills the disk meanwhile (another program, a quota that `free_space` does not see) is no fault of ours."""
     try:
         yield
     except (OSError, SafetensorError) as error:
