@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICKSTART := quickstart
 # Libraries whose versions do not fit beside each other are tested in environments of their own.
 ECOSYSTEM := $(patsubst tests/ecosystem/%/requirements.txt,%,$(wildcard tests/ecosystem/*/requirements.txt))
 
@@ -19,10 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## a first fine-tune on the CPU: LoRA on a tiny model with easy-vqa, evaluated before and after (10 minutes)
-	rm -rf $(QUICKSTART)/model $(QUICKSTART)/run
-	$(BIN)/phi3v model init --preset tiny --pretrained --out $(QUICKSTART)/model
-	$(BIN)/phi3v data convert easy-vqa --out $(QUICKSTART)/data
-	$(BIN)/phi3v train recipes/easy_vqa_tiny.yaml
+	$(BIN)/phi3v quickstart
 
 test: check  ## linter, type checker and the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -50,4 +46,4 @@ docs: $(VENV)/.installed  ## build the site of docs/ in build/site; it opens wit
 	@echo "open build/site/index.html"
 
 clean:  ## remove .venv and the files of the quickstart
-	rm -rf $(VENV) .venv-ecosystem $(QUICKSTART)
+	rm -rf $(VENV) .venv-ecosystem quickstart

@@ -1,4 +1,4 @@
-"""The figures of ``make quickstart``, beside the same model trained from scratch.
+"""The figures of ``phi3v quickstart``, beside the same model trained from scratch.
 
     python benchmarks/quickstart.py [--out benchmarks/results/quickstart.json]
 
@@ -21,7 +21,7 @@ from bench_result import phi3v, write_result
 
 ROOT = Path(__file__).parents[1]
 WORK = Path("quickstart")  # as in the recipe
-RECIPE = "recipes/easy_vqa_tiny.yaml"
+RECIPE = "easy_vqa_tiny"
 FROM_SCRATCH: dict[str, Any] = {
     "model.path": WORK / "scratch-model",
     "method.name": "full",

@@ -118,7 +118,7 @@ def measure(
     options = [part for key, value in (paths | settings).items() for part in (f"--{key}", str(value).lower())]
     options = [str(value) if isinstance(value, Path) else value for value in options]
     start = time.perf_counter()
-    run = phi3v("train", ROOT / "recipes" / f"{name}_{method}.yaml", *options, threads=1)
+    run = phi3v("train", f"{name}_{method}", *options, threads=1)
     after = json.loads((folder / "eval_after.json").read_text(encoding="utf-8"))
     if before is None:
         before = _scores(json.loads((folder / "eval_before.json").read_text(encoding="utf-8")))

@@ -1,28 +1,26 @@
-"""What an installation without extras can do: import every module, train an adapter, measure, report."""
+"""What the built wheel can do where it is installed without extras, away from the checkout."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution, packages_distributions
+import venv
+import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from sample_files import image_bytes
 
-import phi3v
-
-SOURCE = Path(phi3v.__file__).parent
-HIDE = """
-import sys
-for name in {hidden!r}:
-    sys.modules[name] = None  # to find_spec and to import as if it were not installed
-"""
-
+ROOT = Path(__file__).parents[1]
 # In one process, as its start takes seconds: imports every module, then runs commands.
 PROGRAM = """
-import importlib, json
+import importlib, json, sys
 modules, *commands = json.loads(sys.argv[1])
 for name in modules:
     try:
@@ -32,6 +30,7 @@ for name in modules:
 print("---")
 from phi3v.cli import main
 for command in commands:
+    print("$", *command, file=sys.stderr)
     print("exit code", main(command), file=sys.stderr)
 """
 # Loaded only by the command whose error names the extra.
@@ -52,50 +51,106 @@ def needed(name: str, extras: frozenset[str] = frozenset(), seen: set[tuple[str,
     return {each for each, _ in seen}
 
 
-def hidden() -> list[str]:
-    """The names that are importable here but would not be without extras."""
-    kept = needed("phi3v") | {"pip", "setuptools"}
-    return sorted(
-        module
-        for module, distributions in packages_distributions().items()
-        if not {canonicalize_name(each) for each in distributions} & kept and module.isidentifier()
-    )
+def files_of(folder: Path) -> set[str]:
+    """By their paths in it, without what running leaves there."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    left = ("__pycache__/", "recipes/data/", "recipes/output/")
+    return {file for file in files if not any(name in file for name in left)}
 
 
-def test_what_is_hidden() -> None:
-    names = hidden()
-    assert {"deepspeed", "bitsandbytes", "gradio", "azure", "mlxtend", "pytest"} <= set(names)
-    assert not {"torch", "transformers", "accelerate", "peft", "PIL", "numpy"} & set(names)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built of a copy of the source, as building leaves files there."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", folder / "source" / "src", ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    offline = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(folder), str(folder / "source")]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
 
 
-def test_modules_training_and_chat_without_extras(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:
-    """Every module is imported but those of extras, an adapter is trained, and the chat page names its extra."""
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel and what it requires, linked from this one: no extras, no checkout."""
+    environment = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(environment, symlinks=True)
+    command = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install"]
+    subprocess.run([*command, "--no-deps", "--no-index", "--quiet", str(wheel)], check=True)
+    site = packages(environment)
+    for name in needed("phi3v") - {"phi3v"}:
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(str(distribution(name).locate_file(top)))
+    return environment
+
+
+def packages(environment: Path) -> Path:
+    return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def run(installed: Path, folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the environment in a folder."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(installed / "bin" / program), *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {f"phi3v/{name}" for name in files_of(ROOT / "src" / "phi3v")}
+
+
+def test_the_environment_has_no_extras(installed: Path) -> None:
+    there = {path.name for path in packages(installed).iterdir()}
+    assert {"torch", "transformers", "accelerate", "peft", "PIL", "numpy"} <= there
+    assert not {"deepspeed", "bitsandbytes", "gradio", "azure", "mlxtend", "pytest", "easy_vqa"} & there
+
+
+def test_commands_and_scripts_of_the_recipe(installed: Path, tmp_path: Path) -> None:
+    listed = json.loads(run(installed, tmp_path, "phi3v", "recipes", "--json").stdout)["recipes"]
+    assert all(Path(recipe["file"]).is_relative_to(packages(installed)) for recipe in listed)
+    script = run(installed, tmp_path, "python", "-m", "phi3v.recipes.finetune_hf_trainer_docvqa", "--help")
+    assert "--use_flash_attention" in script.stdout
+
+
+def test_the_first_steps(installed: Path, tmp_path: Path) -> None:
+    """Every module is imported but those of extras, whose commands name them; an adapter is trained by a recipe."""
+    (tmp_path / "page.png").write_bytes(image_bytes(0))
+    rows = "".join(f"page.png,what is {number}?,{number}\n" for number in range(3))
+    (tmp_path / "labels.csv").write_text(f"image,question,answer\n{rows}")
+    keys = {"data.train": "data/train.jsonl", "data.eval": "data/train.jsonl", "model.path": "model"}
+    keys |= {"training.max_steps": "1", "training.batch_size": "2", "training.micro_batch_size": "2"}
+    options = [f"--{key}={value}" for key, value in keys.items()]
+    source = packages(installed) / "phi3v"
     modules = [
-        ".".join(("phi3v", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
-        for path in sorted(SOURCE.rglob("*.py"))
-        if path.name != "__main__.py"
+        ".".join(("phi3v", *Path(name).with_suffix("").parts)).removesuffix(".__init__")
+        for name in sorted(files_of(source))
+        if name.endswith(".py") and name != "__main__.py"
     ]
-    out = tmp_path / "run"
-    settings = {
-        "model.path": small_model_dir,
-        "data.train": easy_vqa / "train.jsonl",
-        "data.eval": easy_vqa / "test.jsonl",
-        "method.name": "lora",
-        "training.max_steps": 1,
-        "training.batch_size": 2,
-        "training.output_dir": out,
-        "evaluation.max_questions": 2,
-        "evaluation.max_new_tokens": 2,
-    }
-    train = ["train", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
-    program = HIDE.format(hidden=hidden()) + PROGRAM
-    arguments = json.dumps([modules, train, ["chat", str(small_model_dir)]])
-    result = subprocess.run([sys.executable, "-c", program, arguments], capture_output=True, text=True, check=False)
+    commands = [
+        ["quickstart"],
+        ["model", "init", "--preset", "tiny", "--pretrained", "--out", "model"],
+        ["data", "convert", "csv", "--source", "labels.csv", "--out", "data"],
+        ["doctor", "easy_vqa_tiny", *options],
+        ["recipes", "copy", "easy_vqa_tiny", "--out", "mine.yaml"],
+        ["train", "mine.yaml", *options, "--training.output_dir=run"],
+        ["chat", "model"],
+    ]
+    result = run(installed, tmp_path, "python", "-c", PROGRAM, json.dumps([modules, *commands]))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split("---")[0].splitlines() == NEED_AN_EXTRA
-    trained, chat = result.stderr.split("exit code 0\n")
-    assert (out / "final" / "adapter_model.safetensors").is_file(), trained
-    assert (out / "report.html").is_file()
-    assert chat.endswith("exit code 2\n")
-    assert "serve" in chat
-    assert "Traceback" not in chat
+    quickstart, *said, chat = result.stderr.split("$ ")[1:]
+    for command, extra in ((quickstart, "easy-vqa"), (chat, "serve")):
+        assert command.endswith("exit code 2\n")
+        assert f'pip install "phi3v[{extra}]"' in command
+        assert "Traceback" not in command
+    for command in said:
+        assert command.endswith("exit code 0\n"), command
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "quickstart").exists()

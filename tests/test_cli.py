@@ -20,7 +20,7 @@ COMMANDS = {
     "chat": ("--prompt", "--video", "default: 256", "default: 7860", "default: $PHI3V_PASSWORD"),
     "eval": ("--metrics", "per_class_accuracy", "default: as the run was evaluated"),
     "plan": ("--gpu", "--sku", "default: this machine", "default: 1"),
-    "doctor": ("RECIPE.yaml", "overrides"),
+    "doctor": ("RECIPE", "overrides"),
     "train": ("--training.learning_rate", "default: 4e-05"),
 }
 

@@ -9,9 +9,8 @@ import yaml
 
 from phi3v.config import RunConfig, known_keys, load_config
 from phi3v.errors import UserError
+from phi3v.grammar import RECIPES
 from phi3v.train.schedule import warmup_steps
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_defaults_are_the_public_recipes() -> None:
@@ -115,7 +114,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         config.accumulation_steps(2)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipes_name_only_known_keys(recipe: Path) -> None:
     config = load_config(recipe)
     named = yaml.safe_load(recipe.read_text())

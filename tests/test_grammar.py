@@ -11,7 +11,7 @@ import pytest
 from phi3v.cli import build_parser, main, parse
 from phi3v.config import RunConfig, load_config
 from phi3v.errors import UserError
-from phi3v.grammar import Parser
+from phi3v.grammar import RECIPES, Parser
 
 PARSER = build_parser()
 KEYS = (
@@ -46,6 +46,17 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
         ["d.jsonl"],
         (["--out", "p.html"], ["--model.path", "m"], ["--model.num_crops", "4"], ["--open"]),
         {"file": Path("d.jsonl"), "open": True, "overrides": {"model.path": "m", "model.num_crops": "4"}},
+    ),
+    "quickstart": (
+        [],
+        (["--out", "q"], ["--training.seed", "3"]),
+        {"out": Path("q"), "overrides": {"training.seed": "3"}},
+    ),
+    "recipes list": ([], (["--json"],), {"json": True}),
+    "recipes copy": (
+        ["docvqa_lora"],
+        (["--out", "m.yaml"], ["--overwrite"]),
+        {"name": "docvqa_lora", "out": Path("m.yaml"), "overwrite": True},
     ),
     "train": (["my.yaml"], (*KEYS, ["--resume"], ["--json"]), RECIPE | {"resume": "auto", "json": True}),
     "eval": (
@@ -198,7 +209,11 @@ def test_what_is_wrong_is_one_message(line: str, said: str, capsys: pytest.Captu
         ("train --training.overwrite my.yml", "recipe", Path("my.yml")),
         ("plan --gpu a100 my.yaml", "recipe", Path("my.yaml")),
         ("plan --gpu=a100 --gpu h100", "gpu", ["a100", "h100"]),
+        ("plan --gpu a100 h100 docvqa_lora", "recipe", RECIPES["docvqa_lora"]),
+        ("train --resume docvqa_lora", "resume", "auto"),
         ("plan --method.name lora", "recipe", None),
+        ("recipes", "command", "phi3v recipes list"),
+        ("recipes --json", "json", True),
         ("eval --data d.jsonl --metrics anls run", "model", "run"),
         ("chat --image 1.png 2.png run", "model", "run"),
         ("chat run --image 1.png --video 2.mp4 --image 3.png", "media", [Path(f) for f in ("1.png", "2.mp4", "3.png")]),

@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "phi3v"
 # own, just below the command line: what a command does may need rooms above the one that it belongs to.
 ROOMS = [
     "__main__",
+    "recipes",
     "cli",
     "*/command.py",
     "azure",

@@ -18,7 +18,7 @@ METHODS = ("full", "frozen_vision", "lora", "qlora")
 
 @dataclass(frozen=True)
 class Task:
-    """A stand-in, and how it is learnt: what differs from ``recipes/NAME_METHOD.yaml``.
+    """A stand-in, and how it is learnt: what differs from the recipe ``NAME_METHOD``.
 
     Attributes:
         source: its name in ``phi3v data convert``.

@@ -22,19 +22,37 @@ from rich.console import Console
 
 from phi3v import __version__
 from phi3v.errors import LostRankError, StoppedError, UserError
-from phi3v.grammar import Parser
+from phi3v.grammar import RECIPES, Parser
 from phi3v.terminal import lasting_output
 
 # Their `command.py` declares commands, with the handlers; none of them imports a heavy library before it is called.
-ROOMS = ("model", "data", "train", "evaluate", "export", "report", "serve", "plan", "doctor", "azure", "bench")
+ROOMS = (
+    "recipes",
+    "model",
+    "data",
+    "train",
+    "evaluate",
+    "export",
+    "report",
+    "serve",
+    "plan",
+    "doctor",
+    "azure",
+    "bench",
+)
 SHELLS = ("bash", "zsh", "tcsh")
+# A recipe is a name or a file.
+COMPLETE_RECIPES = {
+    "bash": f'_phi3v_recipes() {{ compgen -W "{" ".join(RECIPES)}" -- "$1"; compgen -f -- "$1"; }}',
+    "zsh": f"_phi3v_recipes() {{ _alternative 'recipes:recipe:({' '.join(RECIPES)})' 'files:file:_files'; }}",
+}
 SECONDS_FOR_RANK_0 = 10.0  # to print its error, on a busy machine
 
 
 def build_parser() -> Parser:
     """Every command with its options."""
     parser = Parser(
-        prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on your own images, documents and videos."
+        prog="phi3v", description="Fine-tune Phi-3.5-vision and Phi-3-vision on images, documents and videos."
     )
     parser.add_argument("--version", action="version", version=f"phi3v {__version__}")
     parser.add_subparsers(metavar="COMMAND")
@@ -52,14 +70,8 @@ def build_parser() -> Parser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; its keys of the configuration are in ``overrides``.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    arguments = build_parser().parse_args(words)
-    arguments.overrides = {key: value for key, value in vars(arguments).items() if "." in key}
-    return arguments
+    """Parse a command line, as `Parser.read`."""
+    return build_parser().read(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +164,10 @@ def _completion(arguments: argparse.Namespace, console: Console) -> dict[str, An
     for name in ("plan", "doctor"):
         for action in parser.verbs[name]._actions:
             action.help = "" if action.help == argparse.SUPPRESS else action.help
-    script = shtab.complete(parser, arguments.shell)
+    for verb in ("train", "plan", "doctor"):
+        recipe = next(action for action in parser.verbs[verb]._actions if action.dest == "recipe")
+        recipe.complete = {"bash": "_phi3v_recipes", "zsh": "_phi3v_recipes", "tcsh": "f"}  # type: ignore[attr-defined]
+    script = shtab.complete(parser, arguments.shell, preamble=COMPLETE_RECIPES)
     print(script)
     return {"shell": arguments.shell, "script": script}
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from phi3v.errors import UserError
-from phi3v.grammar import Parser, suggestion, words_of
+from phi3v.grammar import RECIPES, Parser, find_recipe, suggestion, words_of
 from phi3v.paths import absolute, is_hub_id, now_at
 
 if TYPE_CHECKING:
@@ -576,8 +576,8 @@ def add_keys(parser: argparse.ArgumentParser, only: Container[str] | None = None
 def add_recipe(command: argparse.ArgumentParser, *, shown: bool = False) -> None:
     """Give a command a recipe and options for every key of the tree, which are ``shown`` in its help text or not."""
     more = "" if shown else " (phi3v train --help lists the keys)"
-    text = f"a YAML file; --key.subkey value overrides it, or stands alone{more}"
-    command.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help=text)
+    text = f"a YAML file, or a name of `phi3v recipes`; --key.subkey value overrides it, or stands alone{more}"
+    command.add_argument("recipe", type=find_recipe, nargs="?", metavar="RECIPE", help=text)
     add_keys(command, shown=shown)
 
 
@@ -735,7 +735,8 @@ def _read_recipe(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError("is given twice", where=where, hint="name it once")
             values[name] = _typed(value, kinds[name], where)
     except FileNotFoundError:
-        raise UserError("no such file", where=str(path), hint="recipes that come with phi3v are in recipes/") from None
+        hint = suggestion(path.stem, RECIPES, "`phi3v recipes` lists those that come with phi3v")
+        raise UserError("no such file, and no recipe of that name", where=str(path), hint=hint) from None
     except yaml.MarkedYAMLError as error:
         place = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise UserError(f"cannot be read as YAML: {error.problem}", where=place) from None

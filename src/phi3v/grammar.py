@@ -6,6 +6,7 @@
   where that is missing.
 - Any other option is given once. A value may begin with one dash; one that begins with two is written ``--name=value``.
 - An unknown option is an error that names the nearest.
+- A recipe is a file, or the name of one that comes with the package where there is no such file.
 - Help texts end with the default.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -25,6 +27,8 @@ from phi3v.errors import UserError
 Handler = Callable[[argparse.Namespace, Console], "dict[str, Any] | None"]
 
 RECIPE_ENDINGS = (".yaml", ".yml")
+# Those of the package, by name.
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
@@ -44,6 +48,22 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
         spelt = {part(each): each for each in reversed(known)}
         near += [spelt[each] for each in difflib.get_close_matches(part(name), spelt, n=1)]
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def find_recipe(word: str) -> Path:
+    """The file that a command line names: one of `RECIPES` by its name, else a path, which may not exist.
+
+    Raises:
+        UserError: the name is that of a file here as well.
+    """
+    packaged = RECIPES.get(word)
+    if packaged is None or Path(word).is_file():
+        return Path(word)
+    own = Path(f"{word}.yaml")
+    if own.exists() and not own.samefile(packaged):
+        what = f"names the recipe that comes with phi3v, and there is {own} here"
+        raise UserError(what, where=word, hint=f"name the file, {own}, or move it away")
+    return packaged
 
 
 def words_of(values: Iterable[str]) -> list[str]:
@@ -80,6 +100,10 @@ class _Given:
 
 
 class _HelpWithDefaults(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 14  # argparse forgets that commands are indented, and would break their lines
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         has_none = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
@@ -92,6 +116,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpWithDefaults, **settings)
         self._verbs: Any = None
+        self.default_verb: str | None = None
 
     def add_subparsers(self, **settings: Any) -> Any:
         self._verbs = super().add_subparsers(required=True, **settings)
@@ -102,10 +127,11 @@ class Parser(argparse.ArgumentParser):
         """The commands below this one, by name."""
         return dict(self._verbs.choices) if self._verbs is not None else {}
 
-    def add_group(self, name: str, summary: str) -> Parser:
-        """A command that has others below it."""
+    def add_group(self, name: str, summary: str, *, default: str | None = None) -> Parser:
+        """A command that has others below it, of which ``default`` runs if none is named."""
         group: Parser = self._verbs.add_parser(name, help=summary)
         group.add_subparsers()
+        group.default_verb = default
         return group
 
     def add_command(
@@ -135,12 +161,24 @@ class Parser(argparse.ArgumentParser):
         command.set_defaults(handler=handler, on_all_ranks=on_all_ranks, command=command.prog)
         return command
 
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line; its keys of the configuration are in ``overrides``.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        arguments = self.parse_args(words)
+        arguments.overrides = {key: value for key, value in vars(arguments).items() if "." in key}
+        return arguments
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = list(args or [])
         if self._verbs is not None:
             if not words or (is_option(words[0]) and words[0] not in self._option_string_actions):
+                if self.default_verb is not None:
+                    return super().parse_known_args([self.default_verb, *words], namespace)
                 hint = f"choose from {', '.join(self.verbs)}; options come after it"
                 raise UserError("the command comes first", where=self.prog, hint=hint)
             return super().parse_known_args(words, namespace)
@@ -209,7 +247,7 @@ class Parser(argparse.ArgumentParser):
             most = 0 if action.nargs == 0 or equals else len(rest) if given.is_list else 1
             may_end = given.is_list or action.nargs == "?"
             while rest and most and not is_option(rest[-1]) and rest[-1] != "--":
-                if may_end and takes_recipe and rest[-1].lower().endswith(RECIPE_ENDINGS):
+                if may_end and takes_recipe and (rest[-1] in RECIPES or rest[-1].lower().endswith(RECIPE_ENDINGS)):
                     break
                 given.values.append(rest.pop())
                 most -= 1

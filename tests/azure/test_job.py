@@ -16,9 +16,8 @@ from phi3v.azure.job import JobSettings, load_job_file, send_job, write_job
 from phi3v.cli import main
 from phi3v.config import RunConfig, load_config
 from phi3v.errors import UserError
+from phi3v.grammar import RECIPES
 from phi3v.plan.hardware import find_machine
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(data: Path) -> RunConfig:
-    config = load_config(RECIPES / "docvqa_lora.yaml")
+    config = load_config(RECIPES["docvqa_lora"])
     config.data.train, config.data.eval = str(data / "train.jsonl"), str(data / "val.jsonl")
     return config
 
@@ -134,7 +133,7 @@ def test_what_the_schema_refuses_is_told(tmp_path: Path) -> None:
 
 
 def test_every_method_makes_a_job(tmp_path: Path, data: Path) -> None:
-    for recipe in sorted(RECIPES.glob("docvqa_*.yaml")):
+    for recipe in (RECIPES[name] for name in RECIPES if name.startswith("docvqa_")):
         config = load_config(recipe)
         config.data.train, config.data.eval = str(data / "train.jsonl"), None
         job = load_job_file(write_job(config, settings(), tmp_path / recipe.stem))
@@ -144,7 +143,7 @@ def test_every_method_makes_a_job(tmp_path: Path, data: Path) -> None:
 def test_the_command_without_azure(
     data: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["azure", "submit", str(RECIPES / "docvqa_lora.yaml"), "--sku", "Standard_ND96asr_v4", "--nodes", "2"]
+    command = ["azure", "submit", "docvqa_lora", "--sku", "Standard_ND96asr_v4", "--nodes", "2"]
     command += ["--dry-run", "--out", str(tmp_path / "job"), "--json"]
     command += ["--data.train", str(data / "train.jsonl"), "--data.eval", str(data / "val.jsonl")]
     command += ["--model.path", str(tiny_model_dir)]

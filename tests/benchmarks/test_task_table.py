@@ -14,11 +14,10 @@ from ranks import command, run_ranks
 
 import task_table
 from phi3v.config import load_config
+from phi3v.grammar import RECIPES
 from phi3v.model.presets import PRETRAINED_TINY
 from tasks import METHODS, TASKS
 from tasks.parts import Sizes
-
-RECIPES = task_table.ROOT / "recipes"
 
 
 @pytest.mark.parametrize("packing", task_table.PACKINGS)
@@ -26,7 +25,7 @@ RECIPES = task_table.ROOT / "recipes"
 def test_overrides_fit_the_recipes(name: str, method: str, packing: str) -> None:
     settings = task_table.overrides(method, packing, TASKS[name], None)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value).lower())]
-    config = load_config(RECIPES / f"{name}_{method}.yaml", options)
+    config = load_config(RECIPES[f"{name}_{method}"], options)
     assert config.method.name == method.replace("_", "-")
     assert config.data.packing == packing
     assert config.training.max_steps == TASKS[name].steps

@@ -39,8 +39,8 @@ def torchrun(script: str, *flags: str, launcher: tuple[str, ...] = ("--standalon
 
 
 def fork(script: str, *flags: str, folder: Path, ranks: int = 2, cwd: Path = RECIPES) -> str:
-    """Run a script of the recipe on so many forked ranks, by default from its folder, and return what it said."""
-    arguments = (str(RECIPES / script), flags, str(cwd))
+    """Run a script of the recipe, or its module, on so many forked ranks and return what it said."""
+    arguments = (str(RECIPES / script) if script.endswith(".py") else script, flags, str(cwd))
     return run_ranks(ranks, run_script, *arguments, folder=folder / "ranks", codes=[0] * ranks)
 
 
@@ -82,9 +82,9 @@ def keep_two_frames(file: Path) -> None:
 
 
 def test_docvqa_minimal(stand_in_data: Path, small_model_dir: Path, tmp_path: Path) -> None:
-    """From another folder than the scripts', with every default."""
+    """As of an installed package, from another folder than the scripts', with every default."""
     said = fork(
-        "finetune_hf_trainer_docvqa.py",
+        "phi3v.recipes.finetune_hf_trainer_docvqa",
         *("--model_name_or_path", str(small_model_dir), "--data_dir", str(stand_in_data / "docvqa"), *SMALL),
         folder=tmp_path,
         cwd=tmp_path,

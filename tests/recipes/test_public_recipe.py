@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-import public_recipe
 from phi3v.config import RunConfig, known_keys, load_config
-from public_recipe import EVAL_SPLITS, KEYS, TASKS, build_parser, find_data, fine_tune, to_config
+from phi3v.grammar import RECIPES
+from phi3v.recipes import public_recipe
+from phi3v.recipes.public_recipe import EVAL_SPLITS, KEYS, TASKS, build_parser, find_data, fine_tune, to_config
 
 ROOT = Path(__file__).parents[2]
 NAMES = tuple(TASKS)
@@ -108,7 +109,7 @@ def test_flags_set_keys(flags: str, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_is_scored_as_its_recipes_say(name: str) -> None:
     config = config_of(task=name)
-    for path in (ROOT / "recipes").glob(f"{name}_*.yaml"):
+    for path in (path for recipe, path in RECIPES.items() if recipe.startswith(name)):
         recipe = load_config(path)
         assert recipe.evaluation.metrics == config.evaluation.metrics
         assert recipe.evaluation.answer_words == config.evaluation.answer_words

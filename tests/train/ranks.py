@@ -78,9 +78,12 @@ def command(*arguments: object) -> int:
 
 
 def script(path: str, flags: Sequence[str], cwd: str) -> None:
-    """A script with its flags in its working folder, as what a rank runs."""
+    """A script, or a module by its name, with its flags in its working folder, as what a rank runs."""
     os.chdir(cwd)
     sys.argv = [path, *flags]
+    if not path.endswith(".py"):
+        runpy.run_module(path, run_name="__main__")
+        return
     sys.path.insert(0, str(Path(path).resolve().parent))
     runpy.run_path(path, run_name="__main__")
 

@@ -15,8 +15,6 @@ from phi3v.train import prepare as preparation
 from phi3v.train import run as run_module
 from phi3v.train.loop import TrainingLoop
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> list[TrainingLoop]:
@@ -139,24 +137,3 @@ def test_special_text_can_be_escaped(train: Train, easy_vqa: Path) -> None:
     settings = ("data.train", file, "data.eval", "null", "training.max_steps", 1)
     assert train(*settings)[0] == 2
     assert train(*settings, "data.special_text", "escape")[0] == 0
-
-
-def test_the_quickstart_recipe_runs(tmp_path: Path, easy_vqa: Path, small_model_dir: Path) -> None:
-    """Through the real command line, a few steps, on a little of its data; tests/recipes runs the tasks' recipes."""
-    from phi3v.cli import main
-
-    folder = tmp_path / "run"
-    settings = {
-        "model.path": small_model_dir,
-        "data.train": easy_vqa / "train.jsonl",
-        "data.eval": easy_vqa / "test.jsonl",
-        "training.output_dir": folder,
-        "training.max_steps": 2,
-        "training.batch_size": 2,
-        "training.micro_batch_size": 2,
-        "training.logging_steps": 1,
-        "evaluation.max_questions": 3,
-    }
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    assert main(["train", str(ROOT / "recipes" / "easy_vqa_tiny.yaml"), *arguments]) == 0
-    assert len(read_metrics(folder)) == 2

@@ -31,7 +31,7 @@ def add_commands(verbs: Parser) -> None:
         "skus",
         skus,
         "list the Azure sizes that a recipe fits, the fewest GPUs first, with the quota to request; needs no login",
-        "phi3v azure skus recipes/docvqa_lora.yaml",
+        "phi3v azure skus docvqa_lora",
     )
     add_recipe(command)
     command.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes of each size")
@@ -61,7 +61,7 @@ def add_commands(verbs: Parser) -> None:
         "submit",
         submit,
         "train a recipe as an Azure Machine Learning job, on one or several nodes; it resumes after pre-emption",
-        "phi3v azure submit recipes/docvqa_lora.yaml --sku Standard_ND96asr_v4 --workspace W --resource-group G",
+        "phi3v azure submit docvqa_lora --sku Standard_ND96asr_v4 --workspace W --resource-group G",
     )
     add_recipe(command)
     command.add_argument("--sku", required=True, metavar="SIZE", help="the Azure size of a node")

@@ -63,9 +63,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         if self.machine.sku is None:
-            raise UserError(
-                "a job needs an Azure size", where="--sku", hint="`phi3v azure skus RECIPE.yaml` lists them"
-            )
+            raise UserError("a job needs an Azure size", where="--sku", hint="`phi3v azure skus RECIPE` lists them")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise UserError(f"{self.name!r} is no name", where="--name", hint="use letters, digits, - and _")
         if self.low_priority and self.compute is not None:

@@ -16,7 +16,7 @@ def add_commands(verbs: Parser) -> None:
         "doctor",
         doctor,
         "check environment, recipe, data, model and gradients before a run; exits with 2 if something fails",
-        "phi3v doctor recipes/easy_vqa_tiny.yaml",
+        "phi3v doctor docvqa_lora",
         brief="check everything before a run",
     )
     add_recipe(command)

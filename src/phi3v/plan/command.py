@@ -19,7 +19,7 @@ def add_commands(verbs: Parser) -> None:
         "plan",
         plan,
         "predict what fits which GPUs, how fast it is and what quota it needs; --key.subkey value overrides the recipe",
-        "phi3v plan recipes/docvqa_lora.yaml --gpu a100-80gb --gpus 8",
+        "phi3v plan docvqa_lora --gpu a100-80gb --gpus 8",
         brief="predict what fits which GPUs, and how fast",
     )
     add_recipe(command)

@@ -18,11 +18,11 @@ def add_commands(verbs: Parser) -> None:
         train,
         "fine-tune a model from a recipe; options override its keys. SIGTERM, SIGINT and SIGUSR1 stop training after "
         "the current step, with a checkpoint and exit code 3",
-        "phi3v train recipes/easy_vqa_tiny.yaml --training.output_dir output/first",
+        "phi3v train docvqa_lora --training.output_dir output/first",
         brief="fine-tune a model from a recipe",
         on_all_ranks=True,
     )
-    command.usage = "phi3v train [RECIPE.yaml] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
+    command.usage = "phi3v train [RECIPE] [--resume [auto|CHECKPOINT]] [--json] [--key.subkey value …]"
     add_recipe(command, shown=True)
     command.add_argument(
         "--resume",

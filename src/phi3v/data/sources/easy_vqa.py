@@ -34,7 +34,7 @@ def convert(options: ConvertOptions) -> ConversionResult:
     Raises:
         UserError: the package is not installed, the source is incomplete, or ``out`` holds other data.
     """
-    source = _package_data() if options.source is None else Path(options.source)
+    source = package_data() if options.source is None else Path(options.source)
     questions = {split: _read_questions(source / split / "questions.json") for split in ("train", "test")}
     with Conversion("easy-vqa", options) as conversion:
         for split, of_split in questions.items():
@@ -61,7 +61,12 @@ def _units(conversion: Conversion, split: str, questions: Questions, folder: Pat
         yield writer.unit(str(folder / f"{image}.png"), partial(records, image, of_image))
 
 
-def _package_data() -> Path:
+def package_data() -> Path:
+    """The folder of the installed package's data.
+
+    Raises:
+        UserError: it is not installed.
+    """
     # Found, not imported: only its files are wanted.
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:

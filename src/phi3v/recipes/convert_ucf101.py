@@ -5,7 +5,7 @@ python convert_ucf101.py --out_dir D
 
 import sys
 
-from public_recipe import convert_ucf101
+from phi3v.recipes.public_recipe import convert_ucf101
 
 if __name__ == "__main__":
     sys.exit(convert_ucf101())

@@ -6,7 +6,7 @@ r"""Fine-tune on Hateful Memes with the command line of the public recipe, on on
 
 import sys
 
-from public_recipe import fine_tune
+from phi3v.recipes.public_recipe import fine_tune
 
 if __name__ == "__main__":
     sys.exit(fine_tune("hateful_memes"))

@@ -5,7 +5,7 @@ torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --bf16 --use_flash_atte
 
 import sys
 
-from public_recipe import fine_tune
+from phi3v.recipes.public_recipe import fine_tune
 
 if __name__ == "__main__":
     sys.exit(fine_tune("nlvr2"))

@@ -6,7 +6,7 @@ torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --
 
 import sys
 
-from public_recipe import fine_tune
+from phi3v.recipes.public_recipe import fine_tune
 
 if __name__ == "__main__":
     sys.exit(fine_tune("docvqa"))
