@@ -232,6 +232,22 @@ def test_an_export_that_differs_leaves_nothing(
 
 
 @pytest.mark.parametrize("options", [(), ("--adapter",)], ids=["merged", "adapter"])
+def test_images_are_read_from_an_export_as_they_were_in_training(
+    options: tuple[str, ...], runs: dict[str, Path], tmp_path: Path, in_this_process: None
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(runs["lora"], run)
+    config = (run / "config.yaml").read_text()
+    for applied in (True, False):
+        (run / "config.yaml").write_text(config.replace("exif_orientation: true", f"exif_orientation: {applied}"))
+        assert main(["export", str(run), "--out", str(out), "--samples", "1", "--overwrite", *options]) == 0
+        assert resolve_model(str(out)).run.data.exif_orientation == applied
+        fields = json.loads((out / "preprocessor_config.json").read_text())
+        assert fields.get("exif_orientation", "as official") == ("as official" if applied else False)
+        assert Phi3VProcessor.from_pretrained(out).image_processor.exif_orientation == applied
+
+
+@pytest.mark.parametrize("options", [(), ("--adapter",)], ids=["merged", "adapter"])
 def test_a_disk_that_fills_up_is_said_and_nothing_is_left(
     options: tuple[str, ...],
     runs: dict[str, Path],

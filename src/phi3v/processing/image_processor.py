@@ -35,6 +35,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         image_mean, image_std: of each channel, for values in 0..1.
         num_img_tokens: tokens per crop, 144; unused, but part of the official file.
         do_convert_rgb: convert images of other modes to RGB with `to_rgb`.
+        exif_orientation: whether the model was tuned on images turned as their EXIF orientation says; read by whoever
+            opens image files.
 
     Raises:
         ValueError: ``num_crops`` below 1.
@@ -49,6 +51,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = OPENAI_CLIP_STD,
         num_img_tokens: int = TOKENS_PER_CROP,
         do_convert_rgb: bool = True,
+        exif_orientation: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -62,6 +65,14 @@ class Phi3VImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.num_img_tokens = num_img_tokens
         self.do_convert_rgb = do_convert_rgb
+        self.exif_orientation = exif_orientation
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``preprocessor_config.json`` holds: the official fields, and what differs from the official use."""
+        fields: dict[str, Any] = super().to_dict()
+        if self.exif_orientation:
+            del fields["exif_orientation"]
+        return fields
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Tokens of a ``width`` x ``height`` image."""

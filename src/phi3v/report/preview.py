@@ -160,7 +160,8 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
 
         tuned = resolve_model(model)
         settings.path = str(tuned.adapter or tuned.base)
-        return load_processor(RunConfig(model=settings)), f"as {model} reads them", tuned.run.data.exif_orientation
+        processor = load_processor(RunConfig(model=settings, data=tuned.run.data))
+        return processor, f"as {model} reads them", tuned.run.data.exif_orientation
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tiny_tokenizer(),
         chat_template=CHAT_TEMPLATE,

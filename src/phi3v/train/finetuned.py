@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
-from phi3v.config import MethodConfig, ModelConfig, RunConfig, load_config
+from phi3v.config import DataConfig, MethodConfig, ModelConfig, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.paths import find_model, now_at
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.processor import PREPROCESSOR_CONFIG, Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.loading import (
@@ -40,7 +42,7 @@ class FinetunedModel:
     Attributes:
         base: a model folder or a hub id: the model itself, or what the adapter goes on.
         adapter: the adapter's folder, if it is one.
-        run: the configuration of the run it comes from; of no known run, the defaults.
+        run: the configuration of the run it comes from; of no known run, the defaults and what its processor says.
         run_folder: the folder of that run, if it is known.
         is_checkpoint: it was saved in the middle of the run, in the precision that it is trained in.
     """
@@ -77,12 +79,12 @@ def resolve_model(name: str, base: str | None = None) -> FinetunedModel:
         base = find_model(base, f"--model {base}")
     folder = Path(find_model(name, f"model.path {name}"))
     if not folder.is_dir():
-        return FinetunedModel(name)
+        return FinetunedModel(name, run=_without_run(name))
     folder, run_folder = _place_in_run(folder)
     run = (
         load_config(run_folder / "config.yaml", of_run=True).now_in(run_folder)
         if run_folder is not None
-        else RunConfig()
+        else _without_run(str(folder))
     )
     if base is not None:
         run = replace(run, model=replace(run.model, path=base))
@@ -108,6 +110,15 @@ def resolve_model(name: str, base: str | None = None) -> FinetunedModel:
         if is_old and not os.path.isdir(base) and not isinstance(try_to_load_from_cache(base, "config.json"), str):
             raise UserError("no model there: no such folder, and none from the hub is at hand", where=where, hint=hint)
     return FinetunedModel(base, folder, run, run_folder, of_checkpoint)
+
+
+def _without_run(model: str) -> RunConfig:
+    """What is known of how a model or adapter was tuned, without the run that tuned it."""
+    with suppress(OSError):  # which is said where the model is loaded
+        found = cached_file(model, PREPROCESSOR_CONFIG, _raise_exceptions_for_missing_entries=False)
+        if found is not None and read_json(Path(found)).get("exif_orientation") is False:
+            return RunConfig(data=DataConfig(exif_orientation=False))
+    return RunConfig()
 
 
 def _place_in_run(folder: Path) -> tuple[Path, Path | None]:
@@ -157,14 +168,15 @@ def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: i
     trained = tuned.run.model.attention
     # Those two are for training: packed rows, and shared pages.
     model = ModelConfig(tuned.base, num_crops=num_crops, attention="auto" if trained in ("varlen", "flex") else trained)
-    config = RunConfig(model=model, method=method)
+    data = DataConfig(exif_orientation=tuned.run.data.exif_orientation)
+    config = RunConfig(model=model, method=method, data=data)
     facts = inspect_model(config, runtime)
     if tuned.adapter is not None:
         with content_of(tuned.adapter / ADAPTER_CONFIG):
             PeftConfig.from_pretrained(str(tuned.adapter))
-    own = tuned.adapter is not None and (tuned.adapter / "preprocessor_config.json").is_file()
-    processor = load_processor(RunConfig(model=ModelConfig(str(tuned.adapter), num_crops=num_crops)) if own else config)
-    return Inspected(config, facts, processor)
+    own = tuned.adapter is not None and (tuned.adapter / PREPROCESSOR_CONFIG).is_file()
+    own_config = replace(config, model=ModelConfig(str(tuned.adapter), num_crops=num_crops))
+    return Inspected(config, facts, load_processor(own_config if own else config))
 
 
 def load_tuned(

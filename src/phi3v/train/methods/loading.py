@@ -98,19 +98,21 @@ def _check_weights(folder: Path, skeleton: nn.Module, where: str) -> None:
 
 
 def load_processor(config: RunConfig) -> Phi3VProcessor:
-    """The model's processor, with the configured number of crops.
+    """The model's processor, with the configured number of crops and use of EXIF orientations.
 
     Raises:
         UserError: there is none at ``model.path``.
     """
     try:
-        return Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
+        processor = Phi3VProcessor.from_pretrained(config.model.path, num_crops=config.model.num_crops)
     except OSError as error:
         raise UserError(
             f"no processor there: {str(error).splitlines()[0]}",
             where=f"model.path {config.model.path}",
             hint=_MODEL_HINT,
         ) from None
+    processor.image_processor.exif_orientation = config.data.exif_orientation
+    return processor
 
 
 def load_for_training(config: RunConfig, facts: ModelFacts, runtime: RuntimeDevice) -> Any:
