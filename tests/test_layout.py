@@ -72,6 +72,7 @@ TRAIN = [
     "prepare",
     "checks",
     "run_folder",
+    "card",
     "finetuned",
     "checkpoint_folder",
     "engines",

@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: dict[str, Any] | None = arguments.handler(arguments, console)
         return result
 
+    takes_long = words[:2] == ["data", "convert"] or any(word.startswith("--push") for word in words)
     try:
-        return run_command(work, as_json="--json" in words, show_downloads=words[:2] == ["data", "convert"])
+        return run_command(work, as_json="--json" in words, show_downloads=takes_long)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -107,7 +108,7 @@ def run_command(
         work: takes the console to print on; returns what ``--json`` prints. A `UserError` becomes one message, from
             the first rank where all ranks met it.
         as_json: print one JSON object on standard output and everything else on standard error.
-        show_downloads: show the hub's progress bars, as a dataset takes long to download.
+        show_downloads: show the hub's progress bars, of uploads too.
     """
     is_first_rank = os.environ.get("RANK", "0") == "0"
     # Libraries print advice meant for notebooks; the terminal is for our output.

@@ -81,9 +81,9 @@ def test_the_run_folder_holds_what_the_design_says(train: Train, easy_vqa: Path,
         assert measured["num_questions"] == 4
         assert len(measured["answers"]) == len(measured["generated_texts"]) == 4
         assert measured["score"] == sum(measured["correct"]) / 4
-    # Every file of the saved model is hashed.
+    # Every file of the saved model is hashed, but its card, which people may edit.
     hashes = json.loads((folder / "final" / "manifest.json").read_text())["sha256"]
-    assert set(hashes) == {path.name for path in (folder / "final").iterdir()} - {"manifest.json"}
+    assert set(hashes) == {path.name for path in (folder / "final").iterdir()} - {"manifest.json", "README.md"}
     weights = (folder / "final" / "model.safetensors").read_bytes()
     assert hashes["model.safetensors"] == hashlib.sha256(weights).hexdigest()
 

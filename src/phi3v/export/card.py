@@ -8,20 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v import __version__
-from phi3v.export.proof import TOLERANCE, Comparison
-from phi3v.json_files import content_of, read_json
+from phi3v.export.proof import DRAWN, TOLERANCE, Comparison
 from phi3v.terminal import say
+from phi3v.train.card import write_card
 from phi3v.train.finetuned import FinetunedModel
 
-CARD = """---
-library_name: phi3v
-tags: [phi3_v, vision, fine-tuned]
----
-# {title}
-
-{what} Made by phi3v {version} with method `{method}` from {origin}.
-{scores}
+CHECKED = """
 ## How it was checked
 
 On {count} prompts ({probes}), logits of the last tokens and greedy answers:
@@ -31,40 +23,20 @@ On {count} prompts ({probes}), logits of the last tokens and greedy answers:
 {rows}
 
 {explanation}
-
-## Use
-
-With phi3v, without remote code:
-
-```python
-from PIL import Image, ImageOps
-{load}
-image = ImageOps.exif_transpose(Image.open("image.png"))
-inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image])
-answer = model.generate(**inputs, max_new_tokens=64)
-print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-{elsewhere}
 """
-MODEL_LOAD = """from phi3v import Phi3VForCausalLM, Phi3VProcessor
-
-model = Phi3VForCausalLM.from_pretrained("{folder}")
-processor = Phi3VProcessor.from_pretrained("{folder}")"""
-ADAPTER_LOAD = """from peft import PeftModel
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
-
-model = PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained("{base}"), "{folder}")
-processor = Phi3VProcessor.from_pretrained("{folder}")"""
-MODEL_ELSEWHERE = """The folder has the official layout, so what serves Phi-3.5-vision serves it:
+MODEL_ELSEWHERE = """
+The folder has the official layout, so what serves Phi-3.5-vision serves it:
 
 ```bash
 vllm serve {folder} --trust-remote-code --max-model-len 8192 --limit-mm-per-prompt '{{"image": 4}}'
 ```
 
-The official remote code {code}. There is no converter of this architecture for llama.cpp, and so none for Ollama."""
-ADAPTER_ELSEWHERE = """vLLM and others take the merged model, not the adapter.
-`phi3v export` without `--adapter` makes it."""
+The official remote code {code}. There is no converter of this architecture for llama.cpp, and so none for Ollama.
+"""
+ADAPTER_ELSEWHERE = """
+vLLM and others take the merged model, not the adapter.
+`phi3v export` without `--adapter` makes it.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,38 +89,37 @@ class ExportResult:
         say(console, f"next: phi3v eval {self.folder} --data …, or see {self.folder / 'README.md'}")
 
 
-def write_card(folder: Path, result: ExportResult, tuned: FinetunedModel, scores: str) -> None:
-    """Write ``README.md`` into the export."""
+def write_export_card(folder: Path, result: ExportResult, tuned: FinetunedModel, base_id: str | None) -> None:
+    """Write ``README.md`` into the export, with how it was checked."""
     rows = [
         ("merged weights against adapter and base apart, float32", result.merge),
         ("the files, loaded by a fresh process, against the same weights before they were written", result.files),
         ("this export against the model as it was tuned", result.tuned),
     ]
-    is_adapter = result.is_adapter
     code = (
         "is in the folder" if list(folder.glob("*.py")) else "must be beside it (it is in the original model's folder)"
     )
-    load = ADAPTER_LOAD if is_adapter else MODEL_LOAD
-    elsewhere = ADAPTER_ELSEWHERE if is_adapter else MODEL_ELSEWHERE
-    text = CARD.format(
-        title=result.folder.name,
-        what="A LoRA adapter in PEFT's layout." if is_adapter else f"A model in the official layout, {result.dtype}.",
-        version=__version__,
-        method=result.method,
-        origin=f"`{tuned.origin}`" if tuned.origin else "a model of unknown origin",
-        scores=scores,
+    name = result.folder.name
+    checked = CHECKED.format(
         count=result.files.num_texts,
-        probes=result.probes,
+        probes="drawn images" if result.probes.startswith(DRAWN) else "questions of the run's own data",
         rows="\n".join(
             f"| {what} | {found.worst:.1e} | {found.largest:.1f} | {found.equal_texts} of {found.num_texts} |"
             for what, found in rows
             if found is not None
         ),
         explanation=_explanation(result, tuned),
-        load=load.format(folder=result.folder, base=tuned.base),
-        elsewhere=elsewhere.format(folder=result.folder, code=code),
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_card(
+        folder,
+        tuned,
+        name=name,
+        what=None if result.is_adapter else f"A model in the official layout, {result.dtype}",
+        is_adapter=result.is_adapter,
+        base_id=base_id,
+        more=checked,
+        end=ADAPTER_ELSEWHERE if result.is_adapter else MODEL_ELSEWHERE.format(folder=name, code=code),
+    )
 
 
 def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
@@ -164,28 +135,3 @@ def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
     elif result.dtype != "float32" and tuned.adapter is not None and not result.is_adapter:
         text += f" The last row holds the one rounding of the merged weights to {result.dtype}."
     return text
-
-
-def score_table(tuned: FinetunedModel) -> str:
-    """The run's score, where it has one.
-
-    Raises:
-        UserError: the file that holds it is damaged.
-    """
-    if tuned.run_folder is None:
-        return ""
-    lines = []
-    for when in ("before", "after"):
-        path = tuned.run_folder / f"eval_{when}.json"
-        if path.is_file():
-            found = read_json(path)
-            with content_of(path):
-                score = found["scores"][found["metric"]]
-                lines.append(
-                    f"| {when} training | {found['metric']} | {100 * score['value']:.2f} % "
-                    f"| {100 * score['low']:.2f} – {100 * score['high']:.2f} % | {found['num_questions']} |"
-                )
-    if not lines:
-        return ""
-    head = "\n| | metric | score | 95 % interval | questions |\n|---|---|---|---|---|\n"
-    return head + "\n".join(lines) + "\n"

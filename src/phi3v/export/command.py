@@ -34,22 +34,47 @@ def add_commands(verbs: Parser) -> None:
     command.add_argument("--samples", type=int, default=4, metavar="N", help="number of prompts to verify with")
     command.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     command.add_argument("--verify", type=Path, metavar="DIR", help="only check that a folder is complete and correct")
+    command.add_argument(
+        "--base-id", metavar="OWNER/NAME", help="the base model's name on the hub, if it was trained from a folder"
+    )
+    command.add_argument(
+        "--push", metavar="OWNER/NAME", help="then upload it to the hub, after asking; also with --verify"
+    )
+    command.add_argument("--private", action="store_true", help="make the repository of --push a private one")
+    command.add_argument("--yes", action="store_true", help="upload without asking")
 
 
 def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if (arguments.source is None) == (arguments.verify is None):
         raise UserError("name what to export, or a folder with --verify", hint="phi3v export output/mine --out DIR")
+    if arguments.push is not None:
+        from phi3v.export.push import check_push, push
+
+        check_push(arguments.push, yes=arguments.yes)
+    elif arguments.private or arguments.yes:
+        raise UserError("is about --push", where="--private" if arguments.private else "--yes", hint="add it")
     if arguments.verify is not None:
         from phi3v.export.verify import verify_folder
 
-        report = verify_folder(arguments.verify, console)
-        return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+        report = verify_folder(arguments.verify, console, base=arguments.base)
+        told, folder = report.to_json_dict() | {"exit_code": 0 if report.ok else 2}, arguments.verify
+        if not report.ok:
+            return told
+    else:
+        told, folder = _make(arguments, console), arguments.out
+    if arguments.push is not None:
+        told["pushed"] = push(folder, arguments.push, console, private=arguments.private, yes=arguments.yes)
+    return told
+
+
+def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.out is None:
         raise UserError("the output folder is missing", where="--out", hint="phi3v export output/mine --out DIR")
     if arguments.samples < 1:
         raise UserError("at least one prompt is needed", where="--samples")
     from phi3v.export.make import export
 
-    names = ("dtype", "adapter", "base", "max_shard_size", "samples", "overwrite")
+    names = ("dtype", "adapter", "base", "base_id", "max_shard_size", "samples", "overwrite")
     settings = {name: getattr(arguments, name) for name in names}
-    return export(arguments.source, arguments.out, console, **settings).to_json_dict()
+    for_hub = arguments.push is not None
+    return export(arguments.source, arguments.out, console, for_hub=for_hub, **settings).to_json_dict()

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from phi3v.config import torch_dtype
 from phi3v.errors import UserError
-from phi3v.export.card import ExportResult, score_table, write_card
+from phi3v.export.card import ExportResult, write_export_card
 from phi3v.export.proof import (
     TOLERANCE,
     Answers,
@@ -32,11 +32,14 @@ from phi3v.export.proof import (
     compare,
     make_probes,
 )
+from phi3v.export.push import require_hub_base
+from phi3v.json_files import read_json
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
 from phi3v.terminal import say
+from phi3v.train.card import score_table
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
 from phi3v.train.methods.loading import load_weights
@@ -55,9 +58,11 @@ def export(
     dtype: str | None = None,
     adapter: bool = False,
     base: str | None = None,
+    base_id: str | None = None,
     max_shard_size: str = "5GB",
     samples: int = 4,
     overwrite: bool = False,
+    for_hub: bool = False,
 ) -> ExportResult:
     """Write a tuned model to ``out``, proven against the model as it was tuned.
 
@@ -66,8 +71,10 @@ def export(
         dtype: of the weights; default: that of the model which was tuned.
         adapter: write the adapter alone.
         base: the model that it was tuned from, where that has moved.
+        base_id: its name on the hub, for the card and for an adapter's configuration.
         samples: prompts to compare with.
         overwrite: replace a folder.
+        for_hub: it is to be uploaded, so an adapter needs a base model that is there.
 
     Raises:
         UserError: there is nothing to export, ``out`` is taken, or the disk is full.
@@ -78,13 +85,17 @@ def export(
         raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
     if adapter and dtype is not None:
         raise UserError("an adapter stays as it was trained", where="--dtype", hint="leave it out")
+    if base_id is not None and not is_hub_id(base_id):
+        raise UserError("is no model's name on the hub", where=f"--base-id {base_id}", hint="OWNER/NAME")
+    if adapter and for_hub:
+        require_hub_base(base_id or tuned.base)
     out = absolute(out)
     _check_out(out, tuned, overwrite)
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
         raise UserError(str(error), where=f"--max-shard-size {max_shard_size}", hint="e.g. 5GB") from None
-    scores = score_table(tuned)  # found damaged now, not when all is done
+    score_table(tuned)  # found damaged now, not when all is done
     wanted = torch_dtype(dtype) if dtype else _stored_dtype(tuned)
     room = _bytes_needed(tuned, None if adapter else wanted)
     if free_space(out.parent) < room * 1.05:
@@ -113,7 +124,9 @@ def export(
             probes=source,
         )
         _require_same(result)
-        write_card(folder, result, tuned, scores)
+        if base_id is not None and adapter:
+            _name_base(folder, base_id)  # now that a fresh process has found it where it is
+        write_export_card(folder, result, tuned, base_id)
         write_manifest(folder, tuned_from=tuned.origin)
         if out.exists():
             out.rename(Path(made) / "old")
@@ -176,6 +189,13 @@ def _write(
     make_weights_readable(folder)
     processor.save_pretrained(folder)
     return _Written(answers, exported, merge, parameters)
+
+
+def _name_base(folder: Path, base_id: str) -> None:
+    """Let an adapter go on the base model of this name."""
+    path = folder / "adapter_config.json"
+    fields = read_json(path) | {"base_model_name_or_path": base_id}
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _merge(model: Any) -> Any:

@@ -27,6 +27,7 @@ from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor, user_prompt
 from phi3v.train.finetuned import FinetunedModel
 
+DRAWN = "drawn images"
 NEW_TOKENS = 24  # of an answer
 KEPT_LOGITS = 64  # of a prompt's last tokens; those of a page would fill the memory with a real vocabulary
 # The same weights in the same float32 arithmetic differ by the order of sums only, which another process may choose
@@ -100,7 +101,7 @@ def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[P
             return _own_probes(tuned, Path(data), count, folder), data
         except UserError as error:  # of a file or an image that is there no more, or not as it was
             why = f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
-    return [drawn_probe(folder, index) for index in range(count)], f"drawn images{why}"
+    return [drawn_probe(folder, index) for index in range(count)], f"{DRAWN}{why}"
 
 
 def _own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
@@ -184,15 +185,19 @@ def answer_in_fresh_process(folder: Path, probes: Sequence[Probe], work: Path) -
     return Answers([logits[str(index)] for index in range(len(texts))], texts)
 
 
-def load_export(folder: Path, device: torch.device) -> tuple[Any, Phi3VProcessor]:
-    """A model or an adapter as anyone would load it, computing in float32."""
+def load_export(folder: Path, device: torch.device, base: str | None = None) -> tuple[Any, Phi3VProcessor]:
+    """A model or an adapter as anyone would load it, computing in float32.
+
+    Args:
+        base: the model that the adapter goes on, if not the one that it names.
+    """
     from peft import PeftConfig, PeftModel
 
     from phi3v.model.modeling import Phi3VForCausalLM
 
     is_adapter = (folder / "adapter_config.json").is_file()
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if is_adapter else str(folder)
-    model = Phi3VForCausalLM.from_pretrained(base, dtype=torch.float32)
+    source = (base or PeftConfig.from_pretrained(folder).base_model_name_or_path) if is_adapter else str(folder)
+    model = Phi3VForCausalLM.from_pretrained(source, dtype=torch.float32)
     if is_adapter:
         model = PeftModel.from_pretrained(model, str(folder))
     return model.eval().to(device), Phi3VProcessor.from_pretrained(folder)

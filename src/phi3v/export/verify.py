@@ -24,20 +24,24 @@ from phi3v.processing.processor import Phi3VProcessor
 INCOMPLETE = "the save was not complete: export the run again"
 
 
-def verify_folder(folder: Path, console: Console | None) -> Report:
+def verify_folder(folder: Path, console: Console | None, *, base: str | None = None) -> Report:
     """Check every part of a model or adapter folder; each finding is shown as it is made.
+
+    Args:
+        base: the model that an adapter goes on, if not the one that it names.
 
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder))
-    return _Inspection(folder, console).run()
+    return _Inspection(folder, console, base).run()
 
 
 class _Inspection:
-    def __init__(self, folder: Path, console: Console | None) -> None:
+    def __init__(self, folder: Path, console: Console | None, base: str | None) -> None:
         self.folder = folder
+        self.base = base
         self.report = Report(console)
         self.say = self.report.say
         self.is_adapter = (folder / "adapter_config.json").is_file()
@@ -99,7 +103,7 @@ class _Inspection:
 
     def adapter(self) -> None:
         fields = read_json(self.folder / "adapter_config.json")
-        base = fields.get("base_model_name_or_path")
+        base = self.base or fields.get("base_model_name_or_path")
         if not base:
             hint = "write base_model_name_or_path into adapter_config.json"
             self.say("adapter", "fail", "it does not say which model it goes on", hint)
@@ -169,7 +173,7 @@ class _Inspection:
     def answer(self) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model, processor = load_export(self.folder, device)
+            model, processor = load_export(self.folder, device, self.base)
             with tempfile.TemporaryDirectory() as work:
                 answers = answer_probes(model, processor, [drawn_probe(Path(work), 0)])
         except (OSError, ValueError, RuntimeError) as error:

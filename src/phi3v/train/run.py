@@ -22,6 +22,7 @@ from phi3v.data.readers import Readers
 from phi3v.errors import LostRankError, StoppedError, UserError
 from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.terminal import progress_bar, say
+from phi3v.train.card import write_card
 from phi3v.train.checkpoint_folder import checkpoint_name, newest_checkpoint
 from phi3v.train.checkpoints.resume import (
     FinishedRun,
@@ -35,6 +36,7 @@ from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.feature_cache import fill_features
 from phi3v.train.device import choose_device
 from phi3v.train.engines.data_parallel import load_whole
+from phi3v.train.finetuned import resolve_model
 from phi3v.train.header import Forecast, print_header
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.gradient_check import check_gradients
@@ -209,6 +211,8 @@ def _train_and_evaluate(
     PartialState().wait_for_everyone()
     signals.doing = "evaluating after training; final/ is saved, start again with --resume to evaluate it"
     after = _evaluate(setup, tuned, "after") if config.evaluation.after else None
+    if runtime.rank == 0:
+        write_card(setup.folder / "final", resolve_model(str(setup.folder)), name=f"{setup.folder.name}/final")
 
     seen = state.seen
     return RunResult(

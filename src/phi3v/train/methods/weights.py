@@ -21,6 +21,8 @@ from phi3v.paths import file_hash
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.methods.pissa import as_difference, as_trained, difference_config, start_of
 
+CARD_FILE = "README.md"
+MANIFEST = "manifest.json"
 # What the file system, safetensors and torch raise where a file cannot be written.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
@@ -78,6 +80,7 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
         # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(folder, state_dict=tensors, **more)
+    (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card has the path of the base model
     make_weights_readable(folder)
     processor.save_pretrained(folder)
     verify_saved(model, folder, tensors)
@@ -197,19 +200,22 @@ def verify_saved(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> 
 
 
 def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
-    """``manifest.json``: the SHA-256 of every file of a saved model, and which model it was tuned from."""
+    """``manifest.json``: the SHA-256 of every file of a saved model, and which model it was tuned from.
+
+    The card is left out: people edit it.
+    """
     hashes = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != "manifest.json":
+        if path.is_file() and path.name not in (MANIFEST, CARD_FILE):
             hashes[path.name] = file_hash(path)
     facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
-    (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def read_tuned_from(folder: Path) -> str | None:
     """Which model a saved one was tuned from, where its manifest says so."""
     try:
-        found = read_json(folder / "manifest.json").get("tuned_from")
+        found = read_json(folder / MANIFEST).get("tuned_from")
     except UserError:  # none, or none of ours
         return None
     return found if isinstance(found, str) else None

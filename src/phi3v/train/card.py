@@ -1,0 +1,215 @@
+"""The model card of a fine-tuned model: ``README.md`` in its folder, by the hub's conventions.
+
+A card names no local path: neither the base model, nor the data, nor the folder itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from phi3v import __version__
+from phi3v.data.sources import OWN_DATA, SOURCES
+from phi3v.errors import UserError
+from phi3v.json_files import content_of, read_json
+from phi3v.paths import is_hub_id
+from phi3v.train.finetuned import FinetunedModel
+from phi3v.train.methods.weights import CARD_FILE
+
+TASK = "image-text-to-text"
+# Their cards are not among the files that loading a model downloads.
+OFFICIAL = ("microsoft/Phi-3.5-vision-instruct", "microsoft/Phi-3-vision-128k-instruct")
+PUBLIC = tuple(name for name in SOURCES if name not in OWN_DATA)  # all of them in English
+
+CARD = """
+# {title}
+
+{what}{origin}. Made with phi3v {version}.
+{scores}{more}
+## Use
+
+```python
+{snippet}
+```
+"""
+MODEL_SNIPPET = """from PIL import Image, ImageOps
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+name = "{name}"  # this folder, or its name on the hub
+model = Phi3VForCausalLM.from_pretrained(name)
+"""
+ADAPTER_SNIPPET = """from peft import AutoPeftModelForCausalLM
+from PIL import Image, ImageOps
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+name = "{name}"  # this folder, or its name on the hub
+model = AutoPeftModelForCausalLM.from_pretrained(name)
+"""
+ANSWER_SNIPPET = """processor = Phi3VProcessor.from_pretrained(name)
+image = ImageOps.exif_transpose(Image.open("image.png"))
+inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image])
+answer = model.generate(**inputs, max_new_tokens=64)
+print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def write_card(
+    folder: Path,
+    tuned: FinetunedModel,
+    *,
+    name: str,
+    what: str | None = None,
+    is_adapter: bool | None = None,
+    base_id: str | None = None,
+    more: str = "",
+    end: str = "",
+) -> None:
+    """Write the card of ``tuned``, or of what was made of it, into ``folder``.
+
+    Args:
+        name: what the snippet loads; its title too.
+        what: what is in the folder.
+        is_adapter: whether that is an adapter; default: as ``tuned``.
+        base_id: what the base model is called on the hub; default: as ``tuned`` names it, if that is no path.
+        more, end: text before and after the snippet.
+
+    Raises:
+        UserError: it cannot be written, or the run's scores are damaged.
+    """
+    is_adapter = tuned.adapter is not None if is_adapter is None else is_adapter
+    base = base_id or (tuned.origin if tuned.origin is not None and is_hub_id(tuned.origin) else None)
+    method = tuned.run.method.name if tuned.run_folder is not None else None
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=TASK,
+        base_model=base,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base is not None else None,
+        tags=["phi3_v", "phi3v", *([method] if method is not None else [])],
+        **_of_the_base(base, tuned.origin),
+    )
+    trained_on = _datasets(tuned.run.data.train)
+    if trained_on:
+        data.datasets, data.language = trained_on, "en"
+    data.eval_results = _model_index(tuned) or None
+    if data.eval_results:
+        data.model_name = name
+        data.metrics = [result.metric_type for result in data.eval_results]
+    text = CARD.format(
+        title=name,
+        what=what or ("A LoRA adapter in PEFT's layout" if is_adapter else "A model in the official layout"),
+        origin=_origin(base, method) if tuned.origin is not None else "",
+        version=__version__,
+        scores=score_table(tuned),
+        more=more,
+        snippet=(ADAPTER_SNIPPET if is_adapter else MODEL_SNIPPET).format(name=name) + ANSWER_SNIPPET,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}{end}")
+    try:
+        card.save(folder / CARD_FILE)
+    except OSError as error:
+        raise UserError(f"the card cannot be written: {error.strerror or error}", where=str(folder)) from None
+
+
+def _origin(base: str | None, method: str | None) -> str:
+    model = f"[{base}](https://huggingface.co/{base})" if base is not None else "a local model"
+    return f", fine-tuned from {model}" + (f" with the method `{method}`" if method is not None else "")
+
+
+def _of_the_base(base: str | None, origin: str | None) -> dict[str, Any]:
+    """Licence and language, as the base model's own card has them, if that is at hand."""
+    if base in OFFICIAL:
+        return {"license": "mit", "language": "multilingual"}
+    file = Path(origin, CARD_FILE) if origin is not None and Path(origin).is_dir() else None
+    if file is None and base is not None:
+        cached = try_to_load_from_cache(base, CARD_FILE)
+        file = Path(cached) if isinstance(cached, str) else None
+    if file is None:
+        return {}
+    try:
+        found = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+    return {key: found[key] for key in ("license", "license_name", "license_link", "language") if key in found}
+
+
+def _datasets(file: str | None) -> list[str]:
+    """The public datasets whose records a data file holds, where it is still there."""
+    sources = set()
+    try:
+        with open(file or "", encoding="utf-8") as lines:
+            for line in lines:
+                sources.add(json.loads(line).get("source") if line.strip() else None)
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in PUBLIC if name in sources]
+
+
+@dataclass(frozen=True)
+class _Score:
+    when: str
+    name: str
+    value: float
+    low: float
+    high: float
+    questions: int
+
+
+def _scores(tuned: FinetunedModel) -> list[_Score]:
+    """What the run measured before and after training; nothing of weights that it did not measure."""
+    scores = []
+    if tuned.run_folder is not None and not tuned.is_checkpoint:
+        for when in ("before", "after"):
+            path = tuned.run_folder / f"eval_{when}.json"
+            if not path.is_file():
+                continue
+            found = read_json(path)
+            with content_of(path):
+                for name, score in found["scores"].items():
+                    if score["value"] is not None:  # data may have no such score
+                        value, low, high = (float(score[key]) for key in ("value", "low", "high"))
+                        scores.append(_Score(when, name, value, low, high, found["num_questions"]))
+    return scores
+
+
+def score_table(tuned: FinetunedModel) -> str:
+    """The run's scores before and after training, where it has them.
+
+    Raises:
+        UserError: the file that holds them is damaged.
+    """
+    lines = [
+        f"| {score.when} training | {score.name} | {100 * score.value:.2f} % "
+        f"| {100 * score.low:.2f} – {100 * score.high:.2f} % | {score.questions} |\n"
+        for score in _scores(tuned)
+    ]
+    return (
+        "".join(["\n| | metric | score | 95 % interval | questions |\n|---|---|---|---|---|\n", *lines])
+        if lines
+        else ""
+    )
+
+
+def _model_index(tuned: FinetunedModel) -> list[EvalResult]:
+    """The scores after training as the hub lists them; their intervals stand in the name and among the arguments."""
+    file = tuned.run.data.eval
+    if file is None:
+        return []
+    dataset = next(iter(_datasets(file)), Path(file).stem)
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=Path(file).stem,
+            metric_type=score.name,
+            metric_name=f"{score.name}, 95 % interval {score.low:.4f} – {score.high:.4f}",
+            metric_value=round(score.value, 4),
+            metric_args={"interval_95": [round(score.low, 4), round(score.high, 4)], "questions": score.questions},
+        )
+        for score in _scores(tuned)
+        if score.when == "after"
+    ]
