@@ -58,7 +58,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, small_model_dir: Path, ea
 def inputs(small_model_dir: Path) -> Any:
     processor = Phi3VProcessor.from_pretrained(small_model_dir)
     image = Image.effect_mandelbrot((500, 340), (-2, -1, 1, 1), 20).convert("RGB")
-    return processor("<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n<|assistant|>\n", [image])
+    return processor("<|user|>\n<|image_1|>\nWhat is shown?<|end|>\n<|assistant|>\n", [image], return_tensors="pt")
 
 
 def base(folder: Path) -> Phi3VForCausalLM:

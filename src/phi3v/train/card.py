@@ -52,7 +52,7 @@ model = AutoPeftModelForCausalLM.from_pretrained(name)
 """
 ANSWER_SNIPPET = """processor = Phi3VProcessor.from_pretrained(name)
 image = ImageOps.exif_transpose(Image.open("image.png"))
-inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image])
+inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image], return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
