@@ -23,6 +23,7 @@ ROOMS = [
     "serve",
     "bench",
     "doctor",
+    "evaluators",
     "export",
     "plan",
     "train",

@@ -10,7 +10,14 @@ import pytest
 
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.table import open_table
-from phi3v.evaluate.batches import Prompt, PromptBatches, cut_batches, list_prompts, prompts_of_ranks
+from phi3v.evaluate.batches import (
+    PreparedQuestions,
+    Prompt,
+    PromptBatches,
+    cut_batches,
+    list_prompts,
+    prompts_of_ranks,
+)
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -96,3 +103,16 @@ def test_a_shared_batch_decodes_each_image_once(questions: QuestionDataset) -> N
     for row, index in enumerate(batch.indices):
         assert batch.prefixes[batch.page_of_row[row]] + batch.suffixes[row] == questions[index].input_ids
     assert batch.lengths() == [len(questions[index].input_ids) for index in batch.indices]
+
+
+@pytest.mark.parametrize("start", [4096, 200])
+def test_prompts_that_come_made_share_what_those_of_a_file_share(questions: QuestionDataset, start: int) -> None:
+    prepared = PreparedQuestions([questions[index] for index in range(len(questions))])
+    ours, theirs = list_prompts(questions, start), list_prompts(prepared, start)
+    assert [(p.index, p.length) for p in theirs] == [(p.index, p.length) for p in ours]
+    # Before an image that stands in a later turn, both have the turn before it.
+    assert [p.prefix for p in theirs] == [p.prefix for p in ours]
+    numbers = dict(zip([p.page for p in theirs], [p.page for p in ours], strict=True))
+    assert [numbers[p.page] for p in theirs] == [p.page for p in ours]
+    prepared[0].input_ids = []
+    assert len(prepared[0].input_ids) == theirs[0].length

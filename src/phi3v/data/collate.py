@@ -247,7 +247,7 @@ class QuestionDataset(Dataset[Sample]):
     def question(self, index: int) -> Question:
         """What is asked, without the images' content."""
         record_index, turn_index = self.index[index]
-        return _question(self.table[int(record_index)], int(turn_index))
+        return question_of(self.table[int(record_index)], int(turn_index))
 
     def questions(self) -> Iterator[Question]:
         """All of them in order, read faster than one by one."""
@@ -256,7 +256,7 @@ class QuestionDataset(Dataset[Sample]):
             turns.setdefault(record_index, []).append(turn_index)
         for record_index, record in enumerate(self.table):
             for turn_index in turns.get(record_index, ()):
-                yield _question(record, turn_index)
+                yield question_of(record, turn_index)
 
     def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:
         """The token ids of a prompt whose images have so many tokens each."""
@@ -269,7 +269,8 @@ class QuestionDataset(Dataset[Sample]):
         return make_sample(self.reader, self.table[int(record_index)], self.processor, question=int(turn_index))
 
 
-def _question(record: Record, turn_index: int) -> Question:
+def question_of(record: Record, turn_index: int) -> Question:
+    """What a turn of a record asks."""
     turn = record.turns[turn_index]
     name = record.id if len(record.turns) == 1 else f"{record.id}#{turn_index + 1}"
     images = upto_question(record, turn_index).images

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -36,13 +36,53 @@ class Prompt:
     length: int
 
 
-def list_prompts(questions: QuestionDataset, long_context_start: int) -> list[Prompt]:
+class PreparedQuestions:
+    """Questions that are in no data file, as prompts with their images: for those who bring questions of their own.
+
+    Args:
+        samples: the prompts; images with the same name are the same.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.samples[index])  # whoever answers it may add to its tokens
+
+    def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:
+        """The token ids of a prompt; its images have so many tokens each."""
+        return self.samples[index].input_ids
+
+    def prompts(self, long_context_start: int) -> list[Prompt]:
+        """As of `list_prompts`."""
+        pages: dict[tuple[object, ...], int] = {}
+        prompts = []
+        for index, sample in enumerate(self.samples):
+            ids = sample.input_ids
+            prefix = max((place + 1 for place, token in enumerate(ids) if token < 0), default=0)
+            if (prefix > long_context_start) != (len(ids) > long_context_start):
+                prefix = 0
+            images = tuple(page.name for page in sample.pages)
+            same = (images, tuple(ids[:prefix])) if prefix else (index,)
+            prompts.append(Prompt(index, pages.setdefault(same, len(pages)), prefix, len(ids)))
+        return prompts
+
+
+Questions = QuestionDataset | PreparedQuestions
+
+
+def list_prompts(questions: Questions, long_context_start: int) -> list[Prompt]:
     """The prompt of every question.
 
     Args:
         long_context_start: longer samples use other rotary factors (LongRoPE), so a prefix on one side of it is of no
             use to a prompt on the other.
     """
+    if isinstance(questions, PreparedQuestions):
+        return questions.prompts(long_context_start)
     num_crops = questions.processor.image_processor.num_crops
     lengths = measure_table(questions.table, questions.processor)
     tokens, prefixes, pages = lengths.prompts_at(questions.index, num_crops, long_context_start)
@@ -118,7 +158,7 @@ def whole_prompts(indices: Sequence[int], samples: Sequence[Sample]) -> PromptBa
 class PromptBatches(Dataset[PromptBatch]):
     """Batches with their images decoded, each image of a page once."""
 
-    def __init__(self, questions: QuestionDataset, batches: Sequence[Sequence[Prompt]]) -> None:
+    def __init__(self, questions: Questions, batches: Sequence[Sequence[Prompt]]) -> None:
         self.questions = questions
         self.batches = batches
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from phi3v.data.collate import QuestionDataset
 from phi3v.data.readers import reading
 from phi3v.evaluate.batches import (
     PromptBatch,
     PromptBatches,
+    Questions,
     cut_batches,
     list_prompts,
     prompts_of_ranks,
@@ -47,7 +47,7 @@ class Generated:
 def generate_answers(
     model: Any,
     processor: Phi3VProcessor,
-    questions: QuestionDataset,
+    questions: Questions,
     *,
     batch_size: int,
     batch_tokens: int,
@@ -108,7 +108,7 @@ class _Answerer:
         self.stops = stop_token_ids(processor)
         self.long_context_start: int = model.config.long_context_start
 
-    def answer(self, batch: PromptBatch, questions: QuestionDataset) -> dict[int, Generated]:
+    def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, Generated]:
         """The answers to a batch, by question."""
         state = prefill(self.model, self.processor, batch)
         probabilities = self.word_probabilities(state) if self.words else [[] for _ in batch.indices]
