@@ -159,6 +159,8 @@ def test_an_adapter(
 ) -> None:
     assert main(["export", "--verify", str(exports["adapter"]), "--push", NAME, "--yes"]) == 2
     assert "which is on this machine only" in capsys.readouterr().err
+    assert main(["export", "--verify", str(exports["adapter"]), "--base-id", "me/base"]) == 2
+    assert "export it again with it" in capsys.readouterr().err
     assert hub.asked == []
     base = "microsoft/Phi-3.5-vision-instruct"
     arguments = ["export", str(run), "--out", str(tmp_path / "out"), "--adapter", "--samples", "1"]

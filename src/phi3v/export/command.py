@@ -54,6 +54,8 @@ def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     elif arguments.private or arguments.yes:
         raise UserError("is about --push", where="--private" if arguments.private else "--yes", hint="add it")
     if arguments.verify is not None:
+        if arguments.base_id is not None:
+            raise UserError("is written when an export is made", where="--base-id", hint="export it again with it")
         from phi3v.export.verify import verify_folder
 
         report = verify_folder(arguments.verify, console, base=arguments.base)

@@ -52,7 +52,7 @@ def check_push(repo_id: str, *, yes: bool) -> None:
 def require_hub_base(base: str) -> None:
     """Refuse an adapter that nobody else could use."""
     if not is_hub_id(base):
-        hint = "name it as the hub does: --base-id OWNER/NAME; or export the merged model, without --adapter"
+        hint = "export it with --base-id OWNER/NAME, as the hub calls that model; or merged, without --adapter"
         raise UserError(f"the adapter goes on {base}, which is on this machine only", where="--push", hint=hint)
 
 
