@@ -84,6 +84,7 @@ def require_file(path: Path) -> None:
         with path.open("rb"):
             pass
     except FileNotFoundError:
-        raise UserError("no such file", where=str(path), hint="check the path to the .jsonl file") from None
+        hint = "check the path; `phi3v data convert` makes data files"
+        raise UserError("no such file", where=str(path), hint=hint) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint="check its permissions") from None

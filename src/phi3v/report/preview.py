@@ -171,7 +171,7 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
         unk_token="<unk>",
     )
     images = Phi3VImageProcessor() if num_crops is None else Phi3VImageProcessor(num_crops=num_crops)
-    told = "of the small built-in tokenizer, which needs more for a text than Phi-3's; --model takes a model's own"
+    told = "of the small built-in tokenizer, which needs more for a text than Phi-3's; --model.path takes a model's own"
     return Phi3VProcessor(images, tokenizer), told, True
 
 
