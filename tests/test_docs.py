@@ -190,6 +190,17 @@ def test_links_and_files_exist(page: Path) -> None:
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "src" / "phi3v")), name
 
 
+def test_where_it_works_is_said_with_a_version_and_a_test() -> None:
+    page = (ROOT / "docs" / "where_it_works.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows
+    for _, version, test in rows:
+        assert re.search(r"\d\.\d", version), version
+        paths = re.findall(r"tests/[\w/.]+", test)
+        assert "make test-ecosystem" in test or paths, test
+        assert all((ROOT / path).exists() for path in paths), test
+
+
 def result(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
