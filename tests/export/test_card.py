@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from phi3v.cli import main
-from phi3v.config import MethodConfig, ModelConfig, RunConfig
+from phi3v.config import DataConfig, MethodConfig, ModelConfig, RunConfig
 from phi3v.train.card import write_card
 from phi3v.train.finetuned import FinetunedModel
 
@@ -116,9 +117,16 @@ def test_licence_and_language_are_those_of_the_base(tmp_path: Path) -> None:
 
 
 def test_a_score_that_was_not_measured_of_these_weights_is_left_out(run: Path, tmp_path: Path) -> None:
-    tuned = FinetunedModel(BASE, run / "final", RunConfig(), run, is_checkpoint=True)
-    write_card(tmp_path, tuned, name="mine")
-    assert read_card(tmp_path)[0].eval_results is None
+    config = RunConfig(data=DataConfig(eval="test.jsonl"), method=MethodConfig("qlora"))
+    tuned = FinetunedModel(BASE, run / "final", config, run)
+    for weights, is_adapter, number in (
+        (tuned, True, 2),
+        (tuned, False, None),  # merged into weights that are not in 4 bits
+        (replace(tuned, is_checkpoint=True), True, None),
+    ):
+        write_card(tmp_path, weights, name="mine", is_adapter=is_adapter)
+        results = read_card(tmp_path)[0].eval_results
+        assert (len(results) if results is not None else None) == number
 
 
 def test_an_adapter_that_names_its_base_as_the_hub_does(

@@ -94,7 +94,8 @@ def write_card(
     trained_on = _datasets(tuned.run.data.train)
     if trained_on:
         data.datasets, data.language = trained_on, "en"
-    data.eval_results = _model_index(tuned) or None
+    if is_adapter or not tuned.is_quantised:  # merged into weights that are not in 4 bits, it is another model
+        data.eval_results = _model_index(tuned) or None
     if data.eval_results:
         data.model_name = name
         data.metrics = [result.metric_type for result in data.eval_results]
