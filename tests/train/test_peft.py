@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,6 +99,8 @@ def test_every_way_to_load_an_adapter(
 @pytest.mark.parametrize("name", ["projector", "vision", "head", "pissa"])  # it does not read DoRA's magnitudes
 def test_the_library_s_own_way(name: str, adapters: dict[str, Path], small_model_dir: Path, inputs: Any) -> None:
     """transformers loads adapters without a ``PeftModel``, also where the adapter's folder is named as a model's."""
+    if name in ("projector", "vision") and version.parse(transformers.__version__) < version.parse("5.24"):
+        pytest.skip("transformers 5.17 leaves out what was trained in full")
     expected = ours(adapters[name], inputs)
     model = base(small_model_dir)
     model.load_adapter(str(adapters[name]))
