@@ -14,6 +14,8 @@ from PIL import Image
 from phi3v.cli import main
 
 COMMANDS = {
+    "quickstart": ("easy-vqa", "default: quickstart"),
+    "recipes copy": ("--overwrite", "default: NAME.yaml"),
     "model init": ("--preset", "default: 0"),
     "data convert": ("easy-vqa", "ucf101", "--on-bad", "default: stop", "default: 8", "image-folder", "--image-column"),
     "data check": ("--max-errors", "default: 20"),
