@@ -7,23 +7,32 @@ from contextlib import suppress
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.model.modeling import Phi3VForCausalLM, Phi3VModel
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
 
-AutoConfig.register("phi3_v", Phi3VConfig)
-AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
-AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
-AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast)
+# `exist_ok`: the package has announced some of the names already.
+AutoConfig.register("phi3_v", Phi3VConfig, exist_ok=True)
+AutoModel.register(Phi3VConfig, Phi3VModel, exist_ok=True)
+for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+# Pipelines and trainers ask this table which models take images.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["phi3_v"] = "Phi3VForCausalLM"
+AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
+AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 # Some versions of transformers cannot import this class without torchvision, which ours never needs.
 with suppress(ImportError):
-    AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor})
+    AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True)
 
 __all__ = ["Phi3VConfig", "Phi3VForCausalLM", "Phi3VImageProcessor", "Phi3VProcessor"]

@@ -22,7 +22,8 @@ from phi3v.data.readers import Readers
 from phi3v.data.table import open_table
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape
-from phi3v.processing.processor import ImageAlignmentError, Phi3VProcessor
+from phi3v.processing.hd_transform import ImageAlignmentError
+from phi3v.processing.processor import Phi3VProcessor
 
 
 def lengths_of(tokens: Any, prefix: Any, page: Any, crops: Any = None) -> RecordLengths:

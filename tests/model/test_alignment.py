@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_inputs import Sample, pad_batch
 
-from phi3v.model.modeling import ImageAlignmentError, check_image_alignment
+from phi3v.processing.hd_transform import ImageAlignmentError, check_image_alignment
 
 
 def without_token(ids: torch.Tensor, position: int) -> torch.Tensor:

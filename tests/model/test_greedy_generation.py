@@ -19,10 +19,20 @@ from phi3v import Phi3VForCausalLM
 NAMES = ("one_image", "two_images", "crossing_long_rope")
 
 
-def continue_greedily(model: Any, inputs: dict[str, torch.Tensor], count: int, **kwargs: Any) -> torch.Tensor:
+def continue_greedily(
+    model: Any, inputs: dict[str, torch.Tensor], count: int, *, use_cache: bool = True
+) -> torch.Tensor:
+    """The ids that `generate` adds, or plain forward passes over everything so far."""
     prompt = inputs["input_ids"].shape[1]
-    output = model.generate(**inputs, max_new_tokens=count, do_sample=False, **kwargs)
-    return output[:, prompt:]
+    if use_cache:
+        return model.generate(**inputs, max_new_tokens=count, do_sample=False)[:, prompt:]
+    inputs = dict(inputs)
+    for _ in range(count):
+        with torch.no_grad():
+            new = model(**inputs).logits[:, -1:].argmax(dim=-1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], new], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1)
+    return inputs["input_ids"][:, prompt:]
 
 
 class Calls:
@@ -70,7 +80,7 @@ def test_equals_the_reference(
         assert calls.lengths == list(range(prompt, prompt + count))
         return
     # Really cached: one token a call but for the prompt and, where the sample outgrows the short factors, one restart
-    # over everything so far, for which the images run a second time.
+    # over everything so far; the images are encoded once.
     lengths = [prompt] + [1] * (count - 1)
     restart = case["original_max_position_embeddings"] + 1
     crossing = prompt < restart <= prompt + count - 1
@@ -78,7 +88,28 @@ def test_equals_the_reference(
         lengths[restart - prompt] = restart
     assert calls.lengths == lengths
     assert crossing == (name == "crossing_long_rope")
-    assert len(calls.crops) == 1 + crossing
+    assert len(calls.crops) == 1
+
+
+@pytest.mark.parametrize("drafts", ["looked up", "by a model"])
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_change_nothing(
+    name: str,
+    drafts: str,
+    golden_cases: dict[str, Any],
+    golden_arrays: dict[str, torch.Tensor],
+    load_golden: Any,
+    sample: Any,
+) -> None:
+    """Also where they would cross the switch of LongRoPE."""
+    case = case_of(golden_cases, name)
+    given = sample("generate", name)
+    model = load_golden(original_max_position_embeddings=case["original_max_position_embeddings"])
+    torch.manual_seed(0)
+    other = Phi3VForCausalLM._from_config(model.config, dtype=torch.float32)
+    options = {"assistant_model": other} if drafts == "by a model" else {"prompt_lookup_num_tokens": 4}
+    ids = model.generate(**given.inputs(), max_new_tokens=case["max_new_tokens"], do_sample=False, **options)
+    assert ids[0, given.length :].tolist() == golden_arrays[f"generate/{name}/new_ids"].tolist()
 
 
 def test_batch_equals_each_alone(load_golden: Any, sample: Any) -> None:

@@ -27,10 +27,10 @@ def test_parameter_count_of_the_real_size(preset: str) -> None:
 
 
 def test_real_sizes_differ_in_their_rope_only() -> None:
-    newer, older = (preset_config(name).to_dict() for name in ("phi-3.5-vision", "phi-3-vision"))
-    assert {key for key in newer if newer[key] != older[key]} == {"rope_parameters", "sliding_window"}
+    newer, older = (json.loads(preset_config(name).to_json_string()) for name in ("phi-3.5-vision", "phi-3-vision"))
+    assert {key for key in newer if newer[key] != older[key]} == {"rope_scaling", "sliding_window"}
     for config in (newer, older):
-        assert len(config["rope_parameters"]["short_factor"]) == len(config["rope_parameters"]["long_factor"]) == 48
+        assert len(config["rope_scaling"]["short_factor"]) == len(config["rope_scaling"]["long_factor"]) == 48
 
 
 def test_every_preset_has_its_crops() -> None:
@@ -60,7 +60,9 @@ def test_tiny_answers_a_question(tiny_model_dir: Path) -> None:
     """From its folder to an answer, untrained as it is: processor and model fit together."""
     model = Phi3VForCausalLM.from_pretrained(tiny_model_dir)
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    inputs = processor(user_prompt("what color is the shape?", [1]), Image.new("RGB", (64, 64), "red"))
+    inputs = processor(
+        user_prompt("what color is the shape?", [1]), Image.new("RGB", (64, 64), "red"), return_tensors="pt"
+    )
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert isinstance(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]), str)
 
@@ -125,7 +127,7 @@ def test_tiny_with_the_real_tokenizer(real_tokenizer_dir: Path, tmp_path: Path) 
     assert model.config.vocab_size >= 32045
     assert model.generation_config.eos_token_id == [32007, 32000]
     processor = Phi3VProcessor.from_pretrained(tmp_path)
-    ids = processor(user_prompt("What is 2+2?"))["input_ids"]
+    ids = processor(user_prompt("What is 2+2?"), return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert model(ids).logits.isfinite().all()
 
@@ -165,7 +167,7 @@ def test_the_pretrained_base_sees(pretrained: Path) -> None:
                 ("color", "What color is the shape?", colour),
                 ("shape", "What shape is shown?", shape),
             ):
-                inputs = processor(user_prompt(question, [1]), page)
+                inputs = processor(user_prompt(question, [1]), page, return_tensors="pt")
                 output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
                 answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 right[asked] += answer.strip() == expected

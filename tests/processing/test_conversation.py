@@ -101,7 +101,7 @@ def official(
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if turns[-1].assistant is not None:
         text = text.removesuffix("<|endoftext|>") + "<|endoftext|>"
-    ids: list[int] = processor(text, images or None)["input_ids"][0].tolist()
+    ids: list[int] = processor(text, images or None)["input_ids"][0]
     return ids
 
 

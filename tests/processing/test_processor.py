@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from phi3v import Phi3VProcessor
-from phi3v.processing.processor import TOKENIZER_FILES
+from phi3v.processing.tokenizer import TOKENIZER_FILES
 
 GetImage = Callable[[str], Image.Image]
 
@@ -50,11 +50,16 @@ def test_conversation_equals_the_reference(
 ) -> None:
     """Token ids exact, from the official text and from the messages through the chat template."""
     case = golden_cases["tokenizer"][index]
-    text = real_processor.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
-    assert text == case["text"]
+    ours, official = (
+        templates.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
+        for templates in (real_processor, real_processor.tokenizer)
+    )
+    assert official == case["text"]
+    assert ours == "<s>" + official
     assert case["num_crops"] == real_processor.image_processor.num_crops
     images = [golden_images(name) for name in case["images"]] or None
-    batch = real_processor(text, images)
+    batch = real_processor(case["text"], images, return_tensors="pt")
+    assert real_processor(ours, images)["input_ids"] == batch["input_ids"].tolist()
     expected = decode_runs(case["input_ids_rle"])
     assert batch["input_ids"].tolist() == [expected]
     assert batch["attention_mask"].tolist() == [[1] * len(expected)]
@@ -80,7 +85,7 @@ def test_named_tokens_of_the_real_tokenizer(real_processor: Phi3VProcessor) -> N
 def test_every_chunk_starts_with_bos(tiny_processor: Phi3VProcessor) -> None:
     """Tags side by side and a tag at either end have an (empty) chunk of their own, as in the official code."""
     tokens = tiny_processor.tokenize_text
-    ids = tiny_processor.tokenize_with_images("<|image_1|><|image_2|>\nred<|image_3|>", [2, 3, 1])
+    ids = tiny_processor.tokenize_segment("<|image_1|><|image_2|>\nred<|image_3|>", [2, 3, 1], starts_text=True)
     bos = tiny_processor.tokenizer.bos_token_id
     assert ids == [bos, -1, -1, bos, -2, -2, -2, bos, *tokens("\nred"), -3, bos]
     later = tiny_processor.tokenize_segment("red<|image_1|>blue", [2], starts_text=False)
@@ -91,7 +96,7 @@ def test_runs_are_as_long_as_the_images(tiny_processor: Phi3VProcessor, golden_i
     images = [golden_images(name) for name in ("300x900", "64x64", "2000x250", "640x480")]
     counts = tiny_processor.image_processor.calc_num_image_tokens(images)
     assert len(set(counts)) > 1
-    batch = tiny_processor("<|image_1|>\n<|image_2|>\nand<|image_3|><|image_4|>?", images)
+    batch = tiny_processor("<|image_1|>\n<|image_2|>\nand<|image_3|><|image_4|>?", images, return_tensors="pt")
     assert runs_of_images(batch["input_ids"][0].tolist()) == list(zip((-1, -2, -3, -4), counts, strict=True))
     assert batch["pixel_values"].shape == (4, 5, 3, 336, 336)
     assert batch["image_sizes"].shape == (4, 2)
@@ -105,11 +110,11 @@ def test_batch_is_padded_on_the_side_asked_for(side: str, tiny_processor_dir: Pa
     square, tall = golden_images("64x64"), golden_images("300x900")
     prompts = ["red?", "<|image_1|>\nwhat is this?", "a<|image_1|>b<|image_2|>c"]
     groups = [[], [tall], [square, tall]]
-    batch = processor(prompts, groups)
+    batch = processor(prompts, groups, return_tensors="pt")
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     for row, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-        alone = processor(prompt, group)["input_ids"][0]
+        alone = processor(prompt, group, return_tensors="pt")["input_ids"][0]
         mask = batch["attention_mask"][row].bool()
         assert torch.equal(batch["input_ids"][row][mask], alone)
         assert (batch["input_ids"][row][~mask] == processor.tokenizer.pad_token_id).all()
@@ -148,8 +153,8 @@ def test_batch_arguments_that_do_not_fit_are_an_error(tiny_processor: Phi3VProce
         tiny_processor(["a", "b"], [[]])
     with pytest.raises(ValueError, match="only torch tensors"):
         tiny_processor("a", return_tensors="np")
-    with pytest.raises(TypeError, match="truncation"):
-        tiny_processor("a", truncation=True)
+    with pytest.raises(TypeError, match="unknown"):
+        tiny_processor("a", unknown=True)
 
 
 def test_num_crops_is_overridden_at_loading(tiny_processor_dir: Path) -> None:

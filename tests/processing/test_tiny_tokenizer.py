@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from phi3v.processing.processor import TOKENIZER_FILES
 from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, build_tiny_tokenizer, save_tiny_tokenizer
+from phi3v.processing.tokenizer import TOKENIZER_FILES
 
 OFFICIAL_IDS = {
     "<unk>": 0,

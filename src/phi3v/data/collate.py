@@ -26,7 +26,10 @@ from phi3v.processing.hd_transform import (
     CROP_SIZE,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    ImageAlignmentError,
+    check_image_runs,
     flatten_pages,
+    image_runs,
     num_img_tokens,
     page_geometry,
     to_page,
@@ -35,12 +38,9 @@ from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import (
     IGNORE_INDEX,
     ChatTurn,
-    ImageAlignmentError,
     Phi3VProcessor,
     TokenStream,
-    check_image_runs,
     encode_conversation,
-    image_runs,
     pad_rows,
 )
 

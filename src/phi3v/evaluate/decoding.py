@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from phi3v.evaluate.batches import PromptBatch
-from phi3v.model.modeling import CACHE_NAMES
+from phi3v.model.generation import CACHE_NAMES
 from phi3v.processing.processor import END, END_OF_TEXT, Phi3VProcessor, pad_rows
 
 

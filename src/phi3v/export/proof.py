@@ -142,7 +142,7 @@ def answer_probes(model: Any, processor: Phi3VProcessor, probes: Sequence[Probe]
     logits, texts = [], []
     for probe in probes:
         images = [Image.open(path) for path in probe.images]
-        inputs = processor(probe.prompt, images or None).to(device)
+        inputs = processor(probe.prompt, images or None, return_tensors="pt").to(device)
         logits.append(model(**inputs, logits_to_keep=KEPT_LOGITS, use_cache=False).logits[0].float().cpu())
         ids = model.generate(
             **inputs,

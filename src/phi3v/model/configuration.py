@@ -39,6 +39,9 @@ HD_EMBEDDING = {
 }
 
 
+IMAGE_TOKEN_ID = 32044  # <|image|> in the official vocabulary
+
+
 class Phi3VConfig(Phi3Config):
     """Phi-3's decoder configuration plus the vision part.
 
@@ -46,9 +49,12 @@ class Phi3VConfig(Phi3Config):
         img_processor: ``image_dim_out`` (width of the tower's features), ``num_img_tokens`` (144 a crop), names.
         embd_layer: how crops become tokens; only the released arrangement (``HD_EMBEDDING``) is supported.
         clip_vision_config: CLIP vision fields of a tower of another size; ``None`` is CLIP ViT-L/14-336.
+        image_token_id: the id of ``<|image|>``, which stands for an image in ``input_ids``; the official ids of images
+            are negative, and are taken as well.
 
-    Other fields of the source, ``auto_map`` among them, are kept as read, so that the official remote code still finds
-    itself.
+    A ``sliding_window`` that no sample can outgrow, as the released models have one, is `None` here, and the number
+    again on disk. Other fields of the source, ``auto_map`` among them, are kept as read, so that the official remote
+    code still finds itself.
 
     Raises:
         ValueError: ``embd_layer`` asks for an arrangement that was never released, or the tower's width is not
@@ -60,6 +66,9 @@ class Phi3VConfig(Phi3Config):
     img_processor: dict | None = None  # type: ignore[type-arg]
     embd_layer: dict | None = None  # type: ignore[type-arg]
     clip_vision_config: dict | None = None  # type: ignore[type-arg]
+    image_token_id: int | None = IMAGE_TOKEN_ID
+    auto_map: dict | None = None  # type: ignore[type-arg]
+    sliding_window: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         rope_scaling = kwargs.get("rope_scaling") or {}
@@ -68,6 +77,11 @@ class Phi3VConfig(Phi3Config):
         # A name on disk only: it says which kernels the authors used, and would demand flash-attn of everyone.
         kwargs.pop("_attn_implementation", None)
         super().__post_init__(**kwargs)
+        self.auto_map = self.auto_map or {}  # trainers look into it
+        # Caches and masks that know no windows are for models without one.
+        self._official_sliding_window = self.sliding_window
+        if self.sliding_window is not None and self.sliding_window >= self.max_position_embeddings:
+            self.sliding_window = None
         clip = self.clip_vision_config or CLIP_VIT_L_14_336
         if self.img_processor is None:
             self.img_processor = {
@@ -127,14 +141,18 @@ class Phi3VConfig(Phi3Config):
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
-        output.pop("_official_rope_type", None)
+        for name in ("_official_rope_type", "_official_sliding_window"):
+            output.pop(name, None)
         return output
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of ``config.json``, under the official names."""
         output: dict[str, Any] = json.loads(super().to_json_string(use_diff=use_diff))
-        if output.get("clip_vision_config") is None:
-            output.pop("clip_vision_config", None)
+        for name in ("clip_vision_config", "auto_map"):
+            if not output.get(name):
+                output.pop(name, None)
+        if self.sliding_window is None and self._official_sliding_window is not None:
+            output["sliding_window"] = self._official_sliding_window
         rope = output.pop("rope_parameters", None) or {}
         if rope:
             output["rope_theta"] = rope["rope_theta"]

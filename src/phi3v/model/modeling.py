@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, Phi3Model, PreTrainedModel
+from transformers import GenerationConfig, Phi3Model, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -22,15 +22,15 @@ from phi3v.json_files import content_of, read_json
 from phi3v.model.attention import BACKENDS, Layout, OutputBackend, Phi3VRotaryEmbedding, prepare_row, to_device
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.generation import CACHE_NAMES, IMAGE_INPUTS, Phi3VGenerationMixin
 from phi3v.model.loss import LossKernel, causal_lm_loss
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
-from phi3v.processing.hd_transform import CROP_SIZE, cut_flat_pages, num_img_tokens
-from phi3v.processing.processor import ImageAlignmentError, check_image_runs, image_runs
-
-# transformers 5.24 renamed the cache from `past_key_values`; both names are met.
-CACHE_NAMES = ("cache", "past_key_values")
-
-IMAGE_INPUTS = ("pixel_values", "image_sizes", "pages", "page_index", "image_features", "image_positions")
+from phi3v.processing.hd_transform import (
+    CROP_SIZE,
+    check_image_alignment,
+    cut_flat_pages,
+    num_img_tokens,
+)
 
 OFFICIAL_VOCABULARY = 32064
 END_TOKEN_ID = 32007  # <|end|>
@@ -39,24 +39,6 @@ END_OF_TEXT_TOKEN_ID = 32000  # <|endoftext|>, also padding
 
 # Attention that is causal by a flag and needs no mask. Ours of packed rows take ordinary ones by SDPA.
 CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", *BACKENDS)
-
-
-def check_image_alignment(input_ids: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> None:
-    """Check that every run of an image id in ``input_ids`` (B, T) is as long as its image has tokens.
-
-    Raises:
-        ImageAlignmentError: otherwise.
-    """
-    rows = [image_runs(ids) for ids in input_ids.clamp(max=0).tolist()]
-    given = sum(map(len, rows))
-    if given != len(image_sizes):
-        raise ImageAlignmentError(
-            f"the batch has placeholders for {given} images but {len(image_sizes)} images were given "
-            f"(images per row: {dict(enumerate(map(len, rows)))})"
-        )
-    sizes = iter(image_sizes)
-    for row, runs in enumerate(rows):
-        check_image_runs(runs, [next(sizes) for _ in runs], f"row {row}")
 
 
 class Phi3VPreTrainedModel(PreTrainedModel):
@@ -118,6 +100,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.post_init()
 
+    def is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which of ``input_ids`` (B, T) stand for images: ``config.image_token_id``, or the official negative ids."""
+        negative = input_ids < 0
+        return negative if self.config.image_token_id is None else negative | (input_ids == self.config.image_token_id)
+
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -128,17 +115,22 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         image_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings (B, T, H) of ``input_ids`` with the images' features at the negative ids."""
-        inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.clamp(min=0))
+        """Embeddings (B, T, H) of ``input_ids`` with the images' features at the ids of images."""
+        is_image = self.is_image(input_ids)
+        inputs_embeds: torch.Tensor = self.embed_tokens(input_ids.masked_fill(is_image, 0))
+        if pixel_values is not None and pixel_values.shape[0] == 0:  # of a slice of a batch
+            pixel_values = image_sizes = None
         given = {"pixel_values": pixel_values, "pages": pages, "image_features": image_features}
         name = next((name for name, value in given.items() if value is not None), None)
         if name is not None and image_sizes is None:
             raise ValueError(f"{name} came without image_sizes")
         sizes = [(height, width) for height, width in _host_values(image_sizes)]
         shown = list(range(len(sizes))) if page_index is None else _host_values(page_index)  # the page of each image
-        if image_positions is None:  # of a batch whose maker did not check it
-            check_image_alignment(input_ids, [sizes[page] for page in shown] if name is not None else [])
-            image_positions = (input_ids < 0).flatten().nonzero()[:, 0]
+        # A graph has no host to check on, and places its features by the mask.
+        if image_positions is None and not torch.compiler.is_compiling():  # of a batch whose maker did not check it
+            numbered = torch.where(is_image, input_ids.clamp(max=-1), 0)
+            check_image_alignment(numbered, [sizes[page] for page in shown] if name is not None else [])
+            image_positions = is_image.flatten().nonzero()[:, 0]
         if name is None:
             return self._dummy_vision_forward(inputs_embeds)
         if image_features is not None:
@@ -155,6 +147,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if shown != list(range(len(sizes))):
             of_page = features.split([num_img_tokens(h // CROP_SIZE, w // CROP_SIZE) for h, w in sizes])
             features = torch.cat([of_page[page] for page in shown])
+        if image_positions is None:
+            return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
         flat = inputs_embeds.flatten(0, 1)  # [B * T, H]
         return flat.index_copy(0, image_positions, features.to(flat.dtype)).view_as(inputs_embeds)
 
@@ -260,7 +254,7 @@ def _host_values(values: torch.Tensor | Sequence[Any] | None) -> list[Any]:
     return values.tolist() if isinstance(values, torch.Tensor) else list(values or ())
 
 
-class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
     """Phi-3-vision and Phi-3.5-vision.
 
     Loads and saves the official layout. A second copy of the embeddings (``vision_embed_tokens.wte``) is
@@ -327,7 +321,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """Logits, and the loss where ``labels`` are given.
 
         Args:
-            input_ids: (B, T) int64; image k of a row is a run of ``-k`` as long as the image has tokens.
+            input_ids: (B, T) int64; an image is a run of ``config.image_token_id`` as long as it has tokens, or in the
+                official form image k of a row a run of ``-k``.
             attention_mask: (B, T), 1 for tokens and 0 for padding on either side.
             position_ids: (B, T) int64; by default a sample's own tokens are counted.
             pixel_values: (N, C + 1, 3, 336, 336) float, normalised, global crop first, padded with any crops.
@@ -391,27 +386,3 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The library's inputs; where a sample outgrows the short rotary factors, the cache is made anew.
-
-        Its keys were rotated with the short factors, so at that one step the whole sequence, images included, runs
-        again with the long ones, as in the official code.
-        """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
-        past = cache.get_seq_length() if cache is not None else 0
-        position_ids = inputs.get("position_ids")
-        if past == 0 or position_ids is None:
-            return inputs
-        length = position_ids[:, -1] + 1  # [B], tokens of each sample including the new ones
-        before = length - position_ids.shape[1]
-        start = self.config.long_context_start
-        if not bool(((before <= start) & (length > start)).any()):
-            return inputs
-        for name in CACHE_NAMES:
-            kwargs.pop(name, None)
-        kwargs["next_sequence_length"] = None
-        kwargs["is_first_iteration"] = True  # the images are needed again
-        restarted: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        return restarted

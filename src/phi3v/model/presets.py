@@ -17,8 +17,8 @@ from phi3v.model.configuration import HD_EMBEDDING, Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.processor import TOKENIZER_FILES
 from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, save_tiny_tokenizer
+from phi3v.processing.tokenizer import TOKENIZER_FILES
 
 # Made by benchmarks/tiny_base.py.
 PRETRAINED_TINY = Path(__file__).parent / "tiny_base"
@@ -109,6 +109,7 @@ def init_model(
             "vocab_size": -(-size // 64) * 64,
             "eos_token_id": ids["<|endoftext|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            "image_token_id": ids["<|image|>"],
         }
     config = preset_config(preset, **overrides)
     set_seed(seed)

@@ -56,14 +56,16 @@ class ClipTower(nn.Module):
 def real_crops(pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, list[int]]:
     """What the tower has to see of ``pixel_values`` (N, C + 1, 3, 336, 336): no padding, nothing twice.
 
-    A page of one crop that equals its global view, as the processor makes them, comes once. A caller's may differ.
+    A page of one crop that equals its global view, as the processor makes them, comes once, except in a graph, which
+    cannot look. A caller's may differ.
 
     Returns:
         (n, 3, 336, 336) and how many of them each image has.
     """
     counts = [1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in image_sizes]
-    for index in _shown_twice(pixel_values, counts):
-        counts[index] = 1
+    if not torch.compiler.is_compiling():
+        for index in _shown_twice(pixel_values, counts):
+            counts[index] = 1
     return torch.cat([pixel_values[index, :count] for index, count in enumerate(counts)]), counts
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -253,3 +254,58 @@ def _white(image: Image.Image, highest: float) -> int:
         return int(2 ** (bits[0] - is_signed)) - 1
     ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
     return next((white for white in ranges if highest <= white), ranges[-1])
+
+
+class ImageAlignmentError(ValueError):
+    """Placeholders and images do not fit together; the message gives both counts and where.
+
+    It starts with the words by which trainers of other libraries know what went wrong.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"Image features and image tokens do not match: {what}")
+
+
+def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(number of the image, placeholder tokens) of every run of an image id, in order."""
+    return [(-token, len(list(run))) for token, run in groupby(ids) if token < 0]
+
+
+def check_image_runs(runs: Sequence[tuple[int, int]], image_sizes: Sequence[tuple[int, int]], where: str) -> None:
+    """Check that every run of placeholders is as long as its image has tokens.
+
+    Args:
+        runs: as of `image_runs`.
+        image_sizes: padded (height, width) of each image in pixels.
+        where: the record or row, for the message.
+
+    Raises:
+        ImageAlignmentError: otherwise.
+    """
+    if len(runs) != len(image_sizes):
+        raise ImageAlignmentError(f"{where} has placeholders for {len(runs)} images but {len(image_sizes)} images")
+    for (number, length), (height, width) in zip(runs, image_sizes, strict=True):
+        expected = num_img_tokens(height // CROP_SIZE, width // CROP_SIZE)
+        if length != expected:
+            raise ImageAlignmentError(
+                f"{where}: image {number} has {length} placeholder tokens but {expected} features "
+                f"({height} x {width} pixels)"
+            )
+
+
+def check_image_alignment(input_ids: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> None:
+    """Check that every run of an image's negative id in ``input_ids`` (B, T) is as long as its image has tokens.
+
+    Raises:
+        ImageAlignmentError: otherwise.
+    """
+    rows = [image_runs(ids) for ids in input_ids.clamp(max=0).tolist()]
+    given = sum(map(len, rows))
+    if given != len(image_sizes):
+        raise ImageAlignmentError(
+            f"the batch has placeholders for {given} images but {len(image_sizes)} images were given "
+            f"(images per row: {dict(enumerate(map(len, rows)))})"
+        )
+    sizes = iter(image_sizes)
+    for row, runs in enumerate(rows):
+        check_image_runs(runs, [next(sizes) for _ in runs], f"row {row}")

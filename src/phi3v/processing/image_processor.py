@@ -5,13 +5,19 @@ Shapes: ``N`` images, ``C`` = ``num_crops``.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
 
 from phi3v.processing.hd_transform import (
     CROP_SIZE,
@@ -25,6 +31,8 @@ from phi3v.processing.hd_transform import (
 )
 
 Images = Image.Image | Sequence[Image.Image]
+ImageSource = Image.Image | str | Path  # in memory, or a path, a URL or base64
+LONGEST_PATH = 255  # the name of a file; asking the system for a longer one is an error
 
 
 class Phi3VImageProcessor(BaseImageProcessor):
@@ -129,6 +137,63 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def __call__(self, images: Images, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
+
+
+def open_image(source: ImageSource | np.ndarray[Any, Any] | torch.Tensor) -> Image.Image:
+    """An image as transformers' conventions name it: in memory, by path, by URL (fetched), as base64.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none of these.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, str | Path):
+        image: Image.Image = to_pil_image(source)
+        return image
+    text = str(source)
+    content: Any = text
+    if text.startswith(("http://", "https://")):
+        content = io.BytesIO(httpx.get(text, follow_redirects=True).raise_for_status().content)
+    elif text.startswith("data:") or len(text) > LONGEST_PATH or not Path(text).is_file():
+        try:
+            content = io.BytesIO(base64.b64decode(text.rpartition(",")[2], validate=True))
+        except ValueError:
+            raise ValueError(f"no image: neither a file, a URL nor base64: {text[:60]!r}") from None
+    with Image.open(content) as image:
+        return ImageOps.exif_transpose(image)
+
+
+def group_images(
+    images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None, places: Sequence[int]
+) -> list[list[Image.Image]]:
+    """The images of each prompt, opened.
+
+    Args:
+        images: a list for each prompt, or one after the other, to be dealt out by their ``places``.
+        places: how many images each prompt has a place for.
+
+    Raises:
+        ValueError: lists and prompts do not fit together.
+    """
+    if images is None:
+        return [[] for _ in places]
+
+    def is_list(item: object) -> bool:
+        return isinstance(item, Sequence) and not isinstance(item, str)
+
+    given: list[Any] = list(images) if is_list(images) else [images]  # type: ignore[arg-type]
+    groups: list[Any] = [item or () for item in given if item is None or is_list(item)]
+    if groups and len(groups) < len(given):
+        raise ValueError("images are either one list, or a list for each prompt")
+    if not groups:
+        if len(places) > 1 and sum(places) != len(given):
+            raise ValueError(f"the prompts have places for {sum(places)} images, but {len(given)} were given")
+        rest = iter(given)
+        groups = [[next(rest) for _ in range(count)] for count in places] if len(places) > 1 else [given]
+    if len(groups) != len(places):
+        raise ValueError(f"{len(places)} prompts but {len(groups)} lists of images")
+    return [[open_image(image) for image in group] for group in groups]
 
 
 def as_list(images: Images) -> list[Image.Image]:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
@@ -26,14 +25,14 @@ from transformers.utils.hub import cached_file
 
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
-from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
-from phi3v.processing.image_processor import Images, Phi3VImageProcessor, as_list
+from phi3v.processing.chat_template import CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
+from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
+from phi3v.processing.tokenizer import CHAT_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, make_tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+IMAGE_TOKEN = "<|image|>"  # transformers' convention: its own token at every place of an image
+_PLACEHOLDER = re.compile(r"<\|image(?:_(\d+))?\|>")
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json")
 
 
 def image_tag(number: int) -> str:
@@ -47,11 +46,28 @@ class Phi3VProcessor(ProcessorMixin):
     Args:
         image_processor: cuts images into crops.
         tokenizer: Phi-3's tokenizer.
+        chat_template: by default the tokenizer's, unless that is the published one: ours writes the same text for
+            content that is text, and takes blocks too.
+
+    Attributes:
+        image_token: ``<|image|>``, which stands for an image in a text.
+        image_token_id: its id; ``None`` with a tokenizer that has no such token.
     """
 
-    def __init__(self, image_processor: Phi3VImageProcessor, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
-        kwargs.setdefault("chat_template", tokenizer.chat_template)
-        super().__init__(image_processor, tokenizer, **kwargs)
+    image_token = IMAGE_TOKEN
+
+    def __init__(
+        self,
+        image_processor: Phi3VImageProcessor,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if chat_template is None:
+            own = tokenizer.chat_template
+            chat_template = CHAT_TEMPLATE if own in (None, OFFICIAL_CHAT_TEMPLATE) else own
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.image_token_id: int | None = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
         # The original tokenizer files; see `save_pretrained`.
         self._tokenizer_files: dict[str, bytes] = {}
 
@@ -87,36 +103,17 @@ class Phi3VProcessor(ProcessorMixin):
             image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
         with content_of(found[TOKENIZER_FILE]):
             tokens = Tokenizer.from_file(str(found[TOKENIZER_FILE]))
-        if lacking := [token for token in _CHAT_TOKENS if tokens.token_to_id(token) is None]:
+        if lacking := [token for token in CHAT_TOKENS if tokens.token_to_id(token) is None]:
             raise UserError(
                 f"has no token {lacking[0]}, so it is not the tokenizer of this model",
                 where=str(found[TOKENIZER_FILE]),
                 hint="copy it again from the published model",
             )
-        config = fields.get(TOKENIZER_CONFIG, {})
         with content_of(found.get(TOKENIZER_CONFIG, Path(path))):
-            tokenizer = cls._tokenizer(tokens, config)
+            tokenizer = make_tokenizer(tokens, fields.get(TOKENIZER_CONFIG, {}))
         processor = cls(image_processor, tokenizer)
         processor._tokenizer_files = {name: found[name].read_bytes() for name in TOKENIZER_FILES if name in found}
         return processor
-
-    @staticmethod
-    def _tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
-        if lacking := [name for name in ("bos_token", "eos_token", "pad_token") if not config.get(name)]:
-            raise ValueError(f"it has no {lacking[0]}")
-        # tokenizer.json is complete. The class named in tokenizer_config.json (LlamaTokenizer) is not used, because
-        # versions of transformers convert it differently.
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokens,
-            chat_template=config.get("chat_template"),
-            model_max_length=config.get("model_max_length"),
-            padding_side=config.get("padding_side", "right"),
-            clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
-            **{name: _token_text(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None},
-        )
-        if unknown := [token for token in tokenizer.all_special_tokens if tokens.token_to_id(token) is None]:
-            raise ValueError(f"{unknown[0]!r} is no token of {TOKENIZER_FILE}")
-        return tokenizer
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the official files: those of the tokenizer byte for byte, and ``preprocessor_config.json``.
@@ -141,97 +138,202 @@ class Phi3VProcessor(ProcessorMixin):
         ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=starts_text).ids
         return ids
 
-    def tokenize_segment(self, text: str, num_img_tokens: Sequence[int], *, starts_text: bool) -> list[int]:
-        """Token ids of a part of a conversation, image k as a run of ``-k``.
+    def tokenize_segment(
+        self,
+        text: str,
+        num_img_tokens: Sequence[int],
+        *,
+        starts_text: bool,
+        offsets: list[tuple[int, int]] | None = None,
+    ) -> list[int]:
+        """Token ids of a part of a conversation: ``<|image_k|>`` as a run of ``-k``, ``<|image|>`` of its own id.
 
-        The text between tags is tokenised chunk by chunk and **every chunk starts with BOS**; the model was trained
+        The text between images is tokenised chunk by chunk and **every chunk starts with BOS**; the model was trained
         so (`Phi3VProcessor._convert_images_texts_to_inputs` of the official code). A segment that goes on after
         earlier text has none before its first chunk.
 
         Args:
-            num_img_tokens: tokens of every image of the conversation, by number.
+            num_img_tokens: tokens of every image of the conversation, by number, or in order of the ``<|image|>``.
+            offsets: filled with the place (start, end) of each token in ``text``.
         """
-        # re.split with a group gives text, number, text, number, …, text.
         ids: list[int] = []
-        for index, chunk in enumerate(IMAGE_TAG.split(text)):
-            if index % 2:
-                ids += [-int(chunk)] * num_img_tokens[int(chunk) - 1]
-            else:  # also an empty chunk: two adjacent tags have a BOS in between
-                ids += self.tokenize_text(chunk, starts_text=starts_text or index > 0)
+        start = 0
+        for index, match in enumerate([*_PLACEHOLDER.finditer(text), None]):
+            chunk = text[start : match.start() if match else None]
+            # Also an empty chunk has one: two adjacent images have a BOS in between.
+            encoding = self.tokenizer.backend_tokenizer.encode(chunk, add_special_tokens=starts_text or index > 0)
+            ids += encoding.ids
+            if offsets is not None:
+                offsets += [(start + first, start + end) for first, end in encoding.offsets]
+            if match:
+                number = int(match[1] or index + 1)
+                image_id = -number if match[1] else self.image_token_id
+                ids += [image_id] * num_img_tokens[number - 1]  # type: ignore[list-item] # checked by __call__
+                if offsets is not None:
+                    offsets += [match.span()] * num_img_tokens[number - 1]
+                start = match.end()
         return ids
 
-    def tokenize_with_images(self, text: str, num_img_tokens: Sequence[int]) -> list[int]:
-        """Token ids of a whole text with tags ``<|image_1|>`` … ``<|image_n|>``, each once and in order.
-
-        Raises:
-            ValueError: tags and images do not match.
-        """
-        numbers = [int(number) for number in IMAGE_TAG.findall(text)]
+    def _check_placeholders(self, text: str, num_images: int) -> None:
+        given = [match.group() for match in _PLACEHOLDER.finditer(text)]
+        tokens = [self.image_token] * num_images
         # The model inserts images in reading order (as the official one does), so tags out of order would swap them.
-        if numbers != list(range(1, len(num_img_tokens) + 1)):
+        if given not in (tokens, [image_tag(number) for number in range(1, num_images + 1)]):
             raise ValueError(
-                f"the text has the image tags {[image_tag(n) for n in numbers]} but {len(num_img_tokens)} images "
-                f"were given; each of <|image_1|> … <|image_{max(1, len(num_img_tokens))}|> must occur once, "
-                f"in this order"
+                f"the text has the image tags {given} but {num_images} images were given; write {self.image_token} for "
+                f"each of them, or <|image_1|> … <|image_{max(1, num_images)}|> once each, in this order"
             )
-        return self.tokenize_segment(text, num_img_tokens, starts_text=True)
+        if given == tokens != [] and self.image_token_id is None:
+            raise ValueError(f"the tokenizer has no token {self.image_token}: write <|image_1|>, <|image_2|> …")
 
     def __call__(
         self,
-        text: str | Sequence[str],
-        images: Images | Sequence[Sequence[Image.Image]] | None = None,
-        return_tensors: str | None = "pt",
+        text: str | Sequence[str] | None = None,
+        images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None = None,
+        padding: bool | str | None = None,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        *,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        return_mm_token_type_ids: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs of one prompt, or of several padded on the tokenizer's ``padding_side``.
+        """Model inputs of one prompt, or of several.
 
         Args:
-            text: a prompt with image tags, or a list of them.
-            images: the images of the prompt in the order of their numbers; for a list of prompts, a list for each.
+            text: a prompt, or a list of them. An image is written as ``<|image|>``, or in the official form as
+                ``<|image_1|>`` … ``<|image_n|>``; its tokens are ``image_token_id``, officially ``-1`` … ``-n``.
+            images: PIL images, paths, URLs or base64, in the order of the text; for a list of prompts, a list for each,
+                or one after the other.
+            padding: whether lists are padded, too; ``"max_length"`` pads to that many tokens. Tensors always are.
+            truncation: cut what is longer than ``max_length``.
+            return_tensors: ``"pt"``; by default, ids and mask are lists.
+            padding_side: by default the tokenizer's.
+            pad_to_multiple_of: pad to a multiple of so many tokens.
+            add_special_tokens: start each prompt with BOS. Text that starts with ``<s>``, as the chat template writes
+                it, gets no second one. The text after an image always starts with BOS.
+            return_offsets_mapping: add ``offset_mapping``, the place (start, end) of each token in its text.
+            return_mm_token_type_ids: add ``mm_token_type_ids``, 1 for the tokens of images.
+            kwargs: the same in the library's groups (``text_kwargs`` …), and arguments of other models that are `None`
+                or `False`.
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 (B, T); with images also ``pixel_values`` and
             ``image_sizes`` (see :class:`Phi3VImageProcessor`).
 
         Raises:
-            ValueError: tags and images do not match.
+            ValueError: tags and images do not match, or a cut would go through an image.
         """
-        if kwargs:
-            raise TypeError(f"unknown arguments {sorted(kwargs)}")
+        groups = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
+        if given := {name: value for group in groups for name, value in group.items()}:
+            options = {"padding": padding, "truncation": truncation, "max_length": max_length}
+            options |= {"return_tensors": return_tensors, "padding_side": padding_side}
+            options = {name: value for name, value in options.items() if value is not None}
+            return self(text, images, **given | options | kwargs)
+        kwargs.pop("return_text_replacement_offsets", None)  # the offsets are those of the text as it was given
+        if unknown := sorted(name for name, value in kwargs.items() if value):
+            raise TypeError(f"unknown arguments {unknown}")
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are supported")
+        if text is None:
+            raise ValueError("give a text; an image is written as <|image|> in it")
         texts = [text] if isinstance(text, str) else list(text)
-        if images is None:
-            groups: list[list[Image.Image]] = [[] for _ in texts]
-        elif isinstance(text, str):
-            groups = [as_list(images)]  # type: ignore[arg-type]
+        per_text = group_images(images, [len(_PLACEHOLDER.findall(prompt)) for prompt in texts])
+        rows: list[list[int]] = []
+        places: list[list[tuple[int, int]]] = []
+        bos = self.tokenizer.bos_token
+        for prompt, group in zip(texts, per_text, strict=True):
+            self._check_placeholders(prompt, len(group))
+            start = len(bos) if prompt.startswith(bos) else 0
+            offsets: list[tuple[int, int]] = []
+            row = self.tokenize_segment(
+                prompt[start:],
+                self.image_processor.calc_num_image_tokens(group),
+                starts_text=add_special_tokens or start > 0,
+                offsets=offsets,
+            )
+            if truncation and max_length is not None and len(row) > max_length:
+                if any(self._is_image(token) for token in row[max_length:]):
+                    # The library's own words, by which trainers recognise it.
+                    raise ValueError(
+                        f"Mismatch in `image` token count between text and `input_ids`: the {len(row)} tokens of a "
+                        f"prompt cannot be cut to max_length={max_length}, for an image is in what would be cut; "
+                        f"allow more, or set max_length=None"
+                    )
+                row = row[:max_length]
+            rows.append(row)
+            places.append([(first + start, end + start) for first, end in offsets[: len(row)]])
+        data: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        side = padding_side or self.tokenizer.padding_side
+        if return_tensors or padding:
+            length = max(map(len, rows)) if padding != "max_length" or max_length is None else max_length
+            length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            data = pad_rows(rows, self.tokenizer.pad_token_id, side, length)
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = [
+                [int(self._is_image(token)) for token in row] for row in map(list, data["input_ids"])
+            ]
+        if return_offsets_mapping:
+            data["offset_mapping"] = [
+                _pad_offsets(offsets, len(row), side) for offsets, row in zip(places, data["input_ids"], strict=True)
+            ]
+        if return_tensors:
+            for name in ("mm_token_type_ids", "offset_mapping"):
+                if name in data:
+                    data[name] = torch.tensor(data[name])
         else:
-            groups = [as_list(group) for group in images]  # type: ignore[union-attr]
-        if len(groups) != len(texts):
-            raise ValueError(f"{len(texts)} prompts but {len(groups)} lists of images")
-        rows = [
-            self.tokenize_with_images(row, self.image_processor.calc_num_image_tokens(group))
-            for row, group in zip(texts, groups, strict=True)
-        ]
-        data = pad_rows(rows, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
-        flat = [image for group in groups for image in group]
-        if flat:
+            data = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
+        if flat := [image for group in per_text for image in group]:
             features = self.image_processor(flat)
             data |= {name: features[name] for name in ("pixel_values", "image_sizes")}
         return BatchFeature(data)
 
+    def _is_image(self, token: int) -> bool:
+        return token < 0 or token == self.image_token_id
 
-_CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>")
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's, of one sequence or of several; the official ids of images are read as ``<|image|>``."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        return self.tokenizer.decode(self._without_negative(ids), *args, **kwargs)
+
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As `decode`, of several sequences."""
+        return [self.decode(ids, *args, **kwargs) for ids in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """The text of generated sequences."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _without_negative(self, ids: Any) -> Any:
+        if isinstance(ids, Sequence):
+            return [self._without_negative(item) for item in ids]
+        return ids if ids >= 0 else self.image_token_id or self.tokenizer.unk_token_id
 
 
-def _token_text(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
+def _pad_offsets(offsets: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:
+    """Padding has no width, and the starts still ascend."""
+    missing = length - len(offsets)
+    if side == "left":
+        return [(0, 0)] * missing + offsets
+    end = offsets[-1][1] if offsets else 0
+    return offsets + [(end, end)] * missing
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``."""
-    length = max(len(row) for row in rows)
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, side: str, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``.
+
+    Args:
+        length: T, where the longest row is shorter.
+    """
+    length = max(length or 0, *(len(row) for row in rows))
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -276,37 +378,6 @@ class TokenStream:
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
-
-
-class ImageAlignmentError(ValueError):
-    """Placeholders and images do not fit together; the message gives both counts and where."""
-
-
-def image_runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """(number of the image, placeholder tokens) of every run of an image id, in order."""
-    return [(-token, len(list(run))) for token, run in groupby(ids) if token < 0]
-
-
-def check_image_runs(runs: Sequence[tuple[int, int]], image_sizes: Sequence[tuple[int, int]], where: str) -> None:
-    """Check that every run of placeholders is as long as its image has tokens.
-
-    Args:
-        runs: as of `image_runs`.
-        image_sizes: padded (height, width) of each image in pixels.
-        where: the record or row, for the message.
-
-    Raises:
-        ImageAlignmentError: otherwise.
-    """
-    if len(runs) != len(image_sizes):
-        raise ImageAlignmentError(f"{where} has placeholders for {len(runs)} images but {len(image_sizes)} images")
-    for (number, length), (height, width) in zip(runs, image_sizes, strict=True):
-        expected = num_img_tokens(height // CROP_SIZE, width // CROP_SIZE)
-        if length != expected:
-            raise ImageAlignmentError(
-                f"{where}: image {number} has {length} placeholder tokens but {expected} features "
-                f"({height} x {width} pixels)"
-            )
 
 
 def user_prompt(

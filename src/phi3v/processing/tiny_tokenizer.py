@@ -13,11 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
-    "{{- '<|assistant|>\n' -}}{% endif %}"
-)
+from phi3v.processing.chat_template import OFFICIAL_CHAT_TEMPLATE
 
 # The special tokens of the chat format, with their ids in the official vocabulary.
 CHAT_TOKENS = {
@@ -26,9 +22,10 @@ CHAT_TOKENS = {
     "<|system|>": 32006,
     "<|end|>": 32007,
     "<|user|>": 32010,
+    "<|image|>": 32044,
 }
 # As in the official tokenizer: white space after these is removed.
-STRIPS_RIGHT = {"<|assistant|>"}
+STRIPS_RIGHT = {"<|assistant|>", "<|image|>"}
 
 # Frequent words first; the rank of a word is its weight when the merges are trained.
 WORDS = """
@@ -110,7 +107,7 @@ def save_tiny_tokenizer(folder: Path, *, official_ids: bool = False) -> Tokenize
         "unk_token": "<unk>",
     }
     config = named | {
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": OFFICIAL_CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 131072,
         "padding_side": "right",

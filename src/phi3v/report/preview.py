@@ -23,7 +23,7 @@ from phi3v.errors import UserError
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.processing.tiny_tokenizer import CHAT_TEMPLATE, build_tiny_tokenizer
+from phi3v.processing.tiny_tokenizer import build_tiny_tokenizer
 from phi3v.report.page import write_page
 from phi3v.report.samples import sample_block
 
@@ -164,7 +164,6 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
         return processor, f"as {model} reads them", tuned.run.data.exif_orientation
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tiny_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
         bos_token="<s>",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
