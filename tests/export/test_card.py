@@ -14,8 +14,10 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.config import DataConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.train.card import write_card
-from phi3v.train.finetuned import FinetunedModel
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import FinetunedModel, resolve_model
 
 BASE = "microsoft/Phi-3.5-vision-instruct"
 
@@ -77,15 +79,19 @@ def test_the_snippet_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Beside the folder, wherever that is now."""
+    """Beside the folder, wherever that is now; and it answers as ``phi3v chat`` does."""
     source = run if kind == "final" else exports[kind]
     shutil.copytree(source, tmp_path / "elsewhere" / source.name)
-    Image.new("RGB", (400, 340), (200, 40, 40)).save(tmp_path / "elsewhere" / "image.png")
+    image = Image.new("RGB", (400, 340), (200, 40, 40))
+    image.save(tmp_path / "elsewhere" / "image.png")
     monkeypatch.chdir(tmp_path / "elsewhere")
     (code,) = re.findall(r"```python\n(.*?)```", read_card(source / "final" if kind == "final" else source)[1], re.S)
     capsys.readouterr()
     exec(code, {})
-    assert capsys.readouterr().out.endswith("\n")
+    printed = capsys.readouterr().out
+    chat = Chat(resolve_model(source.name), choose_device("fp32"))
+    *_, answer = chat.answer([Turn("What is shown?", (image,))], AnswerSettings(max_new_tokens=64))
+    assert printed.strip() == answer.strip()
 
 
 def test_a_base_of_the_hub(tmp_path: Path) -> None:

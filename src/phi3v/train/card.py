@@ -37,24 +37,32 @@ CARD = """
 {snippet}
 ```
 """
-MODEL_SNIPPET = """from PIL import Image, ImageOps
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
+SNIPPET = """import phi3v  # so that transformers knows this architecture
+{imports}
 
 name = "{name}"  # this folder, or its name on the hub
-model = Phi3VForCausalLM.from_pretrained(name)
-"""
-ADAPTER_SNIPPET = """from peft import AutoPeftModelForCausalLM
-from PIL import Image, ImageOps
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
-
-name = "{name}"  # this folder, or its name on the hub
-model = AutoPeftModelForCausalLM.from_pretrained(name)
-"""
-ANSWER_SNIPPET = """processor = Phi3VProcessor.from_pretrained(name)
-image = ImageOps.exif_transpose(Image.open("image.png"))
-inputs = processor("<|user|>\\n<|image_1|>\\nWhat is shown?<|end|>\\n<|assistant|>\\n", [image], return_tensors="pt")
+model = {model}.from_pretrained(name, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(name)
+content = [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": "What is shown?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device)
 answer = model.generate(**inputs, max_new_tokens=64)
-print(processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+LIBRARIES = {  # what loads it, and where that is from
+    "transformers": (
+        "AutoModelForImageTextToText",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    ),
+    "peft": (
+        "AutoPeftModelForCausalLM",
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoProcessor",
+    ),
+}
 
 
 def write_card(
@@ -82,9 +90,11 @@ def write_card(
     """
     is_adapter = tuned.adapter is not None if is_adapter is None else is_adapter
     base = base_id or (tuned.origin if tuned.origin is not None and is_hub_id(tuned.origin) else None)
+    library = "peft" if is_adapter else "transformers"
+    loader, imports = LIBRARIES[library]
     method = tuned.run.method.name if tuned.run_folder is not None else None
     data = ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library,
         pipeline_tag=TASK,
         base_model=base,
         base_model_relation=("adapter" if is_adapter else "finetune") if base is not None else None,
@@ -106,7 +116,7 @@ def write_card(
         version=__version__,
         scores=score_table(tuned),
         more=more,
-        snippet=(ADAPTER_SNIPPET if is_adapter else MODEL_SNIPPET).format(name=name) + ANSWER_SNIPPET,
+        snippet=SNIPPET.format(name=name, model=loader, imports=imports),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}{end}")
     try:
