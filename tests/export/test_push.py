@@ -45,16 +45,17 @@ def test_a_run_is_exported_verified_and_uploaded(
     run: Path, tmp_path: Path, hub: StandInHub, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    arguments = ["export", str(run), "--out", str(tmp_path / "out"), "--samples", "1", "--push", NAME, "--private"]
-    assert main([*arguments, "--yes", "--json"]) == 0
+    arguments = ["export", str(run), "--out", str(tmp_path / "out"), "--samples", "1", "--max-shard-size", "300KB"]
+    assert main([*arguments, "--push", NAME, "--private", "--yes", "--json"]) == 0
     printed = capsys.readouterr()
     told = json.loads(printed.out)
     assert told["pushed"] == f"{hub.url}/{NAME}"
     assert told["files"]["equal_texts"] == 1
     assert f"upload to {hub.url}/{NAME} (private)" in printed.err
-    assert "model.safetensors" in printed.err
+    assert "model.safetensors.index.json" in printed.err
     assert hub.private == {NAME}
-    assert sum(request.startswith("PUT /upload/") for request in hub.asked) == 1
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert sum(request.startswith("PUT /upload/") for request in hub.asked) == len(shards) > 1
     assert sum("/commit/" in request for request in hub.asked) == 1
     pushed(hub, tmp_path / "out")
 
