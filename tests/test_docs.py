@@ -38,7 +38,7 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                if re.search(r"(?:^|\s)phi3v\s", line) and not line.lstrip().startswith("#"):
+                if re.search(r"(?:^|\s)phi3v\s", line) and not line.lstrip().startswith(("#", "lmms-eval ")):
                     found.append((page.name, line.strip()))
     return found
 
