@@ -7,9 +7,13 @@ import inspect
 import io
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -132,13 +136,29 @@ def test_a_chat_is_the_stream_of_training(name: str, system: str | None, process
         assert masks[1].sum() == len(processor.tokenize_text("no<|end|>\n<|endoftext|>"))
 
 
-def test_images_by_path_url_and_base64(processor: Phi3VProcessor, tmp_path: Path) -> None:
+def test_white_space_before_an_answer_makes_no_target_of_the_token_before(processor: Phi3VProcessor) -> None:
+    """The tokenizer counts it to ``<|assistant|>``."""
+    messages = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": " \n no"}]
+    given = processor.apply_chat_template(messages, return_assistant_tokens_mask=True, tokenize=True, return_dict=True)
+    answer = processor.tokenize_text("no<|end|>\n<|endoftext|>")
+    (ids,), (mask,) = given["input_ids"], given["assistant_masks"]
+    assert ids[-len(answer) :] == answer
+    assert mask == [0] * (len(ids) - len(answer)) + [1] * len(answer)
+
+
+def test_images_by_path_url_and_base64(
+    processor: Phi3VProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = io.BytesIO()
     WIDE.save(content, format="PNG")
     (tmp_path / "wide.png").write_bytes(content.getvalue())
     text = base64.b64encode(content.getvalue()).decode()
     expected = ask(processor, "what?", WIDE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # for a server on this machine
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
     for source in (
+        {"url": f"http://127.0.0.1:{server.server_port}/wide.png"},
         {"path": str(tmp_path / "wide.png")},
         {"url": f"data:image/png;base64,{text}"},
         {"base64": text},
@@ -150,8 +170,21 @@ def test_images_by_path_url_and_base64(processor: Phi3VProcessor, tmp_path: Path
         )
         assert given["pixel_values"].equal(expected["pixel_values"]), source.keys()
         assert given["input_ids"].equal(expected["input_ids"])
+    server.shutdown()
+    server.server_close()
     with pytest.raises(ValueError, match="neither a file, a URL nor base64"):
         processor("<|image|>", "no/such.png")
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_an_image_file_is_turned_as_in_training(applied: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    WIDE.save(tmp_path / "turned.png", exif=exif)
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=2)
+    processor.image_processor.exif_orientation = applied
+    seen = processor("<|image|>", WIDE.transpose(Image.Transpose.ROTATE_270) if applied else WIDE)
+    assert processor("<|image|>", tmp_path / "turned.png")["pixel_values"].equal(seen["pixel_values"])
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
+from transformers.processing_utils import ImagesKwargs
 
 from phi3v.processing.hd_transform import (
     CROP_SIZE,
@@ -35,6 +36,12 @@ ImageSource = Image.Image | str | Path  # in memory, or a path, a URL or base64
 LONGEST_PATH = 255  # the name of a file; asking the system for a longer one is an error
 
 
+class Phi3VImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # as if it were no TypedDict
+    """What may be given in place of the saved settings."""
+
+    num_crops: int
+
+
 class Phi3VImageProcessor(BaseImageProcessor):
     """Cuts each image into at most ``num_crops`` crops plus one global view.
 
@@ -50,6 +57,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         ValueError: ``num_crops`` below 1.
     """
 
+    valid_kwargs = Phi3VImagesKwargs
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 - as transformers defines it
 
     def __init__(
@@ -139,8 +147,13 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
 
-def open_image(source: ImageSource | np.ndarray[Any, Any] | torch.Tensor) -> Image.Image:
+def open_image(
+    source: ImageSource | np.ndarray[Any, Any] | torch.Tensor, *, exif_orientation: bool = True
+) -> Image.Image:
     """An image as transformers' conventions name it: in memory, by path, by URL (fetched), as base64.
+
+    Args:
+        exif_orientation: turn one that is not yet in memory as its EXIF orientation says.
 
     Raises:
         OSError: it cannot be read.
@@ -154,24 +167,29 @@ def open_image(source: ImageSource | np.ndarray[Any, Any] | torch.Tensor) -> Ima
     text = str(source)
     content: Any = text
     if text.startswith(("http://", "https://")):
-        content = io.BytesIO(httpx.get(text, follow_redirects=True).raise_for_status().content)
+        content = io.BytesIO(get_session().get(text, follow_redirects=True).raise_for_status().content)
     elif text.startswith("data:") or len(text) > LONGEST_PATH or not Path(text).is_file():
         try:
             content = io.BytesIO(base64.b64decode(text.rpartition(",")[2], validate=True))
         except ValueError:
             raise ValueError(f"no image: neither a file, a URL nor base64: {text[:60]!r}") from None
     with Image.open(content) as image:
-        return ImageOps.exif_transpose(image)
+        image.load()
+        return ImageOps.exif_transpose(image) if exif_orientation else image
 
 
 def group_images(
-    images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None, places: Sequence[int]
+    images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
+    places: Sequence[int],
+    *,
+    exif_orientation: bool = True,
 ) -> list[list[Image.Image]]:
     """The images of each prompt, opened.
 
     Args:
         images: a list for each prompt, or one after the other, to be dealt out by their ``places``.
         places: how many images each prompt has a place for.
+        exif_orientation: as for `open_image`.
 
     Raises:
         ValueError: lists and prompts do not fit together.
@@ -193,7 +211,7 @@ def group_images(
         groups = [[next(rest) for _ in range(count)] for count in places] if len(places) > 1 else [given]
     if len(groups) != len(places):
         raise ValueError(f"{len(places)} prompts but {len(groups)} lists of images")
-    return [[open_image(image) for image in group] for group in groups]
+    return [[open_image(image, exif_orientation=exif_orientation) for image in group] for group in groups]
 
 
 def as_list(images: Images) -> list[Image.Image]:

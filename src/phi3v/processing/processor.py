@@ -164,7 +164,10 @@ class Phi3VProcessor(ProcessorMixin):
             encoding = self.tokenizer.backend_tokenizer.encode(chunk, add_special_tokens=starts_text or index > 0)
             ids += encoding.ids
             if offsets is not None:
-                offsets += [(start + first, start + end) for first, end in encoding.offsets]
+                for token, (first, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+                    # White space that a token of the chat format takes up is none of it, least of all if a target.
+                    bare = token.rstrip()
+                    offsets.append((start + first, start + (first + len(bare) if bare in CHAT_TOKENS else end)))
             if match:
                 number = int(match[1] or index + 1)
                 image_id = -number if match[1] else self.image_token_id
@@ -242,7 +245,8 @@ class Phi3VProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("give a text; an image is written as <|image|> in it")
         texts = [text] if isinstance(text, str) else list(text)
-        per_text = group_images(images, [len(_PLACEHOLDER.findall(prompt)) for prompt in texts])
+        numbers = [len(_PLACEHOLDER.findall(prompt)) for prompt in texts]
+        per_text = group_images(images, numbers, exif_orientation=self.image_processor.exif_orientation)
         rows: list[list[int]] = []
         places: list[list[tuple[int, int]]] = []
         bos = self.tokenizer.bos_token
