@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 HUB_MODEL = "microsoft/Phi-3.5-vision-instruct"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(r"\b(?:SOURCE|MODEL_OR_RUN|RECIPE\.yaml|recipe\.yaml)\b|\[--")
-ELSEWHERE = re.compile(r"needs a GPU|needs the hub|\(Azure\)")
+ELSEWHERE = re.compile(r"needs a GPU|needs the hub|needs vLLM|\(Azure\)")
 COUNTER = itertools.count()
 
 

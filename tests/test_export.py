@@ -351,6 +351,26 @@ def test_a_taken_folder_is_refused(
     assert not (tmp_path / "out" / "mine.txt").exists()
 
 
+def without_special_tokens(folder: Path) -> None:
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    del fields["additional_special_tokens"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def test_special_tokens_are_named_where_the_source_does_not(base: Path, tmp_path: Path, in_this_process: None) -> None:
+    """vLLM needs them; a file that has them stays as it is."""
+    source = tmp_path / "source"
+    shutil.copytree(base, source)
+    own = (source / "tokenizer_config.json").read_text().replace('"<|user|>"\n', '"<|user|>", "<|end|>"\n')
+    (source / "tokenizer_config.json").write_text(own)
+    assert main(["export", str(source), "--out", str(tmp_path / "whole"), "--samples", "1"]) == 0
+    assert (tmp_path / "whole" / "tokenizer_config.json").read_text() == own
+    without_special_tokens(source)
+    assert main(["export", str(source), "--out", str(tmp_path / "named"), "--samples", "1"]) == 0
+    fields = json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())
+    assert set(fields["additional_special_tokens"]) == {"<|system|>", "<|user|>", "<|end|>"}
+
+
 def broken(folder: Path, how: str) -> None:
     """Break a model folder in one way."""
     weights = load_file(folder / "model.safetensors")
@@ -373,6 +393,8 @@ def broken(folder: Path, how: str) -> None:
         (folder / "generation_config.json").write_text(json.dumps(fields | {"eos_token_id": 2}))
     elif how == "processor":
         (folder / "preprocessor_config.json").unlink()
+    elif how == "special tokens":
+        without_special_tokens(folder)
     if how != "manifest":
         (folder / "manifest.json").unlink(missing_ok=True)
 
@@ -388,6 +410,7 @@ def broken(folder: Path, how: str) -> None:
         ("second embeddings", 0, "a second copy of the embeddings"),
         ("end", 2, "answers end at"),
         ("processor", 2, "processor: cannot be loaded"),
+        ("special tokens", 0, "has no additional_special_tokens"),
         ("manifest", 2, "1 files are missing or not what was written, first model.safetensors"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Registration with transformers' Auto classes."""
+"""Registration with transformers' Auto classes, and what vLLM needs besides to read our folders without remote code."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM, Phi3VModel
+from phi3v.processing.chat_template import NUMBERED_CHAT_TEMPLATE
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -34,5 +35,11 @@ AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast
 # Some versions of transformers cannot import this class without torchvision, which ours never needs.
 with suppress(ImportError):
     AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True)
+
+
+def for_vllm() -> None:
+    """vLLM calls this in each of its processes (entry point ``vllm.general_plugins``): it looks for numbered tags."""
+    Phi3VProcessor.default_chat_template = NUMBERED_CHAT_TEMPLATE
+
 
 __all__ = ["Phi3VConfig", "Phi3VForCausalLM", "Phi3VImageProcessor", "Phi3VProcessor"]

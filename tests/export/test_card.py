@@ -59,7 +59,7 @@ def test_metadata(kind: str, run: Path, exports: dict[str, Path]) -> None:
         assert f"95 % interval {low:.4f} – {high:.4f}" in result.metric_name
         assert f"| after training | {name} | {100 * score['value']:.2f} %" in text
     assert ("How it was checked" in text) == (kind != "final")
-    assert ("vllm serve merged " in text) == (kind == "merged")
+    assert ("vllm serve merged --max-model-len 4096 " in text) == (kind == "merged")
 
 
 def test_the_card_is_not_part_of_the_manifest(exports: dict[str, Path], tmp_path: Path) -> None:

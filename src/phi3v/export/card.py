@@ -25,11 +25,14 @@ On {count} prompts ({probes}), logits of the last tokens and greedy answers:
 {explanation}
 """
 MODEL_ELSEWHERE = """
-The folder has the official layout, so what serves Phi-3.5-vision serves it:
+vLLM serves the folder; with phi3v installed beside vLLM it needs no remote code:
 
 ```bash
-vllm serve {folder} --trust-remote-code --max-model-len 8192 --limit-mm-per-prompt '{{"image": 4}}'
+vllm serve {folder} --max-model-len 4096 --limit-mm-per-prompt '{{"image": 4}}'
 ```
+
+Above 4096, vLLM takes LongRoPE's long factors for every prompt, and the answers to shorter prompts change: more is
+right only if all prompts are longer than 4096 tokens.
 
 The official remote code {code}. There is no converter of this architecture for llama.cpp, and so none for Ollama.
 """

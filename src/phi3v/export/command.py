@@ -35,6 +35,10 @@ def add_commands(verbs: Parser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     command.add_argument("--verify", type=Path, metavar="DIR", help="only check that a folder is complete and correct")
     command.add_argument(
+        "--serve-check", action="store_true", help="then start vLLM on DIR and compare its answers; also with --verify"
+    )
+    command.add_argument("--vllm", metavar="PATH", help="its executable (default: $PHI3V_VLLM, else that on the path)")
+    command.add_argument(
         "--base-id", metavar="OWNER/NAME", help="the base model's name on the hub, if it was trained from a folder"
     )
     command.add_argument(
@@ -53,6 +57,7 @@ def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_push(arguments.push, yes=arguments.yes)
     elif arguments.private or arguments.yes:
         raise UserError("is about --push", where="--private" if arguments.private else "--yes", hint="add it")
+    vllm = _vllm(arguments) if arguments.serve_check or arguments.vllm is not None else None
     if arguments.verify is not None:
         if arguments.base_id is not None:
             raise UserError("is written when an export is made", where="--base-id", hint="export it again with it")
@@ -64,9 +69,29 @@ def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             return told
     else:
         told, folder = _make(arguments, console), arguments.out
+    if vllm is not None:
+        from phi3v.export.serving import serve_check
+
+        told["served"] = serve_check(folder, vllm, console).to_json_dict()
     if arguments.push is not None:
         told["pushed"] = push(folder, arguments.push, console, private=arguments.private, yes=arguments.yes)
     return told
+
+
+def _vllm(arguments: argparse.Namespace) -> Path:
+    """The executable that is to serve the export, before that is made."""
+    if not arguments.serve_check:
+        raise UserError("is about --serve-check", where="--vllm", hint="add it")
+    if arguments.adapter or (arguments.verify is not None and (arguments.verify / "adapter_config.json").is_file()):
+        raise UserError("vLLM serves a merged model", where="--serve-check", hint="export without --adapter")
+    from phi3v.export.serving import find_vllm, require_servable
+    from phi3v.model.configuration import Phi3VConfig
+    from phi3v.train.finetuned import resolve_model
+
+    vllm = find_vllm(arguments.vllm)
+    source = arguments.verify or resolve_model(arguments.source, arguments.base).base
+    require_servable(Phi3VConfig.from_pretrained(source))
+    return vllm
 
 
 def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

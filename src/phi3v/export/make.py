@@ -38,6 +38,8 @@ from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
+from phi3v.processing.tiny_tokenizer import ADDITIONAL_SPECIAL_TOKENS
+from phi3v.processing.tokenizer import TOKENIZER_CONFIG
 from phi3v.terminal import say
 from phi3v.train.card import score_table
 from phi3v.train.device import RuntimeDevice, choose_device
@@ -188,6 +190,7 @@ def _write(
         exported = answer_probes(model.float(), processor, probes)
     make_weights_readable(folder)
     processor.save_pretrained(folder)
+    _name_special_tokens(folder / TOKENIZER_CONFIG)
     return _Written(answers, exported, merge, parameters)
 
 
@@ -196,6 +199,14 @@ def _name_base(folder: Path, base_id: str) -> None:
     path = folder / "adapter_config.json"
     fields = read_json(path) | {"base_model_name_or_path": base_id}
     path.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _name_special_tokens(file: Path) -> None:
+    """Add what vLLM needs to read a prompt as we do, where it is missing; the official file has it."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if not fields.get("additional_special_tokens"):
+        fields["additional_special_tokens"] = ADDITIONAL_SPECIAL_TOKENS
+        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _merge(model: Any) -> Any:

@@ -20,6 +20,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import file_hash, is_hub_id
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.processing.tokenizer import TOKENIZER_CONFIG
 
 INCOMPLETE = "the save was not complete: export the run again"
 
@@ -136,6 +137,10 @@ class _Inspection:
             self.say("processor", "fail", f"cannot be loaded: {str(error).splitlines()[0]}", hint)
             return
         self.say("processor", "pass", f"with tokenizer, num_crops {processor.image_processor.num_crops}")
+        tokenizer_config = self.folder / TOKENIZER_CONFIG
+        if tokenizer_config.is_file() and not read_json(tokenizer_config).get("additional_special_tokens"):
+            what = f"{TOKENIZER_CONFIG} has no additional_special_tokens, without which vLLM reads another prompt"
+            self.say("processor", "warn", what, "export it with phi3v export")
 
     def end_tokens(self) -> None:
         path = self.folder / "generation_config.json"

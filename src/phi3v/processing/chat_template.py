@@ -14,6 +14,7 @@ OFFICIAL_CHAT_TEMPLATE = (
 # supervised there.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
+{%- set seen = namespace(images=0) -%}
 {%- for message in messages -%}
     {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
         {{- raise_exception("role '" ~ message['role'] ~ "': this model knows system, user and assistant") -}}
@@ -27,11 +28,14 @@ CHAT_TEMPLATE = """\
                 {%- set part.text = part.text ~ block['text'] -%}
             {%- elif block['type'] != 'image' -%}
                 {{- raise_exception("content of type '" ~ block['type'] ~ "': this model takes text and image") -}}
-            {%- elif part.text -%}
-                {%- set part.text = part.text ~ '<|image|>' -%}
-                {%- set part.inline = true -%}
             {%- else -%}
-                {%- set part.images = part.images ~ '<|image|>' -%}
+                {%- set seen.images = seen.images + 1 -%}
+                {%- if part.text -%}
+                    {%- set part.text = part.text ~ '<|image|>' -%}
+                    {%- set part.inline = true -%}
+                {%- else -%}
+                    {%- set part.images = part.images ~ '<|image|>' -%}
+                {%- endif -%}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -49,3 +53,6 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant|>\n' -}}
 {%- endif -%}
 """
+
+# The same with numbered tags.
+NUMBERED_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("'<|image|>'", "'<|image_' ~ seen.images ~ '|>'")

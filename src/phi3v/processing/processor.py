@@ -52,9 +52,12 @@ class Phi3VProcessor(ProcessorMixin):
     Attributes:
         image_token: ``<|image|>``, which stands for an image in a text.
         image_token_id: its id; ``None`` with a tokenizer that has no such token.
+        img_tokens: as of the official processor, the numbered tags; more than any context has room for.
     """
 
     image_token = IMAGE_TOKEN
+    default_chat_template = CHAT_TEMPLATE
+    img_tokens = tuple(image_tag(number) for number in range(1, 1001))
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Phi3VProcessor(ProcessorMixin):
     ) -> None:
         if chat_template is None:
             own = tokenizer.chat_template
-            chat_template = CHAT_TEMPLATE if own in (None, OFFICIAL_CHAT_TEMPLATE) else own
+            chat_template = self.default_chat_template if own in (None, OFFICIAL_CHAT_TEMPLATE) else own
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.image_token_id: int | None = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
         # The original tokenizer files; see `save_pretrained`.
@@ -295,6 +298,10 @@ class Phi3VProcessor(ProcessorMixin):
             features = self.image_processor(flat)
             data |= {name: features[name] for name in ("pixel_values", "image_sizes")}
         return BatchFeature(data)
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Tokens of a ``width`` x ``height`` image."""
+        return self.image_processor.calc_num_image_tokens_from_image_size(width, height)
 
     def _is_image(self, token: int) -> bool:
         return token < 0 or token == self.image_token_id

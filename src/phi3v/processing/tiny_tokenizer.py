@@ -24,6 +24,9 @@ CHAT_TOKENS = {
     "<|user|>": 32010,
     "<|image|>": 32044,
 }
+# As in the official tokenizer_config.json. vLLM decodes a prompt and encodes it again, and removes the white space that
+# decoding leaves behind the tokens that are named there.
+ADDITIONAL_SPECIAL_TOKENS = ["<|system|>", "<|end|>", "<|user|>"]
 # As in the official tokenizer: white space after these is removed.
 STRIPS_RIGHT = {"<|assistant|>", "<|image|>"}
 
@@ -105,6 +108,7 @@ def save_tiny_tokenizer(folder: Path, *, official_ids: bool = False) -> Tokenize
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "unk_token": "<unk>",
+        "additional_special_tokens": ADDITIONAL_SPECIAL_TOKENS,
     }
     config = named | {
         "chat_template": OFFICIAL_CHAT_TEMPLATE,
