@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -50,6 +51,11 @@ def test_the_tasks_are_in_the_wheel() -> None:
     package = ROOT / "src" / "phi3v"
     shipped = {file for pattern in patterns for file in package.glob(pattern)}
     assert {TASKS / f"phi3v_{name}.yaml" for name in NAMES} == set(TASKS.iterdir()) <= shipped
+
+
+def test_the_module_prints_the_folder_of_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("phi3v.evaluators", run_name="__main__")
+    assert capsys.readouterr().out == f"{TASKS}\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
