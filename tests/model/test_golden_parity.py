@@ -16,16 +16,25 @@ import torch
 NAMES = ("one_image", "two_images", "tall_and_wide_16", "long_rope")
 
 
+@pytest.mark.parametrize("image_ids", ["official", "of one token"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_loss_and_gradients(
-    name: str, golden_cases: dict[str, Any], golden_arrays: dict[str, torch.Tensor], load_golden: Any, sample: Any
+    name: str,
+    image_ids: str,
+    golden_cases: dict[str, Any],
+    golden_arrays: dict[str, torch.Tensor],
+    load_golden: Any,
+    sample: Any,
 ) -> None:
     (case,) = [c for c in golden_cases["model"] if c["name"] == name]
     given = sample("model", name)
     assert given.length == case["length"]
     model = load_golden(original_max_position_embeddings=case["original_max_position_embeddings"])
+    ids = given.input_ids
+    if image_ids == "of one token":
+        ids = ids.masked_fill(ids < 0, model.config.image_token_id)
     # Without an attention mask, as the reference ran.
-    output = model(given.input_ids, pixel_values=given.pixel_values, image_sizes=given.image_sizes, labels=given.labels)
+    output = model(ids, pixel_values=given.pixel_values, image_sizes=given.image_sizes, labels=given.labels)
     logits = output.logits[0, case["positions"]]
     torch.testing.assert_close(logits, golden_arrays[f"model/{name}/logits"], atol=2e-5, rtol=0)
     assert output.loss.item() == pytest.approx(case["loss"], abs=1e-5)

@@ -17,6 +17,8 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import DynamicCache, pipeline
@@ -320,6 +322,20 @@ def test_greedy_in_other_ways_is_greedy(images: tuple[Image.Image, ...], model: 
     assert model.generate(inputs_embeds=embeddings, **greedy).equal(new)
     if not images:
         assert model.generate(**inputs, **greedy, prefill_chunk_size=5).equal(expected)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="it knows no 8-bit floating-point cache"
+)
+def test_a_quantised_cache(tmp_path: Path) -> None:
+    """The answer of a trained model is that of the whole cache."""
+    copy_pretrained("tiny", tmp_path / "base")
+    processor = Phi3VProcessor.from_pretrained(tmp_path / "base")
+    model = Phi3VForCausalLM.from_pretrained(tmp_path / "base")
+    inputs = ask(processor, "what color is the shape?", RED)
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    expected, given = (model.generate(**inputs, max_new_tokens=8, do_sample=False, **way) for way in ({}, quantised))
+    assert given.equal(expected)
 
 
 @pytest.mark.parametrize("way", ["prompt_lookup", "assistant", "static", "embeddings"])
