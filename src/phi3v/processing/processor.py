@@ -27,6 +27,7 @@ from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.processing.chat_template import CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
 from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
+from phi3v.processing.padding import pad_offsets, pad_rows
 from phi3v.processing.tokenizer import CHAT_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, make_tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
@@ -286,7 +287,7 @@ class Phi3VProcessor(ProcessorMixin):
             ]
         if return_offsets_mapping:
             data["offset_mapping"] = [
-                _pad_offsets(offsets, len(row), side) for offsets, row in zip(places, data["input_ids"], strict=True)
+                pad_offsets(offsets, len(row), side) for offsets, row in zip(places, data["input_ids"], strict=True)
             ]
         if return_tensors:
             for name in ("mm_token_type_ids", "offset_mapping"):
@@ -325,33 +326,6 @@ class Phi3VProcessor(ProcessorMixin):
         if isinstance(ids, Sequence):
             return [self._without_negative(item) for item in ids]
         return ids if ids >= 0 else self.image_token_id or self.tokenizer.unk_token_id
-
-
-def _pad_offsets(offsets: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:
-    """Padding has no width, and the starts still ascend."""
-    missing = length - len(offsets)
-    if side == "left":
-        return [(0, 0)] * missing + offsets
-    end = offsets[-1][1] if offsets else 0
-    return offsets + [(end, end)] * missing
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad_token_id: int, side: str, length: int | None = None
-) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``.
-
-    Args:
-        length: T, where the longest row is shorter.
-    """
-    length = max(length or 0, *(len(row) for row in rows))
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        input_ids[index, where] = torch.tensor(row, dtype=torch.int64)
-        attention_mask[index, where] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 IGNORE_INDEX = -100  # label of a token without loss
