@@ -232,6 +232,25 @@ def test_images_of_a_batch(processor: Phi3VProcessor) -> None:
             processor(text, images)
 
 
+def test_groups_of_arguments(processor: Phi3VProcessor) -> None:
+    """The library's groups say the same as plain arguments, and take nothing from those beside them."""
+    plain = {"padding": "max_length", "max_length": 16, "return_tensors": "pt", "padding_side": "left"}
+    more: dict[str, Any] = {
+        "add_special_tokens": False,
+        "return_mm_token_type_ids": True,
+        "return_offsets_mapping": True,
+        "pad_to_multiple_of": 12,
+    }
+    expected = processor(["a", "b c"], **plain, **more)
+    for given in (
+        processor(["a", "b c"], text_kwargs=plain, **more),
+        processor(["a", "b c"], text_kwargs=more, **plain),
+        processor(["a", "b c"], text_kwargs=more, common_kwargs={"return_tensors": "np"}, **plain),
+    ):
+        assert given.keys() == expected.keys()
+        assert all(given[name].equal(expected[name]) for name in expected)
+
+
 def test_cuts(processor: Phi3VProcessor) -> None:
     """Text may be cut, an image may not; the words are the library's, which trainers look for."""
     whole = processor("<|image|>\nwhat is this?", RED)["input_ids"][0]

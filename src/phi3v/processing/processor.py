@@ -237,10 +237,20 @@ class Phi3VProcessor(ProcessorMixin):
         """
         groups = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
         if given := {name: value for group in groups for name, value in group.items()}:
-            options = {"padding": padding, "truncation": truncation, "max_length": max_length}
-            options |= {"return_tensors": return_tensors, "padding_side": padding_side}
-            options = {name: value for name, value in options.items() if value is not None}
-            return self(text, images, **given | options | kwargs)
+            options = {
+                "padding": padding,
+                "truncation": truncation,
+                "max_length": max_length,
+                "return_tensors": return_tensors,
+                "padding_side": padding_side,
+                "pad_to_multiple_of": pad_to_multiple_of,
+                "add_special_tokens": None if add_special_tokens else False,
+                "return_offsets_mapping": return_offsets_mapping or None,
+                "return_mm_token_type_ids": return_mm_token_type_ids or None,
+            }
+            return self(
+                text, images, **given | {n: value for n, value in options.items() if value is not None} | kwargs
+            )
         kwargs.pop("return_text_replacement_offsets", None)  # the offsets are those of the text as it was given
         if unknown := sorted(name for name, value in kwargs.items() if value):
             raise TypeError(f"unknown arguments {unknown}")
