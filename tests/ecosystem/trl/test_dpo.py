@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
@@ -30,7 +31,8 @@ def test_dpo(model_dir: Path, as_messages: Dataset, table: RecordTable, tmp_path
         ]
     )
     config = DPOConfig(**settings(tmp_path / "run", max_steps=3, per_device_train_batch_size=5, max_length=None))
-    trainer = DPOTrainer(str(model_dir), args=config, train_dataset=data, peft_config=LORA)
+    model = Phi3VForCausalLM.from_pretrained(model_dir, dtype=torch.float32)  # in the other tests, by its path
+    trainer = DPOTrainer(model, args=config, train_dataset=data, peft_config=LORA)
     assert trainer.args.gradient_checkpointing
     processor = trainer.processing_class
 

@@ -18,7 +18,9 @@ from trl_records import LORA, as_theirs, last_answer, our_loss, our_sample, sett
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.cli import main
+from phi3v.data.collate import Sample
 from phi3v.data.table import RecordTable
+from phi3v.processing.processor import ChatTurn, encode_conversation
 
 
 def make_trainer(model: Path, data: Dataset, out: Path, **more: Any) -> SFTTrainer:
@@ -92,6 +94,20 @@ def test_the_loss_is_ours_weighted_by_token(
     processor = trainer.processing_class
     ours = our_loss(model_dir, processor, [our_sample(table, table[index], processor) for index in range(4)])
     # An adapter starts as zero. What is logged is a sum of float32 shares, in another order.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [{}, {"packing": True, "max_length": 256}], ids=["padded", "packed"])
+def test_text_alone_has_our_loss_too(packed: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    """Without a column of images TRL tokenises beforehand, and packs if asked to."""
+    turns = [("The sky?", "blue"), ("Grass, in spring?", "green, mostly"), ("More words, please!", "here are more")]
+    rows = [[{"role": "user", "content": user}, {"role": "assistant", "content": answer}] for user, answer in turns]
+    data = Dataset.from_dict({"messages": rows})
+    trainer = make_trainer(model_dir, data, tmp_path, per_device_train_batch_size=3, **packed)
+    trainer.train()
+    processor = trainer.processing_class
+    streams = [encode_conversation(processor, [ChatTurn(*turn)], []) for turn in turns]
+    ours = our_loss(model_dir, processor, [Sample(stream.input_ids, stream.labels, []) for stream in streams])
     assert trainer.state.log_history[0]["loss"] == pytest.approx(ours, rel=1e-5)
 
 
