@@ -71,6 +71,18 @@ def test_the_prompt_and_the_pages_are_those_of_the_same_record(
         assert torch.equal(page.content, other.content)
 
 
+@pytest.mark.parametrize("exif_orientation", [True, False])
+def test_files_are_turned_as_the_model_was_tuned(tmp_path: Path, tiny_model_dir: Path, exif_orientation: bool) -> None:
+    processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=2)
+    processor.image_processor.exif_orientation = exif_orientation
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned on its side
+    PICTURES[1].save(tmp_path / "a.jpg", exif=exif)
+    page = read_messages([user(image(str(tmp_path / "a.jpg")), text("?"))], processor, frames=1, where="").pages[0]
+    height, width = page.size
+    assert (height < width) == exif_orientation
+
+
 def test_pages_have_the_same_name_if_they_show_the_same(processor: Phi3VProcessor) -> None:
     messages = [user(*map(image, [PICTURES[0], PICTURES[1], PICTURES[0].copy()]), text("?"))]
     one, two, three = (page.name for page in read_messages(messages, processor, frames=1, where="").pages)

@@ -83,14 +83,13 @@ class RecordsTask(ConfigurableMessagesTask):
         self.dataset_no_image = self.dataset
 
     def doc_to_messages(self, doc: dict[str, Any], **rounds: Any) -> list[dict[str, Any]]:
-        """The messages up to the question, with the images of the record as PIL images."""
+        """The messages up to the question, with the paths of its images: a model knows how it wants to see them."""
         record = upto_question(self.table[doc["record"]], doc["turn"])
-        images = iter(self.table.load_images(record))
         messages = []
         if record.system is not None:
             messages.append({"role": "system", "content": [_text(record.system)]})
         for index, turn in enumerate(record.turns):
-            blocks = [{"type": "image", "url": next(images)} for _ in turn.images]
+            blocks = [{"type": "image", "url": str(self.table.images_root / name)} for name in turn.images]
             messages.append({"role": "user", "content": _place(turn, blocks)})
             if index < doc["turn"]:
                 messages.append({"role": "assistant", "content": [_text(turn.assistant)]})

@@ -57,7 +57,7 @@ def read_messages(
         role, content = message["role"], message["content"]
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if role == "user" and (not turns or turns[-1].answer is not None):
-            turns.append(_read_question(blocks, frames, where))
+            turns.append(_read_question(blocks, frames, processor.image_processor.exif_orientation, where))
         elif role == "system" and system is None and not turns:
             system = _read_text(blocks, where)
         elif role == "assistant" and turns and turns[-1].answer is None:
@@ -78,7 +78,7 @@ def _read_text(blocks: Sequence[Mapping[str, Any]], where: str) -> str:
     return escape_special_text("".join(block["text"] for block in blocks))
 
 
-def _read_question(blocks: Sequence[Mapping[str, Any]], frames: int, where: str) -> _Turn:
+def _read_question(blocks: Sequence[Mapping[str, Any]], frames: int, exif_orientation: bool, where: str) -> _Turn:
     turn = _Turn()
     seen_text = False
     for block in blocks:
@@ -86,20 +86,20 @@ def _read_question(blocks: Sequence[Mapping[str, Any]], frames: int, where: str)
             turn.text += escape_special_text(block["text"])
             seen_text = True
             continue
-        images = _read_media(block, frames, where)
+        images = _read_media(block, frames, exif_orientation, where)
         turn.images += images
         turn.offsets += [len(turn.text)] * len(images)
         turn.is_placed |= seen_text
     return turn
 
 
-def _read_media(block: Mapping[str, Any], frames: int, where: str) -> list[Image.Image]:
+def _read_media(block: Mapping[str, Any], frames: int, exif_orientation: bool, where: str) -> list[Image.Image]:
     kind, medium = block["type"], block.get("url")
     if kind == "image" and isinstance(medium, Image.Image):
         return [medium]
     if kind == "image" and isinstance(medium, str | Path):
         try:
-            return [decode_image(Path(medium).read_bytes(), str(medium))]
+            return [decode_image(Path(medium).read_bytes(), str(medium), exif_orientation=exif_orientation)]
         except OSError as error:
             raise UserError(f"the image cannot be read ({error.strerror})", where=f"{where}: {medium}") from None
     if kind == "video" and isinstance(medium, str | Path):
