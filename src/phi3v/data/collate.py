@@ -35,13 +35,13 @@ from phi3v.processing.hd_transform import (
     to_page,
 )
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.padding import pad_rows
 from phi3v.processing.processor import (
     IGNORE_INDEX,
     ChatTurn,
     Phi3VProcessor,
     TokenStream,
     encode_conversation,
+    pad_rows,
 )
 
 LossWeighting = Literal["sample", "token"]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.hub import cached_file
@@ -27,8 +26,14 @@ from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.processing.chat_template import CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
 from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
-from phi3v.processing.padding import pad_offsets, pad_rows
-from phi3v.processing.tokenizer import CHAT_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, make_tokenizer
+from phi3v.processing.tokenizer import (
+    CHAT_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    load_tokenizer,
+    pad_offsets,
+)
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"  # transformers' convention: its own token at every place of an image
@@ -105,16 +110,7 @@ class Phi3VProcessor(ProcessorMixin):
             )
         with content_of(found[PREPROCESSOR_CONFIG]):
             image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
-        with content_of(found[TOKENIZER_FILE]):
-            tokens = Tokenizer.from_file(str(found[TOKENIZER_FILE]))
-        if lacking := [token for token in CHAT_TOKENS if tokens.token_to_id(token) is None]:
-            raise UserError(
-                f"has no token {lacking[0]}, so it is not the tokenizer of this model",
-                where=str(found[TOKENIZER_FILE]),
-                hint="copy it again from the published model",
-            )
-        with content_of(found.get(TOKENIZER_CONFIG, Path(path))):
-            tokenizer = make_tokenizer(tokens, fields.get(TOKENIZER_CONFIG, {}))
+        tokenizer = load_tokenizer(found[TOKENIZER_FILE], found.get(TOKENIZER_CONFIG), fields.get(TOKENIZER_CONFIG, {}))
         processor = cls(image_processor, tokenizer)
         processor._tokenizer_files = {name: found[name].read_bytes() for name in TOKENIZER_FILES if name in found}
         return processor
@@ -319,23 +315,40 @@ class Phi3VProcessor(ProcessorMixin):
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As the tokenizer's, of one sequence or of several; the official ids of images are read as ``<|image|>``."""
-        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        return self.tokenizer.decode(self._without_negative(ids), *args, **kwargs)
+        return self.tokenizer.decode(self._without_negative(token_ids), *args, **kwargs)
 
-    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """As `decode`, of several sequences."""
-        return [self.decode(ids, *args, **kwargs) for ids in sequences]
+    batch_decode = decode
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """The text of generated sequences."""
-        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        texts: list[str] = self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return texts
 
     def _without_negative(self, ids: Any) -> Any:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(ids, Sequence):
             return [self._without_negative(item) for item in ids]
         return ids if ids >= 0 else self.image_token_id or self.tokenizer.unk_token_id
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, side: str, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``.
+
+    Args:
+        length: T, where the longest row is shorter.
+    """
+    length = max(length or 0, *(len(row) for row in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        input_ids[index, where] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, where] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 IGNORE_INDEX = -100  # label of a token without loss

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from phi3v.errors import UserError
+from phi3v.json_files import content_of
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -14,12 +18,25 @@ CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftex
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+def load_tokenizer(file: Path, config_file: Path | None, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of ``tokenizer.json`` with the settings of ``tokenizer_config.json``.
 
     Raises:
-        ValueError: ``config`` names no token, or one that is not there.
+        UserError: a file is damaged, names no token or one that is not there, or belongs to another model.
     """
+    with content_of(file):
+        tokens = Tokenizer.from_file(str(file))
+    if lacking := [token for token in CHAT_TOKENS if tokens.token_to_id(token) is None]:
+        raise UserError(
+            f"has no token {lacking[0]}, so it is not the tokenizer of this model",
+            where=str(file),
+            hint="copy it again from the published model",
+        )
+    with content_of(config_file or file.parent):
+        return _make_tokenizer(tokens, config)
+
+
+def _make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     if lacking := [name for name in ("bos_token", "eos_token", "pad_token") if not config.get(name)]:
         raise ValueError(f"it has no {lacking[0]}")
     # tokenizer.json is complete. The class named in tokenizer_config.json (LlamaTokenizer) is not used, because
@@ -39,3 +56,12 @@ def make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedToken
 
 def _token_text(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
+
+
+def pad_offsets(offsets: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:
+    """Padding has no width, and the starts still ascend."""
+    missing = length - len(offsets)
+    if side == "left":
+        return [(0, 0)] * missing + offsets
+    end = offsets[-1][1] if offsets else 0
+    return offsets + [(end, end)] * missing
