@@ -29,6 +29,7 @@ test-ecosystem: $(ECOSYSTEM:%=.venv-ecosystem/%/.installed)  ## the libraries th
 .venv-ecosystem/%/.installed: tests/ecosystem/%/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-ecosystem/$*
 	.venv-ecosystem/$*/bin/python -m pip install --quiet -r $< -e .
+	test ! -f $(<D)/unused.txt || .venv-ecosystem/$*/bin/python -m pip uninstall --quiet --yes -r $(<D)/unused.txt
 	test ! -f $(<D)/no_deps.txt || .venv-ecosystem/$*/bin/python -m pip install --quiet --no-deps -r $(<D)/no_deps.txt
 	@touch $@
 

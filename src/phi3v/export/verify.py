@@ -171,7 +171,7 @@ class _Inspection:
             self.say("official code", "warn", what, "copy auto_map and the .py files from the original model")
         elif missing:
             what = f"auto_map names {', '.join(missing)}, which is not here; phi3v does not need it"
-            self.say("official code", "warn", what, "copy it from the original model for vLLM and others")
+            self.say("official code", "warn", what, "copy it from the original model for programs that do")
         else:
             self.say("official code", "pass", "auto_map and its files are here")
 

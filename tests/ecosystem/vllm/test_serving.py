@@ -57,7 +57,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the official tokenizer, or with our small one under the official ids."""
+    """A folder with the official tokenizer, or with our small one under the official ids; without remote code."""
     if request.param == "official" and not (OFFICIAL_TOKENIZER / "tokenizer.json").is_file():
         pytest.skip(f"no tokenizer.json in {OFFICIAL_TOKENIZER} ($PHI3V_TOKENIZER)")
     folder = tmp_path_factory.mktemp("models") / str(request.param)
@@ -67,6 +67,12 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         patch.setitem(presets.NUM_CROPS, name, 2)
         tokenizer = OFFICIAL_TOKENIZER if request.param == "official" else None
         presets.init_model(name, folder, dtype=torch.float32, tokenizer=tokenizer)
+    fields = json.loads((folder / "config.json").read_text())
+    official = {
+        "AutoConfig": "configuration_phi3_v.Phi3VConfig",
+        "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(fields | {"auto_map": official}))  # as exports of the released have
     return folder
 
 
