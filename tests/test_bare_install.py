@@ -9,7 +9,8 @@ import subprocess
 import sys
 import venv
 import zipfile
-from importlib.metadata import distribution
+from collections.abc import Iterable
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
@@ -37,18 +38,21 @@ for command in commands:
 NEED_AN_EXTRA = ["phi3v.serve.page", "phi3v.serve.server"]
 
 
-def needed(name: str, extras: frozenset[str] = frozenset(), seen: set[tuple[str, str]] | None = None) -> set[str]:
-    """The distributions that ``pip install NAME`` brings, by their canonical names."""
-    seen = set() if seen is None else seen
-    for extra in {"", *extras}:
-        if (name, extra) in seen:
+def needed(requires: Iterable[str]) -> dict[str, frozenset[str]]:
+    """The distributions that requirements bring, by their canonical names, with the extras that are asked of them."""
+    found: dict[str, frozenset[str]] = {}
+    rest = [(text, frozenset[str]()) for text in requires]
+    while rest:
+        text, of = rest.pop()
+        requirement = Requirement(text)
+        name, asked = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if requirement.marker is not None and not any(requirement.marker.evaluate({"extra": e}) for e in {"", *of}):
             continue
-        seen.add((name, extra))
-        for text in distribution(name).requires or ():
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                needed(canonicalize_name(requirement.name), frozenset(requirement.extras), seen)
-    return {each for each, _ in seen}
+        before = found.get(name)
+        if before is None or not asked <= before:
+            found[name] = asked | (before or frozenset())
+            rest += [(each, found[name]) for each in distribution(name).requires or ()]
+    return found
 
 
 def files_of(folder: Path) -> set[str]:
@@ -80,7 +84,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install"]
     subprocess.run([*command, "--no-deps", "--no-index", "--quiet", str(wheel)], check=True)
     site = packages(environment)
-    for name in needed("phi3v") - {"phi3v"}:
+    # As the wheel says, not the metadata of an editable installation, which may be older.
+    for name in needed(Distribution.at(next(site.glob("phi3v-*.dist-info"))).requires or ()):
         files = distribution(name).files or []
         for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             if not (site / top).exists():
