@@ -29,7 +29,8 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from drawing import CELLS, choose
 from phi3v.data.jsonl import replacing
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.processing.processor import IGNORE_INDEX, ChatTurn, Phi3VProcessor, encode_conversation, pad_rows
+from phi3v.processing.processor import IGNORE_INDEX, ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.tokenizer import pad_rows
 from scenes import (
     COLOURS,
     LABELS,

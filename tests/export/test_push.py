@@ -181,6 +181,9 @@ def test_a_repository_with_something_else_in_it(
     assert len(hub.repos[NAME]) == 3
     # One that was made but not filled, and one that is complete: an upload that was cut off somewhere.
     hub.repos[NAME] = {".gitattributes": b""}
+    assert main([*arguments, "--private"]) == 2
+    assert "is there already, and public" in capsys.readouterr().err
+    assert set(hub.repos[NAME]) == {".gitattributes"}
     assert main(arguments) == 0
     assert main(arguments) == 0
     pushed(hub, exports["merged"])

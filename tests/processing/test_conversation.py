@@ -191,7 +191,7 @@ def test_no_turn_is_an_error(tiny_processor: Phi3VProcessor) -> None:
         encode_conversation(tiny_processor, [], [])
 
 
-@pytest.mark.parametrize("tag", ["<|image_1|>", "<|image_2|>", "<|image_0|>"])
+@pytest.mark.parametrize("tag", ["<|image_1|>", "<|image_2|>", "<|image_0|>", "<|image|>"])
 def test_image_tag_in_a_question_is_an_error(tag: str, tiny_processor: Phi3VProcessor) -> None:
     """It would stand for an image (0: the last one): tags are the processor's to write."""
     with pytest.raises(ValueError, match=r"turn 1 .*image tag"):

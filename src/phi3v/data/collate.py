@@ -41,8 +41,8 @@ from phi3v.processing.processor import (
     Phi3VProcessor,
     TokenStream,
     encode_conversation,
-    pad_rows,
 )
+from phi3v.processing.tokenizer import pad_rows
 
 LossWeighting = Literal["sample", "token"]
 OnBadSample = Literal["stop", "skip"]

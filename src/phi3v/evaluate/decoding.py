@@ -9,7 +9,8 @@ from accelerate.utils import send_to_device
 
 from phi3v.evaluate.batches import PromptBatch
 from phi3v.model.generation import CACHE_NAMES
-from phi3v.processing.processor import END, END_OF_TEXT, Phi3VProcessor, pad_rows
+from phi3v.processing.processor import END, END_OF_TEXT, Phi3VProcessor
+from phi3v.processing.tokenizer import pad_rows
 
 
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:

@@ -83,7 +83,7 @@ def push(folder: Path, repo_id: str, console: Console, *, private: bool = False,
         say(console, f"not uploaded; later: {again}")
         return None
     try:
-        _require_nothing_else(api, repo_id, files)
+        _require_nothing_else(api, repo_id, files, private)
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.create_commit(repo_id, files, commit_message=f"Upload with phi3v {__version__}")
     except UserError:
@@ -116,18 +116,21 @@ def _contents(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
     ]
 
 
-def _require_nothing_else(api: HfApi, repo_id: str, files: Sequence[CommitOperationAdd]) -> None:
-    """Refuse a repository that holds anything but what is uploaded."""
+def _require_nothing_else(api: HfApi, repo_id: str, files: Sequence[CommitOperationAdd], private: bool) -> None:
+    """Refuse a repository that holds anything but what is uploaded, or that is public and should not be."""
     try:
         there = [entry for entry in api.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile)]
     except RepositoryNotFoundError:
         return
+    where = f"{api.endpoint}/{repo_id}"
+    if private and not api.model_info(repo_id).private:
+        raise UserError("is there already, and public", where=where, hint="choose another name, or make it private")
     ours = {file.path_in_repo: file for file in files}
     others = [file.path for file in there if file.path != OF_THE_HUB and not _is_same(file, ours.get(file.path))]
     if others:
         raise UserError(
             f"holds {len(others)} files that are not of this export, first {others[0]}",
-            where=f"{api.endpoint}/{repo_id}",
+            where=where,
             hint="choose another name; or, to replace them on purpose, use `hf upload`",
         )
 

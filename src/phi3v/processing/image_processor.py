@@ -40,6 +40,7 @@ class Phi3VImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # 
     """What may be given in place of the saved settings."""
 
     num_crops: int
+    exif_orientation: bool
 
 
 class Phi3VImageProcessor(BaseImageProcessor):

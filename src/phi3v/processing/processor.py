@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.hub import cached_file
+from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
 
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
-from phi3v.processing.chat_template import CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
+from phi3v.processing.chat_template import CHAT_TEMPLATE, NUMBERED_CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
 from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
 from phi3v.processing.tokenizer import (
     CHAT_TOKENS,
@@ -33,11 +33,11 @@ from phi3v.processing.tokenizer import (
     TOKENIZER_FILES,
     load_tokenizer,
     pad_offsets,
+    pad_rows,
 )
 
-IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+IMAGE_TAG = re.compile(r"<\|image(?:_(\d+))?\|>")
 IMAGE_TOKEN = "<|image|>"  # transformers' convention: its own token at every place of an image
-_PLACEHOLDER = re.compile(r"<\|image(?:_(\d+))?\|>")
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
@@ -77,7 +77,8 @@ class Phi3VProcessor(ProcessorMixin):
             chat_template = self.default_chat_template if own in (None, OFFICIAL_CHAT_TEMPLATE) else own
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.image_token_id: int | None = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
-        # The original tokenizer files; see `save_pretrained`.
+        # The original tokenizer files, and what they hold; see `save_pretrained`.
+        self._num_tokens = len(tokenizer)
         self._tokenizer_files: dict[str, bytes] = {}
 
     @classmethod
@@ -85,7 +86,7 @@ class Phi3VProcessor(ProcessorMixin):
         """Load from a folder or a hub id in the official layout.
 
         Args:
-            num_crops: overrides the saved value.
+            num_crops, chat_template, padding_side, truncation_side: override the saved value.
             kwargs: ``revision``, ``cache_dir``, ``token`` … for the hub.
 
         Raises:
@@ -94,14 +95,16 @@ class Phi3VProcessor(ProcessorMixin):
         """
         overrides = {"num_crops": kwargs.pop("num_crops")} if kwargs.get("num_crops") is not None else {}
         kwargs.pop("num_crops", None)
+        chat_template = kwargs.pop("chat_template", None)
+        sides = {name: kwargs.pop(name) for name in ("padding_side", "truncation_side") if name in kwargs}
         path = str(pretrained_model_name_or_path)
         found: dict[str, Path] = {}
-        for name in (PREPROCESSOR_CONFIG, *TOKENIZER_FILES, "processor_config.json"):
+        for name in (PREPROCESSOR_CONFIG, *TOKENIZER_FILES, "processor_config.json", CHAT_TEMPLATE_FILE):
             is_needed = name in (PREPROCESSOR_CONFIG, TOKENIZER_FILE)
             file = cached_file(path, name, _raise_exceptions_for_missing_entries=is_needed, **kwargs)
             if file is not None:
                 found[name] = Path(file)
-        fields = {name: read_json(file) for name, file in found.items()}
+        fields = {name: read_json(file) for name, file in found.items() if name != CHAT_TEMPLATE_FILE}
         if "num_crops" not in fields[PREPROCESSOR_CONFIG] | overrides:
             raise UserError(
                 "lacks num_crops, the maximum number of crops per image",
@@ -110,8 +113,11 @@ class Phi3VProcessor(ProcessorMixin):
             )
         with content_of(found[PREPROCESSOR_CONFIG]):
             image_processor = Phi3VImageProcessor.from_pretrained(path, **kwargs, **overrides)
-        tokenizer = load_tokenizer(found[TOKENIZER_FILE], found.get(TOKENIZER_CONFIG), fields.get(TOKENIZER_CONFIG, {}))
-        processor = cls(image_processor, tokenizer)
+        config = fields.get(TOKENIZER_CONFIG, {}) | sides
+        tokenizer = load_tokenizer(found[TOKENIZER_FILE], found.get(TOKENIZER_CONFIG), config)
+        if chat_template is None and CHAT_TEMPLATE_FILE in found:
+            chat_template = found[CHAT_TEMPLATE_FILE].read_text(encoding="utf-8")
+        processor = cls(image_processor, tokenizer, None if chat_template == OFFICIAL_CHAT_TEMPLATE else chat_template)
         processor._tokenizer_files = {name: found[name].read_bytes() for name in TOKENIZER_FILES if name in found}
         return processor
 
@@ -119,16 +125,20 @@ class Phi3VProcessor(ProcessorMixin):
         """Write the official files: those of the tokenizer byte for byte, and ``preprocessor_config.json``.
 
         Training never changes the tokenizer, and transformers would write a class and a merges format that older
-        versions and other tools do not support.
+        versions and other tools do not support. It writes one that has got more tokens, and a template of its own goes
+        into ``chat_template.jinja``.
         """
         if push_to_hub:
             raise ValueError("save to a folder, check it, then upload it with `hf upload`")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._tokenizer_files:
+        if not self._tokenizer_files or len(self.tokenizer) != self._num_tokens:
             self.tokenizer.save_pretrained(folder)
-        for name, content in self._tokenizer_files.items():
-            (folder / name).write_bytes(content)
+        else:
+            for name, content in self._tokenizer_files.items():
+                (folder / name).write_bytes(content)
+        if self.chat_template not in (CHAT_TEMPLATE, NUMBERED_CHAT_TEMPLATE, self.tokenizer.chat_template):
+            (folder / CHAT_TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
         self.image_processor.processor_class = type(self).__name__
         self.image_processor.save_pretrained(folder)
         return [str(file) for file in sorted(folder.iterdir())]
@@ -158,7 +168,7 @@ class Phi3VProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         start = 0
-        for index, match in enumerate([*_PLACEHOLDER.finditer(text), None]):
+        for index, match in enumerate([*IMAGE_TAG.finditer(text), None]):
             chunk = text[start : match.start() if match else None]
             # Also an empty chunk has one: two adjacent images have a BOS in between.
             encoding = self.tokenizer.backend_tokenizer.encode(chunk, add_special_tokens=starts_text or index > 0)
@@ -178,7 +188,7 @@ class Phi3VProcessor(ProcessorMixin):
         return ids
 
     def _check_placeholders(self, text: str, num_images: int) -> None:
-        given = [match.group() for match in _PLACEHOLDER.finditer(text)]
+        given = [match.group() for match in IMAGE_TAG.finditer(text)]
         tokens = [self.image_token] * num_images
         # The model inserts images in reading order (as the official one does), so tags out of order would swap them.
         if given not in (tokens, [image_tag(number) for number in range(1, num_images + 1)]):
@@ -229,7 +239,7 @@ class Phi3VProcessor(ProcessorMixin):
             ``image_sizes`` (see :class:`Phi3VImageProcessor`).
 
         Raises:
-            ValueError: tags and images do not match, or a cut would go through an image.
+            ValueError: tags and images do not match, or a cut would go through an image or is to be at the start.
         """
         groups = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
         if given := {name: value for group in groups for name, value in group.items()}:
@@ -254,8 +264,10 @@ class Phi3VProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors={return_tensors!r}: only torch tensors ('pt') are supported")
         if text is None:
             raise ValueError("give a text; an image is written as <|image|> in it")
+        # The library's names for neither.
+        padding, truncation = padding != "do_not_pad" and padding, truncation != "do_not_truncate" and truncation
         texts = [text] if isinstance(text, str) else list(text)
-        numbers = [len(_PLACEHOLDER.findall(prompt)) for prompt in texts]
+        numbers = [len(IMAGE_TAG.findall(prompt)) for prompt in texts]
         per_text = group_images(images, numbers, exif_orientation=self.image_processor.exif_orientation)
         rows: list[list[int]] = []
         places: list[list[tuple[int, int]]] = []
@@ -271,6 +283,8 @@ class Phi3VProcessor(ProcessorMixin):
                 offsets=offsets,
             )
             if truncation and max_length is not None and len(row) > max_length:
+                if self.tokenizer.truncation_side != "right":
+                    raise ValueError("a prompt is cut at its end only: set the tokenizer's truncation_side to 'right'")
                 if any(self._is_image(token) for token in row[max_length:]):
                     # The library's own words, by which trainers recognise it.
                     raise ValueError(
@@ -331,24 +345,6 @@ class Phi3VProcessor(ProcessorMixin):
         if isinstance(ids, Sequence):
             return [self._without_negative(item) for item in ids]
         return ids if ids >= 0 else self.image_token_id or self.tokenizer.unk_token_id
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad_token_id: int, side: str, length: int | None = None
-) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``.
-
-    Args:
-        length: T, where the longest row is shorter.
-    """
-    length = max(length or 0, *(len(row) for row in rows))
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        input_ids[index, where] = torch.tensor(row, dtype=torch.int64)
-        attention_mask[index, where] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 IGNORE_INDEX = -100  # label of a token without loss

@@ -1,10 +1,12 @@
-"""Phi-3's tokenizer, made from its files."""
+"""Phi-3's tokenizer, made from its files; rows of its tokens, padded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +48,7 @@ def _make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedToke
         chat_template=config.get("chat_template"),
         model_max_length=config.get("model_max_length"),
         padding_side=config.get("padding_side", "right"),
+        truncation_side=config.get("truncation_side", "right"),
         clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
         **{name: _token_text(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None},
     )
@@ -56,6 +59,24 @@ def _make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedToke
 
 def _token_text(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, side: str, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T) int64 of rows of any lengths, padded ``left`` or ``right``.
+
+    Args:
+        length: T, where the longest row is shorter.
+    """
+    length = max(length or 0, *(len(row) for row in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        input_ids[index, where] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, where] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def pad_offsets(offsets: list[tuple[int, int]], length: int, side: str) -> list[tuple[int, int]]:

@@ -48,7 +48,7 @@ def add_commands(verbs: Parser) -> None:
 
 def list_recipes(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     recipes = [
-        {"name": name, "about": path.open(encoding="utf-8").readline().removeprefix("#").strip(), "file": str(path)}
+        {"name": name, "about": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "), "file": str(path)}
         for name, path in RECIPES.items()
     ]
     width = max(map(len, RECIPES))
