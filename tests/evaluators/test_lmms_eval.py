@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from phi3v.data.sources import SOURCES
+from phi3v.errors import UserError
 from phi3v.evaluate.metrics import METRICS, Answers, score_answers
 from phi3v.evaluators import TASKS
+from phi3v.evaluators.lmms_model import _count
 from phi3v.evaluators.lmms_tasks import aggregate, process_results
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,12 @@ def test_the_tasks_are_in_the_wheel() -> None:
 def test_the_module_prints_the_folder_of_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_module("phi3v.evaluators", run_name="__main__")
     assert capsys.readouterr().out == f"{TASKS}\n"
+
+
+@pytest.mark.parametrize("value", [0, 2.5, True, "auto"])
+def test_an_option_that_is_no_count_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match=f"num_crops: must be a whole number from 1, not {value}"):
+        _count("num_crops", value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,23 @@ def test_what_cannot_be_checked_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such folder"), ("{", "config.json"), ("", "the vision tower and the vocabulary")],
+)
+def test_a_folder_is_verified_before_it_is_served(
+    content: str | None, message: str, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no folder is not looked for on the hub either."""
+    if content is not None:
+        shutil.copytree(tiny_model_dir, tmp_path / "mine")
+    if content:
+        (tmp_path / "mine" / "config.json").write_text(content)
+    assert main(["export", "--verify", str(tmp_path / "mine"), "--serve-check", "--vllm", "/bin/true"]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+
+
 def test_the_released_sizes_can_be_served() -> None:
     for preset in ("phi-3.5-vision", "phi-3-vision"):
         require_servable(preset_config(preset))
@@ -66,12 +84,12 @@ def test_an_environment_without_phi3v_cannot_serve(tmp_path: Path) -> None:
         find_vllm(str(tmp_path / "vllm"))
 
 
-def test_a_server_that_ends_shows_what_it_said(tmp_path: Path) -> None:
+def test_a_server_that_ends_shows_what_it_said_and_reports_to_nobody(tmp_path: Path) -> None:
     server = tmp_path / "vllm"
-    server.write_text("#!/bin/sh\necho no memory left\nexit 7\n")
+    server.write_text("#!/bin/sh\necho no memory left $VLLM_NO_USAGE_STATS\nexit 7\n")
     server.chmod(0o755)
     with (
-        pytest.raises(UserError, match=r"ended with 7:\nno memory left"),
+        pytest.raises(UserError, match=r"ended with 7:\nno memory left 1$"),
         running_server(server, tmp_path, tmp_path / "log", 4096),
     ):
         pass

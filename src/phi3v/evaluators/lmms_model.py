@@ -150,7 +150,7 @@ def _unsupported(what: str) -> UserError:
 
 def _count(name: str, value: Any) -> int:
     try:
-        number = int(value)
+        number = int(str(value))
     except ValueError:
         number = 0
     if number < 1:

@@ -89,8 +89,8 @@ def _vllm(arguments: argparse.Namespace) -> Path:
     from phi3v.train.finetuned import resolve_model
 
     vllm = find_vllm(arguments.vllm)
-    source = arguments.verify or resolve_model(arguments.source, arguments.base).base
-    require_servable(Phi3VConfig.from_pretrained(source))
+    if arguments.verify is None:
+        require_servable(Phi3VConfig.from_pretrained(resolve_model(arguments.source, arguments.base).base))
     return vllm
 
 

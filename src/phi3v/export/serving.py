@@ -133,16 +133,17 @@ def serve_check(folder: Path, vllm: Path, console: Console) -> Served:
     """Ask our own model and vLLM the same questions.
 
     Raises:
-        UserError: vLLM does not start.
+        UserError: vLLM cannot serve the model, or does not start.
         ServedDiffersError: it answers otherwise.
     """
+    config = Phi3VConfig.from_pretrained(folder)
+    require_servable(config)
     with tempfile.TemporaryDirectory() as work:
         conversations = drawn_conversations(Path(work))
-        limit = Phi3VConfig.from_pretrained(folder).long_context_start
         ours = own_answers(folder, conversations)
         asked = [(messages, own) for messages, own in zip(conversations, ours, strict=True) if own is not None]
         say(console, f"asking {vllm} {len(asked)} questions")
-        with running_server(vllm, folder, Path(work) / "vllm.log", limit) as url:
+        with running_server(vllm, folder, Path(work) / "vllm.log", config.long_context_start) as url:
             theirs = [ask(url, messages) for messages, _ in asked]
             version = httpx.get(f"{url}/version").json()["version"]
     pairs = [(own, other) for (_, own), other in zip(asked, theirs, strict=True)]
@@ -229,6 +230,7 @@ def running_server(vllm: Path, folder: Path, log: Path, max_model_len: int) -> I
     command = [str(vllm), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", str(max_model_len), "--limit-mm-per-prompt", '{"image": 2}', "--enforce-eager"]
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
+    environment["VLLM_NO_USAGE_STATS"] = "1"  # which it sends to its makers
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         server = subprocess.Popen(
