@@ -20,7 +20,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import AutoProcessor, DynamicCache, pipeline
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -176,6 +176,9 @@ def test_images_by_path_url_and_base64(
     server.server_close()
     with pytest.raises(ValueError, match="neither a file, a URL nor base64"):
         processor("<|image|>", "no/such.png")
+    RED.save(tmp_path / "red.eps")  # which would run a program on it
+    with pytest.raises(UnidentifiedImageError):
+        processor("<|image|>", tmp_path / "red.eps")
 
 
 @pytest.mark.parametrize("applied", [True, False])

@@ -23,12 +23,9 @@ from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import near_name, quote
 from phi3v.data.schema import image_path_fault
 from phi3v.errors import UserError
-from phi3v.processing.hd_transform import GreyRangeError, as_transparent, is_deep_grey, to_rgb
+from phi3v.processing.hd_transform import FORMATS, GreyRangeError, as_transparent, is_deep_grey, open_pixels, to_rgb
 
 ImageLevel = Literal["decode", "header", "off"]
-
-# Pixel formats that Pillow reads by itself. Others stay out: EPS, for one, runs Ghostscript on the file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
 
 _RAW_HINT = "save it as JPEG or PNG in a program that develops your camera's files"
 # What else is found among images -> (how its bytes begin, what to do).
@@ -213,14 +210,12 @@ def _open_file(path: str, root: Path, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _open(file: BinaryIO, name: str, max_pixels: int, limit_key: str = _LIMIT_KEY) -> Image.Image:
-    """`Image.open` for `FORMATS` and images up to ``max_pixels``. Only the header is read here."""
+    """`open_pixels` for images up to ``max_pixels``. Only the header is read here."""
     # Pillow's limit is one for the process: it is raised to ours, never lowered, and ours is checked below.
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    Image.init()
     try:
-        # MPO is opened as JPEG, and a Pillow may be built without a codec.
-        image = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
+        image = open_pixels(file)
         _refuse_camera_file(image, name)
     except ImageFaultError:
         raise

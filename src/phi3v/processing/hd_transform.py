@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -254,6 +256,17 @@ def _white(image: Image.Image, highest: float) -> int:
         return int(2 ** (bits[0] - is_signed)) - 1
     ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
     return next((white for white in ranges if highest <= white), ranges[-1])
+
+
+# Pixel formats that Pillow reads by itself. Others stay out: EPS, for one, runs Ghostscript on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
+
+
+def open_pixels(file: str | Path | BinaryIO) -> Image.Image:
+    """`Image.open` for `FORMATS`."""
+    Image.init()
+    # MPO is opened as JPEG, and a Pillow may be built without a codec.
+    return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
 
 
 class ImageAlignmentError(ValueError):

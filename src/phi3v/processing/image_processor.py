@@ -26,6 +26,7 @@ from phi3v.processing.hd_transform import (
     OPENAI_CLIP_STD,
     TOKENS_PER_CROP,
     cut_pages,
+    open_pixels,
     page_geometry,
     to_page,
     to_rgb,
@@ -157,7 +158,8 @@ def open_image(
         exif_orientation: turn one that is not yet in memory as its EXIF orientation says.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is of another format than `FORMATS`; what is not fetched, raises as the hub's
+            client does.
         ValueError: it is none of these.
     """
     if isinstance(source, Image.Image):
@@ -174,7 +176,7 @@ def open_image(
             content = io.BytesIO(base64.b64decode(text.rpartition(",")[2], validate=True))
         except ValueError:
             raise ValueError(f"no image: neither a file, a URL nor base64: {text[:60]!r}") from None
-    with Image.open(content) as image:
+    with open_pixels(content) as image:
         image.load()
         return ImageOps.exif_transpose(image) if exif_orientation else image
 

@@ -19,13 +19,14 @@ from PIL import Image
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.images import FORMATS, UNREADABLE_SUFFIXES
+from phi3v.data.images import UNREADABLE_SUFFIXES
 from phi3v.data.sources.json_records import not_utf8
 from phi3v.data.sources.media import Medium, MediumKind
 from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
 from phi3v.data.sources.splits import choose_eval, split_name, unknown_layout
 from phi3v.data.video import VIDEO_SUFFIXES
 from phi3v.errors import UserError
+from phi3v.processing.hd_transform import FORMATS
 
 EVAL_SHARE = 0.1
 
