@@ -21,7 +21,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoProcessor, DynamicCache, pipeline
+from transformers import AutoProcessor, DynamicCache, GenerationMixin, pipeline
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.presets import copy_pretrained
@@ -325,8 +325,8 @@ def test_ways_of_generating(ways: dict[str, Any], count: int, model: Any, proces
     prompts = [[WIDE, RED][:count], [RED, BLUE][:count]]
     messages = [[{"role": "user", "content": blocks("what is this?", *images)}] for images in prompts]
 
-    def run(conversations: list[Any]) -> torch.Tensor:
-        options = {"padding": True, "padding_side": "left"}
+    def run(conversations: list[Any], padding_side: str = "left") -> torch.Tensor:
+        options = {"padding": True, "padding_side": padding_side}
         inputs = processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -346,6 +346,7 @@ def test_ways_of_generating(ways: dict[str, Any], count: int, model: Any, proces
         assert len(together) == 2 * ways["num_return_sequences"]
         return
     assert together.tolist() == torch.cat([run([one]) for one in messages]).tolist()
+    assert run(messages, "right").equal(together)
 
 
 @pytest.mark.parametrize("images", [(), (WIDE,), (WIDE, RED)], ids=len)
@@ -407,18 +408,32 @@ def test_a_cache_goes_on(model: Any, processor: Phi3VProcessor) -> None:
     """The second question of a chat with the cache of the first."""
     first = ask(processor, "what?", RED)
     cache = DynamicCache(config=model.config)
-    answered = model.generate(**first, max_new_tokens=4, do_sample=False, **{model_cache_name(model): cache})
+    answered = model.generate(**first, max_new_tokens=4, do_sample=False, **{model_cache_name(): cache})
     more = torch.tensor([processor.tokenize_text("<|end|>\n<|user|>\nwhy?<|end|>\n<|assistant|>\n")])
     ids = torch.cat([answered, more], dim=1)
     again = first | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(**again, max_new_tokens=6, do_sample=False)
-    went_on = model.generate(**again, max_new_tokens=6, do_sample=False, **{model_cache_name(model): cache})
+    went_on = model.generate(**again, max_new_tokens=6, do_sample=False, **{model_cache_name(): cache})
     assert went_on.equal(expected)
 
 
-def model_cache_name(model: Any) -> str:
+def test_a_cache_goes_on_with_another_image(model: Any, processor: Phi3VProcessor) -> None:
+    first = [{"role": "user", "content": blocks("what?", RED)}, {"role": "assistant", "content": "red"}]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([first[0]], **options)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**inputs, use_cache=True, **{model_cache_name(): cache})
+    again = [*first, {"role": "user", "content": blocks("and this?", WIDE)}]
+    inputs = processor.apply_chat_template(again, add_generation_prompt=True, **options)
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    went_on = model.generate(**inputs, max_new_tokens=6, do_sample=False, **{model_cache_name(): cache})
+    assert went_on.equal(expected)
+
+
+def model_cache_name() -> str:
     """transformers 5.24 renamed it."""
-    names = inspect.signature(super(type(model), model).prepare_inputs_for_generation).parameters
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 

@@ -20,9 +20,17 @@ class Phi3VGenerationMixin(GenerationMixin):
         """As the library's, for all its ways of decoding; prompts come back with ``image_token_id`` in images' places.
 
         Images are encoded once a prompt, however many sequences are searched or drawn for it. Where there are images, a
-        cache is always used. Where a sample may outgrow LongRoPE's short factors, tokens are not drafted.
+        cache is always used. Where a sample may outgrow LongRoPE's short factors, tokens are not drafted. A batch
+        padded on the right, as the published tokenizer pads, comes back padded on the left.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2 and not mask[:, -1].all():
+            # Padding would be what the first new token is predicted from. Also of models that draft.
+            kwargs["attention_mask"] = _pad_on_the_left(mask, mask)
+            input_ids, kwargs["inputs_embeds"] = (
+                values if values is None else _pad_on_the_left(values, mask)
+                for values in (input_ids, kwargs.get("inputs_embeds"))
+            )
         if input_ids is None:
             return super().generate(None, *args, **kwargs)
         # A model that drafts gets the same arguments and has its own embeddings; chunks of a prompt are cut from ids.
@@ -60,6 +68,9 @@ class Phi3VGenerationMixin(GenerationMixin):
         if any(value.get_seq_length() for value in caches.values()):
             inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **caches, **kwargs)
             if not self._outgrows_short_factors(inputs.get("position_ids")):
+                (cached,) = {value.get_seq_length() for value in caches.values()}
+                if inputs_embeds is not None and cached < inputs_embeds.shape[1]:  # a prompt whose start is cached
+                    inputs |= {"input_ids": None, "inputs_embeds": inputs_embeds[:, cached:]}
                 return inputs
             caches = {}
             kwargs["next_sequence_length"] = None
@@ -90,3 +101,11 @@ class Phi3VGenerationMixin(GenerationMixin):
         before = length - position_ids.shape[1]
         start = self.config.long_context_start
         return bool(((before <= start) & (length > start)).any())
+
+
+def _pad_on_the_left(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Rows of ``values`` (B, T, …) with their padding on the right moved to the left."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * places).argmax(dim=1, keepdim=True)  # [B, 1]
+    index = (places + last + 1) % len(places)  # [B, T]
+    return values[torch.arange(len(values), device=index.device)[:, None], index]

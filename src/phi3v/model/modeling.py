@@ -72,6 +72,17 @@ class Phi3VPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def enable_input_require_grads(self) -> None:
+        """As the library's, and for the vision part: reentrant checkpointing cuts off adapters in frozen layers."""
+        super().enable_input_require_grads()
+        tower = self.base_model.vision_embed_tokens.img_processor.vision_model
+
+        def require_grad(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if any(parameter.requires_grad for parameter in tower.parameters()):  # otherwise nothing flows back so far
+                output.requires_grad_(True)
+
+        self._require_grads_hooks.append(tower.embeddings.register_forward_hook(require_grad))
+
 
 class LastDecoderLayer(Phi3DecoderLayer):
     """The decoder's last layer, which can leave out outputs that no target is predicted from."""
@@ -314,6 +325,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         loss_normalizer: torch.Tensor | float | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | None = 0,
         target_positions: Sequence[int] | None = None,
         **kwargs: Any,
@@ -330,6 +342,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
             labels: (B, T) int64, -100 where there is no target.
             loss_weights: (B, T) float, weight of each label (see ``loss.causal_lm_loss``).
             loss_normalizer: what the weighted sum is divided by; by default the sum of this batch's weights.
+            num_items_in_batch: the same by the name of ``transformers.Trainer``, which counts a whole step's labels.
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
             target_positions: places of the targets in (B, T) laid out flat (``loss.find_targets``), as plain numbers.
             kwargs: what our own batches give beside or in place of the above, so that nothing is read from the device:
@@ -377,7 +390,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
                 self.lm_head,
                 labels,
                 loss_weights,
-                loss_normalizer,
+                num_items_in_batch if loss_normalizer is None else loss_normalizer,
                 kernel=self.loss_kernel,
                 targets=targets,
                 selected=selected,
