@@ -174,10 +174,13 @@ class Phi3VProcessor(ProcessorMixin):
             encoding = self.tokenizer.backend_tokenizer.encode(chunk, add_special_tokens=starts_text or index > 0)
             ids += encoding.ids
             if offsets is not None:
-                for token, (first, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-                    # White space that a token of the chat format takes up is none of it, least of all if a target.
-                    bare = token.rstrip()
-                    offsets.append((start + first, start + (first + len(bare) if bare in CHAT_TOKENS else end)))
+                # The white space that a token of the chat format takes up, but for a line break, is counted to the next
+                # one: a target begins with it, and the token before is none.
+                taken = None
+                for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+                    first, bare = begin if taken is None else taken, token.rstrip()
+                    taken = min(end, begin + len(bare) + 1) if bare in CHAT_TOKENS else None
+                    offsets.append((start + first, start + (end if taken is None else taken)))
             if match:
                 number = int(match[1] or index + 1)
                 image_id = -number if match[1] else self.image_token_id
