@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM, Phi3VModel
@@ -35,6 +36,8 @@ AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast
 # Some versions of transformers cannot import this class without torchvision, which ours never needs.
 with suppress(ImportError):
     AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True)
+# Of the published files a pipeline infers a class for videos, and would ask whether to run their code for it.
+VIDEO_PROCESSOR_MAPPING.register(Phi3VConfig, {}, exist_ok=True)
 
 
 def for_vllm() -> None:

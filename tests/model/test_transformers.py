@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+import json
 import subprocess
 import sys
 from functools import partial
@@ -437,10 +438,15 @@ def model_cache_name() -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-def test_pipeline(tmp_path: Path) -> None:
+def test_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that writes text, and of a folder that holds an adapter and its processor."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     copy_pretrained("tiny", base)
+    settings = json.loads((base / "preprocessor_config.json").read_text())
+    settings["auto_map"] = {"AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor"}  # as published
+    (base / "preprocessor_config.json").write_text(json.dumps(settings))
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", questions.append)  # whether to run that code
     messages = [{"role": "user", "content": blocks("what?", RED)}]
     answers = []
     adapted = get_peft_model(
@@ -458,6 +464,7 @@ def test_pipeline(tmp_path: Path) -> None:
         expected = own.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answers[-1].strip() == expected.strip()
     assert answers[0] != answers[1]
+    assert not questions
 
 
 def test_decoder_compiles_and_exports(tiny_model_dir: Path) -> None:
