@@ -197,12 +197,15 @@ def test_an_image_file_is_turned_as_in_training(applied: bool, tiny_model_dir: P
     ("messages", "message"),
     [
         ([{"role": "tool", "content": "x"}], "role 'tool'"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "no tools"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "content of type 'audio'"),
     ],
 )
 def test_what_the_model_does_not_know_is_an_error(messages: Any, message: str, processor: Phi3VProcessor) -> None:
     with pytest.raises(Exception, match=message):
         processor.apply_chat_template(messages, tokenize=False)
+    with pytest.raises(Exception, match="no tools"):
+        processor.apply_chat_template([{"role": "user", "content": "x"}], tools=[{"name": "f"}], tokenize=False)
 
 
 def test_a_template_of_its_own_is_kept(processor: Phi3VProcessor) -> None:

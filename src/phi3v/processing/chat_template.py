@@ -19,6 +19,9 @@ CHAT_TEMPLATE = """\
     {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
         {{- raise_exception("role '" ~ message['role'] ~ "': this model knows system, user and assistant") -}}
     {%- endif -%}
+    {%- if tools or message['tool_calls'] -%}
+        {{- raise_exception('this model knows no tools') -}}
+    {%- endif -%}
     {%- set part = namespace(images='', text='', inline=false) -%}
     {%- if message['content'] is string -%}
         {%- set part.text = message['content'] -%}
