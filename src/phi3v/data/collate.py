@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from phi3v.data.features import FeatureStore
@@ -42,7 +43,6 @@ from phi3v.processing.processor import (
     TokenStream,
     encode_conversation,
 )
-from phi3v.processing.tokenizer import pad_rows
 
 LossWeighting = Literal["sample", "token"]
 OnBadSample = Literal["stop", "skip"]
@@ -297,7 +297,8 @@ class Collator:
             (see `Counts`), what `positions_of` gives, and with images what `stack_images` does.
         """
         rows = [sample.input_ids for sample in samples]
-        input_ids = pad_rows(rows, self.pad_token_id, "right")["input_ids"]
+        ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         weights = torch.zeros(input_ids.shape)
         for row, sample in enumerate(samples):
