@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,33 +57,49 @@ def test_every_case_is_covered(golden_cases: dict[str, Any]) -> None:
     assert tuple(case["name"] for case in golden_cases["generate"]) == NAMES
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_equals_the_reference(
+@dataclass
+class Reference:
+    """A case of the reference: the model that it ran, its prompt, and the ids that it continued with."""
+
+    model: Any
+    given: Sample
+    new_ids: list[int]
+    switch: int  # from how many tokens on LongRoPE's long factors hold
+
+
+@pytest.fixture
+def reference(
     name: str,
-    use_cache: bool,
     golden_cases: dict[str, Any],
     golden_arrays: dict[str, torch.Tensor],
     load_golden: Any,
     sample: Any,
-) -> None:
+) -> Reference:
     case = case_of(golden_cases, name)
     given = sample("generate", name)
     assert given.length == case["prompt_length"]
-    model = load_golden(original_max_position_embeddings=case["original_max_position_embeddings"])
-    calls = Calls(model)
-    count = case["max_new_tokens"]
-    new_ids = continue_greedily(model, given.inputs(), count, use_cache=use_cache)
-    assert new_ids[0].tolist() == golden_arrays[f"generate/{name}/new_ids"].tolist()
+    new_ids = golden_arrays[f"generate/{name}/new_ids"].tolist()
+    assert len(new_ids) == case["max_new_tokens"]
+    switch = case["original_max_position_embeddings"]
+    return Reference(load_golden(original_max_position_embeddings=switch), given, new_ids, switch)
 
-    prompt = given.length
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_reference(name: str, use_cache: bool, reference: Reference) -> None:
+    calls = Calls(reference.model)
+    count = len(reference.new_ids)
+    new_ids = continue_greedily(reference.model, reference.given.inputs(), count, use_cache=use_cache)
+    assert new_ids[0].tolist() == reference.new_ids
+
+    prompt = reference.given.length
     if not use_cache:
         assert calls.lengths == list(range(prompt, prompt + count))
         return
     # Really cached: one token a call but for the prompt and, where the sample outgrows the short factors, one restart
     # over everything so far; the images are encoded once.
     lengths = [prompt] + [1] * (count - 1)
-    restart = case["original_max_position_embeddings"] + 1
+    restart = reference.switch + 1
     crossing = prompt < restart <= prompt + count - 1
     if crossing:
         lengths[restart - prompt] = restart
@@ -93,23 +110,14 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("drafts", ["looked up", "by a model"])
 @pytest.mark.parametrize("name", NAMES)
-def test_drafts_change_nothing(
-    name: str,
-    drafts: str,
-    golden_cases: dict[str, Any],
-    golden_arrays: dict[str, torch.Tensor],
-    load_golden: Any,
-    sample: Any,
-) -> None:
+def test_drafts_change_nothing(name: str, drafts: str, reference: Reference) -> None:
     """Also where they would cross the switch of LongRoPE."""
-    case = case_of(golden_cases, name)
-    given = sample("generate", name)
-    model = load_golden(original_max_position_embeddings=case["original_max_position_embeddings"])
+    model, given = reference.model, reference.given
     torch.manual_seed(0)
     other = Phi3VForCausalLM._from_config(model.config, dtype=torch.float32)
     options = {"assistant_model": other} if drafts == "by a model" else {"prompt_lookup_num_tokens": 4}
-    ids = model.generate(**given.inputs(), max_new_tokens=case["max_new_tokens"], do_sample=False, **options)
-    assert ids[0, given.length :].tolist() == golden_arrays[f"generate/{name}/new_ids"].tolist()
+    ids = model.generate(**given.inputs(), max_new_tokens=len(reference.new_ids), do_sample=False, **options)
+    assert ids[0, given.length :].tolist() == reference.new_ids
 
 
 def test_batch_equals_each_alone(load_golden: Any, sample: Any) -> None:
