@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, build_tiny_tokenizer, save_tiny_tokenizer
-from phi3v.processing.tokenizer import TOKENIZER_FILES
+from phi3v.processing.tiny_tokenizer import build_tiny_tokenizer, save_tiny_tokenizer
+from phi3v.processing.tokenizer import TOKEN_IDS, TOKENIZER_FILES
 
 OFFICIAL_IDS = {
     "<unk>": 0,
@@ -72,7 +72,7 @@ def test_small_ids_have_no_gap(tokenizer: Tokenizer) -> None:
 
 
 def test_every_special_token_is_one_id(tokenizer: Tokenizer) -> None:
-    for token in ("<unk>", "<s>", "</s>", *CHAT_TOKENS):
+    for token in ("<unk>", "<s>", "</s>", *TOKEN_IDS):
         assert ids(tokenizer, token) == [tokenizer.token_to_id(token)], token
 
 

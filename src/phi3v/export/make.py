@@ -38,8 +38,7 @@ from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
-from phi3v.processing.tiny_tokenizer import ADDITIONAL_SPECIAL_TOKENS
-from phi3v.processing.tokenizer import TOKENIZER_CONFIG
+from phi3v.processing.tokenizer import ADDITIONAL_SPECIAL_TOKENS, TOKENIZER_CONFIG
 from phi3v.terminal import say
 from phi3v.train.card import score_table
 from phi3v.train.device import RuntimeDevice, choose_device

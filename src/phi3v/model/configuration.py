@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, Phi3Config
 
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
+from phi3v.processing.tokenizer import IMAGE_TOKEN, TOKEN_IDS
 
 # CLIP ViT-L/14-336, the tower of both released models; `config.json` names it and carries no sizes.
 CLIP_VIT_L_14_336: dict[str, Any] = {
@@ -39,7 +40,7 @@ HD_EMBEDDING = {
 }
 
 
-IMAGE_TOKEN_ID = 32044  # <|image|> in the official vocabulary
+IMAGE_TOKEN_ID = TOKEN_IDS[IMAGE_TOKEN]
 
 
 class Phi3VConfig(Phi3Config):

@@ -31,10 +31,11 @@ from phi3v.processing.hd_transform import (
     cut_flat_pages,
     num_img_tokens,
 )
+from phi3v.processing.tokenizer import TOKEN_IDS
 
 OFFICIAL_VOCABULARY = 32064
-END_TOKEN_ID = 32007  # <|end|>
-END_OF_TEXT_TOKEN_ID = 32000  # <|endoftext|>, also padding
+END_TOKEN_ID = TOKEN_IDS["<|end|>"]
+END_OF_TEXT_TOKEN_ID = TOKEN_IDS["<|endoftext|>"]  # also padding
 
 
 # Attention that is causal by a flag and needs no mask. Ours of packed rows take ordinary ones by SDPA.

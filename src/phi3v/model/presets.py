@@ -17,8 +17,8 @@ from phi3v.model.configuration import HD_EMBEDDING, Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.tiny_tokenizer import CHAT_TOKENS, save_tiny_tokenizer
-from phi3v.processing.tokenizer import TOKENIZER_FILES
+from phi3v.processing.tiny_tokenizer import save_tiny_tokenizer
+from phi3v.processing.tokenizer import TOKEN_IDS, TOKENIZER_FILES
 
 # Made by benchmarks/tiny_base.py.
 PRETRAINED_TINY = Path(__file__).parent / "tiny_base"
@@ -91,7 +91,7 @@ def init_model(
     if tokenizer is not None:
         if not (tokenizer / "tokenizer.json").is_file():
             raise UserError("no tokenizer.json here", where=str(tokenizer))
-        ids = {token: _token_id(tokenizer, token) for token in CHAT_TOKENS}
+        ids = {token: _token_id(tokenizer, token) for token in TOKEN_IDS}
         size = max(ids.values()) + 1
         out.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -100,7 +100,7 @@ def init_model(
     else:
         out.mkdir(parents=True, exist_ok=True)
         made = save_tiny_tokenizer(out, official_ids=not is_tiny)
-        ids = {token: made.get_vocab()[token] for token in CHAT_TOKENS}
+        ids = {token: made.get_vocab()[token] for token in TOKEN_IDS}
         size = max(made.get_vocab().values()) + 1
     overrides: dict[str, Any] = {}
     if is_tiny:

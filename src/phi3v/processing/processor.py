@@ -28,6 +28,7 @@ from phi3v.processing.chat_template import CHAT_TEMPLATE, NUMBERED_CHAT_TEMPLATE
 from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
 from phi3v.processing.tokenizer import (
     CHAT_TOKENS,
+    IMAGE_TOKEN,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -37,7 +38,6 @@ from phi3v.processing.tokenizer import (
 )
 
 IMAGE_TAG = re.compile(r"<\|image(?:_(\d+))?\|>")
-IMAGE_TOKEN = "<|image|>"  # transformers' convention: its own token at every place of an image
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 

@@ -14,19 +14,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
 from phi3v.processing.chat_template import OFFICIAL_CHAT_TEMPLATE
+from phi3v.processing.tokenizer import ADDITIONAL_SPECIAL_TOKENS, TOKEN_IDS
 
-# The special tokens of the chat format, with their ids in the official vocabulary.
-CHAT_TOKENS = {
-    "<|endoftext|>": 32000,
-    "<|assistant|>": 32001,
-    "<|system|>": 32006,
-    "<|end|>": 32007,
-    "<|user|>": 32010,
-    "<|image|>": 32044,
-}
-# As in the official tokenizer_config.json. vLLM decodes a prompt and encodes it again, and removes the white space that
-# decoding leaves behind the tokens that are named there.
-ADDITIONAL_SPECIAL_TOKENS = ["<|system|>", "<|end|>", "<|user|>"]
 # As in the official tokenizer: white space after these is removed.
 STRIPS_RIGHT = {"<|assistant|>", "<|image|>"}
 
@@ -55,7 +44,7 @@ def build_tiny_tokenizer(*, official_ids: bool = False) -> Tokenizer:
     """
     vocabulary, merges = _learn_words()
     first_free = len(vocabulary)
-    for offset, (token, official_id) in enumerate(CHAT_TOKENS.items()):
+    for offset, (token, official_id) in enumerate(TOKEN_IDS.items()):
         vocabulary[token] = official_id if official_ids else first_free + offset
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -73,7 +62,7 @@ def build_tiny_tokenizer(*, official_ids: bool = False) -> Tokenizer:
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, rstrip=token in STRIPS_RIGHT) for token in ("<unk>", "<s>", *CHAT_TOKENS)]
+        [AddedToken(token, normalized=False, rstrip=token in STRIPS_RIGHT) for token in ("<unk>", "<s>", *TOKEN_IDS)]
     )
     # In the official files </s> is an added token but not a special one.
     tokenizer.add_tokens([AddedToken("</s>", normalized=False, rstrip=True, special=False)])

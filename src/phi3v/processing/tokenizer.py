@@ -16,7 +16,21 @@ from phi3v.json_files import content_of
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json")
-CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>")
+IMAGE_TOKEN = "<|image|>"  # transformers' convention: its own token at every place of an image
+# The special tokens of the chat format, with their ids in the official vocabulary.
+TOKEN_IDS = {
+    "<|endoftext|>": 32000,
+    "<|assistant|>": 32001,
+    "<|system|>": 32006,
+    "<|end|>": 32007,
+    "<|user|>": 32010,
+    IMAGE_TOKEN: 32044,
+}
+# As in the official tokenizer_config.json. vLLM decodes a prompt and encodes it again, and removes the white space that
+# decoding leaves behind the tokens that are named there.
+ADDITIONAL_SPECIAL_TOKENS = ["<|system|>", "<|end|>", "<|user|>"]
+# Without those of the chat format a tokenizer is not this model's; that of images is younger than some checkpoints.
+CHAT_TOKENS = tuple(token for token in TOKEN_IDS if token != IMAGE_TOKEN)
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
