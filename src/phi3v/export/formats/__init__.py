@@ -1,0 +1,120 @@
+"""The formats of an export: what each needs, what runs it, and how far it may be from the float model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """How a format is made; what a format does not know is refused before it is made.
+
+    Attributes:
+        bits: of the decoder's weights; by default the format's own.
+        group_size: weights that share a scale; 0 for a scale per output channel; by default the format's own.
+        calibration: a data file whose records the rounding is fitted to (GPTQ).
+        max_length: tokens that a graph has rotary tables for.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    calibration: Path | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of an export.
+
+    Attributes:
+        about: one line for the help.
+        maker: the module in this folder whose ``make(model, folder, options)`` writes it.
+        extra: of phi3v, with what it needs to be made; ``None`` where phi3v alone suffices.
+        modules: what that extra makes importable.
+        runs_it: programs that load the folder.
+        bits: of the decoder's weights.
+        group_size: weights that share a scale; ``None`` for one per output channel.
+        choices: fields of `FormatOptions` that it knows.
+        is_graph: run by `phi3v.runtime`, not by the model itself.
+    """
+
+    about: str
+    maker: str
+    extra: str | None
+    modules: tuple[str, ...]
+    runs_it: str
+    bits: int
+    group_size: int | None = None
+    choices: tuple[str, ...] = ()
+    is_graph: bool = False
+
+
+FORMATS = {
+    "fp8": Format(
+        "8-bit floats, for vLLM",
+        maker="compressed",
+        extra="compressed",
+        modules=("compressed_tensors",),
+        runs_it="vLLM, transformers",
+        bits=8,
+    ),
+    "w8a16": Format(
+        "8-bit integers, for vLLM",
+        maker="compressed",
+        extra="compressed",
+        modules=("compressed_tensors",),
+        runs_it="vLLM, transformers",
+        bits=8,
+        choices=("group_size",),
+    ),
+    "w4a16": Format(
+        "4-bit integers, for vLLM; rounded to the nearest, or fitted to data with --calibrate (GPTQ)",
+        maker="compressed",
+        extra="compressed",
+        modules=("compressed_tensors",),
+        runs_it="vLLM, transformers",
+        bits=4,
+        group_size=64,
+        choices=("group_size", "calibration"),
+    ),
+    "nf4": Format(
+        "4-bit NormalFloat, for transformers with bitsandbytes",
+        maker="libraries",
+        extra="qlora",
+        modules=("bitsandbytes",),
+        runs_it="transformers",
+        bits=4,
+        group_size=64,
+    ),
+    "int8": Format(
+        "8-bit integers, for transformers with torchao",
+        maker="libraries",
+        extra="torchao",
+        modules=("torchao",),
+        runs_it="transformers",
+        bits=8,
+    ),
+    "openvino": Format(
+        "graphs for OpenVINO on CPUs and Intel GPUs",
+        maker="openvino",
+        extra="openvino",
+        modules=("openvino", "nncf"),
+        runs_it="phi3v.runtime",
+        bits=4,
+        group_size=64,
+        choices=("bits", "group_size"),
+        is_graph=True,
+    ),
+    "onnx": Format(
+        "graphs for ONNX Runtime",
+        maker="onnx",
+        extra="onnx",
+        modules=("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
+        runs_it="phi3v.runtime, onnxruntime-genai",
+        bits=4,
+        group_size=32,
+        choices=("bits", "group_size", "max_length"),
+        is_graph=True,
+    ),
+}
