@@ -11,12 +11,14 @@ class FormatOptions:
     """How a format is made; what a format does not know is refused before it is made.
 
     Attributes:
+        format: its name in `FORMATS`, as one maker may know several.
         bits: of the decoder's weights; by default the format's own.
         group_size: weights that share a scale; 0 for a scale per output channel; by default the format's own.
         calibration: a data file whose records the rounding is fitted to (GPTQ).
         max_length: tokens that a graph has rotary tables for.
     """
 
+    format: str
     bits: int | None = None
     group_size: int | None = None
     calibration: Path | None = None
