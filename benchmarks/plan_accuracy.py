@@ -35,8 +35,9 @@ from phi3v.plan.memory import predict_memory
 from phi3v.plan.parameters import count_parameters, meta_model
 from phi3v.plan.planner import Planner
 from phi3v.plan.published import compare_published
+from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops
-from phi3v.processing.processor import ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.compute.activations import MicroBatch
 from phi3v.train.compute.checkpointing import apply_checkpointing
 from phi3v.train.device import choose_device
@@ -92,7 +93,7 @@ def make_batch(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Mi
         pages.append(Page(f"{row}.png", size, page))
         asked = range(questions - fewer * row)
         turns = [ChatTurn(f"what is shown, {k}?", "a rectangle", 1 if k == 0 else 0) for k in asked]
-        stream = encode_conversation(processor, turns, [pages[-1].num_img_tokens])
+        stream = encode_conversation(processor.backend_tokenizer, turns, [pages[-1].num_img_tokens])
         samples.append(Sample(stream.input_ids, stream.labels, pages[-1:], len(turns)))
     batch = Collator(processor.tokenizer.pad_token_id)(samples)
     return batch, MicroBatch(
@@ -113,7 +114,7 @@ def make_row(processor: Phi3VProcessor, name: str) -> tuple[dict[str, Any], Micr
         own = [Page(f"{number}.png", (page.shape[0], page.shape[1]), page)]
         tokens = [own[0].num_img_tokens]
         turns = [ChatTurn(f"what is shown, {k}?", "a rectangle", 1) for k in range(asked)]
-        streams = [encode_conversation(processor, [turn], tokens) for turn in turns]
+        streams = [encode_conversation(processor.backend_tokenizer, [turn], tokens) for turn in turns]
         groups.append([Sample(stream.input_ids, stream.labels, own, 1) for stream in streams])
     row = pack_row(groups)
     pages = [group[0].pages[0].size for group in groups]

@@ -29,7 +29,8 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from drawing import CELLS, choose
 from phi3v.data.jsonl import replacing
 from phi3v.model.modeling import Phi3VForCausalLM
-from phi3v.processing.processor import IGNORE_INDEX, ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.tokenizer import pad_rows
 from scenes import (
     COLOURS,
@@ -248,7 +249,7 @@ def conversation(processor: Phi3VProcessor, scene: Guided) -> Conversation:
         ChatTurn(turn.question, turn.answer, 0 if index else len(scene.images))
         for index, turn in enumerate(scene.turns)
     ]
-    stream = encode_conversation(processor, chat, [TOKENS_A_PICTURE] * len(scene.images))
+    stream = encode_conversation(processor.backend_tokenizer, chat, [TOKENS_A_PICTURE] * len(scene.images))
     pictures = [stream.input_ids.index(-1 - k) for k in range(len(scene.images))]
 
     def positions(picture: int, cells: Cells | int) -> list[int]:

@@ -10,7 +10,8 @@ import pytest
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.table import open_table
 from phi3v.evaluate.answer_limit import LONGEST, MARGIN, SHORTEST, answer_limit
-from phi3v.processing.processor import END, Phi3VProcessor
+from phi3v.processing.conversation import END
+from phi3v.processing.processor import Phi3VProcessor
 
 LONG = json.dumps([{"n": n, "name": "red"} for n in range(12)])
 

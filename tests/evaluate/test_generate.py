@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
-from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.evaluate.generate import Generated, generate_answers
 from phi3v.evaluate.streaming import stream_answer
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.processing.conversation import decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 
 END_IN_TINY = 677  # <|end|> in the tiny tokenizer
@@ -82,7 +82,7 @@ def official_pixels(questions: QuestionDataset, index: int) -> dict[str, torch.T
 def library_answers(model: Any, questions: QuestionDataset, max_new_tokens: int) -> list[str]:
     """One question at a time through the library's ``generate``."""
     processor = questions.processor
-    stops = stop_token_ids(processor)
+    stops = stop_token_ids(processor.backend_tokenizer)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[-1]
     )
@@ -91,7 +91,9 @@ def library_answers(model: Any, questions: QuestionDataset, max_new_tokens: int)
         inputs = {"input_ids": torch.tensor([questions[index].input_ids])} | official_pixels(questions, index)
         with torch.inference_mode():
             ids = model.eval().generate(**inputs, generation_config=settings)
-        answers.append(decode_answer(processor, ids[0, inputs["input_ids"].shape[1] :].tolist(), stops))
+        answers.append(
+            decode_answer(processor.backend_tokenizer, ids[0, inputs["input_ids"].shape[1] :].tolist(), stops)
+        )
     return answers
 
 
@@ -209,10 +211,10 @@ def force(logits: torch.Tensor, token: int) -> torch.Tensor:
 
 def test_an_answer_ends_at_its_first_stop_token(tiny_model_dir: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir)
-    stops = stop_token_ids(processor)
+    stops = stop_token_ids(processor.backend_tokenizer)
     assert len(set(stops)) == 2
     ids = processor.tokenize_text("yes<|end|>\n<|endoftext|>no")
-    assert decode_answer(processor, ids, stops) == "yes"
+    assert decode_answer(processor.backend_tokenizer, ids, stops) == "yes"
 
 
 def test_a_limit_draws_the_same_questions_every_time(questions: QuestionDataset) -> None:

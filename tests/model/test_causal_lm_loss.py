@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi3v.model import loss as loss_module
 from phi3v.model.loss import causal_lm_loss
-from phi3v.processing.processor import IGNORE_INDEX
+from phi3v.processing.conversation import IGNORE_INDEX
 
 ROWS, LENGTH, HIDDEN, VOCABULARY = 3, 17, 8, 29
 

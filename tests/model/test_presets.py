@@ -14,7 +14,7 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import UserError
 from phi3v.model.preset_fields import NUM_CROPS, PRESET_FIELDS
 from phi3v.model.presets import PRETRAINED_TINY, copy_pretrained, init_model, preset_config
-from phi3v.processing.processor import user_prompt
+from phi3v.processing.conversation import user_prompt
 
 
 @pytest.mark.parametrize("preset", ["phi-3.5-vision", "phi-3-vision"])

@@ -26,7 +26,7 @@ from transformers import AutoProcessor, DynamicCache, GenerationMixin, pipeline
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.presets import copy_pretrained
-from phi3v.processing.processor import ChatTurn, encode_conversation
+from phi3v.processing.conversation import ChatTurn, encode_conversation
 
 WIDE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 640, 3), dtype=np.uint8))
 RED = Image.new("RGB", (64, 64), "red")
@@ -109,7 +109,7 @@ def test_a_chat_is_the_stream_of_training(name: str, system: str | None, process
         if turn.assistant is not None:
             messages.append({"role": "assistant", "content": turn.assistant})
     counts = processor.image_processor.calc_num_image_tokens(used)
-    stream = encode_conversation(processor, turns, counts, system=system)
+    stream = encode_conversation(processor.backend_tokenizer, turns, counts, system=system)
     to_answer = turns[-1].assistant is None
     kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": to_answer}
     given = processor.apply_chat_template(messages, return_assistant_tokens_mask=True, **kwargs)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.doctor import diagnosis
-from phi3v.processing import processor as conversation
-from phi3v.processing.processor import IGNORE_INDEX, TokenStream
+from phi3v.processing import conversation
+from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 
 Examine = Callable[..., tuple[int, dict[str, dict[str, Any]], str]]
 

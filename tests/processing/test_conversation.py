@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from phi3v import Phi3VProcessor
-from phi3v.processing.processor import IGNORE_INDEX, ChatTurn, encode_conversation, user_prompt
+from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, encode_conversation, user_prompt
 
 GetImage = Callable[[str], Image.Image]
 
@@ -75,7 +75,7 @@ def test_prompt_equals_the_reference(
     case, (turns, system) = golden_cases["tokenizer"][index], FORMS[index]
     images = [golden_images(name) for name in case["images"]]
     counts = real_processor.image_processor.calc_num_image_tokens(images)
-    stream = encode_conversation(real_processor, turns, counts, system=system)
+    stream = encode_conversation(real_processor.backend_tokenizer, turns, counts, system=system)
     assert stream.input_ids == [token for token, count in case["input_ids_rle"] for _ in range(count)]
     first = user_prompt(turns[0].user, range(1, turns[0].num_images + 1), turns[0].image_offsets, system=system)
     assert case["text"].startswith(first)
@@ -140,7 +140,7 @@ def test_stream_equals_the_text_tokenised_as_one(
     turns = CASES[name]
     images = images_of(turns, golden_images)
     counts = processor.image_processor.calc_num_image_tokens(images)
-    stream = encode_conversation(processor, turns, counts, system=system)
+    stream = encode_conversation(processor.backend_tokenizer, turns, counts, system=system)
     assert stream.input_ids == official(processor, turns, images, system)
     check_labels_copy_the_inputs(stream)
     bos = processor.tokenizer.bos_token_id
@@ -151,7 +151,7 @@ def test_stream_equals_the_text_tokenised_as_one(
 def test_learnt_tokens_are_the_answers(name: str, golden_images: GetImage, tiny_processor: Phi3VProcessor) -> None:
     turns = CASES[name]
     counts = tiny_processor.image_processor.calc_num_image_tokens(images_of(turns, golden_images))
-    stream = encode_conversation(tiny_processor, turns, counts)
+    stream = encode_conversation(tiny_processor.backend_tokenizer, turns, counts)
     answers = [turn.assistant for turn in turns if turn.assistant is not None]
     ends = ["<|end|>\n"] * len(answers)
     if turns[-1].assistant is not None:
@@ -163,14 +163,16 @@ def test_learnt_tokens_are_the_answers(name: str, golden_images: GetImage, tiny_
 def test_answer_ids_are_the_references(golden_cases: dict[str, Any], real_processor: Phi3VProcessor) -> None:
     """The golden string ``yes<|end|>\\n<|endoftext|>`` is exactly what is learnt of the answer ``yes``."""
     (case,) = [c for c in golden_cases["tokenizer"] if c["text"] == "yes<|end|>\n<|endoftext|>"]
-    stream = encode_conversation(real_processor, [ChatTurn("Is it?", "yes")], [])
+    stream = encode_conversation(real_processor.backend_tokenizer, [ChatTurn("Is it?", "yes")], [])
     assert learnt(stream) == [case["input_ids"]]
-    between = encode_conversation(real_processor, [ChatTurn("Is it?", "yes"), ChatTurn("And?", "yes")], [])
+    between = encode_conversation(
+        real_processor.backend_tokenizer, [ChatTurn("Is it?", "yes"), ChatTurn("And?", "yes")], []
+    )
     assert learnt(between) == [case["input_ids"][:-1], case["input_ids"]]
 
 
 def test_image_numbers_run_on_through_the_conversation(tiny_processor: Phi3VProcessor) -> None:
-    stream = encode_conversation(tiny_processor, LONG, [3, 1, 4, 2])
+    stream = encode_conversation(tiny_processor.backend_tokenizer, LONG, [3, 1, 4, 2])
     runs = [token for token in stream.input_ids if token < 0]
     assert runs == [-1] * 3 + [-2] + [-3] * 4 + [-4] * 2
 
@@ -178,28 +180,28 @@ def test_image_numbers_run_on_through_the_conversation(tiny_processor: Phi3VProc
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_wrong_number_of_images_is_an_error(given: int, tiny_processor: Phi3VProcessor) -> None:
     with pytest.raises(ValueError, match=f"2 images but token counts of {given} were given"):
-        encode_conversation(tiny_processor, [ChatTurn("a", "b", num_images=2)], [1] * given)
+        encode_conversation(tiny_processor.backend_tokenizer, [ChatTurn("a", "b", num_images=2)], [1] * given)
 
 
 def test_missing_answer_before_the_last_turn_is_an_error(tiny_processor: Phi3VProcessor) -> None:
     with pytest.raises(ValueError, match="turn 1 of 2 has no answer"):
-        encode_conversation(tiny_processor, [ChatTurn("a"), ChatTurn("b", "c")], [])
+        encode_conversation(tiny_processor.backend_tokenizer, [ChatTurn("a"), ChatTurn("b", "c")], [])
 
 
 def test_no_turn_is_an_error(tiny_processor: Phi3VProcessor) -> None:
     with pytest.raises(ValueError, match="at least one turn"):
-        encode_conversation(tiny_processor, [], [])
+        encode_conversation(tiny_processor.backend_tokenizer, [], [])
 
 
 @pytest.mark.parametrize("tag", ["<|image_1|>", "<|image_2|>", "<|image_0|>", "<|image|>"])
 def test_image_tag_in_a_question_is_an_error(tag: str, tiny_processor: Phi3VProcessor) -> None:
     """It would stand for an image (0: the last one): tags are the processor's to write."""
     with pytest.raises(ValueError, match=r"turn 1 .*image tag"):
-        encode_conversation(tiny_processor, [ChatTurn(f"what is {tag}?", "a", num_images=1)], [3])
+        encode_conversation(tiny_processor.backend_tokenizer, [ChatTurn(f"what is {tag}?", "a", num_images=1)], [3])
     with pytest.raises(ValueError, match="system message has an image tag"):
-        encode_conversation(tiny_processor, [ChatTurn("what?", "a")], [], system=tag)
+        encode_conversation(tiny_processor.backend_tokenizer, [ChatTurn("what?", "a")], [], system=tag)
 
 
 def test_image_tag_in_an_answer_stays_text(tiny_processor: Phi3VProcessor) -> None:
-    stream = encode_conversation(tiny_processor, [ChatTurn("what?", "<|image_1|>")], [])
+    stream = encode_conversation(tiny_processor.backend_tokenizer, [ChatTurn("what?", "<|image_1|>")], [])
     assert min(stream.input_ids) >= 0

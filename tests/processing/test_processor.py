@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from phi3v import Phi3VProcessor
+from phi3v.processing.conversation import tokenize_segment
 from phi3v.processing.tokenizer import TOKENIZER_FILES
 
 GetImage = Callable[[str], Image.Image]
@@ -84,11 +85,11 @@ def test_named_tokens_of_the_real_tokenizer(real_processor: Phi3VProcessor) -> N
 
 def test_every_chunk_starts_with_bos(tiny_processor: Phi3VProcessor) -> None:
     """Tags side by side and a tag at either end have an (empty) chunk of their own, as in the official code."""
-    tokens = tiny_processor.tokenize_text
-    ids = tiny_processor.tokenize_segment("<|image_1|><|image_2|>\nred<|image_3|>", [2, 3, 1], starts_text=True)
+    tokens, tokenizer = tiny_processor.tokenize_text, tiny_processor.backend_tokenizer
+    ids = tokenize_segment(tokenizer, "<|image_1|><|image_2|>\nred<|image_3|>", [2, 3, 1], starts_text=True)
     bos = tiny_processor.tokenizer.bos_token_id
     assert ids == [bos, -1, -1, bos, -2, -2, -2, bos, *tokens("\nred"), -3, bos]
-    later = tiny_processor.tokenize_segment("red<|image_1|>blue", [2], starts_text=False)
+    later = tokenize_segment(tokenizer, "red<|image_1|>blue", [2], starts_text=False)
     assert later == [*tokens("red"), -1, -1, bos, *tokens("blue")]
 
 

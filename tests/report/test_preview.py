@@ -13,7 +13,8 @@ from report_helpers import HOSTILE, OpenPage, block
 from phi3v.cli import main
 from phi3v.config import DataConfig, ModelConfig, RunConfig
 from phi3v.data.check import check_file
-from phi3v.processing.processor import ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report import preview as preview_module
 from phi3v.report.preview import preview
 from phi3v.report.samples import IMAGE, SPECIAL, SUPERVISED, image_block, pieces
@@ -71,7 +72,7 @@ def test_what_is_counted_and_measured(file: Path, tmp_path: Path) -> None:
 def test_tokens_and_mask_are_those_of_training(tiny_model_dir: Path) -> None:
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
     turns = [ChatTurn("Grün?\n✓", "Ja, ✓✓", 1), ChatTurn("And\nnow?", "no")]
-    stream = encode_conversation(processor, turns, [757])
+    stream = encode_conversation(processor.backend_tokenizer, turns, [757])
     found = pieces(processor, stream)
     assert sum(count for _, _, count, _ in found) == len(stream.input_ids)
     assert [piece[:3] for piece in found if piece[1] & IMAGE] == [["image 1", IMAGE, 757]]

@@ -12,8 +12,8 @@ import torch
 
 from phi3v.model.attention import Layout
 from phi3v.plan.throughput import SampleWork
+from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.hd_transform import CROP_SIZE, num_distinct_crops, num_img_tokens
-from phi3v.processing.processor import IGNORE_INDEX
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.loop import Row, TrainingLoop
 from phi3v.train.state import Observer, TrainState

@@ -13,9 +13,9 @@ from phi3v.config import EvaluationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
-from phi3v.evaluate.decoding import decode_answer, stop_token_ids
 from phi3v.evaluate.evaluation import evaluate
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.processing.conversation import decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -23,7 +23,7 @@ def one_by_one(
     model: Phi3VForCausalLM, processor: Phi3VProcessor, questions: QuestionDataset, max_new_tokens: int
 ) -> list[str]:
     """The answers, one ``generate`` a question, as the public recipe evaluates."""
-    stops = stop_token_ids(processor)
+    stops = stop_token_ids(processor.backend_tokenizer)
     pad = processor.tokenizer.pad_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad)
     answers = []
@@ -38,7 +38,9 @@ def one_by_one(
                 inputs |= {"pixel_values": pixels["pixel_values"].to(model.dtype), "image_sizes": pixels["image_sizes"]}
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = model.generate(**inputs, generation_config=settings)
-            answers.append(decode_answer(processor, output[0, inputs["input_ids"].shape[1] :].tolist(), stops))
+            answers.append(
+                decode_answer(processor.backend_tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist(), stops)
+            )
     return answers
 
 

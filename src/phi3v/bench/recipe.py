@@ -16,7 +16,7 @@ from phi3v.bench.counting import CountingLoop
 from phi3v.data.batches import Group, RowDataset
 from phi3v.data.collate import Sample, encode_record
 from phi3v.model.vision import Phi3VImageEmbedding
-from phi3v.processing.processor import IGNORE_INDEX
+from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.train.loop import Row
 
 

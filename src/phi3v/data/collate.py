@@ -23,6 +23,7 @@ from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.loss import find_targets
+from phi3v.processing.conversation import IGNORE_INDEX, ChatTurn, TokenStream, encode_conversation
 from phi3v.processing.hd_transform import (
     CROP_SIZE,
     OPENAI_CLIP_MEAN,
@@ -36,13 +37,7 @@ from phi3v.processing.hd_transform import (
     to_page,
 )
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.processor import (
-    IGNORE_INDEX,
-    ChatTurn,
-    Phi3VProcessor,
-    TokenStream,
-    encode_conversation,
-)
+from phi3v.processing.processor import Phi3VProcessor
 
 LossWeighting = Literal["sample", "token"]
 OnBadSample = Literal["stop", "skip"]
@@ -210,7 +205,7 @@ def encode_record(
         )
         for index, turn in enumerate(record.turns)
     ]
-    return encode_conversation(processor, chat, num_img_tokens, system=record.system)
+    return encode_conversation(processor.backend_tokenizer, chat, num_img_tokens, system=record.system)
 
 
 @dataclass(frozen=True)

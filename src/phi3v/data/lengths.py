@@ -192,7 +192,7 @@ def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCoun
     if processor is None:
         return _estimate(record)
     from phi3v.data.collate import encode_record  # takes seconds to import, and a check may do without
-    from phi3v.processing.processor import IGNORE_INDEX
+    from phi3v.processing.conversation import IGNORE_INDEX
 
     # One token an image, and its own number added elsewhere: the runs of a page would cost the most.
     stream = encode_record(record, processor, [1] * len(record.images))
@@ -257,7 +257,7 @@ def measure_table(
     names, name_of_image = table.distinct_images()
     sizes = image_sizes(table, skip_unreadable=skip_unreadable)
     turns, images = table.turn_counts(), table.turn_image_counts()
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str() if processor is not None else ""
+    tokenizer = processor.backend_tokenizer.to_str() if processor is not None else ""
     file = table.folder / f"tokens-{_identity(tokenizer)}.npz"
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
     kept = _recall(file, shapes)

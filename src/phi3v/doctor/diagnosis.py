@@ -28,7 +28,8 @@ from phi3v.machine import available_cores
 from phi3v.paths import free_space, require_writable
 from phi3v.plan.hardware import GIB, Machine, this_machine
 from phi3v.plan.planner import Planner
-from phi3v.processing.processor import IGNORE_INDEX, Phi3VProcessor, TokenStream
+from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
 from phi3v.train.checks import Case, DataFacts, refusals
 from phi3v.train.device import RuntimeDevice, choose_device, default_workers

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from phi3v.data.collate import QuestionDataset
 from phi3v.findings import Finding
-from phi3v.processing.processor import END, Phi3VProcessor
+from phi3v.processing.conversation import END
+from phi3v.processing.processor import Phi3VProcessor
 
 SHORTEST, LONGEST = 64, 2048  # of limits that come from the references
 MARGIN = 1.25

@@ -9,19 +9,8 @@ from accelerate.utils import send_to_device
 
 from phi3v.evaluate.batches import PromptBatch
 from phi3v.model.generation import CACHE_NAMES
-from phi3v.processing.processor import END, END_OF_TEXT, Phi3VProcessor
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.tokenizer import pad_rows
-
-
-def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
-    """Generation ends at ``<|end|>`` and ``<|endoftext|>``, whatever generation_config.json says."""
-    return [processor.tokenizer.convert_tokens_to_ids(token) for token in (END, END_OF_TEXT)]
-
-
-def decode_answer(processor: Phi3VProcessor, ids: list[int], stops: list[int]) -> str:
-    """The text of generated ``ids`` up to the first stop token."""
-    end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
-    return str(processor.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
 
 class DecodingState:

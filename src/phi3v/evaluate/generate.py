@@ -26,8 +26,9 @@ from phi3v.evaluate.batches import (
     prompts_of_ranks,
     whole_prompts,
 )
-from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
-from phi3v.processing.processor import END, Phi3VProcessor
+from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.processing.conversation import END, decode_answer, stop_token_ids
+from phi3v.processing.processor import Phi3VProcessor
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class _Answerer:
         self.device = device
         self.max_new_tokens = max_new_tokens
         self.words = [processor.tokenize_text(word + END) for word in words]
-        self.stops = stop_token_ids(processor)
+        self.stops = stop_token_ids(processor.backend_tokenizer)
         self.long_context_start: int = model.config.long_context_start
 
     def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, Generated]:
@@ -124,10 +125,9 @@ class _Answerer:
             longer = [ids[row] for row in crossing]  # the same lists: they grow in place
             again = self.decode(prefill(self.model, self.processor, whole_prompts(rows, samples)), longer)
             crossing = [crossing[row] for row in again]
+        texts = [decode_answer(self.processor.backend_tokenizer, row, self.stops) for row in ids]
         return {
-            index: Generated(
-                decode_answer(self.processor, ids[row], self.stops), probabilities[row], ids[row][-1] not in self.stops
-            )
+            index: Generated(texts[row], probabilities[row], ids[row][-1] not in self.stops)
             for row, index in enumerate(batch.indices)
         }
 

@@ -13,7 +13,8 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from phi3v.data.collate import Sample
 from phi3v.evaluate.batches import whole_prompts
-from phi3v.evaluate.decoding import DecodingState, decode_answer, prefill, stop_token_ids
+from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.processing.conversation import decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 
 UNFINISHED = "\ufffd"  # what a character of several tokens decodes to before its last one
@@ -54,7 +55,7 @@ def stream_answer(
     Returns:
         Whether the answer came to its end; if not, it was cut at ``max_new_tokens``.
     """
-    stops = stop_token_ids(processor)
+    stops = stop_token_ids(processor.backend_tokenizer)
     device = next(model.parameters()).device
     choose = _Chooser(sampling, device)
     ids: list[int] = []
@@ -75,7 +76,7 @@ def stream_answer(
     while True:
         token = choose(state.logits[:, -1])
         ids.append(token)
-        text = decode_answer(processor, ids, stops)
+        text = decode_answer(processor.backend_tokenizer, ids, stops)
         if token in stops or len(ids) == max_new_tokens:
             yield text
             return token in stops

@@ -16,7 +16,8 @@ from phi3v.data.images import decode_image
 from phi3v.data.video import sample_frames
 from phi3v.errors import UserError
 from phi3v.evaluate.text_scores import is_correct
-from phi3v.processing.processor import ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
 
 
@@ -68,7 +69,9 @@ def read_messages(
         raise UserError("the messages do not end with a question", where=where)
     pages = [_page(image, processor) for turn in turns for image in turn.images]
     counts = [page.num_img_tokens for page in pages]
-    stream = encode_conversation(processor, [turn.chat_turn() for turn in turns], counts, system=system)
+    stream = encode_conversation(
+        processor.backend_tokenizer, [turn.chat_turn() for turn in turns], counts, system=system
+    )
     return Sample(stream.input_ids, [], pages)
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from phi3v.data.jsonl import require_file
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
-from phi3v.evaluate.decoding import decode_answer, stop_token_ids
-from phi3v.processing.processor import Phi3VProcessor, user_prompt
+from phi3v.processing.conversation import decode_answer, stop_token_ids, user_prompt
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.finetuned import FinetunedModel
 
 DRAWN = "drawn images"
@@ -138,7 +138,7 @@ def drawn_probe(folder: Path, index: int) -> Probe:
 def answer_probes(model: Any, processor: Phi3VProcessor, probes: Sequence[Probe]) -> Answers:
     """Logits and greedy answers by the library's own ways, on the device where the model is."""
     device = next(model.parameters()).device
-    stops = stop_token_ids(processor)
+    stops = stop_token_ids(processor.backend_tokenizer)
     logits, texts = [], []
     for probe in probes:
         images = [Image.open(path) for path in probe.images]
@@ -151,7 +151,7 @@ def answer_probes(model: Any, processor: Phi3VProcessor, probes: Sequence[Probe]
             eos_token_id=stops,
             pad_token_id=processor.tokenizer.pad_token_id,
         )
-        texts.append(decode_answer(processor, ids[0, inputs["input_ids"].shape[1] :].tolist(), stops))
+        texts.append(decode_answer(processor.backend_tokenizer, ids[0, inputs["input_ids"].shape[1] :].tolist(), stops))
     return Answers(logits, texts)
 
 

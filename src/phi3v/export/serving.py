@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 
 from phi3v.errors import UserError
-from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import NEW_TOKENS, drawn_probe, load_export
 from phi3v.model.configuration import CLIP_VIT_L_14_336, IMAGE_TOKEN_ID, Phi3VConfig
+from phi3v.processing.conversation import stop_token_ids
 from phi3v.terminal import say
 
 VLLM_VARIABLE = "PHI3V_VLLM"
@@ -197,7 +197,7 @@ def own_answers(folder: Path, conversations: Sequence[Messages]) -> list[Answer 
             **inputs,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            eos_token_id=stop_token_ids(processor),
+            eos_token_id=stop_token_ids(processor.backend_tokenizer),
             pad_token_id=processor.tokenizer.pad_token_id,
             return_dict_in_generate=True,
             output_logits=True,

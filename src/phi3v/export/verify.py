@@ -11,7 +11,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from phi3v.errors import UserError
-from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Report
 from phi3v.json_files import content_of, read_json
@@ -19,6 +18,7 @@ from phi3v.model.checkpoint import SECOND_EMBEDDING, checkpoint_shapes, stored_t
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.paths import file_hash, is_hub_id
+from phi3v.processing.conversation import stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.tokenizer import TOKENIZER_CONFIG
 
@@ -150,7 +150,7 @@ class _Inspection:
         known = read_json(path).get("eos_token_id")
         known = known if isinstance(known, list) else [known]
         try:
-            wanted = stop_token_ids(Phi3VProcessor.from_pretrained(self.folder))
+            wanted = stop_token_ids(Phi3VProcessor.from_pretrained(self.folder).backend_tokenizer)
         except (OSError, ValueError):
             return  # the processor's own check says so
         missing = [token for token in wanted if token not in known]

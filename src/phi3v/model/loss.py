@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from phi3v.processing.processor import IGNORE_INDEX
+from phi3v.processing.conversation import IGNORE_INDEX
 
 LossKernel = Literal["chunked", "whole", "liger"]
 

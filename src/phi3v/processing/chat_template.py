@@ -9,9 +9,9 @@ OFFICIAL_CHAT_TEMPLATE = (
     "{{- '<|assistant|>\n' -}}{% endif %}"
 )
 
-# Writes what the model is trained on (`processor.encode_conversation`): BOS first; images that come before all text of
-# their turn on a line of their own; after the last answer the end of the text. The marks of generation enclose what is
-# supervised there.
+# Writes what the model is trained on (`conversation.encode_conversation`): BOS first; images that come before all text
+# of their turn on a line of their own; after the last answer the end of the text. The marks of generation enclose what
+# is supervised there.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- set seen = namespace(images=0) -%}

@@ -3,7 +3,8 @@
 Resizing and padding follow `HD_transform` and `padding_336` of the official ``processing_phi3_v.py``, with PIL instead
 of torchvision (which calls PIL for PIL images), so the pixels are equal. Cutting, normalising and the global view run
 on the device of the pages: the processor cuts on the CPU and returns ``pixel_values``; training and evaluation send
-uint8 pages, a quarter of the bytes, and the model cuts them on its device.
+uint8 pages, a quarter of the bytes, and the model cuts them on its device. Only that needs torch, which is imported
+there: exported graphs run without it.
 
 Shapes: ``n`` pages of one size, ``r`` x ``c`` their rows and columns of crops, ``P`` pixels of all pages.
 """
@@ -15,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional
 
+if TYPE_CHECKING:
+    import torch
+
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 CROP_SIZE = 336
 TOKENS_PER_CROP = 144
 PAD_COLOUR = (255, 255, 255)
@@ -106,11 +109,15 @@ def hd_transform(image: Image.Image, num_crops: int) -> Image.Image:
 
 def to_page(image: Image.Image, num_crops: int) -> torch.Tensor:
     """An RGB image resized and padded to its page, uint8 (height, width, 3), both multiples of 336."""
+    import torch
+
     return torch.from_numpy(np.array(hd_transform(image, num_crops)))
 
 
 def _channel_values(values: Sequence[float], device: torch.device) -> torch.Tensor:
     """(3, 1, 1) float32, on the device without waiting for it."""
+    import torch
+
     return torch.tensor(values, dtype=torch.float32)[:, None, None].to(device, non_blocking=True)
 
 
@@ -135,6 +142,8 @@ def cut_pages(
     Returns:
         float32 (n, 1 + r * c, 3, 336, 336), global view first, then the page's crops row by row.
     """
+    from torch.nn import functional
+
     n, height, width, _ = pages.shape
     pixels = _normalised(pages, mean, std)
     # Without antialias, as in the reference.
@@ -149,6 +158,8 @@ def cut_pages(
 
 def flatten_pages(pages: Sequence[torch.Tensor]) -> torch.Tensor:
     """Pages (height, width, 3) of any sizes as one tensor (P, 3), in order, for a single copy to the device."""
+    import torch
+
     return torch.cat([page.reshape(-1, 3) for page in pages])
 
 
@@ -168,6 +179,8 @@ def cut_flat_pages(pages: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tor
     Raises:
         ValueError: the number of pixels does not match ``sizes``.
     """
+    import torch
+
     lengths = [height * width for height, width in sizes]
     if pages.shape[0] != sum(lengths):
         raise ValueError(f"the pages have {pages.shape[0]} pixels, but their sizes {list(sizes)} have {sum(lengths)}")

@@ -1,23 +1,13 @@
-"""The processor: text with image tags and images to model inputs, equal to the official one; and the tokens of a
-conversation, with labels for the supervised ones.
-
-A turn is ``<|user|>\\n{tags}{question}<|end|>\\n<|assistant|>\\n`` and its answer ``{answer}<|end|>\\n``. The last
-answer also ends the text: ``{answer}<|end|>\\n<|endoftext|>``. A system message comes first:
-``<|system|>\\n{system}<|end|>\\n``. The image tags of a turn are joined and followed by a line break, unless the turn
-gives their positions in the question; they are numbered through the conversation. The loss is taken only on the tokens
-of answers, except those of weight 0.
-"""
+"""The processor: text with image tags and images to model inputs, equal to the official one."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
@@ -25,9 +15,10 @@ from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.processing.chat_template import CHAT_TEMPLATE, NUMBERED_CHAT_TEMPLATE, OFFICIAL_CHAT_TEMPLATE
+from phi3v.processing.conversation import IMAGE_TAG, image_tag, tokenize_segment, tokenize_text
+from phi3v.processing.hd_transform import PREPROCESSOR_CONFIG
 from phi3v.processing.image_processor import ImageSource, Phi3VImageProcessor, group_images
 from phi3v.processing.tokenizer import (
-    CHAT_TOKENS,
     IMAGE_TOKEN,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
@@ -36,14 +27,6 @@ from phi3v.processing.tokenizer import (
     pad_offsets,
     pad_rows,
 )
-
-IMAGE_TAG = re.compile(r"<\|image(?:_(\d+))?\|>")
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
-
-
-def image_tag(number: int) -> str:
-    """The tag of the ``number``-th image, from 1."""
-    return f"<|image_{number}|>"
 
 
 class Phi3VProcessor(ProcessorMixin):
@@ -76,7 +59,7 @@ class Phi3VProcessor(ProcessorMixin):
             own = tokenizer.chat_template
             chat_template = self.default_chat_template if own in (None, OFFICIAL_CHAT_TEMPLATE) else own
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
-        self.image_token_id: int | None = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
+        self.image_token_id: int | None = self.backend_tokenizer.token_to_id(IMAGE_TOKEN)
         # The original tokenizer files, and what they hold; see `save_pretrained`.
         self._num_tokens = len(tokenizer)
         self._tokenizer_files: dict[str, bytes] = {}
@@ -143,52 +126,15 @@ class Phi3VProcessor(ProcessorMixin):
         self.image_processor.save_pretrained(folder)
         return [str(file) for file in sorted(folder.iterdir())]
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The tokenizer alone, as `phi3v.processing.conversation` takes it."""
+        tokens: Tokenizer = self.tokenizer.backend_tokenizer
+        return tokens
+
     def tokenize_text(self, text: str, *, starts_text: bool = False) -> list[int]:
         """Token ids of ``text`` without image tags, with BOS before it where it starts a text."""
-        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=starts_text).ids
-        return ids
-
-    def tokenize_segment(
-        self,
-        text: str,
-        num_img_tokens: Sequence[int],
-        *,
-        starts_text: bool,
-        offsets: list[tuple[int, int]] | None = None,
-    ) -> list[int]:
-        """Token ids of a part of a conversation: ``<|image_k|>`` as a run of ``-k``, ``<|image|>`` of its own id.
-
-        The text between images is tokenised chunk by chunk and **every chunk starts with BOS**; the model was trained
-        so (`Phi3VProcessor._convert_images_texts_to_inputs` of the official code). A segment that goes on after
-        earlier text has none before its first chunk.
-
-        Args:
-            num_img_tokens: tokens of every image of the conversation, by number, or in order of the ``<|image|>``.
-            offsets: filled with the place (start, end) of each token in ``text``.
-        """
-        ids: list[int] = []
-        start = 0
-        for index, match in enumerate([*IMAGE_TAG.finditer(text), None]):
-            chunk = text[start : match.start() if match else None]
-            # Also an empty chunk has one: two adjacent images have a BOS in between.
-            encoding = self.tokenizer.backend_tokenizer.encode(chunk, add_special_tokens=starts_text or index > 0)
-            ids += encoding.ids
-            if offsets is not None:
-                # The white space that a token of the chat format takes up, but for a line break, is counted to the next
-                # one: a target begins with it, and the token before is none.
-                taken = None
-                for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True):
-                    first, bare = begin if taken is None else taken, token.rstrip()
-                    taken = min(end, begin + len(bare) + 1) if bare in CHAT_TOKENS else None
-                    offsets.append((start + first, start + (end if taken is None else taken)))
-            if match:
-                number = int(match[1] or index + 1)
-                image_id = -number if match[1] else self.image_token_id
-                ids += [image_id] * num_img_tokens[number - 1]  # type: ignore[list-item] # checked by __call__
-                if offsets is not None:
-                    offsets += [match.span()] * num_img_tokens[number - 1]
-                start = match.end()
-        return ids
+        return tokenize_text(self.backend_tokenizer, text, starts_text=starts_text)
 
     def _check_placeholders(self, text: str, num_images: int) -> None:
         given = [match.group() for match in IMAGE_TAG.finditer(text)]
@@ -279,7 +225,8 @@ class Phi3VProcessor(ProcessorMixin):
             self._check_placeholders(prompt, len(group))
             start = len(bos) if prompt.startswith(bos) else 0
             offsets: list[tuple[int, int]] = []
-            row = self.tokenize_segment(
+            row = tokenize_segment(
+                self.backend_tokenizer,
                 prompt[start:],
                 self.image_processor.calc_num_image_tokens(group),
                 starts_text=add_special_tokens or start > 0,
@@ -348,102 +295,3 @@ class Phi3VProcessor(ProcessorMixin):
         if isinstance(ids, Sequence):
             return [self._without_negative(item) for item in ids]
         return ids if ids >= 0 else self.image_token_id or self.tokenizer.unk_token_id
-
-
-IGNORE_INDEX = -100  # label of a token without loss
-END = "<|end|>"
-END_OF_TEXT = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """One question and its answer.
-
-    Attributes:
-        assistant: ``None`` if the model is to answer.
-        image_offsets: position in ``user`` of each image tag; ``None``: all before it, on a line of their own.
-        weight: 0 for an answer without loss.
-    """
-
-    user: str
-    assistant: str | None = None
-    num_images: int = 0
-    image_offsets: tuple[int, ...] | None = None
-    weight: int = 1
-
-
-@dataclass
-class TokenStream:
-    """A conversation in tokens.
-
-    Attributes:
-        input_ids: image k as a run of ``-k``.
-        labels: of the same length.
-        prompts: number of tokens before the answer, for each turn.
-    """
-
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-
-
-def user_prompt(
-    user: str,
-    image_numbers: Sequence[int] = (),
-    image_offsets: Sequence[int] | None = None,
-    *,
-    system: str | None = None,
-) -> str:
-    """The prompt of a turn up to its answer, with the system message first if there is one."""
-    tags = [image_tag(number) for number in image_numbers]
-    if image_offsets is None:
-        content = "".join(tags) + ("\n" if tags else "") + user
-    else:
-        pieces = [user[start:end] for start, end in pairwise([0, *image_offsets, len(user)])]
-        content = pieces[0] + "".join(tag + piece for tag, piece in zip(tags, pieces[1:], strict=True))
-    before = "" if system is None else f"<|system|>\n{system}{END}\n"
-    return f"{before}<|user|>\n{content}{END}\n<|assistant|>\n"
-
-
-def encode_conversation(
-    processor: Phi3VProcessor, turns: Sequence[ChatTurn], num_img_tokens: Sequence[int], *, system: str | None = None
-) -> TokenStream:
-    """The token stream of ``turns``.
-
-    Args:
-        num_img_tokens: tokens of every image of the conversation, in order.
-        system: the system message, if there is one.
-
-    Raises:
-        ValueError: there is no turn, images and turns do not match, a question or the system message contains an image
-            tag, or an answer before the last turn is missing.
-    """
-    if not turns:
-        raise ValueError("a conversation needs at least one turn")
-    expected = sum(turn.num_images for turn in turns)
-    if expected != len(num_img_tokens):
-        raise ValueError(f"the turns have {expected} images but token counts of {len(num_img_tokens)} were given")
-    if system is not None and IMAGE_TAG.search(system):
-        raise ValueError("the system message has an image tag in its text: escape it")
-    stream = TokenStream()
-    next_image = 1
-    for index, turn in enumerate(turns):
-        if IMAGE_TAG.search(turn.user):
-            raise ValueError(f"turn {index + 1} has an image tag in its text: escape it")
-        numbers = range(next_image, next_image + turn.num_images)
-        next_image += turn.num_images
-        text = user_prompt(turn.user, numbers, turn.image_offsets, system=system if index == 0 else None)
-        prompt = processor.tokenize_segment(text, num_img_tokens, starts_text=index == 0)
-        stream.input_ids += prompt
-        stream.labels += [IGNORE_INDEX] * len(prompt)
-        stream.prompts.append(len(stream.input_ids))
-        is_last = index == len(turns) - 1
-        if turn.assistant is None:
-            if not is_last:
-                raise ValueError(f"turn {index + 1} of {len(turns)} has no answer")
-            return stream
-        answer = turn.assistant + END + "\n" + (END_OF_TEXT if is_last else "")
-        answer_ids = processor.tokenize_text(answer)
-        stream.input_ids += answer_ids
-        stream.labels += answer_ids if turn.weight else [IGNORE_INDEX] * len(answer_ids)
-    return stream

@@ -1,17 +1,22 @@
-"""Phi-3's tokenizer, made from its files; rows of its tokens, padded."""
+"""Phi-3's tokenizer, made from its files; rows of its tokens, padded.
+
+`read_tokenizer` needs neither torch nor transformers, which the others import: exported graphs run without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from phi3v.errors import UserError
 from phi3v.json_files import content_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -34,11 +39,11 @@ CHAT_TOKENS = tuple(token for token in TOKEN_IDS if token != IMAGE_TOKEN)
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(file: Path, config_file: Path | None, config: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``tokenizer.json`` with the settings of ``tokenizer_config.json``.
+def read_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of ``tokenizer.json``.
 
     Raises:
-        UserError: a file is damaged, names no token or one that is not there, or belongs to another model.
+        UserError: the file is damaged, or belongs to another model.
     """
     with content_of(file):
         tokens = Tokenizer.from_file(str(file))
@@ -48,11 +53,23 @@ def load_tokenizer(file: Path, config_file: Path | None, config: dict[str, Any])
             where=str(file),
             hint="copy it again from the published model",
         )
+    return tokens
+
+
+def load_tokenizer(file: Path, config_file: Path | None, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``tokenizer.json`` with the settings of ``tokenizer_config.json``.
+
+    Raises:
+        UserError: a file is damaged, names no token or one that is not there, or belongs to another model.
+    """
+    tokens = read_tokenizer(file)
     with content_of(config_file or file.parent):
         return _make_tokenizer(tokens, config)
 
 
 def _make_tokenizer(tokens: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     if lacking := [name for name in ("bos_token", "eos_token", "pad_token") if not config.get(name)]:
         raise ValueError(f"it has no {lacking[0]}")
     # tokenizer.json is complete. The class named in tokenizer_config.json (LlamaTokenizer) is not used, because
@@ -83,6 +100,8 @@ def pad_rows(
     Args:
         length: T, where the longest row is shorter.
     """
+    import torch
+
     length = max(length or 0, *(len(row) for row in rows))
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)

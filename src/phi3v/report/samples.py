@@ -14,9 +14,10 @@ from phi3v.data.images import load_image
 from phi3v.data.schema import Record
 from phi3v.data.table import read_images
 from phi3v.errors import UserError
+from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.hd_transform import cut_pages, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
-from phi3v.processing.processor import IGNORE_INDEX, Phi3VProcessor, TokenStream
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report.page import webp
 
 SUPERVISED, SPECIAL, IMAGE = 1, 2, 4  # bits of a piece

@@ -19,7 +19,8 @@ from phi3v.data.collate import Page, Sample, require_clip_statistics
 from phi3v.errors import UserError
 from phi3v.evaluate.streaming import Sampling, stream_answer
 from phi3v.paths import is_hub_id
-from phi3v.processing.processor import ChatTurn, Phi3VProcessor, encode_conversation
+from phi3v.processing.conversation import ChatTurn, encode_conversation
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
 from phi3v.serve.limits import LIMITS, Limits
 from phi3v.train.device import RuntimeDevice
@@ -182,7 +183,7 @@ class Chat:
         ]
         chat.append(ChatTurn(escape_special_text(last.text), None, len(last.images)))
         counts = [page.num_img_tokens for page in pages]
-        stream = encode_conversation(processor, chat, counts, system=self._system)
+        stream = encode_conversation(processor.backend_tokenizer, chat, counts, system=self._system)
         return Sample(stream.input_ids, [], pages)
 
 

@@ -18,7 +18,8 @@ from phi3v.config import DataConfig, MethodConfig, ModelConfig, RunConfig, load_
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.paths import find_model, now_at
-from phi3v.processing.processor import PREPROCESSOR_CONFIG, Phi3VProcessor
+from phi3v.processing.hd_transform import PREPROCESSOR_CONFIG
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.loading import (

@@ -20,7 +20,7 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.cli import main
 from phi3v.data.collate import Sample
 from phi3v.data.table import RecordTable
-from phi3v.processing.processor import ChatTurn, encode_conversation
+from phi3v.processing.conversation import ChatTurn, encode_conversation
 
 
 def make_trainer(model: Path, data: Dataset, out: Path, **more: Any) -> SFTTrainer:
@@ -106,7 +106,7 @@ def test_text_alone_has_our_loss_too(packed: dict[str, Any], model_dir: Path, tm
     trainer = make_trainer(model_dir, data, tmp_path, per_device_train_batch_size=3, **packed)
     trainer.train()
     processor = trainer.processing_class
-    streams = [encode_conversation(processor, [ChatTurn(*turn)], []) for turn in turns]
+    streams = [encode_conversation(processor.backend_tokenizer, [ChatTurn(*turn)], []) for turn in turns]
     ours = our_loss(model_dir, processor, [Sample(stream.input_ids, stream.labels, []) for stream in streams])
     assert trainer.state.log_history[0]["loss"] == pytest.approx(ours, rel=1e-5)
 

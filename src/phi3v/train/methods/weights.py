@@ -14,10 +14,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from phi3v.errors import UserError
-from phi3v.evaluate.decoding import stop_token_ids
 from phi3v.json_files import read_json
 from phi3v.model.checkpoint import make_weights_readable, stored_tensors
 from phi3v.paths import file_hash
+from phi3v.processing.conversation import stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.methods.pissa import as_difference, as_trained, difference_config, start_of
 
@@ -92,7 +92,7 @@ def set_end_tokens(model: Any, processor: Phi3VProcessor) -> None:
     config = model.generation_config
     known = config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
-    ends = stop_token_ids(processor)
+    ends = stop_token_ids(processor.backend_tokenizer)
     config.eos_token_id = [*ends, *(token for token in known if token not in ends)]
     config.pad_token_id = processor.tokenizer.pad_token_id
 
