@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.schema import json_kind
+from phi3v.data.jsonl import json_kind
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.media import Medium, MediumKind, media_of, medium_of, medium_size
 from phi3v.data.sources.questions import id_of

@@ -22,8 +22,7 @@ from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.jsonl import require_file
-from phi3v.data.schema import MAX_LINE_BYTES, json_kind
+from phi3v.data.jsonl import MAX_LINE_BYTES, json_kind, require_file
 from phi3v.data.sources.json_records import not_utf8, require_text_encoding
 from phi3v.data.sources.media import medium_of
 from phi3v.data.sources.questions import id_of

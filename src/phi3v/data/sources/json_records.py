@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from phi3v.data.faults import quote
-from phi3v.data.jsonl import read_lines, require_file
-from phi3v.data.schema import MAX_LINE_BYTES
+from phi3v.data.jsonl import MAX_LINE_BYTES, read_lines, require_file
 from phi3v.errors import UserError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
