@@ -173,6 +173,7 @@ def test_images_keep_their_places_beside_escaped_text() -> None:
         (pair("x", scores=[10**400, 1]), "conversations[0].scores[0]", "must be a finite number, not infinity", ""),
         (pair("x", scores=[True, 0]), "conversations[0].scores[0]", "must be a finite number, not true", ""),
         (pair("x", scores=[0.5, 1]), "conversations[0].scores", "rejected is better: 1 against 0.5", "swap"),
+        ('{"prompt": "x", "chosen": "a", "rejected": "b"}', "", "preferences in TRL's format", "data convert messages"),
         (line_of(rejected="x"), "rejected", "is a key of a turn", "conversations"),
         (line_of().replace('"id": "a"', '"id": "a", "id": "b"'), "id", "is there twice", ""),
         (line_of().replace('"user"', '"user": "", "user"'), "conversations[0].user", "is there twice", ""),

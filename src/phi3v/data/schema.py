@@ -154,6 +154,10 @@ def read_line(text: str | bytes, *, file: Path, line: int, special_text: Special
 
 def other_format(value: dict[str, Any], file: Path) -> tuple[str, str] | None:
     """(what, hint) if an object is a record of LLaVA's or of OpenAI's format rather than one of ours."""
+    pair = any(keys <= value.keys() for keys in ({"chosen", "rejected"}, {"prompt", "completion"}))
+    if pair and "conversations" not in value:
+        hint = f"convert it first: `phi3v data convert messages --source {shlex.quote(str(file))} --out DIR`"
+        return "looks like a file of preferences in TRL's format", hint
     for key, name, source in (("conversations", "LLaVA's", "llava"), ("messages", "a chat", "messages")):
         items = value.get(key)
         first = items[0] if isinstance(items, list) and items else None

@@ -27,7 +27,8 @@ _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "ut
 _HOPELESS = 2  # number of the line (from 0) up to which one must be JSON
 _FORMS = "write one object a line, or all of them as one JSON array: [{…}, {…}]"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RECORD_KEYS = ("conversations", "messages")  # an object that has one of these is a record, not what is around them
+# An object that has one of these is a record, not what is around them.
+_RECORD_KEYS = ("conversations", "messages", "chosen", "completion")
 
 
 class _Decoder(json.JSONDecoder):
