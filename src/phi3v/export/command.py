@@ -1,4 +1,4 @@
-"""``phi3v export``: write a merged model, or check a folder."""
+"""``phi3v export``: write a merged model, in the official layout or in others, or check a folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from phi3v.config import DTYPES
 from phi3v.errors import UserError
+from phi3v.export.formats import FORMATS
 from phi3v.grammar import Parser
 
 
@@ -17,8 +18,8 @@ def add_commands(verbs: Parser) -> None:
     command = verbs.add_command(
         "export",
         export,
-        "export a fine-tuned model, merged, in the official layout and verified; or check a folder",
-        "phi3v export output/mine --out models/mine",
+        "export a fine-tuned model, merged and verified, in the official layout or in others; or check a folder",
+        "phi3v export output/mine --out models/mine --format hf w4a16",
         brief="export a merged, verified model; or check a folder",
     )
     command.add_argument(
@@ -26,13 +27,43 @@ def add_commands(verbs: Parser) -> None:
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="where to write it")
     command.add_argument(
+        "--format",
+        nargs="+",
+        action="extend",
+        choices=("hf", *FORMATS),
+        metavar="NAME",
+        help="formats; several go to a folder each in DIR. hf: the official layout (default); "
+        + "; ".join(f"{name}: {format_.about}" for name, format_ in FORMATS.items()),
+    )
+    command.add_argument(
         "--dtype", choices=tuple(DTYPES.values()), help="dtype of the weights (default: the original model's)"
     )
     command.add_argument("--adapter", action="store_true", help="export only the adapter, in PEFT's layout")
     command.add_argument("--model", "--base", dest="base", metavar="MODEL", help="the base model, if it has moved")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file")
-    command.add_argument("--samples", type=int, default=4, metavar="N", help="number of prompts to verify with")
+    command.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="number of the run's own questions to verify with (default: 4; 32 for other formats than hf)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+    other = command.add_argument_group("other formats than hf")
+    other.add_argument("--bits", type=int, choices=(4, 8), help="bits of the decoder's weights (openvino, onnx: 4)")
+    other.add_argument(
+        "--group-size", type=int, metavar="N", help="weights that share a scale; 0: one scale per output channel"
+    )
+    other.add_argument(
+        "--calibrate",
+        dest="calibration",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="fit the rounding to the answers of this data (GPTQ, for w4a16)",
+    )
+    other.add_argument("--max-length", type=int, metavar="N", help="longest prompt and answer that a graph is made for")
+    other.add_argument(
+        "--questions", type=int, metavar="N", help="questions of the run's evaluation data to score (default: 200)"
+    )
     command.add_argument("--verify", type=Path, metavar="DIR", help="only check that a folder is complete and correct")
     command.add_argument(
         "--serve-check", action="store_true", help="then start vLLM on DIR and compare its answers; also with --verify"
@@ -97,11 +128,33 @@ def _vllm(arguments: argparse.Namespace) -> Path:
 def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.out is None:
         raise UserError("the output folder is missing", where="--out", hint="phi3v export output/mine --out DIR")
-    if arguments.samples < 1:
+    if arguments.samples is not None and arguments.samples < 1:
         raise UserError("at least one prompt is needed", where="--samples")
-    from phi3v.export.make import export
+    formats = arguments.format or ["hf"]
+    settings = {name: getattr(arguments, name) for name in ("dtype", "base", "base_id", "max_shard_size", "overwrite")}
+    samples = {"samples": arguments.samples} if arguments.samples is not None else {}
+    options = {
+        name: value
+        for name in ("bits", "group_size", "calibration", "max_length")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if formats == ["hf"]:
+        for name in (*options, *(["questions"] if arguments.questions is not None else [])):
+            option = "--calibrate" if name == "calibration" else f"--{name.replace('_', '-')}"
+            raise UserError("is about other formats than hf", where=option, hint="name one with --format")
+        from phi3v.export.make import export
 
-    names = ("dtype", "adapter", "base", "base_id", "max_shard_size", "samples", "overwrite")
-    settings = {name: getattr(arguments, name) for name in names}
-    for_hub = arguments.push is not None
-    return export(arguments.source, arguments.out, console, for_hub=for_hub, **settings).to_json_dict()
+        for_hub = arguments.push is not None
+        kwargs = settings | samples | {"adapter": arguments.adapter, "for_hub": for_hub}
+        return export(arguments.source, arguments.out, console, **kwargs).to_json_dict()
+    if arguments.adapter:
+        raise UserError("an adapter has no other format", where="--adapter", hint="leave it out, or leave --format out")
+    if len(formats) > 1 and (arguments.push is not None or arguments.serve_check):
+        where = "--push" if arguments.push is not None else "--serve-check"
+        raise UserError("is about one folder", where=where, hint="name one format, or use --verify DIR/FORMAT")
+    from phi3v.export.deploy import deploy
+
+    questions = {"questions": arguments.questions} if arguments.questions is not None else {}
+    made = deploy(arguments.source, arguments.out, formats, options, console, **settings, **samples, **questions)
+    told = [result.to_json_dict() for result in made]
+    return told[0] if len(formats) == 1 else {"exports": told}

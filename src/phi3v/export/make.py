@@ -91,7 +91,7 @@ def export(
     if adapter and for_hub:
         require_hub_base(base_id or tuned.base)
     out = absolute(out)
-    _check_out(out, tuned, overwrite)
+    check_out(out, tuned, overwrite)
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -100,10 +100,10 @@ def export(
     wanted = torch_dtype(dtype) if dtype else _stored_dtype(tuned)
     room = _bytes_needed(tuned, None if adapter else wanted)
     if free_space(out.parent) < room * 1.05:
-        raise _no_room(out, room, "there is no room")
+        raise no_room(out, room, "there is no room")
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _until_the_disk_is_full(out, room),
+        until_the_disk_is_full(out, room),
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made,
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as exchanged,
     ):
@@ -247,7 +247,7 @@ def _stored_dtype(tuned: FinetunedModel) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _check_out(out: Path, tuned: FinetunedModel, overwrite: bool) -> None:
+def check_out(out: Path, tuned: FinetunedModel, overwrite: bool) -> None:
     """Look whether ``out`` may be made or replaced, before anything is loaded."""
     where, hint = f"--out {out}", "choose another folder"
     sources = [tuned.run_folder, tuned.adapter, Path(tuned.base)]
@@ -281,17 +281,17 @@ def _bytes_needed(tuned: FinetunedModel, dtype: torch.dtype | None) -> int:
 
 
 @contextmanager
-def _until_the_disk_is_full(out: Path, needed: int) -> Iterator[None]:
+def until_the_disk_is_full(out: Path, needed: int) -> Iterator[None]:
     """What fills the disk meanwhile (another program, a quota that `free_space` does not see) is no fault of ours."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not is_out_of_room(error):
             raise
-        raise _no_room(out, needed, str(error)) from None
+        raise no_room(out, needed, str(error)) from None
 
 
-def _no_room(out: Path, needed: int, why: str) -> UserError:
+def no_room(out: Path, needed: int, why: str) -> UserError:
     return UserError(
         f"{why}: the export takes {needed / 1e6:,.1f} MB, and {free_space(out.parent) / 1e6:,.1f} MB are free",
         where=str(out.parent),

@@ -98,13 +98,13 @@ def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[P
     why = ""
     if data is not None:
         try:
-            return _own_probes(tuned, Path(data), count, folder), data
+            return own_probes(tuned, Path(data), count, folder), data
         except UserError as error:  # of a file or an image that is there no more, or not as it was
             why = f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
     return [drawn_probe(folder, index) for index in range(count)], f"{DRAWN}{why}"
 
 
-def _own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
+def own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
     """Questions from all over ``data``; raises as `open_table` and `load_images`."""
     require_file(data)
     table = open_table(data, **tuned.run.data.reading, progress=False)

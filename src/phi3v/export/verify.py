@@ -11,6 +11,16 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from phi3v.errors import UserError
+from phi3v.export.divergence import (
+    LOGITS,
+    PROOF,
+    PROOF_FACTS,
+    answer_in_fresh_process,
+    diverge,
+    read_logits,
+    read_prompts,
+)
+from phi3v.export.formats import FORMATS, require_extra
 from phi3v.export.proof import answer_probes, drawn_probe, load_export
 from phi3v.findings import Report
 from phi3v.json_files import content_of, read_json
@@ -49,8 +59,11 @@ class _Inspection:
 
     def run(self) -> Report:
         checks: list[Callable[[], None]] = [self.manifest]
-        checks += [self.adapter] if self.is_adapter else [self.keys, self.end_tokens, self.remote_code]
-        checks += [self.values, self.processor, self.answer]
+        if (self.folder / PROOF).is_dir():
+            checks += [self.processor, self.end_tokens, self.proof]
+        else:
+            checks += [self.adapter] if self.is_adapter else [self.keys, self.end_tokens, self.remote_code]
+            checks += [self.values, self.processor, self.answer]
         for check in checks:
             with self.report.checking(check.__name__.replace("_", " ")):  # a damaged file of the folder
                 check()
@@ -174,6 +187,27 @@ class _Inspection:
             self.say("official code", "warn", what, "copy it from the original model for programs that do")
         else:
             self.say("official code", "pass", "auto_map and its files are here")
+
+    def proof(self) -> None:
+        """Prove a quantised export again, with the float model's own answers that are kept in it."""
+        facts = read_json(self.folder / PROOF / PROOF_FACTS)
+        with content_of(self.folder / PROOF):
+            name, bound = str(facts["format"]), float(facts["bound"])
+            prompts = read_prompts(self.folder / PROOF)
+            ours = read_logits(self.folder / PROOF / LOGITS)
+        if name in FORMATS:
+            require_extra(name)
+        try:
+            found = diverge(prompts, ours, answer_in_fresh_process(self.folder, self.folder / PROOF)[0])
+        except RuntimeError as error:
+            self.say("proof", "fail", str(error).strip().splitlines()[-1], "export it anew")
+            return
+        fault = found.fault(bound)
+        if fault is not None:
+            self.say("proof", "fail", f"it does not answer as the float model does: {fault}", "export it anew")
+        else:
+            what = f"{name}: {found}; {bound:.1e} on average is the most, 2-bit weights have {facts['control']:.1e}"
+            self.say("proof", "pass", what)
 
     def answer(self) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

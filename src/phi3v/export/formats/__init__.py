@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from phi3v.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Format:
 
     Attributes:
         about: one line for the help.
-        maker: the module in this folder whose ``make(model, folder, options)`` writes it.
+        maker: the module in this folder whose ``make(model, folder, options)`` writes it. If it also has a
+            ``check(model, options)``, that raises a `UserError` for what cannot be made, before anything is read;
+            ``model`` is then the base, and may be a hub id.
         extra: of phi3v, with what it needs to be made; ``None`` where phi3v alone suffices.
         modules: what that extra makes importable.
         runs_it: programs that load the folder.
@@ -120,3 +125,14 @@ FORMATS = {
         is_graph=True,
     ),
 }
+
+
+def require_extra(name: str) -> None:
+    """Say which extra to install where what a format needs is missing, as a `UserError`."""
+    missing = [module for module in FORMATS[name].modules if find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"needs {missing[0].replace('_', '-')}, which is not installed",
+            where=f"the format {name}",
+            hint=f'pip install "phi3v[{FORMATS[name].extra}]"',
+        )

@@ -205,9 +205,9 @@ def write_manifest(folder: Path, *, tuned_from: str | None = None) -> None:
     The card is left out: people edit it.
     """
     hashes = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST, CARD_FILE):
-            hashes[path.name] = file_hash(path)
+            hashes[path.relative_to(folder).as_posix()] = file_hash(path)
     facts = {"sha256": hashes} | ({"tuned_from": tuned_from} if tuned_from is not None else {})
     (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,408 @@
+"""Exports in other formats than the official one: made from the float model, proven against it, then named."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.filesize import decimal
+
+from phi3v.errors import UserError
+from phi3v.evaluate.metrics import Score
+from phi3v.export import divergence
+from phi3v.export.divergence import (
+    CONTROL_BITS,
+    DECODER_LINEARS,
+    LEAST_CONTROL,
+    OWN,
+    PROOF,
+    PROOF_FACTS,
+    Divergence,
+    Logits,
+    Prompt,
+    Speed,
+    TorchDecoder,
+    answer_prompts,
+    bound_of,
+    diverge,
+    drawn_prompts,
+    own_prompts,
+    round_decoder,
+)
+from phi3v.export.formats import FORMATS, FormatOptions, require_extra
+from phi3v.export.make import check_out, export, no_room, until_the_disk_is_full
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.paths import absolute, free_space
+from phi3v.processing.conversation import stop_token_ids
+from phi3v.terminal import say
+from phi3v.train.card import write_card
+from phi3v.train.device import choose_device
+from phi3v.train.evaluate_finetuned import evaluate_tuned
+from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
+from phi3v.train.methods.loading import make_skeleton
+from phi3v.train.methods.weights import write_manifest
+
+SAMPLES = 32  # own questions in the proof
+QUESTIONS = 200  # that are scored
+MEMORY_SHARE = 0.6  # of what is free: a float32 model above it is proven in its own dtype
+
+
+class TooFarError(Exception):
+    """An export is too far from the float model."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an export in another format was compared with, and how it came out.
+
+    Attributes:
+        bound: of the mean divergence.
+        control: of the float model with its decoder's weights rounded to 2 bits.
+        speed, float_speed: of the export and of the float model in phi3v.
+        score, float_score: of the run's task, on the same questions.
+        size, float_size: bytes on the disk.
+    """
+
+    format: str
+    bits: int
+    folder: Path
+    divergence: Divergence
+    bound: float
+    control: Divergence
+    speed: Speed
+    float_speed: Speed
+    size: int
+    float_size: int
+    score: Score | None = None
+    float_score: Score | None = None
+
+    def to_json_dict(self) -> dict[str, Any]:
+        told = asdict(replace(self, score=None, float_score=None)) | {"folder": str(self.folder)}
+        for name, score in (("score", self.score), ("float_score", self.float_score)):
+            told[name] = score.to_json_dict() if score is not None else None
+        return told
+
+    def render(self, console: Console) -> None:
+        say(
+            console, f"{self.format}: {decimal(self.size)} of {decimal(self.float_size)} in {self.folder}", style="bold"
+        )
+        say(console, f"  {self.divergence}")
+        say(console, f"  the most is {self.bound:.1e} on average; 2-bit weights have {self.control.mean:.1e}")
+        if self.score is not None:
+            say(console, f"  {self.score.name} {self.score}; the float model {self.float_score}")
+        say(console, f"next: phi3v chat {self.folder}, or see {self.folder / 'README.md'}")
+
+
+def deploy(
+    name: str,
+    out: Path,
+    formats: Sequence[str],
+    options: dict[str, Any],
+    console: Console,
+    *,
+    base: str | None = None,
+    base_id: str | None = None,
+    samples: int = SAMPLES,
+    questions: int = QUESTIONS,
+    overwrite: bool = False,
+    **of_the_float_model: Any,
+) -> list[Any]:
+    """Write a tuned model in several formats; one goes to ``out`` itself, several to a folder each in it.
+
+    Args:
+        name: a run, its ``best`` or ``final``, a checkpoint, an adapter, or a model.
+        formats: names in `FORMATS`, and ``hf`` for the official layout.
+        options: fields of `FormatOptions` that were given.
+        base, base_id, overwrite, of_the_float_model: as for `phi3v.export.make.export`.
+        samples: own questions to compare with.
+        questions: of the run's evaluation data, to score; 0: none.
+
+    Returns:
+        An `ExportResult` for ``hf`` and a `Proof` for each other format.
+
+    Raises:
+        UserError: something is missing, does not fit or is in the way, and nothing was made.
+            A format that is too far from the float model is not left under its name; others are made all the same.
+    """
+    tuned = resolve_model(name, base)
+    out = absolute(out)
+    places = {each: out / each if len(formats) > 1 else out for each in formats}
+    made = {each: FormatOptions(each, **_known(each, options)) for each in formats if each != "hf"}
+    _check_options(formats, options)
+    for each, place in places.items():
+        check_out(place, tuned, overwrite)
+        if each != "hf":
+            _check_format(tuned, made[each])
+    if len(formats) > 1:
+        check_out(out, tuned, overwrite=True)
+    needed = _bytes_needed(tuned, list(made))
+    if free_space(out.parent) < needed * 1.05:
+        raise no_room(out, needed, "there is no room")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[Any] = []
+    faults: list[str] = []
+    with until_the_disk_is_full(out, needed), ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+        as_float: dict[str, Any] = {"base": base, "base_id": base_id, "overwrite": overwrite} | of_the_float_model
+        if "hf" in formats:
+            results.append(export(name, places["hf"], console, **as_float))
+            model = places["hf"]
+        else:
+            model = _float_model(tuned, name, work / "float", console, as_float)
+        reference = _Reference.make(tuned, model, samples, work, console)
+        score = _score(tuned, model, questions, console)
+        for each, fields in made.items():
+            say(console, f"making {each}", style="bold")
+            try:
+                with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+                    folder = Path(temporary) / places[each].name
+                    folder.mkdir()
+                    importlib.import_module(f"phi3v.export.formats.{FORMATS[each].maker}").make(model, folder, fields)
+                    gc.collect()
+                    proof = reference.prove(folder, fields, work, places[each])
+                    proof = replace(proof, float_score=score, score=_score(tuned, folder, questions, console))
+                    _finish(folder, proof, reference, tuned, base_id)
+                    places[each].parent.mkdir(parents=True, exist_ok=True)
+                    if places[each].exists():
+                        places[each].rename(Path(temporary) / "old")
+                    folder.rename(places[each])
+            except TooFarError as error:
+                faults.append(str(error))
+                continue
+            proof.render(console)
+            results.append(proof)
+    if faults:
+        kept = f"; made were {', '.join(each for each in formats if places[each].exists())}" if results else ""
+        raise UserError(
+            "\n".join(faults) + f". Nothing was left of that{kept}",
+            hint="take more bits, smaller groups (--group-size), or fit the rounding to data (--calibrate, with w4a16)",
+        )
+    return results
+
+
+def _known(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those that a format knows."""
+    return {key: value for key, value in options.items() if name != "hf" and key in FORMATS[name].choices}
+
+
+def _check_options(formats: Sequence[str], options: dict[str, Any]) -> None:
+    if len(set(formats)) < len(formats):
+        raise UserError("names a format twice", where="--format")
+    option = {
+        "bits": "--bits",
+        "group_size": "--group-size",
+        "calibration": "--calibrate",
+        "max_length": "--max-length",
+    }
+    for key, value in options.items():
+        if not any(each != "hf" and key in FORMATS[each].choices for each in formats):
+            takers = [name for name, format_ in FORMATS.items() if key in format_.choices]
+            raise UserError(
+                f"is not known to the format {' or '.join(formats)}",
+                where=option[key],
+                hint=f"it is about {', '.join(takers)}; leave it out",
+            )
+        if key in ("group_size", "max_length") and value < (key == "max_length"):
+            raise UserError("must be positive", where=option[key])
+
+
+def _check_format(tuned: FinetunedModel, options: FormatOptions) -> None:
+    """Whether it can be made here, before anything is read."""
+    require_extra(options.format)
+    format_ = FORMATS[options.format]
+    config = Phi3VConfig.from_pretrained(tuned.base)
+    size = format_.group_size if options.group_size is None else options.group_size
+    for width in (config.hidden_size, config.intermediate_size):
+        if size and width % size:
+            raise UserError(
+                f"{size} does not divide {width}, the inputs of a layer of this model",
+                where="--group-size",
+                hint="give another one, e.g. --group-size 32",
+            )
+    check = getattr(importlib.import_module(f"phi3v.export.formats.{format_.maker}"), "check", None)
+    if check is not None:
+        check(tuned.base, options)
+
+
+def _bytes_needed(tuned: FinetunedModel, formats: Sequence[str]) -> int:
+    """On the disk: of each format, and of the float model where that has to be made."""
+    config = Phi3VConfig.from_pretrained(tuned.base)
+    skeleton = make_skeleton(config)
+    width = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
+    every = sum(parameter.numel() for parameter in skeleton.parameters())
+    linears = sum(
+        module.weight.numel() for name, module in skeleton.named_modules() if name.rpartition(".")[2] in DECODER_LINEARS
+    )
+    needed = 0 if _is_float_folder(tuned) else every * width
+    for name in formats:
+        format_ = FORMATS[name]
+        rest = 4 if format_.is_graph else width
+        needed += (every - linears) * rest + linears * format_.bits // 8 + linears // (format_.group_size or 64) * 2
+    return needed
+
+
+def _is_float_folder(tuned: FinetunedModel) -> bool:
+    return tuned.adapter is None and not tuned.is_checkpoint
+
+
+def _float_model(tuned: FinetunedModel, name: str, folder: Path, console: Console, settings: dict[str, Any]) -> Path:
+    """A folder with the whole model in the official layout: the one that there is, or a merged one in ``folder``."""
+    if not _is_float_folder(tuned) or settings.get("dtype") is not None:
+        export(name, folder, Console(quiet=True), **settings)
+        return folder
+    if Path(tuned.base).is_dir():
+        return Path(tuned.base)
+    return Path(snapshot_download(tuned.base, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+
+
+@dataclass
+class _Reference:
+    """The float model's answers, after which it need not be in memory.
+
+    Attributes:
+        prompts: with their answers; own questions first.
+        logits: (n, V) of each.
+    """
+
+    prompts: list[Prompt]
+    logits: list[Logits]
+    speed: Speed
+    control: Divergence
+    size: int
+
+    @classmethod
+    def make(cls, tuned: FinetunedModel, folder: Path, samples: int, work: Path, console: Console) -> _Reference:
+        model, processor = load_tuned(resolve_model(str(folder)), choose_device("fp32"))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if parameters * 4 < MEMORY_SHARE * _free_memory():
+            model = model.float()
+        own, where = [], "drawn images"
+        images = work / "own"
+        images.mkdir()
+        try:
+            own = own_prompts(tuned, processor, samples, images)
+        except UserError as error:
+            where += f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
+        config = model.config
+        prompts = own + drawn_prompts(processor, config.long_context_start, config.max_position_embeddings)
+        where = f"{len(own)} questions of {tuned.run.data.eval or tuned.run.data.train} and " * bool(own) + where
+        say(console, f"comparing {len(prompts)} prompts: {where}")
+        answers, logits, speed = answer_prompts(
+            TorchDecoder(model, processor), prompts, stop_token_ids(processor.backend_tokenizer)
+        )
+        prompts = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        round_decoder(model, CONTROL_BITS)
+        _, rounded, _ = answer_prompts(TorchDecoder(model, processor), prompts)
+        control = diverge(prompts, logits, rounded)
+        if not control.mean > LEAST_CONTROL:
+            raise UserError(
+                f"nothing can be proven of this model: even {CONTROL_BITS}-bit weights hardly change its predictions "
+                f"(KL {control.mean:.1e})",
+                where=str(folder),
+                hint="is it trained?",
+            )
+        return cls(prompts, logits, speed, control, _size(folder))
+
+    def prove(self, folder: Path, options: FormatOptions, work: Path, place: Path) -> Proof:
+        """Compare an export with the float model; ``place`` is where it goes.
+
+        Raises:
+            TooFarError: it is too far from it.
+        """
+        exchanged = work / options.format
+        exchanged.mkdir()
+        divergence.write_prompts(exchanged, self.prompts)
+        theirs, speed = divergence.answer_in_fresh_process(folder, exchanged)
+        found = diverge(self.prompts, self.logits, theirs)
+        bits = options.bits or FORMATS[options.format].bits
+        bound = bound_of(bits, self.control)
+        if (fault := found.fault(bound)) is not None:
+            raise TooFarError(f"{options.format} does not answer as the float model does: {fault}")
+        return Proof(
+            options.format, bits, place, found, bound, self.control, speed, self.speed, _size(folder), self.size
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the drawn prompts, so that the export can be proven again; own questions stay where they are."""
+        drawn = [pair for pair in zip(self.prompts, self.logits, strict=True) if pair[0].kind != OWN]
+        divergence.write_prompts(folder, [prompt for prompt, _ in drawn])
+        divergence.write_logits(folder / divergence.LOGITS, [logits for _, logits in drawn])
+
+
+def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedModel, base_id: str | None) -> None:
+    """Write proof, card and manifest."""
+    (folder / PROOF).mkdir()
+    reference.save(folder / PROOF)
+    told = {"format": proof.format, "bits": proof.bits, "bound": proof.bound, "control": proof.control.mean}
+    (folder / PROOF / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_card(
+        folder,
+        tuned,
+        name=proof.folder.name,
+        what=f"A model in the format {proof.format} ({FORMATS[proof.format].about})",
+        is_adapter=False,
+        base_id=base_id,
+        more=_card(proof),
+    )
+    write_manifest(folder, tuned_from=tuned.origin)
+
+
+def _card(proof: Proof) -> str:
+    kinds = "\n".join(f"| {kind} | {mean:.1e} |" for kind, mean in proof.divergence.kinds.items())
+    score = (
+        f"\n{proof.score.name}: {proof.score}; the float model: {proof.float_score}.\n"
+        if proof.score is not None
+        else ""
+    )
+    return f"""
+## How far it is from the float model
+
+KL divergence of the next-token distribution from the float model's, in nats, at {proof.divergence.positions} positions
+of its answers:
+
+| | mean | 99th percentile | worst |
+|---|---|---|---|
+| this export | {proof.divergence.mean:.1e} | {proof.divergence.p99:.1e} | {proof.divergence.worst:.1e} |
+| at most | {proof.bound:.1e} | {divergence.TAIL * proof.bound:.1e} | |
+| control: {CONTROL_BITS}-bit weights | {proof.control.mean:.1e} | {proof.control.p99:.1e} | {proof.control.worst:.1e} |
+
+| prompts | mean |
+|---|---|
+{kinds}
+{score}
+It takes {decimal(proof.size)}, the float model {decimal(proof.float_size)}. `phi3v export --verify` proves it again.
+It is run by {FORMATS[proof.format].runs_it}.
+"""
+
+
+def _score(tuned: FinetunedModel, folder: Path, questions: int, console: Console) -> Score | None:
+    """Of the run's task; none where its data is not known, or not there any more."""
+    data, evaluation = tuned.run.data.eval, tuned.run.evaluation
+    if data is None or not questions or not Path(data).is_file():
+        return None
+    settings = {
+        "metrics": evaluation.metrics,
+        "answer_words": evaluation.answer_words,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "max_questions": min(questions, evaluation.max_questions or questions),
+    }
+    return evaluate_tuned(str(folder), Path(data), Console(quiet=True), settings=settings, precision="fp32").primary
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _free_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
