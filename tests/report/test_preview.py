@@ -86,6 +86,24 @@ def test_tokens_and_mask_are_those_of_training(tiny_model_dir: Path) -> None:
     assert "Grün?" in "".join(text for text, _, _, _ in found)
 
 
+def test_answers_are_shown_with_what_differs(tmp_path: Path) -> None:
+    pair = turn("What is it?", "It is a small dog.") | {"rejected": "It is a cat.  It is a dog."}
+    judged = [record("a", pair), record("b", turn("No?", "no") | {"label": False}), record("c", turn("No?", "no"))]
+    preview(write_data(tmp_path / "data", judged), tmp_path / "page.html")
+    held = block(tmp_path / "page.html", "preview")
+    of = {sample["id"]: sample["judged"] for sample in held["samples"]}
+    assert [answer["verdict"] for answer in of["a"]] == ["chosen", "rejected"]
+    for answer, text in zip(of["a"], (pair["assistant"], pair["rejected"]), strict=True):
+        assert "".join(part for part, _ in answer["parts"]) == text
+        assert answer["score"] is None
+    common = ["".join(part for part, differs in answer["parts"] if not differs) for answer in of["a"]]
+    assert common[0] == common[1] != ""
+    assert [(answer["verdict"], answer["parts"]) for answer in of["b"]] == [("bad", [["no", False]])]
+    assert of["c"] == []
+    assert (held["counts"]["with rejected answers"], held["counts"]["labelled bad"]) == (1, 1)
+    assert any("what is learned may be the length" in note for note in held["notes"])
+
+
 def test_an_image_is_shown_as_it_is_cut() -> None:
     from phi3v.processing.image_processor import Phi3VImageProcessor
 
@@ -133,7 +151,13 @@ def test_the_page_in_a_browser(tmp_path: Path, open_page: OpenPage) -> None:
     # Special tokens in texts are faults, so the hostile text has none of those; it has everything HTML knows.
     file = write_data(
         tmp_path / "data",
-        [record(HOSTILE, turn(HOSTILE, HOSTILE, "wide.png")), record("tall", turn("Which?", "green", "tall.png"))],
+        [
+            record(HOSTILE, turn(HOSTILE, HOSTILE, "wide.png") | {"rejected": "<b>No</b>"}),
+            record("tall", turn("Which?", "green", "tall.png")),
+            record(
+                "pair", turn("Which?", "It is green.") | {"rejected": ["It is red.", "Blue"], "scores": [1, 0.25, 0]}
+            ),
+        ],
     )
     out = tmp_path / "page.html"
     preview(file, out, num_crops=2)
@@ -148,6 +172,13 @@ def test_the_page_in_a_browser(tmp_path: Path, open_page: OpenPage) -> None:
     assert left[0] > 200 > 60 > left[2]  # red and blue, but for what WebP loses
     assert right[2] > 200 > 60 > right[0]
     assert page.locator(".tokens .supervised").count() > 3
+    answers = page.locator(".sample").nth(2).locator(".judged")
+    heads = answers.locator("dt").all_inner_texts()
+    assert [head.partition(" · ")[0] for head in heads] == ["chosen", "rejected", "rejected"]
+    assert [head.rpartition(" · ")[2] for head in heads] == ["score 1", "score 0.25", "score 0"]
+    assert answers.locator("dd").nth(1).inner_text() == "It is red."
+    assert answers.locator("dd").nth(1).locator("mark").all_inner_texts() == ["red"]
+    assert page.locator(".judged").count() == 2
     assert page.locator(".tokens .image").first.inner_text() == "image 1: 457 tokens"
     assert open_page(out, width=360).evaluate("document.documentElement.scrollWidth") == 360
 

@@ -34,6 +34,7 @@ SHOWN_ANSWERS = 30
 COUNTED_ANSWERS = 200_000  # distinct ones; more are no classes
 BINS = 24
 PACK_TOKENS = RunConfig().data.pack_tokens
+UNEQUAL = 1.5  # how much longer one side of pairs is, that is worth a word
 FREQUENT = 0.5  # an answer's share that is worth a word
 
 
@@ -207,6 +208,7 @@ def _choose(records: Sequence[Record], longest: Record | None, count: int, gener
 
 
 def _counts(check: CheckReport) -> dict[str, int]:
+    preferences = {"with rejected answers": check.pairs, "labelled good": check.good, "labelled bad": check.bad}
     return {
         "records": check.records,
         "turns": check.turns,
@@ -214,7 +216,7 @@ def _counts(check: CheckReport) -> dict[str, int]:
         "images": check.images,
         "longest question, characters": check.user.longest,
         "longest answer, characters": check.assistant.longest,
-    }
+    } | {name: count for name, count in preferences.items() if count}
 
 
 def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[str]:
@@ -235,6 +237,12 @@ def _notes(contents: Contents, measured: Measured, check: CheckReport) -> list[s
         over = sum(tokens > PACK_TOKENS for tokens in measured.tokens)
         notes.append(
             f"{over:,} measured records are longer than a packed row ({PACK_TOKENS:,} tokens): each gets its own."
+        )
+    lengths = check.assistant.mean, check.rejected.mean
+    if check.pairs and max(lengths) > UNEQUAL * min(lengths):
+        notes.append(
+            f"Answers have {lengths[0]:.0f} characters on average, rejected ones {lengths[1]:.0f}: "
+            "what is learned may be the length."
         )
     if check.image_kinds:
         notes.append(f"Of the images {describe_kinds(check.image_kinds)}.")

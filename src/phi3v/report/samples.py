@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from phi3v.report.page import webp
 
 SUPERVISED, SPECIAL, IMAGE = 1, 2, 4  # bits of a piece
 MAX_PIECES = 3000
+MAX_WORDS = 1500  # of an answer that is compared; the time grows with the square
 PAGE_SIDE = 1000  # pixels of a page that is shown; less where a record has several
+_WORDS = re.compile(r"\w+|\s+|[^\w\s]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -47,7 +51,44 @@ def sample_block(
         "pieces": pieces(processor, stream)[:MAX_PIECES],
         "tokens": len(stream.input_ids),
         "supervised": sum(label != IGNORE_INDEX for label in stream.labels),
+        "judged": judged(record, processor),
     }
+
+
+def judged(record: Record, processor: Phi3VProcessor) -> list[dict[str, Any]]:
+    """The last answer and those it is preferred to, or with its label; empty if nothing is said about it.
+
+    Each has ``verdict``, ``tokens``, ``score`` and ``parts``: texts, each with whether it is in one answer only.
+    """
+    turn = record.turns[-1]
+    texts = [turn.assistant, *turn.rejected]
+    if record.label is not None:
+        verdicts = ["good" if record.label else "bad"]
+    elif turn.rejected:
+        verdicts = ["chosen", *["rejected"] * len(turn.rejected)]
+    else:
+        return []
+    words = [_WORDS.findall(text) for text in texts]
+    differing: list[set[int]] = [set() for _ in texts]
+    for k, other in enumerate(words[1:], start=1):
+        for tag, start, end, start_of_other, end_of_other in SequenceMatcher(
+            None, words[0][:MAX_WORDS], other[:MAX_WORDS], autojunk=False
+        ).get_opcodes():
+            if tag != "equal":
+                differing[0].update(range(start, end))
+                differing[k].update(range(start_of_other, end_of_other))
+    return [
+        {
+            "verdict": verdict,
+            "tokens": len(processor.tokenize_text(text)),
+            "score": turn.scores[k] if turn.scores else None,
+            "parts": [
+                ["".join(words[k][place] for place in places), differs]
+                for differs, places in groupby(range(len(words[k])), key=differing[k].__contains__)
+            ],
+        }
+        for k, (verdict, text) in enumerate(zip(verdicts, texts, strict=True))
+    ]
 
 
 def image_block(name: str, image: Image.Image, processor: Phi3VImageProcessor, side: int) -> dict[str, Any]:

@@ -45,7 +45,14 @@ function sample(record) {
     make('div', { class: 'sheets' }, record.images.map(sheet)),
     make('p', { class: 'soft small' }, `${figure(record.tokens)} tokens, ${figure(record.supervised)} of them supervised, ${figure(record.images.reduce((sum, p) => sum + p.tokens, 0))} of images`),
     make('div', { class: 'tokens', tabindex: 0, role: 'group', 'aria-label': `tokens of ${record.id}` }, record.pieces.map(token),
-      record.pieces.reduce((sum, piece) => sum + piece[2], 0) < record.tokens ? ' …' : ''));
+      record.pieces.reduce((sum, piece) => sum + piece[2], 0) < record.tokens ? ' …' : ''),
+    record.judged.length ? make('dl', { class: 'judged' }, record.judged.map(judged)) : null);
+}
+
+function judged({ verdict, tokens, score, parts }) {
+  const told = `${figure(tokens)} token${tokens === 1 ? '' : 's'}${score === null ? '' : ` · score ${figure(score)}`}`;
+  return [make('dt', { class: verdict }, verdict, make('span', { class: 'soft small' }, ` · ${told}`)),
+    make('dd', { class: verdict }, parts.map(([text, differs]) => (differs ? make('mark', {}, text) : text)))];
 }
 
 function token([text, bits, count, id]) {
