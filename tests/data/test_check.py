@@ -13,6 +13,7 @@ from rich.console import Console
 from phi3v.data import check
 from phi3v.data.check import check_file, ensure_checked
 from phi3v.data.faults import DataFaultsError
+from phi3v.data.lengths import Context
 from phi3v.errors import UserError
 
 MakeRecord = Callable[..., dict[str, Any]]
@@ -98,6 +99,26 @@ def test_a_good_file_is_counted(write: Any, record: MakeRecord, root: Path, draw
     assert data["ok"] is True
     assert data["images"] == 2
     assert data["faults"] == []
+
+
+def test_preferences_are_counted(write: Any, record: MakeRecord) -> None:
+    pair, tie, bad = record("b", rejected="a longer answer"), record("c", rejected=["x", "y"]), record("d", label=False)
+    tie["conversations"][0]["scores"] = [1, 1, 0]
+    path = write(record("a"), pair, tie, bad)
+    for look in (check_file, ensure_checked, ensure_checked):  # the second time remembered
+        report = look(path)
+        assert (report.pairs, report.ties, report.good, report.bad, report.rejected.count) == (2, 1, 0, 1, 3)
+    text = render(report)
+    assert "2 of 4 records have rejected answers" in text
+    assert "6 characters on average, at most 15 (line 2), 1 with the score of the chosen answer" in text
+    assert "1 of 4 records: 0 good, 1 bad" in text
+
+
+def test_a_rejected_answer_may_be_too_long(write: Any, record: MakeRecord) -> None:
+    path = write(record("a", images=[], rejected="word " * 400))
+    (fault,) = check_file(path, context=Context(500)).faults
+    assert (fault.field, fault.line) == ("conversations", 1)
+    assert check_file(write(record("a", images=[], rejected="word")), context=Context(500)).ok
 
 
 @pytest.mark.parametrize("workers", [1, 4])

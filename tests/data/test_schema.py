@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from phi3v.data.faults import Fault
-from phi3v.data.schema import MAX_LINE_BYTES, Record, SpecialText, Turn, image_path_fault, read_line
+from phi3v.data.image_paths import image_path_fault
+from phi3v.data.jsonl import MAX_LINE_BYTES
+from phi3v.data.schema import Record, SpecialText, Turn, read_line
 
 FILE = Path("data/train.jsonl")
 TURN = {"user": "what shape?", "assistant": "circle"}
@@ -15,6 +17,11 @@ TURN = {"user": "what shape?", "assistant": "circle"}
 
 def line_of(turn: dict[str, Any] | None = None, **keys: Any) -> str:
     return json.dumps({"id": "a", "conversations": [TURN if turn is None else turn], **keys})
+
+
+def pair(rejected: Any, second: dict[str, Any] | None = None, **keys: Any) -> str:
+    turn = TURN | {"rejected": rejected} | keys
+    return line_of(conversations=[turn] if second is None else [turn, second])
 
 
 def placed(offsets: Any) -> dict[str, Any]:
@@ -70,6 +77,17 @@ def test_a_system_message_images_within_a_text_and_a_turn_of_weight_0() -> None:
     assert [turn.image_offsets for turn in record.turns] == [(0, 11), None, None]
     assert [turn.weight for turn in record.turns] == [1, 0, 1]
     assert record.num_questions == 2
+
+
+def test_how_good_the_last_answer_is() -> None:
+    judged = TURN | {"rejected": "square", "scores": [1, 0.5]}
+    record = parse_line(line_of(conversations=[TURN, judged]))
+    assert record.rejected == ("square",)
+    assert record.turns[-1].scores == (1.0, 0.5)
+    assert record.answered("square").turns == (Turn("what shape?", "circle"), Turn("what shape?", "square"))
+    several = TURN | {"rejected": ["square", "a <s> circle"], "label": None, "answers": ["a circle"]}
+    assert parse_line(line_of(several), special_text="escape").rejected == ("square", "a < s> circle")
+    assert [parse_line(line_of(TURN | {"label": label})).label for label in (True, False, None)] == [True, False, None]
 
 
 def test_images_keep_their_places_beside_escaped_text() -> None:
@@ -132,6 +150,31 @@ def test_images_keep_their_places_beside_escaped_text() -> None:
             (line_of(placed(value)), "conversations[0].image_offsets", "must be a list of whole numbers from 0", "")
             for value in ("1", 1, [True, 1], [0, 1.5], [-1, 2], [None, 2])
         ],
+        (pair("circle"), "conversations[0].rejected", "the same text as assistant: there is nothing to prefer", ""),
+        (pair([" circle\n"]), "conversations[0].rejected[0]", "the same text as assistant", "white space does not"),
+        (pair(["a  b", "c", "a\tb"]), "conversations[0].rejected[2]", "the same text as rejected[0]", ""),
+        (pair("disc", answers=["disc"]), "conversations[0].rejected", "the same text as answers[0]", ""),
+        (pair(""), "conversations[0].rejected", "is empty", "write the worse answer"),
+        (pair(["x", " "]), "conversations[0].rejected[1]", "is empty", ""),
+        (pair([]), "conversations[0].rejected", "is an empty list", "leave"),
+        (pair(3), "conversations[0].rejected", "must be a list, not a number", "in quotes"),
+        (pair(["x", None]), "conversations[0].rejected[1]", "must be a string, not null", ""),
+        (pair("x <|end|>"), "conversations[0].rejected", "reads as a special token: <|end|>", ""),
+        (line_of({"user": "x", "rejected": "y"}), "conversations[0].assistant", "is missing", ""),
+        (pair("x", second=TURN), "conversations[0].rejected", "is not the last", "end the record"),
+        (line_of(conversations=[TURN | {"label": True}, TURN]), "conversations[0].label", "is not the last", ""),
+        (line_of(conversations=[TURN, TURN | {"label": True, "weight": 0}]), "conversations[1].label", "weight 0", ""),
+        (pair("x", label=True), "conversations[0].label", 'and "rejected" stand in one turn', "keep one"),
+        (line_of(TURN | {"label": 1}), "conversations[0].label", "must be true or false, not a number", ""),
+        (line_of(TURN | {"scores": [1, 0]}), "conversations[0].scores", 'is of no use without "rejected"', ""),
+        (pair("x", scores=1), "conversations[0].scores", "must be a list of numbers, not a number", ""),
+        (pair("x", scores=[1]), "conversations[0].scores", "must have 2 numbers, not 1", "in this order"),
+        (pair("x", scores=[1, float("nan")]), "conversations[0].scores[1]", "must be a finite number, not NaN", ""),
+        (pair("x", scores=[10**400, 1]), "conversations[0].scores[0]", "must be a finite number, not infinity", ""),
+        (pair("x", scores=[True, 0]), "conversations[0].scores[0]", "must be a finite number, not true", ""),
+        (pair("x", scores=[0.5, 1]), "conversations[0].scores", "rejected is better: 1 against 0.5", "swap"),
+        ('{"prompt": "x", "chosen": "a", "rejected": "b"}', "", "preferences in TRL's format", "data convert messages"),
+        (line_of(rejected="x"), "rejected", "is a key of a turn", "conversations"),
         (line_of().replace('"id": "a"', '"id": "a", "id": "b"'), "id", "is there twice", ""),
         (line_of().replace('"user"', '"user": "", "user"'), "conversations[0].user", "is there twice", ""),
         (line_of(TURN | {"user": "\ud800"}), "conversations[0].user", "half of a surrogate pair", ""),

@@ -94,6 +94,18 @@ def test_what_a_turn_and_a_record_may_say_more(tmp_path: Path) -> None:
     assert opened.questions().tolist() == [[0, 1]]  # a turn of weight 0 is neither trained on nor evaluated
 
 
+def test_preferences_come_back_and_are_counted_without_reading_texts(tmp_path: Path) -> None:
+    turn = {"user": "shape?", "assistant": "circle"}
+    judged = [turn | {"rejected": ["square", "disc"], "scores": [1, 0.1, 0]}, turn | {"label": False}]
+    judged += [turn | {"label": True}, turn, turn | {"rejected": "a cat"}]
+    write_jsonl(tmp_path / "a.jsonl", [{"id": str(k), "conversations": [turn, last]} for k, last in enumerate(judged)])
+    opened = open_table(tmp_path / "a.jsonl")
+    assert opened[0].turns[1] == Turn("shape?", "circle", rejected=("square", "disc"), scores=(1.0, 0.1, 0.0))
+    assert opened[4].rejected == ("a cat",)
+    assert opened.rejected_counts().tolist() == [2, 0, 0, 0, 1]
+    assert opened.labels().tolist() == [-1, 0, 1, -1, -1]
+
+
 def test_the_second_opening_parses_nothing(tmp_path: Path, no_parser: Callable[[], None]) -> None:
     path = tmp_path / "many.jsonl"
     records = conversations(20_000)

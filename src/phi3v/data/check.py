@@ -51,8 +51,13 @@ class TextStats:
         """0 if there is none."""
         return self.total / self.count if self.count else 0.0
 
+    def describe(self) -> str:
+        """Mean and maximum in words."""
+        return f"{self.mean:.0f} characters on average, at most {self.longest:,} (line {self.longest_line})"
 
-COUNTS = ("records", "turns", "questions", "context", "images", "image_kinds")
+
+COUNTS = ("records", "turns", "questions", "context", "images", "image_kinds", "pairs", "ties", "good", "bad")
+TEXTS = ("user", "assistant", "rejected")
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ class CheckReport:
     """What a check found.
 
     The counts are of what was read, which is not the whole file if ``stopped_early``; ``turns``,
-    ``questions`` and the text lengths are of the lines without a fault of their own.
+    ``questions``, the preferences and the text lengths are of the lines without a fault of their own.
 
     Attributes:
         path: the data file.
@@ -75,8 +80,13 @@ class CheckReport:
         images: distinct image paths.
         image_kinds: how many of them are more than decoded, by kind (`IMAGE_KINDS`; ``header`` cannot tell which are
             transparent).
+        pairs: records with rejected answers.
+        ties: rejected answers with the same score as the chosen one.
+        good: records whose answer is labelled good.
+        bad: records whose answer is labelled bad.
         user: lengths of the questions.
         assistant: lengths of the answers.
+        rejected: lengths of the rejected answers.
         sha256: of the file, where `ensure_checked` made sure that this is what was checked.
     """
 
@@ -91,8 +101,13 @@ class CheckReport:
     context: int = 0
     images: int = 0
     image_kinds: dict[str, int] = field(default_factory=dict)
+    pairs: int = 0
+    ties: int = 0
+    good: int = 0
+    bad: int = 0
     user: TextStats = field(default_factory=TextStats)
     assistant: TextStats = field(default_factory=TextStats)
+    rejected: TextStats = field(default_factory=TextStats)
     sha256: str = ""
 
     @property
@@ -110,8 +125,7 @@ class CheckReport:
             "faults": [fault.to_json_dict() for fault in self.faults],
             "stopped_early": self.stopped_early,
             **{name: getattr(self, name) for name in COUNTS},
-            "user": asdict(self.user),
-            "assistant": asdict(self.assistant),
+            **{name: asdict(getattr(self, name)) for name in TEXTS},
         }
 
     def render(self, console: Console) -> None:
@@ -133,11 +147,15 @@ class CheckReport:
             f"  records    {self.records:,}",
             f"  turns      {self.turns:,} ({self.questions:,} with a question{context})",
             f"  images     {self.images:,} distinct, {seen}",
-            f"  questions  {self.user.mean:.0f} characters on average, "
-            f"at most {self.user.longest:,} (line {self.user.longest_line})",
-            f"  answers    {self.assistant.mean:.0f} characters on average, "
-            f"at most {self.assistant.longest:,} (line {self.assistant.longest_line})",
+            f"  questions  {self.user.describe()}",
+            f"  answers    {self.assistant.describe()}",
         ]
+        if self.pairs:
+            ties = f", {self.ties:,} with the score of the chosen answer" if self.ties else ""
+            lines.append(f"  rejected   {self.rejected.describe()}{ties}")
+            lines.append(f"  pairs      {self.pairs:,} of {self.records:,} records have rejected answers")
+        if judged := self.good + self.bad:
+            lines.append(f"  labels     {judged:,} of {self.records:,} records: {self.good:,} good, {self.bad:,} bad")
         if self.image_kinds:
             lines.insert(4, f"             of these {describe_kinds(self.image_kinds)}")
         console.print(Text("\n".join(lines)), soft_wrap=True)
@@ -288,7 +306,7 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
     """The report of a passed check, if there was one."""
     known = recall(memory)
     try:
-        texts = {name: TextStats(**known[name]) for name in ("user", "assistant")}
+        texts = {name: TextStats(**known[name]) for name in TEXTS}
         counts: dict[str, Any] = {name: known[name] for name in COUNTS}
         return CheckReport(path, root, level, **(counts | texts))
     except (KeyError, TypeError):
@@ -297,14 +315,18 @@ def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckRep
 
 def _length_fault(path: Path, record: Record, context: Context, size_of: SizeOf) -> Iterator[Fault]:
     """The fault of a record that is longer than the model reads; unreadable images have faults of their own."""
-    if not context.may_exceed(record):
-        return
-    sizes = []
-    for name in record.images:
-        with contextlib.suppress(UserError):
-            sizes.append(size_of(name))
-    if len(sizes) == len(record.images) and (tokens := context.count(record, sizes)) > context.tokens:
-        yield Fault(path, record.line, "conversations", context.too_long(tokens), LENGTH_HINT)
+    sizes = None
+    for variant in (record, *map(record.answered, record.rejected)):
+        if not context.may_exceed(variant):
+            continue
+        if sizes is None:
+            sizes = []
+            for name in record.images:
+                with contextlib.suppress(UserError):
+                    sizes.append(size_of(name))
+        if len(sizes) == len(record.images) and (tokens := context.count(variant, sizes)) > context.tokens:
+            yield Fault(path, record.line, "conversations", context.too_long(tokens), LENGTH_HINT)
+            return
 
 
 def _count(report: CheckReport, record: Record) -> None:
@@ -314,3 +336,9 @@ def _count(report: CheckReport, record: Record) -> None:
         report.context += not turn.weight
         report.user.add(turn.user, record.line)
         report.assistant.add(turn.assistant, record.line)
+        report.ties += sum(score == turn.scores[0] for score in turn.scores[1:])
+        for text in turn.rejected:
+            report.rejected.add(text, record.line)
+    report.pairs += bool(record.rejected)
+    report.good += record.label is True
+    report.bad += record.label is False

@@ -118,6 +118,8 @@ def _add_convert(group: Parser) -> None:
         "image_columns": ("columns of image paths", {"nargs": "+", "action": "extend", "metavar": "NAME"}),
         "question_column": ("column of questions", {"metavar": "NAME"}),
         "answer_column": ("column of answers", {"metavar": "NAME"}),
+        "rejected_columns": ("columns of worse answers", {"nargs": "+", "action": "extend", "metavar": "NAME"}),
+        "label_column": ("column that says whether the answer is good", {"metavar": "NAME"}),
         "split_column": ("column of train, val, eval or test", {"metavar": "NAME"}),
         "id_column": ("column of ids", {"metavar": "NAME"}),
     }
@@ -133,8 +135,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     given = {field: value for field in SOURCE_OPTIONS if (value := getattr(arguments, field)) is not None}
     require_taken(arguments.source, given)
-    if "image_columns" in given:
-        given["image_columns"] = tuple(given["image_columns"])
+    given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
     options = OwnDataOptions(
         out=arguments.out,
         source=arguments.location,

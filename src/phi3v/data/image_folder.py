@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.data.image_paths import image_path_fault
 from phi3v.data.images import decode_image, image_kinds, read_image
 from phi3v.data.jsonl import replacing
-from phi3v.data.schema import image_path_fault
 from phi3v.data.video import sample_frames
 from phi3v.errors import UserError
 

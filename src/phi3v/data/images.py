@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.faults import near_name, quote
-from phi3v.data.schema import image_path_fault
+from phi3v.data.image_paths import image_path_fault
 from phi3v.errors import UserError
 from phi3v.processing.hd_transform import FORMATS, GreyRangeError, as_transparent, is_deep_grey, open_pixels, to_rgb
 

@@ -23,7 +23,7 @@ def other_file(path: Path) -> Fault | None:
     """
     if path.suffix.lower() in _TABLES:
         hint = f"convert it first: `phi3v data convert csv --source {shlex.quote(str(path))} --out DIR`"
-        return Fault(path, 1, "", "is a table", f"{hint}; a table of chats with `convert messages`")
+        return Fault(path, 1, "", "is a table", f"{hint}; a table of chats or preferences with `convert messages`")
     first = next(read_lines(path), None)
     try:
         found = next(read_json_records(path), None)

@@ -8,36 +8,41 @@ A line is one JSON object::
 Optional are ``source`` and ``system`` (a system message) of the record, and of a turn ``images``, ``image_offsets``
 (where in ``user`` each image stands), ``weight`` (0: context, not a target) and ``answers`` (all reference answers, for
 evaluation).
+
+The last turn may say how good its answer is, for training on preferences. ``rejected`` has one worse answer or a list
+of them; ``scores``, optional, are numbers for ``assistant`` and for each rejected answer, in this order, higher being
+better::
+
+    {"user": "What is the total?", "assistant": "€ 12,50", "rejected": ["€ 1,25", "12"], "scores": [1.0, 0.5, 0.0]}
+
+Where answers were judged one by one, ``label`` says whether ``assistant`` is a good answer (true) or a bad one (false).
+
 Nothing here touches the disk; `images.py` checks whether an image can be read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
-import re
+import math
 import shlex
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3v.data.faults import Fault, quote
+from phi3v.data.image_paths import image_path_fault, lone_surrogate
+from phi3v.data.jsonl import BadLineError, RepeatedKeys, json_kind, read_object
 from phi3v.processing.special_text import escape_special_text, find_special_text, shift_by_escapes
 
 SpecialText = Literal["refuse", "escape"]
 
 # Part of the name of every cached table: raise it whenever the same file would give other records.
-SCHEMA_VERSION = 2
-
-# A longer line is no conversation but a whole file without line breaks. The bound keeps memory flat.
-MAX_LINE_BYTES = 64 * 2**20
+SCHEMA_VERSION = 3
 
 _RECORD_KEYS = ("id", "source", "system", "conversations")
-_TURN_KEYS = ("images", "image_offsets", "user", "assistant", "weight", "answers")
-_ONE_A_LINE = "write one object a line, e.g. `jq -c '.[]' old.json > new.jsonl`"
-_NO_LINE_BREAKS = "a record may not be spread over lines, e.g. `jq -c . old.json > new.jsonl` joins them"
+_TURN_KEYS = ("images", "image_offsets", "user", "assistant", "weight", "answers", "rejected", "scores", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,11 @@ class Turn:
         answers: all reference answers, for evaluation; empty means that ``assistant`` is the only one.
         image_offsets: where in ``user`` each image stands, in characters; None: all before it, in a line of their own.
         weight: 1, or 0 for a turn that is context: its answer is neither a target of the loss nor evaluated.
+        rejected: worse answers, each different from ``assistant``; of the last turn only.
+        scores: of ``assistant`` and of each of ``rejected``; empty if there are none. No rejected answer has a higher
+            score than ``assistant``.
+        label: whether ``assistant`` is a good answer, where answers were judged one by one; of the last turn only, and
+            never beside ``rejected``.
     """
 
     user: str
@@ -59,6 +69,14 @@ class Turn:
     answers: tuple[str, ...] = ()
     image_offsets: tuple[int, ...] | None = None
     weight: int = 1
+    rejected: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    label: bool | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The question and all answers."""
+        return (self.user, self.assistant, *self.answers, *self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +106,21 @@ class Record:
     def num_questions(self) -> int:
         """Turns with a weight."""
         return sum(turn.weight for turn in self.turns)
+
+    @property
+    def rejected(self) -> tuple[str, ...]:
+        """The rejected answers of the last turn."""
+        return self.turns[-1].rejected
+
+    @property
+    def label(self) -> bool | None:
+        """The label of the last turn."""
+        return self.turns[-1].label
+
+    def answered(self, answer: str) -> Record:
+        """This conversation with ``answer`` at its end instead, and without preferences."""
+        last = replace(self.turns[-1], assistant=answer, rejected=(), scores=(), label=None)
+        return replace(self, turns=(*self.turns[:-1], last))
 
 
 @dataclass(slots=True)
@@ -119,41 +152,12 @@ def read_line(text: str | bytes, *, file: Path, line: int, special_text: Special
     return _LineReader(file, line, special_text).read(text)
 
 
-def image_path_fault(path: str) -> tuple[str, str] | None:
-    """(what, hint) if ``path`` is no path inside the data folder's ``images/``, whatever the disk holds."""
-    relative = "image paths are relative to the data folder's images/, e.g. 'train/0.png'"
-    if not path.strip():
-        return "is an empty path", 'name the file, or leave "images" out if the turn has none'
-    if "\0" in path:
-        return f"has a NUL character: {quote(path)}", relative
-    if not path.isascii() and (half := _surrogate(path)):
-        if "\udc80" <= half <= "\udcff":  # how Python reads such a name from the disk
-            return f"has bytes that are not UTF-8: {quote(path)}", "rename the file"
-        return f"has half of a surrogate pair: {quote(path)}", "correct the \\ud8… escape"
-    if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", path):
-        return f"is a URL, not a file: {quote(path)}", f"save the image in the data folder; {relative}"
-    if path.startswith(("/", "\\\\")) or re.match(r"[A-Za-z]:[\\/]", path):
-        return f"is an absolute path: {quote(path)}", relative
-    if "\\" in path:
-        return (
-            f"has a backslash: {quote(path)}",
-            f"separate folders with '/': {quote(path.replace(chr(92), '/'))}",
-        )
-    depth = 0
-    for part in path.split("/"):
-        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
-        if depth < 0:
-            return f"leaves the data root: {quote(path)}", relative
-    return None
-
-
-def _surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair that stands alone."""
-    return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
-
-
 def other_format(value: dict[str, Any], file: Path) -> tuple[str, str] | None:
     """(what, hint) if an object is a record of LLaVA's or of OpenAI's format rather than one of ours."""
+    pair = any(keys <= value.keys() for keys in ({"chosen", "rejected"}, {"prompt", "completion"}))
+    if pair and "conversations" not in value:
+        hint = f"convert it first: `phi3v data convert messages --source {shlex.quote(str(file))} --out DIR`"
+        return "looks like a file of preferences in TRL's format", hint
     for key, name, source in (("conversations", "LLaVA's", "llava"), ("messages", "a chat", "messages")):
         items = value.get(key)
         first = items[0] if isinstance(items, list) and items else None
@@ -161,42 +165,6 @@ def other_format(value: dict[str, Any], file: Path) -> tuple[str, str] | None:
             hint = f"convert it first: `phi3v data convert {source} --source {shlex.quote(str(file))} --out DIR`"
             return f"looks like {name} format", hint
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class _NotANumber:
-    """NaN, Infinity or -Infinity, which Python's JSON reader lets through. No field takes one."""
-
-    name: str
-
-
-class _RepeatedKeys(dict[str, Any]):
-    """An object that names a key twice; plain dicts keep the last value without a word."""
-
-    repeated: tuple[str, ...] = ()
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = dict(pairs)
-    if len(plain) == len(pairs):
-        return plain
-    marked = _RepeatedKeys(plain)
-    counts = Counter(name for name, _ in pairs)
-    marked.repeated = tuple(name for name in plain if counts[name] > 1)
-    return marked
-
-
-_decode_json = json.JSONDecoder(object_pairs_hook=_make_object, parse_constant=_NotANumber).decode
-
-
-def json_kind(value: object) -> str:
-    """What JSON calls ``value``: "a number", "null", "a list" …"""
-    if isinstance(value, _NotANumber):
-        return value.name
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", type(None): "null"}
-    return kinds.get(type(value), "bytes" if isinstance(value, bytes) else "an object")
 
 
 class _LineReader:
@@ -212,44 +180,11 @@ class _LineReader:
         self.result.faults.append(Fault(self.file, self.line, where, what, hint))
 
     def read(self, raw: str | bytes) -> Line:
-        text = self.decode(raw)
-        value = None if text is None else self.json(text)
-        if value is not None:
-            self.record(value)
-        return self.result
-
-    def decode(self, raw: str | bytes) -> str | None:
-        if len(raw) > MAX_LINE_BYTES:
-            self.fault("", f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", _ONE_A_LINE)
-            return None
-        if isinstance(raw, bytes):
-            try:
-                raw = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-                encoding = "UTF-16" if utf16 else "ENCODING"
-                self.fault(
-                    "",
-                    f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
-                    f"save the file as UTF-8, e.g. `iconv -f {encoding} -t UTF-8 old.jsonl > new.jsonl`",
-                )
-                return None
-        return raw.removeprefix("\ufeff") if self.line == 1 else raw
-
-    def json(self, text: str) -> dict[str, Any] | None:
-        text = text.strip()
         try:
-            value = _decode_json(text)
-        except json.JSONDecodeError as error:
-            self.fault("", f"is not valid JSON: {error.msg} (column {error.colno})", _json_hint(text, error.pos))
-            return None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
-            self.fault("", f"is not usable JSON: {error}", "no field of the format needs this; remove it")
-            return None
-        if not isinstance(value, dict):
-            self.fault("", f"must be an object, not {json_kind(value)}", _ONE_A_LINE)
-            return None
-        return value
+            self.record(read_object(raw, self.line))
+        except BadLineError as bad:
+            self.fault("", bad.what, bad.hint)
+        return self.result
 
     def record(self, value: dict[str, Any]) -> None:
         if other := other_format(value, self.file):
@@ -299,10 +234,11 @@ class _LineReader:
         if not items:
             self.fault("conversations", "has no turn", f"remove the line, or {shape}")
             return ()
-        turns = [self.turn(item, f"conversations[{k}]") for k, item in enumerate(items)]
+        last = len(items) - 1
+        turns = [self.turn(item, f"conversations[{k}]", last=k == last) for k, item in enumerate(items)]
         return tuple(turn for turn in turns if turn is not None)
 
-    def turn(self, value: object, where: str) -> Turn | None:
+    def turn(self, value: object, where: str, *, last: bool) -> Turn | None:
         """None if the turn has a fault."""
         if not isinstance(value, dict):
             self.fault(where, f"must be an object, not {json_kind(value)}", 'write {"user": "…", "assistant": "…"}')
@@ -333,11 +269,86 @@ class _LineReader:
         if isinstance(weight, bool) or weight not in (0, 1):
             hint = "1 to train on the answer, which is the default; 0 for a turn that is context"
             self.fault(f"{where}.weight", "must be 0 or 1", hint)
+        rejected = self.rejected(value.get("rejected"), f"{where}.rejected", assistant, answers)
+        scores = self.scores(value, f"{where}.scores", len(rejected))
+        label = self.label(value, f"{where}.label")
+        for key in ("rejected", "label"):
+            if value.get(key) is not None and not last:
+                what = "stands in a turn that is not the last: only the last answer of a record can be judged"
+                self.fault(f"{where}.{key}", what, "end the record with this turn")
+            elif value.get(key) is not None and weight == 0:
+                what = "stands in a turn of weight 0, whose answer is not trained on"
+                self.fault(f"{where}.{key}", what, 'leave "weight" out, or this key')
         if len(self.result.faults) > faults_before:
             return None
         assert user is not None
         assert assistant is not None
-        return Turn(user, assistant, images, answers, offsets, int(weight))
+        return Turn(user, assistant, images, answers, offsets, int(weight), rejected, scores, label)
+
+    def rejected(self, value: object, where: str, chosen: str | None, answers: tuple[str, ...]) -> tuple[str, ...]:
+        """The rejected answers; each must differ from every other answer by more than white space."""
+        if value == []:
+            self.fault(where, "is an empty list", 'list the worse answers, or leave "rejected" out')
+        known = {_words(text): f"answers[{k}]" for k, text in enumerate(answers)}
+        if chosen is not None:
+            known[_words(chosen)] = "assistant"
+        hint = 'write the worse answer in quotes, or several as a list: "rejected": ["…", "…"]'
+        one = isinstance(value, str)
+        texts = []
+        for at, text in self.strings([value] if one else value, where, hint, hint):
+            at = where if one else at
+            text = self.special(text, at)
+            if not text.strip():
+                self.fault(at, "is empty", "write the worse answer, or remove it")
+            elif same := known.get(_words(text)):
+                what = f"is the same text as {same}: there is nothing to prefer"
+                self.fault(at, what, "white space does not count; write another answer, or remove this one")
+            known.setdefault(_words(text), at.rpartition(".")[2])
+            texts.append(text)
+        return tuple(texts)
+
+    def scores(self, value: dict[str, Any], where: str, num_rejected: int) -> tuple[float, ...]:
+        scores = value.get("scores")
+        if scores is None:
+            return ()
+        hint = 'write a number for "assistant" and one for each rejected answer, in this order, or leave "scores" out'
+        if value.get("rejected") is None:
+            self.fault(where, 'is of no use without "rejected"', 'add "rejected", or leave "scores" out')
+        elif not isinstance(scores, list):
+            self.fault(where, f"must be a list of numbers, not {json_kind(scores)}", hint)
+        elif len(scores) != 1 + num_rejected:
+            what = f"must have {1 + num_rejected} numbers, not {len(scores)}"
+            self.fault(where, f"{what}: one for assistant and one for each rejected answer", hint)
+        else:
+            numbers = tuple(self.score(item, f"{where}[{k}]") for k, item in enumerate(scores))
+            best = max(numbers[1:], default=-math.inf)
+            if best > numbers[0]:
+                what = f"says that rejected is better: {best:g} against {numbers[0]:g} of assistant"
+                self.fault(where, what, "swap the two answers, correct the scores, or leave them out")
+            return numbers
+        return ()
+
+    def score(self, value: object, where: str) -> float:
+        number = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                number = float(value)
+        if not math.isfinite(number):
+            kind = "infinity" if type(value) in (int, float) else json_kind(value)
+            self.fault(where, f"must be a finite number, not {kind}", 'higher is better; leave "scores" out if unknown')
+        return number
+
+    def label(self, value: dict[str, Any], where: str) -> bool | None:
+        label = value.get("label")
+        if label is not None and not isinstance(label, bool):
+            self.fault(
+                where, f"must be true or false, not {json_kind(label)}", "true for a good answer, false for a bad"
+            )
+            return None
+        if label is not None and value.get("rejected") is not None:
+            hint = "keep one: a worse answer beside this one, or whether this one is good"
+            self.fault(where, 'and "rejected" stand in one turn', hint)
+        return label
 
     def images(self, value: object, where: str) -> tuple[str, ...]:
         hint = f'write a list: "images": ["{value}"]' if isinstance(value, str) else 'write "images": ["a.png"]'
@@ -407,35 +418,29 @@ class _LineReader:
         if not isinstance(value, str):
             self.fault(where, f"must be a string, not {json_kind(value)}", hint)
             return None
-        if not value.isascii() and _surrogate(value):
+        if not value.isascii() and lone_surrogate(value):
             self.fault(where, f"has half of a surrogate pair: {quote(value)}", "correct the \\ud8… escape")
             return None
         return value
 
     def keys(self, value: dict[str, Any], prefix: str, known: tuple[str, ...]) -> None:
-        if isinstance(value, _RepeatedKeys):
+        if isinstance(value, RepeatedKeys):
             for name in value.repeated:
                 self.fault(f"{prefix}{_key(name)}", "is there twice in one object", "keep one of the two")
         for name in value:
-            if name not in known:
+            if known is _RECORD_KEYS and name in _TURN_KEYS:
+                self.fault(name, "is a key of a turn, not of the record", 'write it in an object of "conversations"')
+            elif name not in known:
                 near = difflib.get_close_matches(name.lower(), known, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else f"the keys here are {', '.join(known)}"
                 self.fault(f"{prefix}{_key(name)}", "is an unknown key", hint)
 
 
+def _words(text: str) -> str:
+    """A text without regard to its white space."""
+    return " ".join(text.split())
+
+
 def _key(name: str) -> str:
     """A key of the file for a message: as it is if it is a plain word."""
     return name if name.isidentifier() and len(name) <= 40 else quote(name, 40)
-
-
-def _json_hint(text: str, position: int) -> str:
-    if text in ("{", "[", "[{"):
-        return _NO_LINE_BREAKS if text == "{" else _ONE_A_LINE
-    if text.startswith("["):
-        return _ONE_A_LINE
-    near = f"look near {quote(text[max(0, position - 20) : position + 20])}"
-    if text.startswith("{'"):
-        return f"JSON quotes with \", not with '; {near}"
-    if position >= len(text):
-        return f"the line ends too early; {_NO_LINE_BREAKS}"
-    return near

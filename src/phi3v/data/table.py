@@ -40,6 +40,9 @@ _TURN = pa.struct(
         ("answers", pa.list_(pa.string())),
         ("image_offsets", pa.list_(pa.int32())),
         ("weight", pa.int8()),
+        ("rejected", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+        ("label", pa.bool_()),
     ]
 )
 _SCHEMA = pa.schema(
@@ -51,6 +54,8 @@ _SCHEMA = pa.schema(
         ("turns", pa.list_(_TURN)),
         ("questions", pa.list_(pa.int32())),
         ("num_images", pa.int32()),
+        ("num_rejected", pa.int32()),
+        ("label", pa.bool_()),
     ]
 )
 T = TypeVar("T")
@@ -114,6 +119,14 @@ class RecordTable:
     def image_counts(self) -> npt.NDArray[np.int32]:
         """(records,) number of images of each record, without reading the texts."""
         return np.asarray(self.dataset.data.column("num_images")).astype(np.int32)
+
+    def rejected_counts(self) -> npt.NDArray[np.int32]:
+        """(records,) number of rejected answers of each record, without reading the texts."""
+        return np.asarray(self.dataset.data.column("num_rejected")).astype(np.int32)
+
+    def labels(self) -> npt.NDArray[np.int8]:
+        """(records,) 1 where the last answer is labelled good, 0 where bad, -1 where it has no label."""
+        return np.asarray(self.dataset.data.column("label").cast(pa.int8()).fill_null(-1)).astype(np.int8)
 
     def turn_counts(self) -> npt.NDArray[np.int64]:
         """(records,) number of turns of each record, without reading the texts."""
@@ -334,7 +347,7 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
                 nonlocal records, characters
                 rows.append(_row(record))
                 records += 1
-                characters += sum(len(turn.user) + len(turn.assistant) for turn in record.turns)
+                characters += sum(len(text) for turn in record.turns for text in turn.texts)
                 if len(rows) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
                     write()
 
@@ -357,6 +370,8 @@ def _row(record: Record) -> dict[str, Any]:
         "turns": [{name: getattr(turn, name) for name in _TURN.names} for turn in record.turns],
         "questions": [index for index, turn in enumerate(record.turns) if turn.weight],
         "num_images": len(record.images),
+        "num_rejected": len(record.rejected),
+        "label": record.label,
     }
 
 

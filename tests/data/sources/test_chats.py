@@ -210,19 +210,19 @@ def test_an_answer_that_is_not_trained_on_is_context(
 
 
 def test_keys_without_a_use_are_named_once(convert: Convert, data: Path) -> None:
-    row = chat("<image>Which?", "red", images=["a.png"], rejected_response="blue", tools=None, meta=[], weight=0.5)
+    row = chat("<image>Which?", "red", images=["a.png"], chosen_by="Ann", tools=None, meta=[], weight=0.5)
     row["messages"][0] |= {"name": "Ann", "train": True}
     row["messages"][1] |= {"refusal": None, "loss_scale": [1.0]}
-    parts = chat([{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}, "cache": 1}], "A", rejected="b")
+    parts = chat([{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}, "cache": 1}], "A", margin=2)
     result = convert("messages", write(data, row, row, parts))
     assert sorted(result.said["notes"]) == [
+        "the key chosen_by is not used (2×)",
+        "the key margin is not used (1×)",
         "the key messages[].content[].cache is not used (1×)",
         "the key messages[].content[].image_url.detail is not used (1×)",
         "the key messages[].loss_scale is not used (2×)",
         "the key messages[].name is not used (2×)",
         "the key messages[].train is not used (2×)",
-        "the key rejected is not used (1×)",
-        "the key rejected_response is not used (2×)",
         "the key weight is not used (2×)",
     ]
 
@@ -312,10 +312,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no role": ({"messages": [{"content": "Q"}]}, "messages[0]: says neither role nor from"),
     "no list": ({"messages": "Q"}, "messages: must be a list, not a string"),
     "no object": ({"messages": [1]}, "messages[0]: must be an object, not a number"),
-    "preferences alone": (
-        {"conversations": None, "prompt": "Q", "chosen": "A", "rejected": "B"},
+    "an unknown answer": (
+        {"conversations": None, "prompt": "Q", "reply": "A"},
         "has neither messages nor conversations (is this the right source for the file? The record's keys are "
-        "conversations, prompt, chosen, rejected",
+        "conversations, prompt, reply",
     ),
     "ours": (
         {"conversations": [{"user": "Q", "assistant": "A"}]},

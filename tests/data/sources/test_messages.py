@@ -128,7 +128,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no part": (record(["Q"], "A"), "messages[0].content[0]: is no part of a message"),
     "empty url": (record([{"type": "image_url"}, text("Q")], "A"), "messages[0].content[0]: names no file"),
     "null": (record(None, "A"), "messages[0].content: must be a string, not null"),
-    "no messages": ({"chosen": []}, "has neither messages nor conversations"),
+    "no messages": ({"turns": []}, "has neither messages nor conversations"),
     "special": (record("Q", "<|assistant|>"), "conversations[0].assistant: holds text that the tokenizer reads"),
     "outside": (record("Q", "A", images=["../x.png"]), "leaves the data root"),
 }

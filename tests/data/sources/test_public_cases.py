@@ -280,8 +280,8 @@ CHATS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "foreign_keys/dpo.jsonl": (
         "messages",
-        [{"images": ["a.png"], "user": "Which colour?", "assistant": "red"}],
-        ["the key rejected_response is not used (1×)"],
+        [{"images": ["a.png"], "user": "Which colour?", "assistant": "red", "rejected": ["blue"]}],
+        [],
     ),
     "foreign_keys/qwenvl.jsonl": (
         "llava",

@@ -52,6 +52,8 @@ SOURCE_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "image_columns": ("--image-column", ("csv",)),
     "question_column": ("--question-column", ("csv",)),
     "answer_column": ("--answer-column", ("csv",)),
+    "rejected_columns": ("--rejected-column", ("csv",)),
+    "label_column": ("--label-column", ("csv",)),
     "split_column": ("--split-column", ("csv",)),
     "id_column": ("--id-column", ("csv",)),
 }

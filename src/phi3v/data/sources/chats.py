@@ -20,16 +20,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.schema import json_kind
+from phi3v.data.jsonl import json_kind
 from phi3v.data.sources.json_records import JSON_SUFFIXES, json_rows
 from phi3v.data.sources.media import Medium, MediumKind, media_of, medium_of, medium_size
+from phi3v.data.sources.preferences import COLUMNS, ROLES, Role, Said, chat_of
 from phi3v.data.sources.questions import id_of
 from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, Row, Rows, convert_rows
 from phi3v.data.sources.splits import split_files
@@ -37,23 +38,10 @@ from phi3v.data.sources.tables import open_folder
 from phi3v.data.sources.tags import BOX, Objects, Tag, like_a_tag, names_an_image, refuse_control_tokens, split_tags
 from phi3v.errors import UserError
 
-Role = Literal["system", "user", "assistant"]
-KEYS = ("messages", "conversations")  # of the list of messages
-
 UNTAGGED = "a record had images and no tag; they are in its first turn"
 TAG_IN_ANSWER = "an answer holds an image tag, which is trained on as plain text"
 MARKUP = "a record has no image and a question with one in Markdown or HTML, which stays text"
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
 _TEXTS = ("text", "input_text", "output_text")
 _MEDIA: dict[str, MediumKind] = {
     "image": "image",
@@ -114,7 +102,7 @@ def convert(source: str, options: OwnDataOptions) -> ConversionResult:
     rows: dict[str, Rows]
     if tables := open_folder(path):
         for table in tables.values():
-            table.require([key for key in KEYS if key in table.columns] or KEYS[:1])
+            table.require([name for name in COLUMNS if name in table.columns] or COLUMNS[:1])
         rows = {split: table.numbered for split, table in tables.items()}
     else:
         files = split_files(path, (*JSON_SUFFIXES, ".parquet", ".arrow"))
@@ -124,7 +112,7 @@ def convert(source: str, options: OwnDataOptions) -> ConversionResult:
 
 
 def _record(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
-    """The raw record of one that holds a list of messages, and its media beside them in ``image`` and ``video``.
+    """The raw record of one that holds a conversation, and its media beside it in ``image`` and ``video``.
 
     Args:
         notes: counts what was decided on the way, and keys that have no use here.
@@ -136,14 +124,15 @@ def _record(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
     media = [*media_of(row, "image"), *media_of(row, "video")]
     images = [medium for medium in media if medium.kind == "image"]
     objects = Objects(row.get("objects"), len(images), lambda index: medium_size(images[index], image_root))
-    key = next((key for key in KEYS if row.get(key) is not None), None)
-    if key is None:
-        hint = f"is this the right source for the file? The record's keys are {', '.join(map(str, row))}"
-        raise UserError(f"has neither {' nor '.join(KEYS)}", hint=hint)
-    messages = _messages(row[key], key, objects, decided)
+    chat = chat_of(row, decided)
+    messages = [_message(said, objects, decided) for said in chat.messages]
+    rejected = [_message(said, objects, decided) for said in chat.rejected]
+    for message in rejected:
+        if message.role != "assistant":
+            raise UserError(f"is a message of the {message.role}", where=message.where, hint="it must be an answer")
     objects.require_all_used()
     decided[BOX] += objects.boxes
-    used = {"id", "system", key, *(["objects"] if objects.used else []), *_media_keys(row)}
+    used = chat.used | {"id", "system", *(["objects"] if objects.used else []), *_media_keys(row)}
     _weight(row, "", used)
     system, messages = _system(row.get("system"), messages)
     _require_alternating(messages)
@@ -151,38 +140,32 @@ def _record(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
     _require_images(row, messages, used, decided)
     _count_unused(row, used, "", decided)
     pairs = zip(messages[::2], messages[1::2], strict=True)
-    turns = tuple(_turn(question, answer) for question, answer in pairs)
+    turns = [_turn(question, answer) for question, answer in pairs]
+    others = tuple(message.text for message in rejected)
+    turns[-1] = replace(turns[-1], rejected=others, scores=chat.scores, label=chat.label)
     notes.update(+decided)
-    return RawRecord(id_of(row, "id"), turns, system)
+    return RawRecord(id_of(row, "id"), tuple(turns), system)
 
 
-def _messages(items: object, key: str, objects: Objects, decided: Counter[str]) -> list[Message]:
-    if not isinstance(items, list):
-        hint = "write one message after the other: […]"
-        raise UserError(f"must be a list, not {json_kind(items)}", where=key, hint=hint)
-    messages = []
-    for k, item in enumerate(items):
-        where = f"{key}[{k}]"
-        if not isinstance(item, Mapping):
-            what = f"must be an object, not {json_kind(item)}"
-            raise UserError(what, where=where, hint="write one message as {…}")
-        if "user" in item and "assistant" in item:
-            hint = "`phi3v data check` looks at it; it needs no conversion"
-            raise UserError("is a turn of the format that training reads", where=where, hint=hint)
-        messages.append(_message(item, where, f"{key}[].", objects, decided))
-    return messages
-
-
-def _message(item: Mapping[str, Any], where: str, path: str, objects: Objects, decided: Counter[str]) -> Message:
+def _message(said: Said, objects: Objects, decided: Counter[str]) -> Message:
+    item, where, path = said.content, said.where, re.sub(r"\[\d+\]", "[]", said.where) + "."
+    if said.role is not None:
+        return Message(said.role, where, _of_text(item, said.role, where, objects, decided))
+    if not isinstance(item, Mapping):
+        what = f"must be an object, not {json_kind(item)}"
+        raise UserError(what, where=where, hint="write one message as {…}")
+    if "user" in item and "assistant" in item:
+        hint = "`phi3v data check` looks at it; it needs no conversion"
+        raise UserError("is a turn of the format that training reads", where=where, hint=hint)
     role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
     sender = item.get(role_key)
-    role = _ROLES.get(sender.lower()) if isinstance(sender, str) else None
+    role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
     if role is None and sender is None:
         hint = 'a message is {"role": "user", "content": "…"} or {"from": "human", "value": "…"}'
         raise UserError("says neither role nor from", where=where, hint=hint)
     if role is None:
         what = f"is no role known here: {quote(sender, 40) if isinstance(sender, str) else json_kind(sender)}"
-        hint = f"known are {', '.join(_ROLES)}; tools have no place in this model's chat format"
+        hint = f"known are {', '.join(ROLES)}; tools have no place in this model's chat format"
         raise UserError(what, where=f"{where}.{role_key}", hint=hint)
     if item.get("tool_calls") or item.get("function_call"):
         hint = "tools have no place in this model's chat format: leave the record out"

@@ -22,8 +22,7 @@ from typing import Any
 
 from phi3v.data.convert import ConversionResult
 from phi3v.data.faults import quote
-from phi3v.data.jsonl import require_file
-from phi3v.data.schema import MAX_LINE_BYTES, json_kind
+from phi3v.data.jsonl import MAX_LINE_BYTES, json_kind, require_file
 from phi3v.data.sources.json_records import not_utf8, require_text_encoding
 from phi3v.data.sources.media import medium_of
 from phi3v.data.sources.questions import id_of
@@ -39,11 +38,17 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 _USUAL = {
     "image": ("image", "images", "imagepath", "imagefile", "imagename", "img", "imgpath", "filename", "file", "path"),
     "question": ("question", "prompt", "query", "instruction", "user"),
-    "answer": ("answer", "label", "caption", "response", "output", "target", "assistant", "text", "class"),
+    "answer": (
+        *("answer", "completion", "label", "caption", "response", "output", "target", "assistant", "text"),
+        "class",
+    ),
+    "rejected": ("rejected", "rejectedresponse"),
+    "label": ("ktotag",),
     "split": ("split",),
     "id": ("id",),
 }
 
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _SEPARATOR = re.compile(r"""["']?sep=(\\t|[^"'\n])["']?[,;|\t]*\s*""", re.IGNORECASE)
 
 
@@ -63,6 +68,8 @@ class _Columns:
 
     images: tuple[str, ...]
     answer: str
+    rejected: tuple[str, ...]
+    label: str | None
     question: str | None
     split: str | None
     id: str | None
@@ -90,7 +97,9 @@ def convert(options: OwnDataOptions) -> ConversionResult:
         media = tuple(medium_of(cell, "image", name) for name, cell in cells if cell is not None and cell != "")
         question = options.question or ("" if columns.question is None else _text(row[columns.question]))
         name = None if columns.id is None else id_of(row, columns.id)
-        return RawRecord(name, (RawTurn(question, _text(row[columns.answer]), media),))
+        rejected = tuple(text for column in columns.rejected for text in _texts(row[column]))
+        label = None if columns.label is None else _truth(row[columns.label], columns.label)
+        return RawRecord(name, (RawTurn(question, _text(row[columns.answer]), media, rejected=rejected, label=label),))
 
     def split_of(row: Row) -> str:
         assert columns.split is not None
@@ -196,7 +205,7 @@ def _choose(names: Sequence[str], options: OwnDataOptions, source: Path) -> tupl
     """The columns, and what to say about those that were guessed."""
     guessed: list[str] = []
 
-    def column(part: str, named: str | None) -> str | None:
+    def column(part: str, named: str | None, first: tuple[str, ...] = ()) -> str | None:
         if named is not None:
             if named in names:
                 return named
@@ -207,13 +216,13 @@ def _choose(names: Sequence[str], options: OwnDataOptions, source: Path) -> tupl
                 hint=f"did you mean {quote(near[0])}?" if near else f"name one of these columns of {source}",
             )
         plain = {name.lower().replace("_", "").replace(" ", ""): name for name in reversed(names)}
-        found = next((plain[usual] for usual in _USUAL[part] if usual in plain), None)
+        found = next((plain[usual] for usual in (*first, *_USUAL[part]) if usual in plain), None)
         if found is not None:
             guessed.append(f"{part}: {quote(found)}")
         return found
 
-    def required(part: str, named: str | None, other: str = "") -> str:
-        found = column(part, named)
+    def required(part: str, named: str | None, other: str = "", first: tuple[str, ...] = ()) -> str:
+        found = column(part, named, first)
         if found is None:
             what = f"no column looks like the {part}; there are {', '.join(map(quote, names))}"
             raise UserError(what, where=str(source), hint=f"name it with --{part}-column{other}")
@@ -221,13 +230,34 @@ def _choose(names: Sequence[str], options: OwnDataOptions, source: Path) -> tupl
 
     images = tuple(required("image", name) for name in options.image_columns or (None,))
     question = None if options.question else required("question", options.question_column, " or write --question TEXT")
-    answer = required("answer", options.answer_column)
+    rejected = tuple(found for name in options.rejected_columns or (None,) if (found := column("rejected", name)))
+    answer = required("answer", options.answer_column, first=("chosen",) if rejected else ())
+    # A column of this name says whether a completion is good in TRL's tables; in others it may be anything.
+    label = column("label", options.label_column, ("label",) if answer == "completion" else ())
+    if rejected and label:
+        what = f"there are rejected answers ({quote(rejected[0])}) and labels ({quote(label)})"
+        hint = "a record has one of the two: leave an option out, or drop a column"
+        raise UserError(what, where=str(source), hint=hint)
     split, own_id = column("split", options.split_column), column("id", options.id_column)
     if question == answer or answer in images or question in images:
         hint = "name --image-column, --question-column and --answer-column"
         raise UserError("two parts of a record are the same column", where=str(source), hint=hint)
     notes = [f"columns chosen by their names: {', '.join(guessed)}"] if guessed else []
-    return _Columns(images, answer, question, split, own_id), notes
+    return _Columns(images, answer, rejected, label, question, split, own_id), notes
+
+
+def _texts(cell: Any) -> list[str]:
+    """A cell as texts; those of parquet may hold several."""
+    return [_text(item) for item in cell] if isinstance(cell, list) else [_text(cell)]
+
+
+def _truth(cell: Any, column: str) -> bool:
+    """A cell as true or false."""
+    text = _text(cell).strip().lower()
+    if text not in _TRUTH:
+        hint = "write true for a good answer, false for a bad one"
+        raise UserError(f"is neither true nor false: {quote(text, 40)}", where=column, hint=hint)
+    return _TRUTH[text]
 
 
 def _text(cell: Any) -> str:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from phi3v.data.faults import quote
-from phi3v.data.jsonl import read_lines, require_file
-from phi3v.data.schema import MAX_LINE_BYTES
+from phi3v.data.jsonl import MAX_LINE_BYTES, read_lines, require_file
 from phi3v.errors import UserError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -28,7 +27,8 @@ _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "ut
 _HOPELESS = 2  # number of the line (from 0) up to which one must be JSON
 _FORMS = "write one object a line, or all of them as one JSON array: [{…}, {…}]"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RECORD_KEYS = ("conversations", "messages")  # an object that has one of these is a record, not what is around them
+# An object that has one of these is a record, not what is around them.
+_RECORD_KEYS = ("conversations", "messages", "chosen", "completion")
 
 
 class _Decoder(json.JSONDecoder):

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from phi3v.data.faults import near_name, quote
+from phi3v.data.image_paths import image_path_fault
 from phi3v.data.images import decode_image, find_file, image_size
-from phi3v.data.schema import image_path_fault, json_kind
+from phi3v.data.jsonl import json_kind
 from phi3v.errors import UserError
 
 MediumKind = Literal["image", "video"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.data.convert import BadUnit, Conversion, ConversionResult, ConvertOptions, Unit
-from phi3v.data.schema import json_kind
+from phi3v.data.jsonl import json_kind
 from phi3v.data.sources.media import Medium
 from phi3v.data.sources.records import RawRecord, RawTurn, RecordWriter
 from phi3v.data.sources.tables import Table, local_source, open_tables

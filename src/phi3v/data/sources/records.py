@@ -38,6 +38,8 @@ class OwnDataOptions(ConvertOptions):
         image_columns: columns of image paths.
         question_column: column of questions.
         answer_column: column of answers.
+        rejected_columns: columns of worse answers.
+        label_column: column that says whether the answer is good.
         split_column: column of split names.
         id_column: column of record ids.
 
@@ -52,6 +54,8 @@ class OwnDataOptions(ConvertOptions):
     image_columns: tuple[str, ...] = ()
     question_column: str | None = None
     answer_column: str | None = None
+    rejected_columns: tuple[str, ...] = ()
+    label_column: str | None = None
     split_column: str | None = None
     id_column: str | None = None
 
@@ -92,6 +96,7 @@ class RawTurn:
         places: where in ``user`` each medium stands; None: all before it.
         weight: 0 for a turn that is context.
         answers: all reference answers, if there are several.
+        rejected, scores, label: how good the answer is, as of `Turn`.
     """
 
     user: str
@@ -100,6 +105,9 @@ class RawTurn:
     places: tuple[int, ...] | None = None
     weight: int = 1
     answers: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    label: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,12 @@ class RecordWriter:
                 made["weight"] = turn.weight
             if len(turn.answers) > 1:
                 made["answers"] = list(turn.answers)
+            if turn.rejected:
+                made["rejected"] = [plain(text) for text in turn.rejected]
+            if turn.scores:
+                made["scores"] = list(turn.scores)
+            if turn.label is not None:
+                made["label"] = turn.label
             turns.append(made)
         record: JsonRecord = {"id": raw.id, "source": self._source}
         if raw.system is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from phi3v.data.faults import quote
-from phi3v.data.schema import json_kind
+from phi3v.data.jsonl import json_kind
 from phi3v.data.sources.media import MediumKind
 from phi3v.errors import UserError
 
