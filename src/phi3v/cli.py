@@ -118,7 +118,9 @@ def run_command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torchao tells of kernels for other machines that it has not loaded, and has torch tell of its own imports.
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # of an image that is whole
     # DeepSpeed prints remarks on standard output as soon as a library imports it, whether it is used or not.

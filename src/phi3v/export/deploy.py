@@ -41,7 +41,7 @@ from phi3v.export.divergence import (
     round_decoder,
 )
 from phi3v.export.formats import FORMATS, FormatOptions, require_extra
-from phi3v.export.make import check_out, export, no_room, until_the_disk_is_full
+from phi3v.export.make import check_out, export, no_room, require_float, until_the_disk_is_full
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.paths import absolute, free_space
 from phi3v.processing.conversation import stop_token_ids
@@ -136,6 +136,7 @@ def deploy(
             A format that is too far from the float model is not left under its name; others are made all the same.
     """
     tuned = resolve_model(name, base)
+    require_float(tuned)
     out = absolute(out)
     places = {each: out / each if len(formats) > 1 else out for each in formats}
     made = {each: FormatOptions(each, **_known(each, options)) for each in formats if each != "hf"}

@@ -37,6 +37,7 @@ from phi3v.json_files import read_json
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.model.quantised import quantisation_of
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
 from phi3v.processing.tokenizer import ADDITIONAL_SPECIAL_TOKENS, TOKENIZER_CONFIG
 from phi3v.terminal import say
@@ -82,6 +83,7 @@ def export(
         ExportDiffersError: the result does not answer as it should.
     """
     tuned = resolve_model(name, base)
+    require_float(tuned)
     if adapter and tuned.adapter is None:
         raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
     if adapter and dtype is not None:
@@ -134,6 +136,17 @@ def export(
         folder.rename(out)
     result.render(console)
     return result
+
+
+def require_float(tuned: FinetunedModel) -> None:
+    """Raise a `UserError` for what has been quantised already."""
+    stored = quantisation_of(Phi3VConfig.from_pretrained(tuned.base), tuned.base)
+    if stored is not None:
+        raise UserError(
+            f"its weights are quantised ({stored.name}), and what rounding took cannot be had again",
+            where=tuned.base,
+            hint="export the run again, or the float model",
+        )
 
 
 @dataclass

@@ -99,6 +99,15 @@ def _raised(work: Callable[[], object]) -> Iterator[UserError]:
         yield error
 
 
+def float_weights(case: Case) -> Iterator[UserError]:
+    if case.model is not None and getattr(case.model.config, "quantization_config", None) is not None:
+        yield UserError(
+            "its weights are quantised, and rounded weights cannot be trained",
+            where=f"model.path {case.config.model.path}",
+            hint="name the float model that it was made from; method.name qlora trains on 4-bit weights of that",
+        )
+
+
 def one_process(case: Case) -> Iterator[UserError]:
     wanted = case.config.distributed.engine
     if case.runtime.world_size == 1 and wanted not in ("auto", "ddp"):
@@ -332,6 +341,7 @@ def references(case: Case) -> Iterator[UserError]:
 
 
 CHECKS: tuple[Check, ...] = (
+    float_weights,
     one_process,
     offloading,
     deepspeed,

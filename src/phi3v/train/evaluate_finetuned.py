@@ -76,8 +76,10 @@ def evaluate_tuned(
     limit = answer_limit(questions, config.max_new_tokens)
     config = dataclasses.replace(config, max_new_tokens=limit.tokens)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
+    stored = inspected.facts.quantisation
+    bits = ", in 4 bits as it was trained" if tuned.is_quantised else f", quantised ({stored.name})" if stored else ""
     for line in (
-        f"[bold]evaluating[/bold] {tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}",
+        f"[bold]evaluating[/bold] {tuned.base}{adapter}{bits}",
         f"device: {runtime.device}, {runtime.precision} ({runtime.reason}), {runtime.world_size} ranks",
         f"data: {len(questions)} questions of {data}",
         f"answers: {limit}",

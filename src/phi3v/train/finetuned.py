@@ -172,6 +172,8 @@ def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: i
     data = DataConfig(exif_orientation=tuned.run.data.exif_orientation)
     config = RunConfig(model=model, method=method, data=data)
     facts = inspect_model(config, runtime)
+    if facts.quantisation is not None:
+        facts.quantisation.require_library(tuned.base)
     if tuned.adapter is not None:
         with content_of(tuned.adapter / ADAPTER_CONFIG):
             PeftConfig.from_pretrained(str(tuned.adapter))
@@ -193,18 +195,21 @@ def load_tuned(
     """
     inspected = inspected or inspect_tuned(tuned, runtime, num_crops=num_crops)
     facts, method = inspected.facts, inspected.config.method
-    under_adapter = runtime.dtype if runtime.autocast_dtype is not None else torch.float32
-    kwargs: dict[str, Any] = {
-        "attn_implementation": facts.attention,
-        "dtype": facts.stored_dtype if tuned.adapter is None else under_adapter,
-    }
+    dtype = facts.stored_dtype
+    if tuned.adapter is not None:
+        dtype = runtime.dtype if runtime.autocast_dtype is not None else torch.float32
+    elif facts.quantisation is not None and dtype != torch.float32 and runtime.autocast_dtype is not None:
+        dtype = runtime.dtype  # autocast does not mix bf16 and fp16
+    kwargs: dict[str, Any] = {"attn_implementation": facts.attention, "dtype": dtype}
     if tuned.is_quantised:
         kwargs["quantization_config"] = quantization(method.lora, runtime.dtype)
-    if tuned.is_quantised or runtime.device.type == "cuda":
+    if tuned.is_quantised or facts.quantisation is not None or runtime.device.type == "cuda":
         kwargs["device_map"] = {"": runtime.device}
     loaded = load_weights(tuned.base, **kwargs)
     if tuned.is_quantised:
         keep_trainable_layout(loaded)
+    if facts.quantisation is not None:
+        facts.quantisation.settle(loaded, Path(tuned.base), dtype)
     if tuned.adapter is not None:
         try:
             loaded = PeftModel.from_pretrained(loaded, str(tuned.adapter))

@@ -19,6 +19,7 @@ from phi3v.model.attention import HALF
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.model.quantised import Quantisation, quantisation_of
 from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.device import RuntimeDevice
@@ -35,6 +36,7 @@ class ModelFacts:
     attention: str
     attention_reason: str
     context: int  # tokens of a record that it reads at most
+    quantisation: Quantisation | None = None  # of the stored weights
 
 
 def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
@@ -61,12 +63,13 @@ def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
         raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
     with content_of(folder / "config.json"):
         skeleton = make_skeleton(model_config)
+    quantisation = quantisation_of(model_config, where)
     if folder.is_dir():
-        _check_weights(folder, skeleton, where)
+        _check_weights(folder, skeleton, quantisation, where)
     attention, reason = choose_attention(config, runtime)
     dtype = model_config.dtype
     stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return ModelFacts(skeleton, stored, attention, reason, model_config.max_position_embeddings)
+    return ModelFacts(skeleton, stored, attention, reason, model_config.max_position_embeddings, quantisation)
 
 
 def make_skeleton(config: Phi3VConfig) -> Phi3VForCausalLM:
@@ -78,22 +81,33 @@ def make_skeleton(config: Phi3VConfig) -> Phi3VForCausalLM:
 _MODEL_HINT = "give a folder in the official layout (make one with `phi3v model init`), or a hub id"
 
 
-def _check_weights(folder: Path, skeleton: nn.Module, where: str) -> None:
+def _check_weights(folder: Path, skeleton: nn.Module, quantisation: Quantisation | None, where: str) -> None:
     """A model whose file lacks tensors would otherwise train on random numbers in their place."""
     try:
-        keys = set(checkpoint_shapes(folder))
+        shapes = checkpoint_shapes(folder)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"the weights are damaged: {error}", where=where, hint="copy or download them again") from None
-    if not keys:
+    if not shapes:
         raise UserError("there are no weights (model.safetensors)", where=where, hint=_MODEL_HINT)
-    if SECOND_EMBEDDING in keys:
-        keys = keys | {EMBEDDING}
-    missing = sorted(set(skeleton.state_dict()) - keys)
+    keys = set(shapes) | ({EMBEDDING} if SECOND_EMBEDDING in shapes else set())
+    packed: set[str] = set()
+    if quantisation is not None:
+        keys = quantisation.float_names(keys)
+        packed = {f"{layer}.weight" for layer in quantisation.layers(shapes)}
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    missing = sorted(expected.keys() - keys)
     if missing:
         raise UserError(
             f"{len(missing)} tensors are missing from the weights, first {missing[0]}",
             where=where,
             hint="the copy is incomplete, or config.json belongs to another model",
+        )
+    other = [name for name in sorted(expected.keys() & shapes.keys() - packed) if shapes[name] != expected[name]]
+    if other:
+        raise UserError(
+            f"{len(other)} tensors are of another shape than by config.json, first {other[0]}",
+            where=where,
+            hint="copy config.json again from where the weights are from",
         )
 
 
