@@ -100,6 +100,7 @@ METRIC_NAMES = (
 )
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex", "varlen"]
 MethodName = Literal["full", "frozen-vision", "lora", "qlora"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"]
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of torch, by precision
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
@@ -254,6 +255,92 @@ class MethodConfig:
     def uses_adapters(self) -> bool:
         """Whether adapters on a frozen model are trained."""
         return self.name in ("lora", "qlora")
+
+
+# By objective, where objective.beta is not given: as in the papers.
+BETAS: dict[ObjectiveName, float] = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned: the answers, or to prefer some answers to others."""
+
+    name: ObjectiveName = "sft"
+    """sft: supervised, the answers as they are. From pairs of a chosen and a rejected answer: dpo (arXiv 2305.18290),
+    ipo (arXiv 2310.12036), and without a reference model orpo (arXiv 2403.07691), simpo (arXiv 2405.14734). From
+    answers judged one by one, or from pairs: kto (arXiv 2402.01306)."""
+    beta: float | None = None
+    """How closely the model stays to the reference (small: freely); of ipo its regularization, of simpo the scale of
+    the rewards, of orpo the weight of the odds ratio; default: 0.1, and 2.0 for simpo."""
+    label_smoothing: float = 0.0
+    """dpo, simpo: the probability that a pair is the wrong way round (conservative DPO)."""
+    gamma: float = 1.0
+    """simpo: the margin by which the chosen answer's reward should be higher."""
+    length_normalised: bool | None = None
+    """dpo, ipo: divide the log-probability of an answer by its number of tokens; default: as TRL, for ipo alone. orpo
+    and simpo always do, kto never does."""
+    preference_weight: float = 1.0
+    """dpo, ipo, simpo: weight of the preference loss, beside the two that follow; MPO (arXiv 2411.10442): 0.8."""
+    quality_weight: float = 0.0
+    """dpo, ipo: weight of a loss that each answer is good or bad by itself (BCO, arXiv 2404.04656); MPO: 0.2."""
+    sft_weight: float | None = None
+    """Weight of the supervised loss of the chosen answer, not of kto; default: 0, and 1 for orpo. MPO: 1."""
+    desirable_weight: float = 1.0
+    """kto: weight of good answers."""
+    undesirable_weight: float = 1.0
+    """kto: weight of bad answers."""
+
+    def __post_init__(self) -> None:
+        weights = "preference_weight quality_weight sft_weight desirable_weight undesirable_weight"
+        _require(self, "objective", above_0="beta", at_least_0=f"gamma {weights}", label_smoothing=0.5)
+        takers = {
+            "label_smoothing": ("dpo", "simpo"),
+            "gamma": ("simpo",),
+            "length_normalised": ("dpo", "ipo"),
+            "preference_weight": ("dpo", "ipo", "simpo"),
+            "quality_weight": ("dpo", "ipo"),
+            "sft_weight": ("dpo", "ipo", "orpo", "simpo"),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
+            "beta": tuple(BETAS),
+        }
+        for key, names in takers.items():
+            default = ObjectiveConfig.__dataclass_fields__[key].default
+            if self.name not in names and getattr(self, key) != default:
+                hint = f"leave it out; it belongs to {', '.join(names)}"
+                raise UserError(f"{self.name} does not take it", where=f"objective.{key}", hint=hint)
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether it learns from preferences."""
+        return self.name != "sft"
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether every record must have a chosen and a rejected answer."""
+        return self.name in ("dpo", "ipo", "orpo", "simpo")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with the model that training begins with."""
+        return self.name in ("dpo", "ipo", "kto")
+
+    @property
+    def scale(self) -> float:
+        """``beta``, or its default."""
+        return self.beta if self.beta is not None else BETAS[self.name]
+
+    @property
+    def divides_by_length(self) -> bool:
+        """Whether a score is an answer's mean over its tokens."""
+        if self.length_normalised is not None:
+            return self.length_normalised
+        return self.name in ("ipo", "orpo", "simpo")
+
+    @property
+    def supervised_weight(self) -> float:
+        """``sft_weight``, or its default."""
+        return self.sft_weight if self.sft_weight is not None else float(self.name == "orpo")
 
 
 @dataclass
@@ -460,6 +547,8 @@ class RunConfig:
     """The data."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """What is trained."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is learned."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -667,9 +756,12 @@ def load_config(
     return _build(RunConfig, values)
 
 
+LATER_GROUPS = ("objective",)  # which runs of older versions lack
+
+
 def lacking_groups(there: Iterable[str]) -> str:
     """The names of the groups of the tree that are missing, comma-separated."""
-    there = set(there)
+    there = {*there, *LATER_GROUPS}
     return ", ".join(name for name, kind in _fields(RunConfig) if dataclasses.is_dataclass(kind) and name not in there)
 
 

@@ -11,6 +11,7 @@ the forward pass save that, but see it before fp16's loss scale, where most of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -78,6 +79,41 @@ def causal_lm_loss(
     return torch.stack(losses).sum() / normalizer
 
 
+def answer_log_probs(
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    labels: torch.Tensor,
+    answer_tokens: Sequence[int],
+    *,
+    kernel: LossKernel = "chunked",
+    targets: torch.Tensor | None = None,
+    selected: bool = False,
+) -> torch.Tensor:
+    """(answers,) float32: the log-probability of each answer, the sum over its tokens; the head runs as for the loss.
+
+    Args:
+        answer_tokens: the number of targets of each answer, in the order in which they stand in ``labels``.
+        hidden_states, lm_head, labels, targets, selected: as of `causal_lm_loss`.
+        kernel: ``liger`` is ``chunked``.
+
+    Raises:
+        ValueError: the answers have another number of targets than ``labels``.
+    """
+    if targets is None:
+        targets = find_targets(labels)
+    if sum(answer_tokens) != len(targets):
+        raise ValueError(f"answers of {list(answer_tokens)} tokens came with {len(targets)} targets")
+    states = hidden_states.flatten(0, 1)  # [B * T, H]
+    if not selected:
+        states = states.index_select(0, targets - 1)  # [n, H]
+    wanted = labels.flatten()[targets]  # [n]
+    size = max(1, len(wanted) if kernel == "whole" else LOGITS_PER_CHUNK // vocabulary_size(lm_head))
+    chunks = zip(states.split(size), wanted.split(size), strict=True)
+    losses = [checkpoint(_losses, lm_head, *chunk, use_reentrant=False) for chunk in chunks]
+    # A sum of slices, in a fixed order: adding into places by index would not be repeatable on a GPU.
+    return -torch.stack([part.sum() for part in torch.cat(losses).split(list(answer_tokens))])
+
+
 def find_targets(labels: torch.Tensor) -> torch.Tensor:
     """(n,) int64: the places, in (B, T) laid out flat, of labels to predict, each from the token before it.
 
@@ -96,6 +132,9 @@ def vocabulary_size(lm_head: nn.Module) -> int:
 def _weighted_sum(
     lm_head: nn.Module, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
+    return (_losses(lm_head, states, targets) * weights).sum()
+
+
+def _losses(lm_head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = lm_head(states).float()  # [chunk, vocabulary]
-    losses = functional.cross_entropy(logits, targets, reduction="none")  # [chunk]
-    return (losses * weights).sum()
+    return functional.cross_entropy(logits, targets, reduction="none")  # [chunk]

@@ -6,7 +6,7 @@ Shapes: ``B`` rows, ``T`` tokens, ``N`` images of the batch in reading order (ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from phi3v.model.attention import BACKENDS, Layout, OutputBackend, Phi3VRotaryEm
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.generation import CACHE_NAMES, IMAGE_INPUTS, Phi3VGenerationMixin
-from phi3v.model.loss import LossKernel, causal_lm_loss
+from phi3v.model.loss import LossKernel, answer_log_probs, causal_lm_loss
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import (
     CROP_SIZE,
@@ -266,6 +266,13 @@ def _host_values(values: torch.Tensor | Sequence[Any] | None) -> list[Any]:
     return values.tolist() if isinstance(values, torch.Tensor) else list(values or ())
 
 
+@dataclass
+class AnswersOutput(CausalLMOutputWithPast):
+    """The output where ``answer_tokens`` are given: not the loss, but each answer's log-probability, (A,) float32."""
+
+    answer_log_probs: torch.Tensor | None = None
+
+
 class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
     """Phi-3-vision and Phi-3.5-vision.
 
@@ -329,6 +336,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | None = 0,
         target_positions: Sequence[int] | None = None,
+        answer_tokens: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given.
@@ -346,6 +354,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
             num_items_in_batch: the same by the name of ``transformers.Trainer``, which counts a whole step's labels.
             logits_to_keep: logits of the last so many positions; 0 is all; ``None`` skips them (training).
             target_positions: places of the targets in (B, T) laid out flat (``loss.find_targets``), as plain numbers.
+            answer_tokens: the number of labels of each answer, in the order in which they stand: the log-probability of
+                each answer is wanted in place of the loss (`AnswersOutput`).
             kwargs: what our own batches give beside or in place of the above, so that nothing is read from the device:
 
                 * ``pages``: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by
@@ -381,22 +391,19 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = log_probs = None
         if labels is not None:
-            targets = None
+            how: dict[str, Any] = {"kernel": self.loss_kernel, "targets": None, "selected": selected}
             if target_positions is not None:
-                targets = to_device(torch.tensor(target_positions, dtype=torch.int64), labels.device)
-            loss = causal_lm_loss(
-                hidden_states,
-                self.lm_head,
-                labels,
-                loss_weights,
-                num_items_in_batch if loss_normalizer is None else loss_normalizer,
-                kernel=self.loss_kernel,
-                targets=targets,
-                selected=selected,
-            )
+                how["targets"] = to_device(torch.tensor(target_positions, dtype=torch.int64), labels.device)
+            if answer_tokens is not None:
+                log_probs = answer_log_probs(hidden_states, self.lm_head, labels, answer_tokens, **how)
+            else:
+                normalizer = num_items_in_batch if loss_normalizer is None else loss_normalizer
+                loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, normalizer, **how)
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        if log_probs is not None:
+            return AnswersOutput(logits=logits, answer_log_probs=log_probs, **rest)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
