@@ -64,6 +64,7 @@ def test_imports_run_down(file: Path) -> None:
 TRAIN = [
     "command",
     "run",
+    "reference",
     "evaluate_finetuned",
     "result",
     "header",
@@ -77,6 +78,7 @@ TRAIN = [
     "finetuned",
     "checkpoint_folder",
     "engines",
+    "objectives",
     "state",
     "collectives",
     "compute",

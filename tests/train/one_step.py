@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from phi3v.config import Packing, RunConfig
+from phi3v.config import ObjectiveName, Packing, RunConfig
 from phi3v.data.collate import LossWeighting
 from phi3v.data.readers import Readers
 from phi3v.train.collectives import HostCollectives
@@ -18,6 +18,7 @@ from phi3v.train.engines import DataParallel
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.prepare import prepare
+from phi3v.train.reference import reference_log_probs
 
 
 class KeepGradients(DataParallel):
@@ -29,10 +30,17 @@ class KeepGradients(DataParallel):
 
 
 def one_step(
-    model_path: Path, data: Path, out: Path, micro_batch: int, weighting: LossWeighting, packing: Packing = "none"
+    model_path: Path,
+    data: Path,
+    out: Path,
+    micro_batch: int,
+    weighting: LossWeighting,
+    packing: Packing = "none",
+    objective: ObjectiveName = "sft",
 ) -> None:
     """Learn from four samples at once, in micro-batches or packed rows."""
     config = RunConfig()
+    config.objective.name = objective
     config.model.path = str(model_path)
     config.training.batch_size = 4
     config.training.micro_batch_size = micro_batch
@@ -49,7 +57,13 @@ def one_step(
     run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
     engine = KeepGradients(run.model, run.engine.choice, config, runtime)
     run = replace(run, engine=engine)
-    state = TrainingLoop(run, Readers(run.dataset().__getitem__), StepFaults(run)).run()
+    reference = None
+    if config.objective.needs_reference:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        # Not the model's own, or KTO's estimate would be 0.
+        reference = reference_log_probs(run)
+        reference -= torch.arange(len(reference)) % 5
+    state = TrainingLoop(run, Readers(run.dataset(reference=reference).__getitem__), StepFaults(run)).run()
     loss = torch.tensor(state.mean_loss)
     total = torch.stack([gradient.norm() for gradient in engine.gradients.values()]).norm()
     if runtime.rank == 0:

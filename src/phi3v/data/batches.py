@@ -33,11 +33,11 @@ from phi3v.data.collate import (
     Sample,
     check_placeholders,
     encode_record,
-    make_sample,
     pack_row,
 )
 from phi3v.data.features import FeatureStore
 from phi3v.data.lengths import RecordLengths
+from phi3v.data.preferences import ANSWER_WEIGHTS, Preferences
 from phi3v.data.readers import Readers
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -100,10 +100,15 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         # Plain numbers: one at a time they are looked up far faster than out of an array.
-        self._tokens: list[int] = self.lengths.tokens.tolist()
-        self._prefix: list[int] = self.lengths.prefix.tolist()
-        self._page: list[int] = self.lengths.page.tolist()
-        self._crops: list[int] = self.lengths.crops.tolist()
+        lengths = self.lengths
+        self._tokens: list[int] = lengths.tokens.tolist()
+        self._prefix: list[int] = lengths.prefix.tolist()
+        self._own_prefix: list[int] = lengths.own_prefix.tolist()
+        self._below: list[int] = lengths.below.tolist()
+        self._answers: list[int] = lengths.answers.tolist()
+        self._longest: list[int] = lengths.longest.tolist()
+        self._page: list[int] = lengths.page.tolist()
+        self._crops: list[int] = lengths.crops.tolist()
         self.num_steps = -(-len(self) // self.batch_size)
         if self.batch_tokens is not None:
             self.num_steps = min(max(1, round(self.epoch_tokens() / self.batch_tokens)), len(self))
@@ -118,20 +123,24 @@ class BatchPlan:
 
     def tokens(self, group: Group) -> int:
         """Tokens that a group has in a row."""
-        prefix = self._prefix[group[0]]
-        return prefix + sum(self._tokens[index] - prefix for index in group)
+        if len(group) == 1:
+            return self._tokens[group[0]]
+        return self._prefix[group[0]] + sum(self._below[index] for index in group)
 
     def work(self, row: Row) -> float:
         """What a row costs, in tokens."""
         crops = self.crop_cost * sum(self._crops[group[0]] for group in row)
-        sizes = [self.tokens(group) for group in row]
-        return crops + (sum(sizes) if self.is_packed else len(row) * max(sizes))
+        if self.is_packed:
+            return crops + sum(self.tokens(group) for group in row)
+        records = [index for group in row for index in group]
+        samples = sum(self._answers[index] for index in records)
+        return crops + samples * max(self._longest[index] for index in records)
 
     def branch_pairs(self, row: Row) -> int:
         """Queries of branches times the keys of their group, in all groups of a row that share a prefix."""
         pairs = 0
         for group in row:
-            if len(group) > 1 and (prefix := self._prefix[group[0]]):
+            if prefix := (self._prefix if len(group) > 1 else self._own_prefix)[group[0]]:
                 tokens = self.tokens(group)
                 pairs += (tokens - prefix) * tokens
         return pairs
@@ -177,13 +186,13 @@ class BatchPlan:
         groups: list[list[int]] = []
         tokens = 0
         for index in records:
-            branch = self._tokens[index] - self._prefix[index]
+            branch = self._below[index]
             if groups and len(groups[-1]) < limit and tokens + branch <= self.pack_tokens:
                 groups[-1].append(index)
                 tokens += branch
             else:
                 groups.append([index])
-                tokens = self._tokens[index]
+                tokens = self._prefix[index] + branch
         return [tuple(group) for group in groups]
 
     def _added_tokens(self, chunks: Sequence[Group]) -> npt.NDArray[np.int64]:
@@ -191,7 +200,7 @@ class BatchPlan:
         order = list(chain.from_iterable(chunks))
         first = np.zeros(len(order), dtype=bool)
         first[np.cumsum([0] + [len(chunk) for chunk in chunks[:-1]])] = True
-        return np.asarray(self.lengths.tokens[order] - np.where(first, 0, self.lengths.prefix[order]))
+        return np.where(first, self.lengths.tokens[order], self.lengths.below[order])
 
     def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
         """Where each step starts and ends among the records in their order."""
@@ -281,6 +290,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         features: of the images, where a frozen vision part has made them already.
         on_bad: a group whose images cannot be read: raise that, or leave it out. A row that has no other is made of
             a record that can be read, and weighs nothing: every rank must run the same parts of the model.
+        preferences: makes a record's samples of all its answers, in place of the record as it is.
     """
 
     def __init__(
@@ -292,6 +302,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         packed: bool = False,
         features: FeatureStore | None = None,
         on_bad: OnBadSample = "stop",
+        preferences: Preferences | None = None,
     ) -> None:
         self.table = table
         self.processor = processor
@@ -299,6 +310,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         self.loss_weighting = loss_weighting
         self.packed = packed
         self.on_bad = on_bad
+        self.preferences = preferences
 
     def __len__(self) -> int:
         return len(self.table)
@@ -316,7 +328,7 @@ class RowDataset(Dataset[dict[str, Any]]):
                 wrong = error
         weighs = bool(groups)
         if not groups:
-            groups = [[self._first_readable(plan.row[-1][-1], wrong)]]
+            groups = [self._first_readable(plan.row[-1][-1], wrong)]
         row = self.collate(groups)
         if not weighs or plan.fills:
             row = without_weight(row)
@@ -325,10 +337,14 @@ class RowDataset(Dataset[dict[str, Any]]):
 
     def collate(self, groups: list[list[Sample]]) -> dict[str, Any]:
         """The row of samples, as of `pack_row` or `Collator`."""
+        if self.packed and self.preferences is not None:
+            groups = [part for samples in groups for part in self.preferences.shareable(samples)]
+        samples = [sample for group in groups for sample in group]
         if self.packed:
-            return pack_row(groups, self.loss_weighting)
-        collator = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=self.loss_weighting)
-        return collator([sample for samples in groups for sample in samples])
+            row = pack_row(groups, self.loss_weighting)
+        else:
+            row = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=self.loss_weighting)(samples)
+        return row if self.preferences is None else self.preferences.complete(row, samples)
 
     def samples(self, group: Group) -> list[Sample]:
         """The samples of records about the same images.
@@ -337,21 +353,24 @@ class RowDataset(Dataset[dict[str, Any]]):
             UserError: an image cannot be read.
             ImageAlignmentError: placeholders and images do not fit together.
         """
-        first = replace(make_sample(self.reader, self.table[group[0]], self.processor), index=group[0])
-        counts = [page.num_img_tokens for page in first.pages]
-        samples = [first]
-        for index in group[1:]:
+        pages = self.reader.pages(self.table[group[0]])
+        counts = [page.num_img_tokens for page in pages]
+        samples: list[Sample] = []
+        for index in group:
             record = self.table[index]
             stream = encode_record(record, self.processor, counts)
-            check_placeholders(stream.input_ids, first.pages, record, self.table.path)
-            samples.append(Sample(stream.input_ids, stream.labels, first.pages, record.num_questions, index))
+            check_placeholders(stream.input_ids, pages, record, self.table.path)
+            if self.preferences is not None:
+                samples += self.preferences.samples(record, index, stream, pages, self.processor)
+            else:
+                samples.append(Sample(stream.input_ids, stream.labels, pages, record.num_questions, index))
         return samples
 
-    def _first_readable(self, after: int, error: UserError) -> Sample:
-        """The first record after one that cannot be read, going round; raises ``error`` if there is none."""
+    def _first_readable(self, after: int, error: UserError) -> list[Sample]:
+        """Those of the first record after one that cannot be read, going round; raises ``error`` if there is none."""
         for step in range(1, len(self.table)):
             try:
-                return self.samples(((after + step) % len(self.table),))[0]
+                return self.samples(((after + step) % len(self.table),))
             except UserError:
                 continue
         raise error
@@ -359,8 +378,8 @@ class RowDataset(Dataset[dict[str, Any]]):
 
 def without_weight(row: dict[str, Any]) -> dict[str, Any]:
     """A row that is computed as the others are and changes nothing, for ranks that must run one."""
-    counts = Counts(0.0, 0, 0, 0, row["counts"].records)
-    return row | {"loss_weights": torch.zeros_like(row["loss_weights"]), "counts": counts}
+    weights = {name: torch.zeros_like(row[name]) for name in ("loss_weights", *ANSWER_WEIGHTS) if name in row}
+    return row | weights | {"counts": Counts(0.0, 0, 0, 0, row["counts"].records)}
 
 
 def read_steps(

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,7 @@ PARALLEL = 4096  # records from which on processes are worth starting
 class RecordCount(NamedTuple):
     """Of one record: its tokens that are no image, those that the loss is on; and for each turn the tokens of the
     prompt that ends with its question, those up to the last image (0 if there is none), and a key that is equal for
-    prompts which are the same up to there.
+    prompts which are the same up to there; and the tokens of its last answer and of each rejected one.
     """
 
     text: int
@@ -61,6 +61,12 @@ class RecordCount(NamedTuple):
     prompts: list[int]
     prefixes: list[int]
     keys: list[bytes]
+    answers: list[int]
+
+
+def _derived() -> Ints:
+    """Of a field of `RecordLengths` that follows from the others where every record is one sample."""
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,12 @@ class RecordLengths:
         crops: (n,) that run through the tower, global views included.
         prefix: (n,) tokens up to the last image, which records of the same page have in common; 0: shares nothing.
         page: (n,) equal for records that may share their prefix.
+        answers: (n,) samples that a record is: 1, or of preferences one for each answer; they have the prompt in
+            common, and ``tokens`` and ``image_tokens`` count it once.
+        below: (n,) tokens that a record adds to a group of its page.
+        own_prefix: (n,) tokens that its samples share where it is the only record of a group.
+        longest: (n,) tokens of its longest sample.
+        separate, squared: (n,) sums of the tokens of its samples, and of their squares, each by itself.
     """
 
     tokens: Ints
@@ -82,13 +94,25 @@ class RecordLengths:
     crops: Ints
     prefix: Ints
     page: Ints
+    answers: Ints = field(default_factory=_derived)
+    below: Ints = field(default_factory=_derived)
+    own_prefix: Ints = field(default_factory=_derived)
+    longest: Ints = field(default_factory=_derived)
+    separate: Ints = field(default_factory=_derived)
+    squared: Ints = field(default_factory=_derived)
+
+    def __post_init__(self) -> None:
+        if len(self.answers) != len(self.tokens):  # every record is one sample
+            tokens, one = self.tokens, np.ones_like(self.tokens)
+            derived = {"answers": one, "below": tokens - self.prefix, "own_prefix": 0 * one, "longest": tokens}
+            self.__dict__.update(derived, separate=tokens, squared=tokens**2)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def repeated(self, times: int) -> RecordLengths:
         """As if there were so many times as many records, about other images."""
-        arrays = {field.name: np.tile(getattr(self, field.name), times) for field in fields(self)}
+        arrays = {each.name: np.tile(getattr(self, each.name), times) for each in fields(self)}
         pages = int(self.page.max()) + 1
         return RecordLengths(**arrays | {"page": arrays["page"] + pages * np.repeat(np.arange(times), len(self))})
 
@@ -103,6 +127,8 @@ class TableLengths:
         prompts, prefixes: (t,) as of `RecordCount`.
         pages: (t,) equal where the keys are.
         images: (t,) number of images of each turn.
+        answers: tokens of each record's last answer and its rejected ones, one record after the other.
+        alternatives: (n,) number of these.
         sizes: (m, 2) width and height of each image; 0 where its header cannot be read.
     """
 
@@ -113,6 +139,8 @@ class TableLengths:
     prefixes: Ints
     pages: Ints
     images: Ints
+    answers: Ints
+    alternatives: Ints
     sizes: Ints
 
     def __len__(self) -> int:
@@ -141,10 +169,7 @@ class TableLengths:
             long_context_start: longer samples use other rotary factors (LongRoPE), so records on both sides of it
                 cannot share a prefix, even of the same page.
         """
-        per_image, crops = self._of_images(num_crops)
-        image_tokens, record_crops = (
-            np.bincount(self.image_record, values, len(self)).astype(np.int64) for values in (per_image, crops)
-        )
+        image_tokens, record_crops = self.of_images(num_crops)
         tokens = self.text + image_tokens
         first = self.first_turn
         # Only what is the same for all records of a page can be shared: no answer may stand before the last image.
@@ -178,6 +203,12 @@ class TableLengths:
         alone = int(self.pages.max(initial=0)) + 1 + np.arange(len(questions))
         return tokens, prefix, np.where(prefix > 0, self.pages[turn], alone)
 
+    def of_images(self, num_crops: int) -> tuple[Ints, Ints]:
+        """Tokens and crops of all images of each record."""
+        of = self.image_record
+        tokens, crops = (np.bincount(of, each, len(self)).astype(np.int64) for each in self._of_images(num_crops))
+        return tokens, crops
+
     def _of_images(self, num_crops: int) -> tuple[Ints, Ints]:
         """Tokens and crops of each image."""
         sizes, place = self.distinct_sizes
@@ -192,7 +223,7 @@ def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCoun
     if processor is None:
         return _estimate(record)
     from phi3v.data.collate import encode_record  # takes seconds to import, and a check may do without
-    from phi3v.processing.conversation import IGNORE_INDEX
+    from phi3v.processing.conversation import IGNORE_INDEX, tokenize_answer
 
     # One token an image, and its own number added elsewhere: the runs of a page would cost the most.
     stream = encode_record(record, processor, [1] * len(record.images))
@@ -205,7 +236,9 @@ def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCoun
         prompts.append(end - images)
         prefixes.append(prefix)
     targets = sum(label != IGNORE_INDEX for label in stream.labels)
-    return RecordCount(len(stream.input_ids) - images, targets, prompts, prefixes, _page_keys(record))
+    rejected = [len(tokenize_answer(processor.backend_tokenizer, text)) for text in record.rejected]
+    answers = [len(stream.input_ids) - stream.prompts[-1], *rejected]
+    return RecordCount(len(stream.input_ids) - images, targets, prompts, prefixes, _page_keys(record), answers)
 
 
 def _estimate(record: Record) -> RecordCount:
@@ -223,7 +256,9 @@ def _estimate(record: Record) -> RecordCount:
         answer = len(turn.assistant) / CHARACTERS_PER_TOKEN
         text += answer
         answers += turn.weight * answer
-    return RecordCount(int(text), int(answers) + 2 * record.num_questions + 1, prompts, prefixes, _page_keys(record))
+    last = [3 + len(answer) // CHARACTERS_PER_TOKEN for answer in (record.turns[-1].assistant, *record.rejected)]
+    targets = int(answers) + 2 * record.num_questions + 1
+    return RecordCount(int(text), targets, prompts, prefixes, _page_keys(record), last)
 
 
 def _page_keys(record: Record) -> list[bytes]:
@@ -259,13 +294,15 @@ def measure_table(
     turns, images = table.turn_counts(), table.turn_image_counts()
     tokenizer = processor.backend_tokenizer.to_str() if processor is not None else ""
     file = table.folder / f"tokens-{_identity(tokenizer)}.npz"
+    rejected = table.rejected_counts().astype(np.int64)
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
+    shapes["answers"] = len(turns) + int(rejected.sum())
     kept = _recall(file, shapes)
     if kept is None:
         kept = dict(zip(shapes, _count_all(table, processor, progress), strict=True))
         _keep(file, kept)
     of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
-    return TableLengths(**kept, turns=turns, images=images, sizes=of_names[name_of_image])
+    return TableLengths(**kept, turns=turns, images=images, alternatives=1 + rejected, sizes=of_names[name_of_image])
 
 
 def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[str, tuple[int, int]]:
@@ -317,9 +354,9 @@ def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: b
 
     def count_chunk(start: int) -> tuple[list[Ints], list[bytes]]:
         counts = [count_record(record, processor) for record in table.records(start, start + CHUNK)]
-        text, targets, *of_turns = zip(*counts, strict=True)
-        prompts, prefixes, keys = (list(chain.from_iterable(values)) for values in of_turns)
-        return [np.array(values, dtype=np.int64) for values in (text, targets, prompts, prefixes)], keys
+        text, targets, *ragged = zip(*counts, strict=True)
+        prompts, prefixes, keys, answers = (list(chain.from_iterable(values)) for values in ragged)
+        return [np.array(values, dtype=np.int64) for values in (text, targets, prompts, prefixes, answers)], keys
 
     numbers: dict[bytes, int] = {}
     parts: list[list[Ints]] = []
@@ -328,8 +365,9 @@ def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: b
         LateProgress("measuring records", len(table), enabled=progress) as bar,
         reading(count_chunk, range(0, len(table), CHUNK), workers) as chunks,
     ):
-        for arrays, keys in chunks:
-            parts.append([*arrays, np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)])
+        for (*arrays, answers), keys in chunks:
+            pages = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+            parts.append([*arrays, pages, answers])
             bar.advance(len(arrays[0]))
     return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
@@ -400,13 +438,13 @@ def require_context(table: RecordTable, context: Context, lengths: RecordLengths
     Raises:
         UserError: it cannot; names lines and lengths.
     """
-    too_long = (lengths.tokens > context.tokens).nonzero()[0].tolist()
+    too_long = (lengths.longest > context.tokens).nonzero()[0].tolist()
     if not too_long:
         return
     lines = [table[index].line for index in too_long[: 1 + SHOWN_LINES]]
-    what = context.too_long(int(lengths.tokens[too_long[0]]))
+    what = context.too_long(int(lengths.longest[too_long[0]]))
     if len(too_long) > 1:
-        shown = zip(lines[1:], lengths.tokens[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True)
+        shown = zip(lines[1:], lengths.longest[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True)
         others = ", ".join(f"{line} ({tokens:,})" for line, tokens in shown)
         what += f"; {len(too_long) - 1} more are too long: line {others}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
     raise UserError(what, where=f"{table.path}:{lines[0]}", hint=LENGTH_HINT)

@@ -36,7 +36,16 @@ from phi3v.train.device import RuntimeDevice, choose_device, default_workers
 from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.strategies import summarize
-from phi3v.train.prepare import data_files, make_plan, open_tables, probe_index, questions_of, require_lengths
+from phi3v.train.objectives import make_objective
+from phi3v.train.prepare import (
+    data_files,
+    make_plan,
+    open_tables,
+    preferences_of,
+    probe_index,
+    questions_of,
+    require_lengths,
+)
 from phi3v.train.run_folder import HINT, check_run_folder, environment
 from phi3v.train.schedule import describe_schedule, total_steps
 
@@ -70,7 +79,7 @@ def diagnose(config: RunConfig, console: Console) -> Report:
     if case is not None and facts is not None and processor is not None and table is not None:
         _check_records(config, report, facts, processor, table, eval_table)
         if not report.has_failed("lengths"):
-            lengths = require_lengths(config, table, facts, processor)
+            lengths = require_lengths(config, table, facts, processor, config.objective)
             plan = make_plan(config, case.runtime, facts.skeleton, lengths)
             report.add(describe_schedule(config.training, total_steps(config.training, plan.num_steps)))
     if case is not None and facts is not None and not report.has_failed("lengths") and not refusals(case):
@@ -319,8 +328,10 @@ def _check_gradients(
     counts = table.image_counts()
     with_images = counts.nonzero()[0]
     smallest = int(with_images[counts[with_images].argmin()]) if len(with_images) else 0
-    batch = RowDataset(table, processor)[RowPlan(((smallest,),), ends_step=True)]
-    checked = check_gradients(model, batch, autocast_dtype=runtime.autocast_dtype)
+    dataset = RowDataset(table, processor, preferences=preferences_of(config, facts, table))
+    batch = dataset[RowPlan(((smallest,),), ends_step=True)]
+    loss_of = make_objective(config.objective).probe_loss
+    checked = check_gradients(model, batch, autocast_dtype=runtime.autocast_dtype, loss_of=loss_of)
     report.say("gradients", "pass", f"all {checked} trainable tensors get one, no frozen one does")
 
 

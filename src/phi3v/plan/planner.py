@@ -183,10 +183,9 @@ class Planner:
 
     def _mean_sample(self, num_crops: int) -> SampleWork:
         lengths = self.workload.at(num_crops).lengths
-        tokens = lengths.tokens.astype(float)
         return SampleWork(
-            tokens=float(tokens.mean()),
-            tokens_squared=float((tokens**2).mean()),
+            tokens=float(lengths.separate.mean()),
+            tokens_squared=float(lengths.squared.mean()),
             image_tokens=float(lengths.image_tokens.mean()),
             crops=float(lengths.crops.mean()),
             answer_tokens=float(lengths.targets.mean()),
@@ -340,5 +339,5 @@ def _data_facts(config: RunConfig, processor: Phi3VProcessor | None) -> DataFact
 
 def _workload(config: RunConfig, processor: Phi3VProcessor | None, *, progress: bool) -> Workload:
     if config.data.train is None or not Path(config.data.train).is_file():
-        return assumed_workload()
-    return read_workload(Path(config.data.train), config.data, processor, progress=progress)
+        return assumed_workload(objective=config.objective)
+    return read_workload(Path(config.data.train), config.data, processor, config.objective, progress=progress)

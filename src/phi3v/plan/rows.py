@@ -89,20 +89,22 @@ class _Measures:
     """Counts of single rows."""
 
     def __init__(self, lengths: RecordLengths) -> None:
-        self.tokens, self.image_tokens, self.targets, self.crops, self.prefix, self.page = (
-            getattr(lengths, field.name).tolist() for field in fields(lengths)
-        )
+        self.lists: dict[str, list[int]] = {
+            field.name: getattr(lengths, field.name).tolist() for field in fields(lengths)
+        }
 
     def of(self, row: Row) -> tuple[int, int, int, int, int]:
-        crops: dict[int, int] = {}
+        of, crops = self.lists, dict[int, int]()
         tokens = images = targets = needed = 0
         for group in row:
             first = group[0]
-            prefix = self.prefix[first] if len(group) > 1 else 0
-            branches = [self.tokens[index] - prefix for index in group]
-            tokens += prefix + sum(branches)
-            images += self.image_tokens[first]
-            crops[self.page[first]] = self.crops[first]  # a page of several groups is computed once
-            targets += sum(self.targets[index] for index in group)
-            needed += prefix**2 + sum(2 * branch * prefix + branch**2 for branch in branches)
+            prefix = of["prefix" if len(group) > 1 else "own_prefix"][first]
+            records = [of["below"][index] for index in group] if len(group) > 1 else [of["tokens"][first] - prefix]
+            tokens += prefix + sum(records)
+            images += of["image_tokens"][first]
+            crops[of["page"][first]] = of["crops"][first]  # a page of several groups is computed once
+            targets += sum(of["targets"][index] for index in group)
+            # The answers of a record as if they were equally long.
+            own = sum(below**2 // of["answers"][index] for below, index in zip(records, group, strict=True))
+            needed += prefix**2 + 2 * prefix * sum(records) + own
         return tokens, images, sum(crops.values()), targets, needed

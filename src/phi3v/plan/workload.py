@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from phi3v.config import DataConfig
+from phi3v.config import DataConfig, ObjectiveConfig
 from phi3v.data.lengths import CHARACTERS_PER_TOKEN, LONG_CONTEXT, RecordLengths, TableLengths, measure_table
+from phi3v.data.preferences import lengths_at
 from phi3v.data.table import open_table
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.processor import Phi3VProcessor
@@ -42,8 +43,8 @@ class CropChoice:
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
-        """(records,) of the whole sequence."""
-        return self.lengths.tokens
+        """(records,) of the whole sequence; of preferences, of the longest of its sequences."""
+        return self.lengths.longest
 
     @property
     def share_long(self) -> float:
@@ -80,11 +81,13 @@ class Workload:
 
     Attributes:
         basis: where the figures are from, in a sentence.
+        objective: what is learned: one answer of each record, or all.
     """
 
     lengths: TableLengths
     basis: str
     is_assumed: bool = False
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     _choices: dict[int, CropChoice] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -97,7 +100,7 @@ class Workload:
         return self._choices[num_crops]
 
     def _choose(self, num_crops: int) -> CropChoice:
-        lengths = self.lengths.at(num_crops)
+        lengths = lengths_at(self.lengths, self.objective, num_crops)
         if not len(self.lengths.sizes):
             return CropChoice(num_crops, lengths, 0.0, 0.0, 0.0)
         sizes, place = self.lengths.distinct_sizes
@@ -146,7 +149,7 @@ class Workload:
         return chosen, reason
 
 
-def assumed_workload(records: int = 1) -> Workload:
+def assumed_workload(records: int = 1, objective: ObjectiveConfig | None = None) -> Workload:
     """One full page and a short question a record, where there is no data to read."""
     each = np.ones(records, dtype=np.int64)
     lengths = TableLengths(
@@ -157,13 +160,22 @@ def assumed_workload(records: int = 1) -> Workload:
         prefixes=PREFIX_TOKENS * each,
         pages=np.arange(records),
         images=each,
+        answers=np.full(2 * records, ASSUMED_ANSWER),
+        alternatives=2 * each,  # a pair, for objectives that take them
         sizes=np.tile(np.array([ASSUMED_PAGE], dtype=np.int64), (records, 1)),
     )
     basis = "no data was read: one scanned page of 1275x1650 pixels and 60 text tokens a record are assumed"
-    return Workload(lengths, basis, is_assumed=True)
+    return Workload(lengths, basis, is_assumed=True, objective=objective or ObjectiveConfig())
 
 
-def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None, *, progress: bool) -> Workload:
+def read_workload(
+    path: Path,
+    data: DataConfig,
+    processor: Phi3VProcessor | None,
+    objective: ObjectiveConfig | None = None,
+    *,
+    progress: bool,
+) -> Workload:
     """Read a data file's lengths and sizes.
 
     Args:
@@ -176,4 +188,5 @@ def read_workload(path: Path, data: DataConfig, processor: Phi3VProcessor | None
     lengths = measure_table(table, processor, progress=progress)
     tokens = "the model's tokenizer" if processor is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     images = len(table.distinct_images()[0])
-    return Workload(lengths, f"{len(table):,} records of {path}: {tokens}, the headers of {images:,} images")
+    basis = f"{len(table):,} records of {path}: {tokens}, the headers of {images:,} images"
+    return Workload(lengths, basis, objective=objective or ObjectiveConfig())

@@ -36,6 +36,11 @@ def tokenize_text(tokenizer: Tokenizer, text: str, *, starts_text: bool = False)
     return ids
 
 
+def tokenize_answer(tokenizer: Tokenizer, answer: str, *, is_last: bool = True) -> list[int]:
+    """Token ids of an answer and of what ends it; the last one also ends the text."""
+    return tokenize_text(tokenizer, answer + END + "\n" + (END_OF_TEXT if is_last else ""))
+
+
 def tokenize_segment(
     tokenizer: Tokenizer,
     text: str,
@@ -179,8 +184,7 @@ def encode_conversation(
             if not is_last:
                 raise ValueError(f"turn {index + 1} of {len(turns)} has no answer")
             return stream
-        answer = turn.assistant + END + "\n" + (END_OF_TEXT if is_last else "")
-        answer_ids = tokenize_text(tokenizer, answer)
+        answer_ids = tokenize_answer(tokenizer, turn.assistant, is_last=is_last)
         stream.input_ids += answer_ids
         stream.labels += answer_ids if turn.weight else [IGNORE_INDEX] * len(answer_ids)
     return stream

@@ -28,6 +28,13 @@ CURVES = (
     "questions_per_second",
     "tokens_per_second",
     "peak_memory_gb",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "kl",
 )
 TOLD_BY = ("metrics.jsonl", "eval_before.json", "eval_after.json", "config.yaml")
 # The files of a finished run, and what is not shown without them.

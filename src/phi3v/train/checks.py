@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from phi3v.config import EvaluationConfig, RunConfig
+import numpy as np
+import numpy.typing as npt
+
+from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.evaluation import check_references
+from phi3v.findings import Finding
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.train.compute.float8 import require_torchao
 from phi3v.train.device import RuntimeDevice
@@ -31,23 +35,47 @@ class DataFacts:
 
     Attributes:
         where: the file to learn from.
+        records: in it.
+        pairs: records with a rejected answer.
+        labels: records whose answer is labelled good or bad.
+        no_pair: line of the first record without a rejected answer.
+        no_judgement: line of the first record without a rejected answer and without a label.
         unusable: why the metrics cannot be computed on the evaluation data.
     """
 
     where: str
     has_images: bool
     unusable: UserError | None = None
+    records: int = 0
+    pairs: int = 0
+    labels: int = 0
+    no_pair: int | None = None
+    no_judgement: int | None = None
 
     @classmethod
     def of(cls, table: RecordTable, questions: QuestionDataset | None, evaluation: EvaluationConfig) -> DataFacts:
         """Those of open files."""
+
+        def first_line(wrong: npt.NDArray[np.bool_]) -> int | None:
+            return table[int(wrong.argmax())].line if wrong.any() else None
+
         unusable = None
         try:
             if questions is not None:
                 check_references(questions, evaluation)
         except UserError as error:
             unusable = error
-        return cls(str(table.path), bool(table.image_counts().any()), unusable)
+        is_pair, is_labelled = table.rejected_counts() > 0, table.labels() >= 0
+        return cls(
+            str(table.path),
+            bool(table.image_counts().any()),
+            unusable,
+            len(table),
+            int(is_pair.sum()),
+            int(is_labelled.sum()),
+            first_line(~is_pair),
+            first_line(~is_pair & ~is_labelled),
+        )
 
 
 @dataclass(frozen=True)
@@ -326,6 +354,49 @@ def feature_cache(case: Case) -> Iterator[UserError]:
         )
 
 
+def objective(case: Case) -> Iterator[UserError]:
+    config, data, name = case.config, case.data, case.config.objective.name
+    if not config.objective.is_preference:
+        return
+    if config.training.loss_weighting != "sample":
+        yield UserError(
+            f"{name} compares whole answers, and every record weighs the same",
+            where="training.loss_weighting",
+            hint="set it to sample",
+        )
+    if data is None:
+        return
+    pairs = 'a worse answer beside "assistant" in the last turn: "rejected": "…" (docs/preferences.md)'
+    if config.objective.takes_pairs and data.no_pair is not None:
+        missing = data.records - data.pairs
+        yield UserError(
+            f"{name} learns from pairs of answers, and {missing:,} of {data.records:,} records have no rejected one",
+            where=f"{data.where}:{data.no_pair}",
+            hint=f"give each {pairs}" + ("; or set objective.name to kto, which takes labels" if data.labels else ""),
+        )
+    if name == "kto" and data.no_judgement is not None:
+        missing = data.records - data.pairs - data.labels
+        yield UserError(
+            f"kto learns from good and bad answers, and {missing:,} of {data.records:,} records have neither a label "
+            "nor a rejected answer",
+            where=f"{data.where}:{data.no_judgement}",
+            hint=f'give each "label": true or false, or {pairs}',
+        )
+    if name == "kto" and data.records == 1:
+        hint = "give it more records"
+        yield UserError("kto compares each record with another one, and there is one", where=data.where, hint=hint)
+
+
+def ignored_answers(objective: ObjectiveConfig, data: DataFacts) -> Finding | None:
+    """What is said where data has preferences and the objective does not look at them."""
+    if objective.is_preference or not data.pairs + data.labels:
+        return None
+    what = f"sft learns every record's answer as it is: {data.pairs:,} records have rejected answers that it ignores"
+    if data.labels:
+        what += f", {data.labels:,} have a label good or bad that it ignores"
+    return Finding("objective", "warn", what, "set objective.name to dpo, or kto for labels, to learn from these")
+
+
 def images(case: Case) -> Iterator[UserError]:
     if case.data is not None and not case.data.has_images and case.trained & {"vision", "projector"}:
         yield UserError(
@@ -358,5 +429,6 @@ CHECKS: tuple[Check, ...] = (
     lora_targets,
     feature_cache,
     images,
+    objective,
     references,
 )

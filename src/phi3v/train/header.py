@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.markup import escape
 from rich.table import Table
 
-from phi3v.config import RunConfig
+from phi3v.config import ObjectiveConfig, RunConfig
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import describe_schedule, total_steps
@@ -36,7 +36,8 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     chosen = config.with_keys({"training.activation_checkpointing": setup.checkpointing.split()[0]})
     planned = forecast(chosen, len(train_table), runtime.world_size) if forecast and runtime.rank == 0 else None
     for line in (
-        f"data: {len(train_table)} records, {len(train_table.questions())} questions to train on"
+        f"objective: {describe_objective(config.objective)}" if config.objective.is_preference else None,
+        f"data: {len(train_table)} records, {_learned(setup)} to train on"
         + (f", {len(questions)} questions to evaluate on" if questions is not None else ""),
         f"answers: {setup.limit}" if setup.limit is not None else None,
         f"device: {runtime.device}, {runtime.precision} ({runtime.reason})",
@@ -57,6 +58,28 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
             finding.render(console)
 
 
+def _learned(setup: PreparedRun) -> str:
+    table, objective = setup.train_table, setup.config.objective
+    if not objective.is_preference:
+        return f"{len(table.questions())} questions"
+    if objective.takes_pairs:
+        return f"{int(table.rejected_counts().sum())} pairs of answers"
+    return f"{len(table) + int(table.rejected_counts().sum())} answers"
+
+
+def describe_objective(objective: ObjectiveConfig) -> str:
+    """An objective and its settings in words."""
+    told = [f"beta {objective.scale:g}"]
+    told += ["scores per token"] if objective.divides_by_length and objective.name != "ipo" else []
+    told += ["scores of whole answers"] if objective.name == "ipo" and not objective.divides_by_length else []
+    told += [f"gamma {objective.gamma:g}"] if objective.name == "simpo" else []
+    told += [f"label smoothing {objective.label_smoothing:g}"] if objective.label_smoothing else []
+    for name, weight in (("quality", objective.quality_weight), ("supervised", objective.supervised_weight)):
+        told += [f"{name} loss of weight {weight:g}"] if weight else []
+    reference = "the model that training begins with" if objective.needs_reference else "none"
+    return f"{objective.name}, {', '.join(told)}; reference: {reference}"
+
+
 def _step_line(setup: PreparedRun) -> str:
     config, ranks = setup.config, setup.runtime.world_size
     if not setup.plan.is_packed:
@@ -64,11 +87,13 @@ def _step_line(setup: PreparedRun) -> str:
             f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
             f"{setup.accumulation} accumulated"
         )
-    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.tokens.sum())
+    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.separate.sum())
     wanted = config.training.batch_tokens
     size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
     shared = (
-        f" ({separate / tokens:.2f} times fewer tokens than apart)" if config.data.packing == "shared-image" else ""
+        f" ({separate / tokens:.2f} times fewer tokens than apart)"
+        if config.data.packing == "shared-image" or config.objective.is_preference
+        else ""
     )
     return (
         f"{size} on {ranks} ranks in rows of at most {config.data.pack_tokens} tokens, {config.data.packing} packing"

@@ -6,6 +6,7 @@ Nothing in it waits for the device but what is logged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,7 +63,11 @@ class TrainingLoop:
         self.observers = observers
         self.checkpoints = checkpoints
         max_steps = total_steps(run.config.training, run.plan.num_steps)
-        self.state = TrainState(run.plan.num_steps, max_steps, loss=torch.zeros((), device=run.runtime.device))
+        self.objective = run.objective
+        loss, statistics = (
+            torch.zeros(size, device=run.runtime.device) for size in ((), len(run.objective.statistics))
+        )
+        self.state = TrainState(run.plan.num_steps, max_steps, loss=loss, statistics=statistics)
 
     def run(self, point: ResumePoint | None = None) -> TrainState:
         """Train to the end, or until an observer stops it.
@@ -145,13 +150,11 @@ class TrainingLoop:
     def _compute(self, rows: Sequence[Row], weight: float) -> torch.Tensor:
         """The gradients of a step; gives their norm."""
         losses = []
+        forward = functools.partial(self.engine.forward, last=False)
+        self.objective.begin_step(forward, map(self._inputs, rows), self.collectives)
         for row in rows:
             last = row is rows[-1]
-            inputs = {
-                name: value.to(self.runtime.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in row.items()
-                if name != "counts"
-            }
+            inputs = self._inputs(row)
             # Engines average gradients over the ranks, so each rank's share is multiplied by their number.
             loss = self.compute_loss(inputs, weight / self.runtime.world_size, last=last)
             losses.append(loss.detach())
@@ -161,6 +164,15 @@ class TrainingLoop:
         self.faults.add(self.state.step + 1, [row["counts"].records for row in rows], losses, norm)
         return norm
 
+    def _inputs(self, row: Row) -> Row:
+        """A row on the device, without what stays on the host."""
+        device = self.runtime.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in row.items()
+            if name != "counts"
+        }
+
     def compute_loss(self, inputs: Row, normalizer: float, *, last: bool) -> torch.Tensor:
         """A row's share of the step's loss.
 
@@ -168,8 +180,10 @@ class TrainingLoop:
             normalizer: what the weighted sum is divided by.
             last: of this rank's rows of the step.
         """
-        inputs = inputs | {"loss_normalizer": normalizer, "logits_to_keep": None, "use_cache": False}
-        loss: torch.Tensor = self.engine.forward(inputs, last=last).loss
+        forward = functools.partial(self.engine.forward, last=last)
+        loss, statistics = self.objective.loss(forward, inputs, normalizer)
+        if statistics is not None:
+            self.state.statistics += statistics
         return loss
 
     def _learning_rates(self) -> dict[str, float]:
@@ -179,7 +193,9 @@ class TrainingLoop:
         return {"learning_rate": groups[0]["lr"], **rates}
 
     def _log(self, norm: torch.Tensor, rates: dict[str, float]) -> None:
-        values = {"loss": self.state.take_loss(self.collectives), "grad_norm": norm.item(), **rates}
+        sums = dict(zip(self.objective.statistics, self.state.take_statistics(self.collectives), strict=True))
+        values = {"loss": self.state.take_loss(self.collectives), **self.objective.shown(sums)}
+        values |= {"grad_norm": norm.item(), **rates}
         for observer in self.observers:
             observer.on_log(self.state, values)
 

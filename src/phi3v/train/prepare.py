@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
 
-from phi3v.config import EvaluationConfig, RunConfig
+from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
 from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
 from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.check import ensure_checked
@@ -22,6 +24,7 @@ from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, RecordLengths, measure_table, require_context
 from phi3v.data.overlap import find_overlap
+from phi3v.data.preferences import Preferences, lengths_at
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
@@ -30,7 +33,7 @@ from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checks import Case, DataFacts, require_possible
+from phi3v.train.checks import Case, DataFacts, ignored_answers, require_possible
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import (
     Activations,
@@ -46,8 +49,10 @@ from phi3v.train.compute.kernels import apply_kernels
 from phi3v.train.device import RuntimeDevice, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice
+from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.optimizers import state_bytes
+from phi3v.train.objectives import Objective, make_objective
 from phi3v.train.run_folder import check_run_folder
 
 
@@ -71,6 +76,10 @@ class PreparedRun:
     checkpointing: str  # the policy and its reason
     findings: tuple[Finding, ...] = ()  # what is doubtful about the data
 
+    @cached_property
+    def objective(self) -> Objective:
+        return make_objective(self.config.objective)
+
     @property
     def model(self) -> Any:
         """Not wrapped."""
@@ -93,8 +102,12 @@ class PreparedRun:
         evaluation = self.config.evaluation
         return replace(evaluation, max_new_tokens=self.limit.tokens) if self.limit is not None else evaluation
 
-    def dataset(self, features: FeatureStore | None = None) -> RowDataset:
-        """What makes the rows of the plan; with their images' features, if kept."""
+    def dataset(self, features: FeatureStore | None = None, reference: torch.Tensor | None = None) -> RowDataset:
+        """What makes the rows of the plan; with their images' features, if kept.
+
+        Args:
+            reference: of `train.reference`, for objectives that need it.
+        """
         return RowDataset(
             self.train_table,
             self.processor,
@@ -102,11 +115,18 @@ class PreparedRun:
             packed=self.plan.is_packed,
             features=features,
             on_bad=self.config.data.on_bad_sample,
+            preferences=preferences_of(self.config, self.facts, self.train_table, reference),
         )
 
     def probe(self) -> dict[str, Any]:
         """The batch of the gradient check: the first record with an image, or the first, as training takes it."""
         return self.dataset()[RowPlan(((probe_index(self.train_table),),), ends_step=True)]
+
+    def check_gradients(self) -> int:
+        """As `check_gradients` on the `probe`, with the loss of the objective."""
+        return check_gradients(
+            self.model, self.probe(), autocast_dtype=self.runtime.autocast_dtype, loss_of=self.objective.probe_loss
+        )
 
 
 def prepare(
@@ -133,11 +153,12 @@ def prepare(
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
         shared = find_overlap(train_table, eval_table) if eval_table is not None else None
-        lengths, *_ = [
-            require_lengths(config, table, facts, processor) for table in (train_table, eval_table) if table is not None
-        ]
+        lengths = require_lengths(config, train_table, facts, processor, config.objective)
+        if eval_table is not None:
+            require_lengths(config, eval_table, facts, processor)
     questions = questions_of(config, eval_table, processor)
     data = DataFacts.of(train_table, questions, config.evaluation)
+    ignored = ignored_answers(config.objective, data)
     require_possible(replace(case, model=facts.skeleton, data=data))
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
@@ -164,7 +185,10 @@ def prepare(
         limit,
         plan,
         f"{checkpointing} ({reason})",
-        tuple(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
+        (
+            *(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
+            *([ignored] if ignored is not None else []),
+        ),
     )
 
 
@@ -277,18 +301,36 @@ def probe_index(table: RecordTable) -> int:
 
 
 def require_lengths(
-    config: RunConfig, table: RecordTable, facts: ModelFacts, processor: Phi3VProcessor
+    config: RunConfig,
+    table: RecordTable,
+    facts: ModelFacts,
+    processor: Phi3VProcessor,
+    objective: ObjectiveConfig | None = None,
 ) -> RecordLengths:
     """The lengths of the records of a checked file, none of which is longer than the model reads.
+
+    Args:
+        objective: what is learned from them; by default they are answered.
 
     Raises:
         UserError: one is; or the header of an image cannot be read, and such records are not to be left out.
     """
     skip = config.data.on_bad_sample == "skip"
     measured = measure_table(table, processor, skip_unreadable=skip, progress=config.training.progress_bar)
-    lengths = measured.at(processor.image_processor.num_crops, facts.skeleton.config.long_context_start)
+    long_context_start = facts.skeleton.config.long_context_start
+    objective = objective or ObjectiveConfig()
+    lengths = lengths_at(measured, objective, processor.image_processor.num_crops, long_context_start)
     require_context(table, Context(facts.context, processor), lengths)
     return lengths
+
+
+def preferences_of(
+    config: RunConfig, facts: ModelFacts, table: RecordTable, reference: torch.Tensor | None = None
+) -> Preferences | None:
+    """What makes samples of all answers of a record, where the objective learns from them."""
+    if not config.objective.is_preference:
+        return None
+    return Preferences(table, config.objective, facts.skeleton.config.long_context_start, reference)
 
 
 def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:

@@ -39,7 +39,6 @@ from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.finetuned import resolve_model
 from phi3v.train.header import Forecast, print_header
 from phi3v.train.loop import TrainingLoop
-from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.weights import read_trained, save_replacing, saved_tensors
 from phi3v.train.observers.evaluating import evaluate_model, show_scores
 from phi3v.train.observers.evaluation import EvaluationObserver
@@ -48,6 +47,7 @@ from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
 from phi3v.train.observers.tracking import Trackers, prepare_trackers
 from phi3v.train.prepare import PreparedRun, prepare, questions_of
+from phi3v.train.reference import reference_log_probs
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder
 from phi3v.train.state import Observer
@@ -93,7 +93,7 @@ def run_training(
             for line in prepare_trackers(config.training.report_to, runtime.rank):
                 say(console, line)
             print_header(setup, forecast)
-            checked = check_gradients(setup.model, setup.probe(), autocast_dtype=setup.runtime.autocast_dtype)
+            checked = setup.check_gradients()
             console.print(f"gradient check: all {checked} trainable tensors get a gradient, no frozen one does")
             result = _in_run_folder(setup, point, signals, observers)
         except (MemoryError, RuntimeError) as error:
@@ -166,6 +166,10 @@ def _train_and_evaluate(
         setup.console,
         show_bar=config.training.progress_bar,
     )
+    reference = None
+    if config.objective.needs_reference:
+        signals.doing = "computing the reference; start again with --resume to go on with it"
+        reference = reference_log_probs(setup, features)
     signals.doing = "evaluating before training; no step was taken"
     before = _evaluate(setup, model, "before") if config.evaluation.before and point is None else None
     signals.doing = "preparing to train; no step was taken by this process"
@@ -180,7 +184,7 @@ def _train_and_evaluate(
     saves = Checkpointer(setup, signals, progress, during, faults)
     # In this order: a checkpoint holds what the others came to.
     own: list[Observer] = [progress, trackers, *([during] if during is not None else []), saves]
-    dataset = setup.dataset(features)
+    dataset = setup.dataset(features, reference)
     readers = Readers(dataset.__getitem__, setup.num_workers, timeout=60 * config.distributed.timeout_minutes)
     loop = TrainingLoop(setup, readers, faults, observers=[*own, *observers], checkpoints=saves)
     try:

@@ -24,6 +24,7 @@ class TrainState:
         loss: this rank's part of the losses of the steps that are not logged yet; on the device.
         logged_to: the step that was logged last.
         logged: the sum of all finite losses that were logged, and of how many steps.
+        statistics: this rank's sums of what the objective counts beside the loss, as ``loss``.
     """
 
     steps_per_epoch: int
@@ -35,6 +36,7 @@ class TrainState:
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     logged_to: int = 0
     logged: tuple[float, int] = (0.0, 0)
+    statistics: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def epoch(self) -> float:
@@ -59,6 +61,14 @@ class TrainState:
             self.logged = (self.logged[0] + total, self.logged[1] + steps)
         return total / steps
 
+    def take_statistics(self, collectives: HostCollectives) -> list[float]:
+        """The sums over all ranks since they were last taken; as `take_loss`."""
+        if not len(self.statistics):
+            return []
+        sums = collectives.sum(self.statistics.tolist())
+        self.statistics = torch.zeros_like(self.statistics)
+        return sums
+
     @property
     def mean_loss(self) -> float:
         """Over all steps, but for logging steps with one that was not finite."""
@@ -66,7 +76,7 @@ class TrainState:
 
     def to_json(self, collectives: HostCollectives) -> dict[str, Any]:
         """For ``state.json``; a collective."""
-        losses = collectives.all_gather(self.loss.item())
+        losses, statistics = zip(*collectives.all_gather((self.loss.item(), self.statistics.tolist())), strict=True)
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -75,7 +85,12 @@ class TrainState:
             "world_size": collectives.world_size,
             "counts": self.counts,
             "skipped": self.skipped,
-            "loop": {"losses": losses, "logged": list(self.logged), "logged_to": self.logged_to},
+            "loop": {
+                "losses": list(losses),
+                "logged": list(self.logged),
+                "logged_to": self.logged_to,
+                "statistics": list(statistics),
+            },
         }
 
     def load_json(self, saved: dict[str, Any], rank: int, world_size: int) -> None:
@@ -85,6 +100,10 @@ class TrainState:
         self.step, self.counts = saved["step"], list(saved["counts"])
         self.skipped = [tuple(entry) for entry in saved["skipped"]]
         self.loss += losses[rank] if len(losses) == world_size else sum(losses) / len(losses)
+        if statistics := loop.get("statistics"):  # none in checkpoints of older versions
+            sums = torch.tensor(statistics, dtype=torch.float64)
+            same = len(sums) == world_size
+            self.statistics += (sums[rank] if same else sums.sum(0) / world_size).to(self.statistics)
         self.logged, self.logged_to = (loop["logged"][0], loop["logged"][1]), loop["logged_to"]
 
 

@@ -54,7 +54,7 @@ class Chart {
     new ResizeObserver(() => this.render()).observe(this.node);
   }
   get smoothing() { return this.noisy ? this.view.smoothing : 0; }
-  get visible() { return this.series.filter((s) => !this.view.hidden.has(s.name)); }
+  get visible() { return this.series.filter((s) => !this.view.hidden.has(s.run || s.name)); }
   get full() {
     const ends = this.view.charts.flatMap((c) => c.series).flatMap((s) => { const x = s[this.view.axis]; return x.length ? [x[0], x[x.length - 1]] : []; });
     const low = Math.min(...ends), high = Math.max(...ends);

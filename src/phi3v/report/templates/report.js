@@ -104,6 +104,13 @@ function curves(runs) {
   add({ title: 'loss', series: series('loss'), canLog: true, noisy: true });
   const measured = [...new Set(runs.flatMap((run) => run.curves.evaluations.flatMap((e) => Object.keys(e.scores))))];
   for (const name of measured) add({ title: `${words(name)} while it trained`, points: true, format: (v) => `${Number((100 * v).toFixed(1))} %`, series: runs.map((run, i) => during(run, name, colour(i))).filter((s) => s.values.length) });
+  // Of preferences: both sides of each run in one chart.
+  const sides = (key) => runs.flatMap((run, i) => [['chosen', colour(i)], ['rejected', colour(i + runs.length)]].map(([side, shade]) => ({ name: runs.length > 1 ? `${run.name}, ${side}` : side, run: run.name, colour: shade, steps: run.curves.steps, seconds: run.curves.seconds, values: run.curves.values[`${key}/${side}`] || [], marks: run.curves.resumed }))).filter((s) => s.values.length);
+  add({ title: 'rewards', series: sides('rewards'), noisy: true });
+  add({ title: 'reward margin, chosen over rejected', series: series('rewards/margins'), noisy: true });
+  add({ title: 'pairs in which chosen has the higher reward', format: (v) => `${Number((100 * v).toFixed(1))} %`, series: series('rewards/accuracies'), noisy: true });
+  add({ title: 'log-probability of an answer', series: sides('logps'), noisy: true });
+  add({ title: 'KL to the reference (k2 estimate)', series: series('kl'), fromZero: true, canLog: true, noisy: true });
   add({ title: 'learning rate', series: series('learning_rate'), fromZero: true, canLog: true });
   add({ title: 'gradient norm', series: series('grad_norm'), canLog: true, noisy: true });
   const rates = RATES.filter(([key]) => series(key).length);

@@ -55,10 +55,10 @@ class MicroBatch:
             top = np.sort(values)[-rows:]
             return int(top.sum() * rows / len(top))
 
-        longest = int(lengths.tokens.max())
+        samples = most(lengths.answers)
         return cls(
-            rows=rows,
-            tokens=rows * longest,
+            rows=samples,
+            tokens=samples * int(lengths.longest.max()),
             image_tokens=most(lengths.image_tokens),
             crops=most(lengths.crops),
             answer_tokens=most(lengths.targets),

@@ -82,7 +82,7 @@ def fill_features(
         tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
         return tower if stage == "tower" else vision.project(tower, [size])
 
-    with _computing(model, runtime):
+    with computing(model, runtime):
         # The first one tells how large a value is.
         itemsize = features(missing[0]).element_size() if missing else 0
         needed = sum(_values(vision, stage, processor, sizes[name]) for name in missing) * itemsize
@@ -131,7 +131,7 @@ def _width(projection: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _computing(model: nn.Module, runtime: RuntimeDevice) -> Iterator[None]:
+def computing(model: nn.Module, runtime: RuntimeDevice) -> Iterator[None]:
     """As a training step computes, without gradients."""
     dtype = runtime.autocast_dtype
     autocast = torch.autocast(runtime.device.type, dtype) if dtype else contextlib.nullcontext()

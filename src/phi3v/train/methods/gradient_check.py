@@ -7,7 +7,7 @@ detached part, or a tensor that no forward pass reaches, is found here in second
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,20 @@ ZERO_BY_NATURE = ("k_proj.bias",)
 FP16_SCALES = (65536.0, 1024.0, 16.0)
 
 
-def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: torch.dtype | None = None) -> int:
+def check_gradients(
+    model: Any,
+    batch: Mapping[str, Any],
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    loss_of: Callable[[Callable[[Mapping[str, Any]], Any], Mapping[str, Any]], torch.Tensor] | None = None,
+) -> int:
     """Check the gradients of one batch and leave the model as it was.
 
     LoRA's B matrices start at zero, which makes the gradients of A zero; for the check they get small random values.
 
     Args:
         batch: model inputs with labels, with at least one image where a vision part is trained.
+        loss_of: gives the loss, from what runs the model and the batch; by default the model's own.
 
     Returns:
         The number of trainable tensors.
@@ -56,7 +63,10 @@ def check_gradients(model: Any, batch: Mapping[str, Any], *, autocast_dtype: tor
             for scale in FP16_SCALES if autocast_dtype == torch.float16 else (1.0,):
                 model.zero_grad(set_to_none=True)
                 with autocast:
-                    loss = model(**inputs, logits_to_keep=None, use_cache=False).loss
+                    if loss_of is None:
+                        loss = model(**inputs, logits_to_keep=None, use_cache=False).loss
+                    else:
+                        loss = loss_of(lambda inputs: model(**inputs), inputs)
                 if not torch.isfinite(loss):
                     raise UserError(f"the loss of the first batch is {loss.item()}", hint="try training.precision fp32")
                 (loss * scale).backward()

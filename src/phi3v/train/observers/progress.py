@@ -78,11 +78,18 @@ class ProgressObserver(Observer):
             f"loss {values['loss']:.4f}  {rates['samples_per_second']:.1f} samples/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
+        shown = (
+            ("rewards/margins", "margin", "+.3f"),
+            ("rewards/accuracies", "prefers chosen", ".0%"),
+            ("kl", "KL", ".3f"),
+        )
+        text += "".join(f"  {label} {values[name]:{how}}" for name, label, how in shown if name in values)
         if not self.bar.disable:
             self.bar.update(self.task, extra=text)
         else:
             left = (now - self.start) / max(state.step, 1) * (state.max_steps - state.step)
-            self.console.print(f"step {state.step}/{state.max_steps}  {text}  {left:.0f} s left", highlight=False)
+            said = f"step {state.step}/{state.max_steps}  {text}  {left:.0f} s left"
+            self.console.print(said, highlight=False, soft_wrap=True)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line to ``metrics.jsonl``; where that fails, as on a full disk, say so and let training go on."""
