@@ -31,6 +31,7 @@ ROOMS = [
     "data",
     "auto",
     "model",
+    "runtime",
     "processing",
     "config",
     "paths",

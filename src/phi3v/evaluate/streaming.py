@@ -14,10 +14,8 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from phi3v.data.collate import Sample
 from phi3v.evaluate.batches import whole_prompts
 from phi3v.evaluate.decoding import DecodingState, prefill
-from phi3v.processing.conversation import decode_answer, stop_token_ids
+from phi3v.processing.conversation import UNFINISHED, decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
-
-UNFINISHED = "\ufffd"  # what a character of several tokens decodes to before its last one
 
 
 @dataclass(frozen=True)

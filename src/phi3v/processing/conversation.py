@@ -22,6 +22,7 @@ from phi3v.processing.tokenizer import CHAT_TOKENS, IMAGE_TOKEN
 IGNORE_INDEX = -100  # label of a token without loss
 END = "<|end|>"
 END_OF_TEXT = "<|endoftext|>"
+UNFINISHED = "\ufffd"  # what a character of several tokens decodes to before its last one
 IMAGE_TAG = re.compile(r"<\|image(?:_(\d+))?\|>")
 
 
