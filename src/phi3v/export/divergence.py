@@ -190,9 +190,8 @@ def drawn_prompts(processor: Phi3VProcessor, long_context_start: int, context: i
         ask("two images", (1, 2), (2, 1), question="What color is the shape in image 2?"),
         ask("text only", question="What is two and two?"),
     ]
-    largest = num_img_tokens(4, 4)
-    pages = long_context_start // largest + 1
-    if pages * (largest + 4) + 64 + NEW_TOKENS <= context:
+    if longest_prompt(long_context_start) <= context:
+        pages = long_context_start // num_img_tokens(4, 4) + 1
         prompts.append(ask(f"more than {long_context_start:,} tokens", *[(4, 4)] * pages))
         crossing = ask(f"an answer across {long_context_start:,} tokens", (1, 1))
         missing = long_context_start - len(crossing.input_ids)  # an answer has two tokens at least
@@ -201,6 +200,12 @@ def drawn_prompts(processor: Phi3VProcessor, long_context_start: int, context: i
         longer = crossing.input_ids[:-6] + (filler * (missing // len(filler) + 1))[:missing] + turn
         prompts.append(Prompt(crossing.kind, longer, crossing.pages))
     return prompts
+
+
+def longest_prompt(long_context_start: int) -> int:
+    """The most tokens that a drawn prompt has, with its answer."""
+    largest = num_img_tokens(4, 4)
+    return (long_context_start // largest + 1) * (largest + 4) + 64 + NEW_TOKENS
 
 
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 4))

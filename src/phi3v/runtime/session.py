@@ -43,7 +43,7 @@ from phi3v.runtime.pages import Floats
 Page = npt.NDArray[np.uint8]
 
 # A file by which each kind of graph is known, and the module in this room whose `load(folder, processing)` runs it.
-BACKENDS = {"openvino_language_model.xml": "openvino"}
+BACKENDS = {"openvino_language_model.xml": "openvino", "decoder.onnx": "onnx"}
 
 
 class Graphs(Protocol):

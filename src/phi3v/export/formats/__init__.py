@@ -117,7 +117,7 @@ FORMATS = {
         "graphs for ONNX Runtime",
         maker="onnx",
         extra="onnx",
-        modules=("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
+        modules=("onnx", "onnxruntime"),
         runs_it="phi3v.runtime, onnxruntime-genai",
         bits=4,
         group_size=32,
