@@ -146,7 +146,8 @@ def test_a_command_works(
     arguments = [str(small_model_dir) if word == HUB_MODEL else word for word in arguments_of(line)]
     verb = arguments[0]
     is_page = verb == "chat" and "--prompt" not in arguments
-    if not line.startswith("phi3v") or ELSEWHERE.search(line) or is_page or verb == "quickstart":
+    has_no_pair = arguments[:2] == ["data", "pairs"]  # a random model
+    if not line.startswith("phi3v") or ELSEWHERE.search(line) or is_page or verb == "quickstart" or has_no_pair:
         parsed = parse(arguments)
         if getattr(parsed, "recipe", None) is not None and verb == "train":
             load_config(parsed.recipe, parsed.overrides)

@@ -47,6 +47,11 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
         (["--out", "p.html"], ["--model.path", "m"], ["--model.num_crops", "4"], ["--open"]),
         {"file": Path("d.jsonl"), "open": True, "overrides": {"model.path": "m", "model.num_crops": "4"}},
     ),
+    "data pairs": (
+        [],
+        (["--model", "run"], ["--data", "d.jsonl"], ["--out", "o"], ["--metric", "anls"], ["--min-margin", "0.5"]),
+        {"model": "run", "data": Path("d.jsonl"), "out": Path("o"), "metric": "anls", "min_margin": 0.5, "samples": 8},
+    ),
     "quickstart": (
         [],
         (["--out", "q"], ["--training.seed", "3"]),

@@ -66,6 +66,7 @@ TRAIN = [
     "command",
     "run",
     "reference",
+    "pairs",
     "evaluate_finetuned",
     "result",
     "header",

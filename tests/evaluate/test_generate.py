@@ -15,7 +15,9 @@ from transformers import GenerationConfig
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
-from phi3v.evaluate.generate import Generated, generate_answers
+from phi3v.errors import UserError
+from phi3v.evaluate.generate import Generated, generate_answers, sample_answers
+from phi3v.evaluate.sampling import Sampling, TokenChooser
 from phi3v.evaluate.streaming import stream_answer
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -242,3 +244,54 @@ def test_a_streamed_answer_grows_to_that_of_the_batch(pages: QuestionDataset, ti
             assert is_whole is not expected.cut
             assert sights[-1] == expected.text
             assert all(later.startswith(sight) for sight, later in itertools.pairwise(sights))
+
+
+def sampled(
+    model: Any, questions: QuestionDataset, wanted: list[int], batch_size: int, seed: int = 0, **settings: Any
+) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    sample_answers(
+        model,
+        questions.processor,
+        questions,
+        wanted,
+        lambda answers: found.update({index: texts(of_question) for index, of_question in answers.items()}),
+        batch_size=batch_size,
+        sampling=Sampling(temperature=0.8, top_p=0.9, seed=seed),
+        **{"count": 3, "batch_tokens": 10**6, "max_new_tokens": 6} | settings,
+    )
+    return found
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+def test_what_is_drawn_depends_on_the_question_and_the_seed_alone(
+    pages: QuestionDataset, tiny_model_dir: Path, crossing: bool
+) -> None:
+    """Also where answers cross the length from which the long rotary factors hold."""
+    longest = max(len(pages[index].input_ids) for index in range(6))
+    model = loud_model(tiny_model_dir, longest + 2 if crossing else None)
+    together = sampled(model, pages, list(range(6)), batch_size=9)
+    assert sampled(model, pages, list(range(6)), batch_size=1) == together
+    assert sampled(model, pages, [4, 1], batch_size=6) == {index: together[index] for index in (4, 1)}
+    shares = [sampled(model, pages, list(range(6)), batch_size=9, rank=rank, world_size=2) for rank in (0, 1)]
+    assert shares[0] | shares[1] == together
+    assert not shares[0].keys() & shares[1].keys()
+    assert sampled(model, pages, list(range(6)), batch_size=9, seed=1) != together
+    assert sum(len(set(of_question)) for of_question in together.values()) > 9  # of 18
+    fewer = sampled(model, pages, [0], batch_size=9, count=2)
+    assert fewer == {0: together[0][:2]}
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.log(torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3]])).expand(4000, -1)
+    names = [str(number) for number in range(len(logits))]
+    drawn = TokenChooser(Sampling(temperature=1.0), names)(logits, range(len(logits)))
+    shares = drawn.bincount(minlength=5) / len(drawn)
+    # Five standard deviations of a share of 0.5 are 0.04.
+    assert torch.allclose(shares, torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3]), atol=0.04)
+    assert shares[[0, 2]].tolist() == [0, 0]
+    nucleus = TokenChooser(Sampling(temperature=1.0, top_p=0.6), names)(logits, range(len(logits)))
+    assert set(nucleus.tolist()) == {3, 4}
+    assert TokenChooser(Sampling(), names)(logits[:2], [0, 1]).tolist() == [3, 3]
+    with pytest.raises(UserError, match="not finite"):
+        TokenChooser(Sampling(temperature=1.0), ["a"])(torch.full((1, 5), float("nan")), [0])

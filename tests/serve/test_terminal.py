@@ -18,7 +18,7 @@ from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.evaluate import streaming
 from phi3v.evaluate.generate import generate_answers
-from phi3v.evaluate.streaming import Sampling
+from phi3v.evaluate.sampling import Sampling
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn
 from phi3v.train.device import choose_device
@@ -68,7 +68,7 @@ def test_an_answer_that_was_cut_is_told_from_a_whole_one(chat: Chat, monkeypatch
     end = chat._model("tuned")[1].tokenizer.convert_tokens_to_ids("<|end|>")
     for tokens, cut in (([5, 5, 5], {"tuned": 3}), ([5, 5, end], {})):
         drawn = iter(tokens)
-        monkeypatch.setattr(streaming._Chooser, "__call__", lambda *_, drawn=drawn: next(drawn))
+        monkeypatch.setattr(streaming.TokenChooser, "__call__", lambda *_, drawn=drawn: next(drawn))
         turn = Turn("hello")
         last(chat, turn, settings=AnswerSettings(3))
         assert turn.cut == cut

@@ -1,14 +1,15 @@
-"""``phi3v data``: convert, check and preview data files."""
+"""``phi3v data``: convert, check and preview data files, and make pairs of a model's answers."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from phi3v.config import DEFAULT_MAX_PIXELS, add_keys, load_config
+from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, PRECISIONS, add_keys, load_config
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
 from phi3v.grammar import Parser
 from phi3v.terminal import say
@@ -31,7 +32,7 @@ FILE: dict[str, Any] = {
 
 
 def add_commands(verbs: Parser) -> None:
-    group = verbs.add_group("data", "convert, check and preview data")
+    group = verbs.add_group("data", "convert, check, preview and make data")
     _add_convert(group)
     command = group.add_command(
         "check",
@@ -64,6 +65,62 @@ def add_commands(verbs: Parser) -> None:
     add_keys(command, ("model.path", "model.num_crops"))
     command.add_argument("--special-text", **SPECIAL_TEXT)
     command.add_argument("--open", action="store_true", help="open it in the browser")
+    _add_pairs(group)
+
+
+def _add_pairs(group: Parser) -> None:
+    command = group.add_command(
+        "pairs",
+        pairs,
+        "make preference data of a model's own answers: draw several to each question, score them against the "
+        "references, write the best and the worst; goes on where it was interrupted; also under torchrun",
+        "phi3v data pairs --model output/first --data data/train.jsonl --metric anls --out data/pairs",
+        brief="make preference data of a model's own answers",
+        on_all_ranks=True,
+    )
+    command.add_argument(
+        "--model", required=True, metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder"
+    )
+    command.add_argument("--base", metavar="MODEL", help="the base model, if it has moved")
+    command.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="questions with references")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for pairs.jsonl and answers.jsonl"
+    )
+    own = "default: as the run was evaluated"
+    names = [name for name in METRIC_NAMES if name != "auroc"]
+    command.add_argument(
+        "--metric", choices=names, metavar="NAME", help=f"score of an answer, from {', '.join(names)} ({own})"
+    )
+    command.add_argument("--samples", type=int, default=8, metavar="K", help="answers to each question")
+    command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="higher ones draw more freely")
+    command.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P", help="draw from the likeliest tokens with this probability"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws")
+    command.add_argument(
+        "--chosen",
+        choices=("best", "reference"),
+        default="best",
+        help="the better answer of a pair: the best one drawn, or the reference",
+    )
+    command.add_argument(
+        "--min-margin",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="minimum difference of the two scores; it is always above 0",
+    )
+    command.add_argument("--max-questions", type=int, metavar="N", help="size of a random sample (default: all)")
+    command.add_argument(
+        "--batch-size", type=int, metavar="N", help="answers drawn at once, at least those of one question (default: 8)"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"maximum tokens of an answer ({own}, else by the references)"
+    )
+    command.add_argument(
+        "--num-crops", type=int, metavar="N", help="maximum number of crops per image (default: as saved)"
+    )
+    command.add_argument("--precision", choices=PRECISIONS, help=f"precision of computation ({own}, else auto)")
 
 
 def _add_convert(group: Parser) -> None:
@@ -171,6 +228,16 @@ def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     report.render(console)
     return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+
+
+def pairs(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.train.observers.signals import Signals
+    from phi3v.train.pairs import PairOptions, make_pairs
+
+    options = PairOptions(**{field.name: getattr(arguments, field.name) for field in fields(PairOptions)})
+    with Signals() as signals:
+        signals.doing = "drawing answers; the same command goes on from here"
+        return make_pairs(arguments.model, arguments.data, arguments.out, console, options, base=arguments.base)
 
 
 def preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class DecodingState:
         """Go on with these lines, in this order; a line may be taken more than once."""
         assert self.mask is not None
         chosen = torch.tensor(lines, device=self.mask.device)
-        self.mask = self.mask[chosen]
+        self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         for cache in self.cache.values():
             cache.batch_select_indices(chosen)
         self.lengths = [self.lengths[line] for line in lines] if self.lengths else []

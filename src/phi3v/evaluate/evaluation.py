@@ -122,8 +122,10 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
     """Look whether the metrics can be computed on these questions at all.
 
     Raises:
-        UserError: a reference is none of the words whose probabilities are compared, or all are on one side.
+        UserError: an answer to compare with is labelled as a bad one, a reference is none of the words whose
+            probabilities are compared, or all are on one side.
     """
+    require_good_references(questions)
     if not any(METRICS[name].needs_probabilities for name in config.metrics):
         return
     words = [normalize_answer(word) for word in config.answer_words]
@@ -144,6 +146,19 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
             where=str(questions.table.path),
             hint="evaluate on data that has both, or leave auroc out of evaluation.metrics",
         )
+
+
+def require_good_references(questions: QuestionDataset) -> None:
+    """Raise `UserError` if the only reference of a question is an answer that is labelled as a bad one."""
+    table = questions.table
+    bad = table.labels()[questions.index[:, 0]] == 0
+    last = questions.index[:, 1] == table.turn_counts()[questions.index[:, 0]] - 1
+    for record_index, turn_index in questions.index[bad & last].tolist():
+        record = table[record_index]
+        if not record.turns[-1].answers:
+            what = "is labelled as a bad answer, and there is no other to score by"
+            where = f"{table.path}:{record.line}: conversations[{turn_index}]"
+            raise UserError(what, where=where, hint='list the right ones in "answers", or leave the record out')
 
 
 def evaluate(

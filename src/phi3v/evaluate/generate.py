@@ -1,7 +1,8 @@
-"""Answering questions: greedy, batched, with a KV cache, each question on exactly one rank.
+"""Answering questions: batched, with a KV cache, each question on exactly one rank.
 
 The library's ``generate`` answers each prompt from scratch and keeps finished rows to the end. Here questions about
-one page share its computation, and rows leave the batch when they are done; the answers are the same.
+one page share its computation, and rows leave the batch when they are done; the answers are the same. Several answers
+to a question share its whole prompt.
 
 Shapes: ``R`` rows, ``P`` pages, ``T`` tokens, ``W`` answer words, ``V`` vocabulary.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
+from phi3v.data.collate import QuestionDataset
 from phi3v.data.readers import reading
 from phi3v.evaluate.batches import (
+    Prompt,
     PromptBatch,
     PromptBatches,
     Questions,
@@ -27,6 +30,7 @@ from phi3v.evaluate.batches import (
     whole_prompts,
 )
 from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.evaluate.sampling import GREEDY, Sampling, TokenChooser
 from phi3v.processing.conversation import END, decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -70,14 +74,71 @@ def generate_answers(
         autocast_dtype: compute in this dtype; by default in the model's own.
         on_batch: told how many questions were answered since the last call, on this rank.
     """
+    answers: dict[int, Generated] = {}
+
+    def take(answered: dict[int, list[Generated]]) -> None:
+        answers.update({index: first for index, (first,) in answered.items()})
+        on_batch(len(answered))
+
     prompts = list_prompts(questions, model.config.long_context_start)
     mine = prompts_of_ranks(prompts, world_size, batch_size)[rank]
-    batches = PromptBatches(questions, cut_batches(mine, batch_size, batch_tokens))
-    device = next(model.parameters()).device
-    answerer = _Answerer(model, processor, device, max_new_tokens, words)
+    batches = cut_batches(mine, batch_size, batch_tokens)
+    answerer = _Answerer(model, processor, max_new_tokens, words)
+    _answer_batches(answerer, questions, batches, take, autocast_dtype, num_workers)
+    if world_size > 1:
+        answers = dict(gather_object(list(answers.items())))
+    return [answers[index] for index in range(len(questions))]
+
+
+def sample_answers(
+    model: Any,
+    processor: Phi3VProcessor,
+    questions: QuestionDataset,
+    wanted: Sequence[int],
+    take: Callable[[dict[int, list[Generated]]], None],
+    *,
+    count: int,
+    sampling: Sampling,
+    batch_size: int,
+    batch_tokens: int,
+    max_new_tokens: int,
+    autocast_dtype: torch.dtype | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Several answers to each question, drawn by its id and the seed; a question is on one rank.
+
+    Neither the batches, the number of ranks nor what else is answered change an answer, up to the rounding of sums.
+
+    Args:
+        wanted: the questions that are answered.
+        take: gets the answers of a batch, by question, as soon as they are there.
+        count: of answers to a question.
+        batch_size: answers that are written at once; the answers to a question stay together.
+        batch_tokens: prompt tokens of a batch at most, those of each answer counted.
+    """
+    prompts = list_prompts(questions, model.config.long_context_start)
+    together = max(1, batch_size // count)
+    mine = prompts_of_ranks([prompts[index] for index in wanted], world_size, together)[rank]
+    batches = cut_batches(mine, together, batch_tokens // count)
+    answerer = _Answerer(model, processor, max_new_tokens, count=count, sampling=sampling)
+    _answer_batches(answerer, questions, batches, take, autocast_dtype, num_workers)
+
+
+def _answer_batches(
+    answerer: _Answerer,
+    questions: Questions,
+    prompts: Sequence[Sequence[Prompt]],
+    take: Callable[[dict[int, list[Generated]]], None],
+    autocast_dtype: torch.dtype | None,
+    num_workers: int,
+) -> None:
+    """Answer batch after batch, with the model in evaluation mode meanwhile."""
+    model, device = answerer.model, answerer.device
+    batches = PromptBatches(questions, prompts)
     was_training = model.training
     model.eval()
-    answers: dict[int, Generated] = {}
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
     try:
         with (
@@ -86,53 +147,79 @@ def generate_answers(
             autocast,
         ):
             for batch in made:
-                answers |= answerer.answer(batch, questions)
-                on_batch(len(batch.indices))
+                take(answerer.answer(batch, questions))
     finally:
         model.train(was_training)
-    if world_size > 1:
-        answers = dict(gather_object(list(answers.items())))
-    return [answers[index] for index in range(len(questions))]
 
 
 class _Answerer:
-    """Answers batches with one model."""
+    """Answers batches with one model; ``count`` answers to each question."""
 
     def __init__(
-        self, model: Any, processor: Phi3VProcessor, device: torch.device, max_new_tokens: int, words: Sequence[str]
+        self,
+        model: Any,
+        processor: Phi3VProcessor,
+        max_new_tokens: int,
+        words: Sequence[str] = (),
+        count: int = 1,
+        sampling: Sampling = GREEDY,
     ) -> None:
         self.model = model
         self.processor = processor
-        self.device = device
+        self.device = next(model.parameters()).device
         self.max_new_tokens = max_new_tokens
+        self.count = count
+        self.sampling = sampling
         self.words = [processor.tokenize_text(word + END) for word in words]
         self.stops = stop_token_ids(processor.backend_tokenizer)
         self.long_context_start: int = model.config.long_context_start
 
-    def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, Generated]:
+    def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, list[Generated]]:
         """The answers to a batch, by question."""
         state = prefill(self.model, self.processor, batch)
         probabilities = self.word_probabilities(state) if self.words else [[] for _ in batch.indices]
-        ids: list[list[int]] = [[] for _ in batch.indices]
-        crossing = self.decode(state, ids)
+        asked = [index for index in batch.indices for _ in range(self.count)]  # of each answer, its question
+        if self.count > 1:
+            state.select([line for line in range(len(batch.indices)) for _ in range(self.count)])
+        choose = TokenChooser(self.sampling, self.names(batch.indices, questions))
+        ids: list[list[int]] = [[] for _ in asked]
+        crossing = self.decode(state, ids, choose, range(len(asked)))
         while crossing:
             # Their keys were rotated with the short factors. As in the official code, the whole sample, images
             # included, runs again with the long ones.
-            rows = [batch.indices[row] for row in crossing]
+            rows = [asked[row] for row in crossing]
             samples = [questions[index] for index in rows]
             for sample, row in zip(samples, crossing, strict=True):
                 sample.input_ids = sample.input_ids + ids[row]
             longer = [ids[row] for row in crossing]  # the same lists: they grow in place
-            again = self.decode(prefill(self.model, self.processor, whole_prompts(rows, samples)), longer)
+            state = prefill(self.model, self.processor, whole_prompts(rows, samples))
+            again = self.decode(state, longer, choose, crossing)
             crossing = [crossing[row] for row in again]
         texts = [decode_answer(self.processor.backend_tokenizer, row, self.stops) for row in ids]
+        answers = [Generated(text, [], row[-1] not in self.stops) for text, row in zip(texts, ids, strict=True)]
         return {
-            index: Generated(texts[row], probabilities[row], ids[row][-1] not in self.stops)
-            for row, index in enumerate(batch.indices)
+            index: [
+                replace(answer, probabilities=probabilities[line])
+                for answer in answers[line * self.count : (line + 1) * self.count]
+            ]
+            for line, index in enumerate(batch.indices)
         }
 
-    def decode(self, state: DecodingState, ids: list[list[int]]) -> list[int]:
-        """Add greedy tokens to each row of ``ids`` until it stops or is full.
+    def names(self, indices: Sequence[int], questions: Questions) -> list[str]:
+        """What the random numbers of each answer are drawn by; nothing is drawn where the likeliest token is taken."""
+        if self.sampling.temperature == 0:
+            return []
+        assert isinstance(questions, QuestionDataset)
+        asked = [questions.question(index).id for index in indices]
+        return [f"{name}\0{number}" for name in asked for number in range(self.count)]
+
+    def decode(
+        self, state: DecodingState, ids: list[list[int]], choose: TokenChooser, answers: Sequence[int]
+    ) -> list[int]:
+        """Add tokens to each row of ``ids`` until it stops or is full.
+
+        Args:
+            answers: the number of each row's answer, as ``choose`` knows them.
 
         Returns:
             The rows that reached the length from which the long rotary factors hold, unfinished.
@@ -141,7 +228,7 @@ class _Answerer:
         going = set(rows)
         crossing: list[int] = []
         while True:
-            chosen = state.logits[:, -1].argmax(dim=-1)  # [lines]
+            chosen = choose(state.logits[:, -1], [answers[row] for row in rows])  # [lines]
             for line, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 if row not in going:
                     continue

@@ -86,7 +86,7 @@ def add_commands(verbs: Parser) -> None:
 
 
 def chat(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from phi3v.evaluate.streaming import Sampling
+    from phi3v.evaluate.sampling import Sampling
     from phi3v.serve.conversation import AnswerSettings
 
     limits = Limits(**{entry.name: getattr(arguments, f"max_{entry.name}") for entry in dataclasses.fields(Limits)})

@@ -17,7 +17,8 @@ from PIL import Image
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.collate import Page, Sample, require_clip_statistics
 from phi3v.errors import UserError
-from phi3v.evaluate.streaming import Sampling, stream_answer
+from phi3v.evaluate.sampling import Sampling
+from phi3v.evaluate.streaming import stream_answer
 from phi3v.paths import is_hub_id
 from phi3v.processing.conversation import ChatTurn, encode_conversation
 from phi3v.processing.processor import Phi3VProcessor

@@ -22,7 +22,7 @@ from PIL import Image
 
 from phi3v.data.images import read_image
 from phi3v.errors import UserError
-from phi3v.evaluate.streaming import Sampling
+from phi3v.evaluate.sampling import Sampling
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn, Which
 from phi3v.serve.examples import Example
 from phi3v.serve.media import Media, read_media

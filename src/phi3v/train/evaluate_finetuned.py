@@ -14,14 +14,40 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, measure_table, require_context
-from phi3v.data.table import open_table
+from phi3v.data.table import RecordTable, open_table
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
 from phi3v.terminal import progress_bar
 from phi3v.train.device import choose_device, default_workers
-from phi3v.train.finetuned import inspect_tuned, load_tuned, resolve_model
+from phi3v.train.finetuned import FinetunedModel, Inspected, inspect_tuned, load_tuned, resolve_model
 from phi3v.train.observers.evaluating import evaluate_model, show_scores
+
+
+def open_data(tuned: FinetunedModel, data: Path) -> RecordTable:
+    """The records of ``data``, checked, as the model's run read its own; one rank reads, the others find it done.
+
+    Raises:
+        UserError: there are faults, or the file cannot be read.
+    """
+    reading = tuned.run.data.reading
+    with PartialState().main_process_first():
+        checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)
+        return open_table(data, **reading, sha256=checked.sha256)
+
+
+def open_questions(table: RecordTable, inspected: Inspected, *, limit: int | None, seed: int) -> QuestionDataset:
+    """The questions of a file, or some of them as of `QuestionDataset`; one rank counts tokens for all.
+
+    Raises:
+        UserError: a record is longer than the model reads.
+    """
+    processor = inspected.processor
+    questions = QuestionDataset(table, processor, limit=limit, seed=seed)
+    with PartialState().main_process_first():
+        lengths = measure_table(table, processor, progress=True).at(processor.image_processor.num_crops)
+    require_context(table, Context(inspected.facts.context, processor), lengths)
+    return questions
 
 
 def evaluate_tuned(
@@ -61,17 +87,10 @@ def evaluate_tuned(
         benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
     runtime = choose_device(precision or tuned.run.training.precision)
-    reading = tuned.run.data.reading
-    with PartialState().main_process_first():  # one rank reads and checks, the others find it done
-        checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)
-        table = open_table(data, **reading, sha256=checked.sha256)
+    table = open_data(tuned, data)
     inspected = inspect_tuned(tuned, runtime, num_crops=num_crops)
     processor = inspected.processor
-    seed = tuned.run.training.seed
-    questions = QuestionDataset(table, processor, limit=config.max_questions, seed=seed)
-    with PartialState().main_process_first():  # one rank counts, the others find it kept
-        lengths = measure_table(table, processor, progress=True).at(processor.image_processor.num_crops)
-    require_context(table, Context(inspected.facts.context, processor), lengths)
+    questions = open_questions(table, inspected, limit=config.max_questions, seed=tuned.run.training.seed)
     check_references(questions, config)
     limit = answer_limit(questions, config.max_new_tokens)
     config = dataclasses.replace(config, max_new_tokens=limit.tokens)
