@@ -9,7 +9,7 @@ Shapes: ``O`` outputs and ``I`` inputs of a layer, ``G`` groups of its inputs th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,46 @@ from phi3v.export.formats import FORMATS, FormatOptions
 from phi3v.export.formats.files import WeightFiles, add_to_config, copy_other_files
 from phi3v.export.formats.gptq import fit_weights, read_calibration
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes, stored_tensors
+from phi3v.train.methods.strategies import PART_TARGETS
 
-# Of a layer's name. vLLM matches the whole name from its start; its vision tower has layers of the same names.
-LINEARS = r"(language_model\.)?model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))$"
+# A layer's whole name, here and in vLLM, whose vision tower has layers that end alike.
+LINEARS = rf"(language_model\.)?model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(PART_TARGETS['decoder'])})$"
 IGNORED = ["lm_head", r"re:.*vision_embed_tokens\..*"]
-# vLLM's kernels for GPUs know these, and a scale for each output channel.
+# What vLLM has kernels for on every GPU, beside one scale for each output channel.
 GROUP_SIZES = (32, 64, 128)
 
 
-def make(model: Path, folder: Path, options: FormatOptions) -> None:
-    """Write the model of ``model`` to the empty ``folder``.
+def check(model: str, options: FormatOptions) -> None:
+    """Whether the format can be made of ``model``, a folder or a hub id.
 
     Raises:
-        UserError: the group size does not fit the layers, or the calibration data cannot be used.
+        UserError: vLLM has no kernels for such groups, or the calibration data cannot be used.
     """
-    linears = {name: shape for name, shape in checkpoint_shapes(model).items() if is_quantised(name)}
+    if options.group_size and options.group_size not in GROUP_SIZES:
+        raise UserError(
+            "vLLM has no kernels for groups of this size",
+            where=f"--group-size {options.group_size}",
+            hint=f"choose {', '.join(map(str, GROUP_SIZES))}, or 0 for one scale for each output",
+        )
+    if options.calibration is not None:
+        read_calibration(model, options.calibration)
+
+
+def make(model: Path, folder: Path, options: FormatOptions) -> None:
+    """Write the model of the folder ``model`` to the empty ``folder``; what `check` and the caller allow."""
     group_size = FORMATS[options.format].group_size if options.group_size is None else options.group_size
-    _check_group_size(group_size or 0, linears)
-    samples = None if options.calibration is None else read_calibration(model, options.calibration)
     layer = Layer(options.format, group_size or None)
     files = WeightFiles(folder)
+    linears = [name for name in checkpoint_shapes(model) if is_quantised(name)]
     for name, tensor in _other_tensors(model, linears):
         files.add(name, tensor)
     rounded: Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]
-    if samples is None:
+    if options.calibration is None:
         rounded = ((name, weight, None) for _, name, weight in stored_tensors(model, linears))
     else:
-        rounded = fit_weights(model, samples, linears, layer)
-    for name, weight, scale in rounded:
-        for part, tensor in layer.compress(weight, scale).items():
+        rounded = fit_weights(model, read_calibration(str(model), options.calibration), linears, layer)
+    for name, weight, scales in rounded:
+        for part, tensor in layer.compress(weight, scales).items():
             files.add(f"{name.removesuffix('weight')}{part}", tensor)
     files.close()
     copy_other_files(model, folder)
@@ -59,23 +70,6 @@ def is_quantised(name: str) -> bool:
     """Whether a tensor of the official layout is a weight that these formats quantise."""
     layer, _, parameter = name.rpartition(".")
     return parameter == "weight" and re.match(LINEARS, layer) is not None
-
-
-def _check_group_size(group_size: int, linears: Mapping[str, tuple[int, ...]]) -> None:
-    if group_size and group_size not in GROUP_SIZES:
-        raise UserError(
-            "vLLM has no kernels for groups of this size",
-            where=f"--group-size {group_size}",
-            hint=f"choose {', '.join(map(str, GROUP_SIZES))}, or 0 for one scale for each output",
-        )
-    for name, (_, inputs) in linears.items():
-        if group_size and inputs % group_size:
-            fitting = [str(size) for size in GROUP_SIZES if not any(shape[1] % size for shape in linears.values())]
-            raise UserError(
-                f"does not divide the {inputs} inputs of {name.removesuffix('.weight')}",
-                where=f"--group-size {group_size}",
-                hint=f"choose {', '.join([*fitting, '0'])} (0: one scale for each output)",
-            )
 
 
 def _other_tensors(model: Path, linears: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
