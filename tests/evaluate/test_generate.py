@@ -135,6 +135,8 @@ def test_every_image_is_computed_once_a_batch(pages: QuestionDataset, tiny_model
     answer(model, pages, 16, max_new_tokens=2)
     assert seen == [distinct]
     assert distinct < 4
+    sampled(model, pages, list(range(16)), batch_size=48, max_new_tokens=2)
+    assert seen == [distinct] * 2
 
 
 def test_answers_cross_the_rotary_switch_as_in_the_library(pages: QuestionDataset, tiny_model_dir: Path) -> None:

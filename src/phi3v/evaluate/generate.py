@@ -228,7 +228,7 @@ class _Answerer:
         going = set(rows)
         crossing: list[int] = []
         while True:
-            chosen = choose(state.logits[:, -1], [answers[row] for row in rows])  # [lines]
+            chosen = choose(state.logits[:, -1], [answers[row] if row in going else None for row in rows])  # [lines]
             for line, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 if row not in going:
                     continue

@@ -51,8 +51,10 @@ class TokenChooser:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
             self._streams = [np.random.Generator(np.random.Philox(key=_key(sampling.seed, name))) for name in names]
 
-    def __call__(self, logits: torch.Tensor, answers: Sequence[int]) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, answers: Sequence[int | None]) -> torch.Tensor:
         """The next token (R,) of some of the answers, by their numbers, from their logits (R, V).
+
+        A row without an answer gets some token; no random number is taken for it.
 
         Raises:
             UserError: there are logits to draw from that are not finite.
@@ -64,7 +66,8 @@ class TokenChooser:
             scores = warp(None, scores)
         # By inversion: the first token up to which the probabilities sum to more than the number drawn.
         sums = scores.softmax(dim=-1).double().cumsum(dim=-1)  # [R, V]
-        drawn = torch.tensor([self._streams[answer].random() for answer in answers], dtype=torch.float64)
+        numbers = [0.5 if answer is None else self._streams[answer].random() for answer in answers]
+        drawn = torch.tensor(numbers, dtype=torch.float64)
         total = sums[:, -1:]
         if not total.isfinite().all():
             what = "the model's predictions are not finite numbers, so no answer can be drawn"
