@@ -327,7 +327,7 @@ class _Reference:
         theirs, speed = divergence.answer_in_fresh_process(folder, exchanged)
         found = diverge(self.prompts, self.logits, theirs)
         bits = options.bits or FORMATS[options.format].bits
-        bound = bound_of(bits, self.control)
+        bound = bound_of(FORMATS[options.format].proven_bits or bits, self.control)
         if (fault := found.fault(bound)) is not None:
             raise TooFarError(f"{options.format} does not answer as the float model does: {fault}")
         return Proof(

@@ -49,7 +49,7 @@ GROUP_SIZE = 64  # of the control's weights
 DECODER_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # The mean divergence that weights of so many bits may have: in nats, and as a share of the control's, which is what
 # counts for a model whose predictions are nearly certain, or nearly even.
-BOUNDS = {4: (5e-2, 1 / 5), 8: (5e-3, 1 / 50)}
+BOUNDS = {4: (5e-2, 1 / 5), 5: (2e-2, 1 / 10), 8: (5e-3, 1 / 50)}
 # How many times as large the 99th percentile may be, and the mean over one kind of prompt, which are few.
 TAIL, KIND = 10, 3
 LEAST_CONTROL = 1e-7  # below, the order of sums is seen, not the rounding of weights

@@ -41,6 +41,8 @@ class Format:
         modules: what that extra makes importable.
         runs_it: programs that load the folder.
         bits: of the decoder's weights.
+        proven_bits: of integers that are about as exact, where the weights are not integers; the proof's bound is
+            theirs.
         group_size: weights that share a scale; ``None`` for one per output channel.
         choices: fields of `FormatOptions` that it knows.
         is_graph: run by `phi3v.runtime`, not by the model itself.
@@ -55,6 +57,7 @@ class Format:
     group_size: int | None = None
     choices: tuple[str, ...] = ()
     is_graph: bool = False
+    proven_bits: int | None = None
 
 
 FORMATS = {
@@ -65,6 +68,7 @@ FORMATS = {
         modules=("compressed_tensors",),
         runs_it="vLLM, transformers",
         bits=8,
+        proven_bits=5,  # a sign, three stored bits of precision and one that is not
     ),
     "w8a16": Format(
         "8-bit integers, for vLLM",
