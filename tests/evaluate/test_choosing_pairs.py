@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,12 @@ def test_an_answer_that_was_cut_is_on_neither_side() -> None:
     assert pair is not None
     assert (pair.chosen, pair.rejected) == ("12.50", "7 or 8")
     assert choose_pair(TURN, answers[1:2], "anls", chosen="reference") is None
+
+
+def test_the_reference_is_no_answer_that_is_labelled_bad() -> None:
+    pair = choose_pair(replace(TURN, label=False, answers=("7",)), drawn("8"), "anls", chosen="reference")
+    assert pair is not None
+    assert (pair.chosen, pair.rejected) == ("7", "8")
 
 
 def test_no_reference_is_rejected() -> None:

@@ -112,7 +112,11 @@ def _add_pairs(group: Parser) -> None:
     )
     command.add_argument("--max-questions", type=int, metavar="N", help="size of a random sample (default: all)")
     command.add_argument(
-        "--batch-size", type=int, metavar="N", help="answers drawn at once, at least those of one question (default: 8)"
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="answers drawn at once, fewer of long prompts; those to one question stay together",
     )
     command.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"maximum tokens of an answer ({own}, else by the references)"

@@ -64,7 +64,10 @@ def choose_pair(
     scores = {text: score(text, references) for text in counts}
     if not scores:
         return None
-    best = turn.assistant if chosen == "reference" else max(scores, key=lambda text: (scores[text], counts[text]))
+    if chosen == "best":
+        best = max(scores, key=lambda text: (scores[text], counts[text]))
+    else:
+        best = turn.answers[0] if turn.label is False else turn.assistant  # a bad answer has others to score by
     # A reference is no wrong answer, whatever the metric makes of it beside another one.
     right = {_plain(text) for text in (*references, best)}
     worse = [text for text in scores if _plain(text) not in right]

@@ -53,7 +53,7 @@ class PairOptions:
         chosen: the better answer of a pair is the best of them, or the reference.
         min_margin: by how much scores must differ at least.
         max_questions: as many, drawn from the file by the seed.
-        batch_size: answers that are written at once; None for that of the run's evaluation, and all of one question.
+        batch_size: answers that are written at once, as far as the run's ``evaluation.batch_tokens`` allow.
 
     Raises:
         UserError: an option has no such value, or all answers to a question would be the same.
@@ -67,7 +67,7 @@ class PairOptions:
     chosen: Chosen = "best"
     min_margin: float = 0.0
     max_questions: int | None = None
-    batch_size: int | None = None
+    batch_size: int = 64
     max_new_tokens: int | None = None
     num_crops: int | None = None
     precision: Precision | None = None
@@ -280,7 +280,7 @@ def _draw(
                 take,
                 count=options.samples,
                 sampling=options.sampling,
-                batch_size=options.batch_size or max(evaluation.batch_size, options.samples),
+                batch_size=options.batch_size,
                 batch_tokens=evaluation.batch_tokens,
                 max_new_tokens=max_new_tokens,
                 autocast_dtype=runtime.autocast_dtype,

@@ -190,6 +190,36 @@ def messages_table(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
 
 
+def preferences(folder: Path) -> None:
+    asked = [{"role": "user", "content": "<image>What?"}]
+    good, bad = ({"role": "assistant", "content": text} for text in ("A dog.", "A cat."))
+    texts = {"chosen": "A dog.", "rejected": "A cat."}
+    rows: list[dict[str, Any]] = [
+        {"prompt": asked, "chosen": [good], "rejected": [bad], "images": ["0.png"]},
+        {"chosen": [*asked, good], "rejected": [*asked, bad], "image": "0.png", "chosen_score": 2, "rejected_score": 1},
+        {"conversations": asked, "chosen": good, "rejected": bad, "images": ["0.png"]},
+        {"messages": [*asked, good], "rejected_response": ["A cat.", "A cow."], "images": ["sub/1.png"]},
+        {"messages": [*asked, good], "rejected_messages": [*asked, bad], "images": ["sub/1.png"]},
+        {"query": "And?", "response": "No.", "rejected_response": "Yes.", "history": [["What?", "A dog."]]},
+        {"image": "0.png", "text": json.dumps({"question": "What?", **texts})},
+        {"chosen": "Human: What?\n\nAssistant: A dog.", "rejected": "Human: What?\n\nAssistant: A cat."},
+        {"chosen": "It is a dog.", "rejected": "It is a cat."},
+        {"instruction": "What", "input": "is it?", "output": "A dog.", "kto_tag": True},
+        {"prompt": "What?", "completion": "A dog.", "label": False},
+    ]
+    _write(folder, {"a.jsonl": _lines(rows), **_MEDIA})
+
+
+def csv_pairs(folder: Path) -> None:
+    _write(folder, {"a.csv": "image,question,chosen,rejected\n0.png,Which?,cat,dog\n,Why?,no,yes\n", **_MEDIA})
+
+
+def csv_labels(folder: Path) -> None:
+    table = {"prompt": ["a?", "b?"], "completion": ["c", "d"], "label": [True, False], "image": ["0.png", None]}
+    _write(folder, _MEDIA)
+    pq.write_table(pa.table(table), folder / "a.parquet")
+
+
 def csv_text(folder: Path) -> None:
     table = 'id,image,question,answer\na,0.png,Which?,cat\nb,sub/1.png,"Two\nlines?",dog\nc,,None?,no\n'
     _write(folder, {"a.csv": table, **_MEDIA})
@@ -248,6 +278,9 @@ FORMS: dict[Callable[[Path], None], str] = {
     messages: "messages",
     messages_spread: "messages",
     messages_table: "messages",
+    preferences: "messages",
+    csv_pairs: "csv",
+    csv_labels: "csv",
     csv_text: "csv",
     csv_split: "csv",
     csv_table: "csv",
