@@ -82,6 +82,9 @@ def add_commands(verbs: Parser) -> None:
 def export(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if (arguments.source is None) == (arguments.verify is None):
         raise UserError("name what to export, or a folder with --verify", hint="phi3v export output/mine --out DIR")
+    if arguments.format is not None and len(arguments.format) > 1 and (arguments.push or arguments.serve_check):
+        where = "--push" if arguments.push else "--serve-check"
+        raise UserError("is about one folder", where=where, hint="name one format; later: --verify DIR/FORMAT")
     if arguments.push is not None:
         from phi3v.export.push import check_push, push
 
@@ -149,9 +152,6 @@ def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         return export(arguments.source, arguments.out, console, **kwargs).to_json_dict()
     if arguments.adapter:
         raise UserError("an adapter has no other format", where="--adapter", hint="leave it out, or leave --format out")
-    if len(formats) > 1 and (arguments.push is not None or arguments.serve_check):
-        where = "--push" if arguments.push is not None else "--serve-check"
-        raise UserError("is about one folder", where=where, hint="name one format, or use --verify DIR/FORMAT")
     from phi3v.export.deploy import deploy
 
     questions = {"questions": arguments.questions} if arguments.questions is not None else {}

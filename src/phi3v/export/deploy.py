@@ -58,6 +58,13 @@ QUESTIONS = 200  # that are scored
 MEMORY_SHARE = 0.6  # of what is free: a float32 model above it is proven in its own dtype
 
 
+GRAPH_SNIPPET = """from phi3v.runtime import load_runtime
+
+name = "{name}"  # this folder
+model = load_runtime(name)
+print(model.answer("What is shown?", ["image.png"]))"""
+
+
 class TooFarError(Exception):
     """An export is too far from the float model."""
 
@@ -354,6 +361,9 @@ def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedM
         what=f"A model in the format {proof.format} ({FORMATS[proof.format].about})",
         is_adapter=False,
         base_id=base_id,
+        library="phi3v" if FORMATS[proof.format].is_graph else None,
+        snippet=GRAPH_SNIPPET if FORMATS[proof.format].is_graph else None,
+        is_rounded=True,
         more=_card(proof),
     )
     write_manifest(folder, tuned_from=tuned.origin)

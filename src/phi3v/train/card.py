@@ -73,6 +73,9 @@ def write_card(
     what: str | None = None,
     is_adapter: bool | None = None,
     base_id: str | None = None,
+    library: str | None = None,
+    snippet: str | None = None,
+    is_rounded: bool = False,
     more: str = "",
     end: str = "",
 ) -> None:
@@ -83,6 +86,8 @@ def write_card(
         what: what is in the folder.
         is_adapter: whether that is an adapter; default: as ``tuned``.
         base_id: what the base model is called on the hub; default: as ``tuned`` names it, if that is no path.
+        library, snippet: what loads it and how; default: transformers, or PEFT.
+        is_rounded: its weights are not the run's, whose scores it does not claim.
         more, end: text before and after the snippet.
 
     Raises:
@@ -90,21 +95,22 @@ def write_card(
     """
     is_adapter = tuned.adapter is not None if is_adapter is None else is_adapter
     base = base_id or (tuned.origin if tuned.origin is not None and is_hub_id(tuned.origin) else None)
-    library = "peft" if is_adapter else "transformers"
-    loader, imports = LIBRARIES[library]
+    loader, imports = LIBRARIES["peft" if is_adapter else "transformers"]
+    relation = "quantized" if is_rounded else "adapter" if is_adapter else "finetune"
     method = tuned.run.method.name if tuned.run_folder is not None else None
     data = ModelCardData(
-        library_name=library,
+        library_name=library or ("peft" if is_adapter else "transformers"),
         pipeline_tag=TASK,
         base_model=base,
-        base_model_relation=("adapter" if is_adapter else "finetune") if base is not None else None,
+        base_model_relation=relation if base is not None else None,
         tags=["phi3_v", "phi3v", *([method] if method is not None else [])],
         **_of_the_base(base, tuned.origin),
     )
     trained_on = _datasets(tuned.run.data.train)
     if trained_on:
         data.datasets, data.language = trained_on, "en"
-    if is_adapter or not tuned.is_quantised:  # merged into weights that are not in 4 bits, it is another model
+    # Merged into weights that are not in 4 bits, it is another model.
+    if not is_rounded and (is_adapter or not tuned.is_quantised):
         data.eval_results = _model_index(tuned) or None
     if data.eval_results:
         data.model_name = name
@@ -114,9 +120,9 @@ def write_card(
         what=what or ("A LoRA adapter in PEFT's layout" if is_adapter else "A model in the official layout"),
         origin=_origin(base, method) if tuned.origin is not None else "",
         version=__version__,
-        scores=score_table(tuned),
+        scores="" if is_rounded else score_table(tuned),
         more=more,
-        snippet=SNIPPET.format(name=name, model=loader, imports=imports),
+        snippet=(snippet or SNIPPET).format(name=name, model=loader, imports=imports),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}{end}")
     try:
