@@ -127,7 +127,7 @@ def test_shared_prefixes_need_a_mask_where_no_kernel_takes_layouts() -> None:
 
 @pytest.mark.parametrize(("free", "expected"), [(200e9, "none"), (2e9, "full"), (-5e9, "full"), (0, "full")])
 def test_the_policy_that_fits_is_chosen(free: float, expected: str) -> None:
-    policy, reason = choose_checkpointing("auto", activations(), PAGE, int(free))
+    policy, reason = choose_checkpointing(activations(), PAGE, int(free))
     assert policy == expected
     assert "2,509 tokens and 17 crops at a time need about" in reason
     assert f"{max(free, 0) / 1e9:.2f} GB are free" in reason
@@ -136,8 +136,7 @@ def test_the_policy_that_fits_is_chosen(free: float, expected: str) -> None:
 def test_between_the_ends_as_little_as_possible_is_recomputed() -> None:
     for policy in ("vision", "selective"):
         free = int(activations().peak(policy, PAGE) / 0.79)
-        assert choose_checkpointing("auto", activations(), PAGE, free)[0] == policy
-    assert choose_checkpointing("vision", activations(), PAGE, 0) == ("vision", "as configured")
+        assert choose_checkpointing(activations(), PAGE, free)[0] == policy
 
 
 def _prepare(arguments: list[str], folder: Path) -> None:

@@ -204,14 +204,13 @@ def _choose_checkpointing(
     """The policy for the largest row that any epoch may hold, and the reason."""
     if config.training.lean:
         return "full", "lean mode"
+    if config.training.activation_checkpointing != "auto":
+        return config.training.activation_checkpointing, "as configured"
+    activations = _activations(config, model, facts, runtime)
     state = engine.state_bytes(state_bytes(config.training), runtime.world_size)
     free = free_bytes(model, runtime.device, runtime.node_ranks, state)
-    return choose_checkpointing(
-        config.training.activation_checkpointing,
-        _activations(config, model, facts, runtime),
-        _largest_batch(plan),
-        min(collectives.all_gather(free)),  # they must recompute alike
-    )
+    free = min(collectives.all_gather(free))  # the ranks must recompute alike
+    return choose_checkpointing(activations, _largest_batch(plan, masks=activations.attention == "sdpa"), free)
 
 
 def _activations(config: RunConfig, model: Any, facts: ModelFacts, runtime: RuntimeDevice) -> Activations:
@@ -226,12 +225,17 @@ def _activations(config: RunConfig, model: Any, facts: ModelFacts, runtime: Runt
     )
 
 
-def _largest_batch(plan: BatchPlan) -> MicroBatch:
-    """The most that a row may hold of everything: the longest records together, or a full packed row."""
+def _largest_batch(plan: BatchPlan, *, masks: bool) -> MicroBatch:
+    """The most that a row may hold of everything: the longest records together, or a full packed row.
+
+    Args:
+        masks: whether the attention makes a mask for the branches of a row, which means planning some steps.
+    """
     lengths = plan.lengths
     if not plan.is_packed:
         return MicroBatch.largest_of(lengths, min(plan.micro_batch_size, len(plan)))
     tokens = max(plan.pack_tokens, int(lengths.tokens.max()))
+    steps = islice(plan.steps(0), 50)
     return MicroBatch(
         rows=1,
         tokens=tokens,
@@ -239,7 +243,7 @@ def _largest_batch(plan: BatchPlan) -> MicroBatch:
         # Of the records with the most crops for their tokens.
         crops=math.ceil(tokens * float((lengths.crops / lengths.tokens).max())),
         answer_tokens=tokens,
-        branch_pairs=max(plan.branch_pairs(row) for step in islice(plan.steps(0), 50) for rank in step for row in rank),
+        branch_pairs=max(plan.branch_pairs(row) for step in steps for rank in step for row in rank) if masks else 0,
     )
 
 

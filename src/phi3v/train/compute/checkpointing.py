@@ -15,7 +15,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from phi3v.config import Checkpointing
 from phi3v.train.compute.activations import Activations, MicroBatch, Policy
 
 # What `selective` keeps in the decoder: products of matrices, but for adapters' large ones, and attention. All else is
@@ -93,17 +92,13 @@ def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: 
     return int(free) - trained * state_bytes
 
 
-def choose_checkpointing(
-    wanted: Checkpointing, activations: Activations, batch: MicroBatch, free: int
-) -> tuple[Policy, str]:
+def choose_checkpointing(activations: Activations, batch: MicroBatch, free: int) -> tuple[Policy, str]:
     """The policy and the reason for it: of those that fit, the one that recomputes least.
 
     Args:
         batch: the largest of the run.
         free: bytes for activations, see `free_bytes`.
     """
-    if wanted != "auto":
-        return wanted, "as configured"
     policies: tuple[Policy, ...] = get_args(Policy)
     needs = {policy: activations.peak(policy, batch) for policy in policies}
     fitting: list[Policy] = [policy for policy in policies if needs[policy] <= USABLE_SHARE * free]
