@@ -23,8 +23,8 @@ from phi3v.evaluate.metrics import Score
 from phi3v.export import divergence
 from phi3v.export.divergence import (
     CONTROL_BITS,
-    DECODER_LINEARS,
     LEAST_CONTROL,
+    LOGITS,
     OWN,
     PROOF,
     PROOF_FACTS,
@@ -41,10 +41,21 @@ from phi3v.export.divergence import (
     round_decoder,
 )
 from phi3v.export.formats import FORMATS, FormatOptions, require_extra
-from phi3v.export.make import check_out, export, no_room, require_float, until_the_disk_is_full
+from phi3v.export.make import (
+    check_out,
+    export,
+    name_end_tokens,
+    name_special_tokens,
+    no_room,
+    require_float,
+    until_the_disk_is_full,
+)
+from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.quantised import decoder_linears
 from phi3v.paths import absolute, free_space
 from phi3v.processing.conversation import stop_token_ids
+from phi3v.processing.tokenizer import TOKENIZER_CONFIG
 from phi3v.terminal import say
 from phi3v.train.card import write_card
 from phi3v.train.device import choose_device
@@ -94,6 +105,12 @@ class Proof:
     score: Score | None = None
     float_score: Score | None = None
 
+    @property
+    def relative_speed(self) -> str:
+        reads, writes = self.speed.prompt / self.float_speed.prompt, self.speed.answer / self.float_speed.answer
+        clock = "time" if torch.cuda.is_available() else "CPU time"
+        return f"in the same {clock} it reads {reads:.2g} and writes {writes:.2g} times the tokens of the float model"
+
     def to_json_dict(self) -> dict[str, Any]:
         told = asdict(replace(self, score=None, float_score=None)) | {"folder": str(self.folder)}
         for name, score in (("score", self.score), ("float_score", self.float_score)):
@@ -106,6 +123,7 @@ class Proof:
         )
         say(console, f"  {self.divergence}")
         say(console, f"  the most is {self.bound:.1e} on average; 2-bit weights have {self.control.mean:.1e}")
+        say(console, f"  {self.relative_speed}")
         if self.score is not None:
             say(console, f"  {self.score.name} {self.score}; the float model {self.float_score}")
         say(console, f"next: phi3v chat {self.folder}, or see {self.folder / 'README.md'}")
@@ -249,9 +267,7 @@ def _bytes_needed(tuned: FinetunedModel, formats: Sequence[str]) -> int:
     skeleton = make_skeleton(config)
     width = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
     every = sum(parameter.numel() for parameter in skeleton.parameters())
-    linears = sum(
-        module.weight.numel() for name, module in skeleton.named_modules() if name.rpartition(".")[2] in DECODER_LINEARS
-    )
+    linears = sum(skeleton.get_submodule(name).weight.numel() for name in decoder_linears(skeleton))
     needed = 0 if _is_float_folder(tuned) else every * width
     for name in formats:
         format_ = FORMATS[name]
@@ -281,12 +297,16 @@ class _Reference:
     Attributes:
         prompts: with their answers; own questions first.
         logits: (n, V) of each.
+        control: of the float model with its decoder's weights rounded to 2 bits.
+        drawn_control: the same of the drawn prompts alone, with which an export is proven again.
+        size: bytes of the float model's folder.
     """
 
     prompts: list[Prompt]
     logits: list[Logits]
     speed: Speed
     control: Divergence
+    drawn_control: Divergence
     size: int
 
     @classmethod
@@ -313,14 +333,20 @@ class _Reference:
         round_decoder(model, CONTROL_BITS)
         _, rounded, _ = answer_prompts(TorchDecoder(model, processor), prompts)
         control = diverge(prompts, logits, rounded)
-        if not control.mean > LEAST_CONTROL:
+        drawn_control = diverge(prompts[len(own) :], logits[len(own) :], rounded[len(own) :])
+        if not min(control.mean, drawn_control.mean) > LEAST_CONTROL:
             raise UserError(
                 f"nothing can be proven of this model: even {CONTROL_BITS}-bit weights hardly change its predictions "
-                f"(KL {control.mean:.1e})",
+                f"({control})",
                 where=str(folder),
                 hint="is it trained?",
             )
-        return cls(prompts, logits, speed, control, _size(folder))
+        return cls(prompts, logits, speed, control, drawn_control, _size(folder))
+
+    @property
+    def drawn(self) -> slice:
+        """Which prompts are drawn: all but the own questions, which come first."""
+        return slice(sum(prompt.kind == OWN for prompt in self.prompts), None)
 
     def prove(self, folder: Path, options: FormatOptions, work: Path, place: Path) -> Proof:
         """Compare an export with the float model; ``place`` is where it goes.
@@ -333,27 +359,36 @@ class _Reference:
         divergence.write_prompts(exchanged, self.prompts)
         theirs, speed = divergence.answer_in_fresh_process(folder, exchanged)
         found = diverge(self.prompts, self.logits, theirs)
+        again = diverge(self.prompts[self.drawn], self.logits[self.drawn], theirs[self.drawn])
         bits = options.bits or FORMATS[options.format].bits
-        bound = bound_of(FORMATS[options.format].proven_bits or bits, self.control)
-        if (fault := found.fault(bound)) is not None:
+        proven = FORMATS[options.format].proven_bits or bits
+        bound, bound_again = bound_of(proven, self.control), bound_of(proven, self.drawn_control)
+        if (fault := found.fault(bound) or again.fault(bound_again)) is not None:
             raise TooFarError(f"{options.format} does not answer as the float model does: {fault}")
         return Proof(
             options.format, bits, place, found, bound, self.control, speed, self.speed, _size(folder), self.size
         )
 
-    def save(self, folder: Path) -> None:
-        """Write the drawn prompts, so that the export can be proven again; own questions stay where they are."""
-        drawn = [pair for pair in zip(self.prompts, self.logits, strict=True) if pair[0].kind != OWN]
-        divergence.write_prompts(folder, [prompt for prompt, _ in drawn])
-        divergence.write_logits(folder / divergence.LOGITS, [logits for _, logits in drawn])
+    def save(self, folder: Path, proof: Proof) -> None:
+        """Write what the export is proven with again: the drawn prompts; own questions stay where they are."""
+        folder.mkdir()
+        divergence.write_prompts(folder, self.prompts[self.drawn])
+        divergence.write_logits(folder / LOGITS, self.logits[self.drawn])
+        make_weights_readable(folder)
+        told = {
+            "format": proof.format,
+            "bits": proof.bits,
+            "bound": bound_of(proof.bits, self.drawn_control),
+            "control": self.drawn_control.mean,
+        }
+        (folder / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedModel, base_id: str | None) -> None:
-    """Write proof, card and manifest."""
-    (folder / PROOF).mkdir()
-    reference.save(folder / PROOF)
-    told = {"format": proof.format, "bits": proof.bits, "bound": proof.bound, "control": proof.control.mean}
-    (folder / PROOF / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    """Write proof, card and manifest, and what the source's files may lack."""
+    reference.save(folder / PROOF, proof)
+    name_end_tokens(folder)
+    name_special_tokens(folder / TOKENIZER_CONFIG)
     write_card(
         folder,
         tuned,
@@ -392,8 +427,8 @@ of its answers:
 |---|---|
 {kinds}
 {score}
-It takes {decimal(proof.size)}, the float model {decimal(proof.float_size)}. `phi3v export --verify` proves it again.
-It is run by {FORMATS[proof.format].runs_it}.
+It takes {decimal(proof.size)}, the float model {decimal(proof.float_size)}. Run by phi3v where it was made,
+{proof.relative_speed} in phi3v. `phi3v export --verify` proves it again. It is run by {FORMATS[proof.format].runs_it}.
 """
 
 

@@ -35,6 +35,7 @@ from phi3v.evaluate.batches import whole_prompts
 from phi3v.evaluate.decoding import DecodingState, prefill
 from phi3v.export.proof import own_probes
 from phi3v.json_files import read_json
+from phi3v.model.quantised import decoder_linears
 from phi3v.processing.conversation import ChatTurn, encode_conversation, tokenize_text
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
@@ -46,7 +47,6 @@ Pixels = npt.NDArray[np.uint8]
 NEW_TOKENS = 12  # of an answer
 CONTROL_BITS = 2
 GROUP_SIZE = 64  # of the control's weights
-DECODER_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # The mean divergence that weights of so many bits may have: in nats, and as a share of the control's, which is what
 # counts for a model whose predictions are nearly certain, or nearly even.
 BOUNDS = {4: (5e-2, 1 / 5), 5: (2e-2, 1 / 10), 8: (5e-3, 1 / 50)}
@@ -297,14 +297,13 @@ def bound_of(bits: int, control: Divergence) -> float:
 @torch.no_grad()
 def round_decoder(model: Any, bits: int) -> None:
     """Round the weights of the decoder's linear layers to so many bits in place, each group to its own range."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in DECODER_LINEARS:
-            weight = module.weight
-            size = GROUP_SIZE if weight.shape[1] % GROUP_SIZE == 0 else weight.shape[1]
-            groups = weight.float().view(weight.shape[0], -1, size)
-            low = groups.amin(-1, keepdim=True)
-            scale = (groups.amax(-1, keepdim=True) - low).clamp(min=1e-12) / (2**bits - 1)
-            weight.copy_((((groups - low) / scale).round() * scale + low).view_as(weight))
+    for name in decoder_linears(model):
+        weight = model.get_submodule(name).weight
+        size = GROUP_SIZE if weight.shape[1] % GROUP_SIZE == 0 else weight.shape[1]
+        groups = weight.float().view(weight.shape[0], -1, size)
+        low = groups.amin(-1, keepdim=True)
+        scale = (groups.amax(-1, keepdim=True) - low).clamp(min=1e-12) / (2**bits - 1)
+        weight.copy_((((groups - low) / scale).round() * scale + low).view_as(weight))
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:

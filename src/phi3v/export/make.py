@@ -39,6 +39,8 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.quantised import quantisation_of
 from phi3v.paths import absolute, find_model, free_space, is_hub_id, is_out_of_room, require_writable
+from phi3v.processing.conversation import stop_token_ids
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.tokenizer import ADDITIONAL_SPECIAL_TOKENS, TOKENIZER_CONFIG
 from phi3v.terminal import say
 from phi3v.train.card import score_table
@@ -202,7 +204,7 @@ def _write(
         exported = answer_probes(model.float(), processor, probes)
     make_weights_readable(folder)
     processor.save_pretrained(folder)
-    _name_special_tokens(folder / TOKENIZER_CONFIG)
+    name_special_tokens(folder / TOKENIZER_CONFIG)
     return _Written(answers, exported, merge, parameters)
 
 
@@ -213,7 +215,19 @@ def _name_base(folder: Path, base_id: str) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _name_special_tokens(file: Path) -> None:
+def name_end_tokens(folder: Path) -> None:
+    """Let answers end at the tokens that end them, which the published ``generation_config.json`` lacks."""
+    file = folder / "generation_config.json"
+    fields = read_json(file) if file.is_file() else {}
+    known = fields.get("eos_token_id")
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    stops = stop_token_ids(Phi3VProcessor.from_pretrained(folder).backend_tokenizer)
+    if not set(stops) <= set(known):
+        ends = [*stops, *(token for token in known if token not in stops)]
+        file.write_text(json.dumps(fields | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
+
+
+def name_special_tokens(file: Path) -> None:
     """Add what vLLM needs to read a prompt as we do, where it is missing; the official file has it."""
     fields = json.loads(file.read_text(encoding="utf-8"))
     if not fields.get("additional_special_tokens"):
