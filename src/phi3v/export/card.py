@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.filesize import decimal
 
+from phi3v.evaluate.metrics import Score
+from phi3v.export.divergence import CONTROL_BITS, TAIL, Divergence, Speed
+from phi3v.export.formats import FORMATS
 from phi3v.export.proof import DRAWN, TOLERANCE, Comparison
 from phi3v.terminal import say
 from phi3v.train.card import write_card
@@ -138,3 +143,103 @@ def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
     elif result.dtype != "float32" and tuned.adapter is not None and not result.is_adapter:
         text += f" The last row holds the one rounding of the merged weights to {result.dtype}."
     return text
+
+
+GRAPH_SNIPPET = """from phi3v.runtime import load_runtime
+
+name = "{name}"  # this folder
+model = load_runtime(name)
+print(model.answer("What is shown?", ["image.png"]))"""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an export in another format was compared with, and how it came out.
+
+    Attributes:
+        bound: of the mean divergence.
+        control: of the float model with its decoder's weights rounded to 2 bits.
+        speed, float_speed: of the export and of the float model in phi3v.
+        score, float_score: of the run's task, on the same questions.
+        size, float_size: bytes on the disk.
+    """
+
+    format: str
+    bits: int
+    folder: Path
+    divergence: Divergence
+    bound: float
+    control: Divergence
+    speed: Speed
+    float_speed: Speed
+    size: int
+    float_size: int
+    score: Score | None = None
+    float_score: Score | None = None
+
+    @property
+    def relative_speed(self) -> str:
+        reads, writes = self.speed.prompt / self.float_speed.prompt, self.speed.answer / self.float_speed.answer
+        clock = "time" if torch.cuda.is_available() else "CPU time"
+        return f"in the same {clock} it reads {reads:.2g} and writes {writes:.2g} times the tokens of the float model"
+
+    def to_json_dict(self) -> dict[str, Any]:
+        told = asdict(replace(self, score=None, float_score=None)) | {"folder": str(self.folder)}
+        for name, score in (("score", self.score), ("float_score", self.float_score)):
+            told[name] = score.to_json_dict() if score is not None else None
+        return told
+
+    def render(self, console: Console) -> None:
+        say(
+            console, f"{self.format}: {decimal(self.size)} of {decimal(self.float_size)} in {self.folder}", style="bold"
+        )
+        say(console, f"  {self.divergence}")
+        say(console, f"  the most is {self.bound:.1e} on average; 2-bit weights have {self.control.mean:.1e}")
+        say(console, f"  {self.relative_speed}")
+        if self.score is not None:
+            say(console, f"  {self.score.name} {self.score}; the float model {self.float_score}")
+        say(console, f"next: phi3v chat {self.folder}, or see {self.folder / 'README.md'}")
+
+
+def write_format_card(folder: Path, proof: Proof, tuned: FinetunedModel, base_id: str | None) -> None:
+    """Write ``README.md`` into an export in another format, with how far it is from the float model."""
+    write_card(
+        folder,
+        tuned,
+        name=proof.folder.name,
+        what=f"A model in the format {proof.format} ({FORMATS[proof.format].about})",
+        is_adapter=False,
+        base_id=base_id,
+        library="phi3v" if FORMATS[proof.format].is_graph else None,
+        snippet=GRAPH_SNIPPET if FORMATS[proof.format].is_graph else None,
+        is_rounded=True,
+        more=_card(proof),
+    )
+
+
+def _card(proof: Proof) -> str:
+    kinds = "\n".join(f"| {kind} | {mean:.1e} |" for kind, mean in proof.divergence.kinds.items())
+    score = (
+        f"\n{proof.score.name}: {proof.score}; the float model: {proof.float_score}.\n"
+        if proof.score is not None
+        else ""
+    )
+    return f"""
+## How far it is from the float model
+
+KL divergence of the next-token distribution from the float model's, in nats, at {proof.divergence.positions} positions
+of its answers:
+
+| | mean | 99th percentile | worst |
+|---|---|---|---|
+| this export | {proof.divergence.mean:.1e} | {proof.divergence.p99:.1e} | {proof.divergence.worst:.1e} |
+| at most | {proof.bound:.1e} | {TAIL * proof.bound:.1e} | |
+| control: {CONTROL_BITS}-bit weights | {proof.control.mean:.1e} | {proof.control.p99:.1e} | {proof.control.worst:.1e} |
+
+| prompts | mean |
+|---|---|
+{kinds}
+{score}
+It takes {decimal(proof.size)}, the float model {decimal(proof.float_size)}. Run by phi3v where it was made,
+{proof.relative_speed} in phi3v. `phi3v export --verify` proves it again. It is run by {FORMATS[proof.format].runs_it}.
+"""
