@@ -323,6 +323,7 @@ class _Reference:
             "bits": proof.bits,
             "bound": bound_of(proof.bits, self.drawn_control),
             "control": self.drawn_control.mean,
+            "export": {name: value for name, value in proof.to_json_dict().items() if name != "folder"},
         }
         (folder / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
