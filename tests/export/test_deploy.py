@@ -39,6 +39,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--format", "hf", "--bits", "4"], "--bits: is about other formats than hf"),
         (["--questions", "5"], "--questions: is about other formats than hf"),
         (["--format", "w4a16", "fp8", "w4a16"], "names a format twice"),
+        (["--format", "w4a16", "--group-size", "48"], "48 does not divide 128"),
+        (["--format", "openvino", "--bits", "8", "--group-size", "64"], "a scale per output channel"),
         (["--format", "w4a16", "--group-size", "-1"], "--group-size: must be positive"),
         (["--format", "w4a16", "--samples", "0"], "at least one prompt"),
         (["--format", "w4a16", "--adapter"], "an adapter has no other format"),
@@ -64,6 +66,13 @@ def test_a_missing_package_is_named_with_its_extra(
     assert not list(tmp_path.iterdir())
 
 
+def test_every_extra_exists() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {format_.extra for format_ in formats.FORMATS.values()} <= set(project["optional-dependencies"])
+
+
 def test_too_little_room_is_said_before_anything_is_made(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +91,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path, capsys: pytest.C
     assert "--model MODEL" in said
 
 
-MADE = ("nf4", "int8")
+MADE = tuple(formats.FORMATS)
 
 
 def run_json(*arguments: object) -> tuple[int, dict[str, Any]]:

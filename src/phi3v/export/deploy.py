@@ -192,6 +192,8 @@ def _check_format(tuned: FinetunedModel, options: FormatOptions) -> None:
     format_ = FORMATS[options.format]
     config = Phi3VConfig.from_pretrained(tuned.base)
     size = format_.group_size if options.group_size is None else options.group_size
+    if "group_size" not in format_.choices or (options.bits or format_.bits) == 8:
+        size = options.group_size  # none, or one that is asked for
     for width in (config.hidden_size, config.intermediate_size):
         if size and width % size:
             raise UserError(

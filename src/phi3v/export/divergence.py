@@ -39,6 +39,7 @@ from phi3v.model.quantised import decoder_linears
 from phi3v.processing.conversation import ChatTurn, encode_conversation, tokenize_text
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.runtime.session import graph_kind, load_runtime
 from phi3v.train.finetuned import FinetunedModel
 
 Logits = npt.NDArray[np.float32]
@@ -356,11 +357,12 @@ def answer_in_fresh_process(folder: Path, prompts: Path) -> tuple[list[Logits], 
 
 def load_decoder(folder: Path) -> Decoder:
     """A model in any format, computing in float32 where the format allows it."""
+    if graph_kind(folder) is not None:
+        return load_runtime(folder)
     from phi3v.train.device import choose_device
     from phi3v.train.finetuned import load_tuned, resolve_model
 
-    runtime = choose_device("fp32")
-    model, processor = load_tuned(resolve_model(str(folder)), runtime)
+    model, processor = load_tuned(resolve_model(str(folder)), choose_device("fp32"))
     return TorchDecoder(model, processor)
 
 

@@ -113,21 +113,22 @@ def _attend(
     return attention.o_proj(output.transpose(1, 2).flatten(2)), key, value
 
 
+def check(model: str, options: FormatOptions) -> None:
+    """Whether the weights can be rounded so; raises a `UserError` if not."""
+    if options.bits == 8 and options.group_size:
+        raise UserError("weights of 8 bits have a scale per output channel", where="--group-size", hint="leave it out")
+
+
 def make(model: Path, folder: Path, options: FormatOptions) -> None:
-    """Write the graphs of a whole float model, and what is needed beside them.
+    """Write the graphs of a whole float model, and what is needed beside them; what `check` and the caller allow.
 
     Args:
         model: a folder in the official layout.
         folder: an empty one.
         options: ``bits`` (4 or 8) and ``group_size`` of the decoder's linears.
-
-    Raises:
-        UserError: the weights cannot be rounded so.
     """
     known = FORMATS["openvino"]
     bits = options.bits or known.bits
-    if bits == 8 and options.group_size:
-        raise UserError("weights of 8 bits have a scale per output channel", where="--group-size", hint="leave it out")
     write(model, folder, bits, known.group_size if options.group_size is None else options.group_size)
 
 
