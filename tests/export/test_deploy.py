@@ -127,8 +127,8 @@ def exports(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """Every format, made by one command, and what that said; among them one that is too far from the float model."""
     out = tmp_path_factory.mktemp("deployed") / "out"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
-        patch.setitem(formats.FORMATS, "far", replace(formats.FORMATS["nf4"], bits=5))
-        patch.setitem(divergence.BOUNDS, 5, (1e-9, 1 / 5))
+        patch.setitem(formats.FORMATS, "far", replace(formats.FORMATS["nf4"], bits=6))
+        patch.setitem(divergence.BOUNDS, 6, (1e-9, 1 / 5))
         tuned_formats = ["hf", "far", *MADE]
         patch.setattr("phi3v.export.formats.libraries.make", _as_nf4)
         assert main(["export", str(run), "--out", str(out), "--samples", "4", "--format", *tuned_formats]) == 2

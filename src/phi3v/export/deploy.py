@@ -306,8 +306,7 @@ class _Reference:
         found = diverge(self.prompts, self.logits, theirs)
         again = diverge(self.prompts[self.drawn], self.logits[self.drawn], theirs[self.drawn])
         bits = options.bits or FORMATS[options.format].bits
-        proven = FORMATS[options.format].proven_bits or bits
-        bound, bound_again = bound_of(proven, self.control), bound_of(proven, self.drawn_control)
+        bound, bound_again = (_bound(options.format, bits, control) for control in (self.control, self.drawn_control))
         if (fault := found.fault(bound) or again.fault(bound_again)) is not None:
             raise TooFarError(f"{options.format} does not answer as the float model does: {fault}")
         return Proof(
@@ -323,11 +322,15 @@ class _Reference:
         told = {
             "format": proof.format,
             "bits": proof.bits,
-            "bound": bound_of(proof.bits, self.drawn_control),
+            "bound": _bound(proof.format, proof.bits, self.drawn_control),
             "control": self.drawn_control.mean,
             "export": {name: value for name, value in proof.to_json_dict().items() if name != "folder"},
         }
         (folder / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _bound(name: str, bits: int, control: Divergence) -> float:
+    return bound_of(FORMATS[name].proven_bits or bits, control)
 
 
 def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedModel, base_id: str | None) -> None:
