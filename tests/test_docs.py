@@ -1,7 +1,7 @@
 """Every command of README and docs does what it says: run here in a folder as a reader would have it.
 
-Commands that need what a test has not are marked in their comment or start something else (`torchrun`, `srun`, a page);
-of those the arguments are parsed.
+Commands that need what a test has not, or minutes of its time, are marked in their comment or start something else
+(`torchrun`, `srun`, a page); of those the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 HUB_MODEL = "microsoft/Phi-3.5-vision-instruct"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(r"\b(?:SOURCE|MODEL_OR_RUN|RECIPE\.yaml|recipe\.yaml)\b|\[--")
-ELSEWHERE = re.compile(r"needs a GPU|needs the hub|needs vLLM|\(Azure\)")
+ELSEWHERE = re.compile(r"needs a GPU|needs the hub|needs vLLM|needs the extra|\(Azure\)")
 COUNTER = itertools.count()
 
 

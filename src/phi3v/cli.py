@@ -115,6 +115,7 @@ def run_command(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (show_downloads and is_first_rank):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other on a busy CPU should sleep, not spin; on an idle one this costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -1,0 +1,27 @@
+"""The tables of docs/deploying.md are those of the committed figures, and computed sizes are what files have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import deploy
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_has_the_tables_of_the_committed_figures() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "deploy.json").read_text(encoding="utf-8"))
+    assert deploy.markdown(result) in (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
+    # The same computation is within 3 % of the files of the model with the real tower and width.
+    for name, row in result["tower"].items():
+        assert row["size"] == pytest.approx(result["tower_computed"][name] * 1e9, rel=0.03), name
+
+
+def test_computed_sizes_are_those_of_files() -> None:
+    sizes = deploy.computed_sizes()
+    # Measured at full size with random weights: model.safetensors of nf4, the shards of bf16.
+    assert sizes["nf4"] * 1e9 == pytest.approx(3_084_070_944, rel=1e-3)
+    assert sizes["hf"] * 1e9 == pytest.approx(8_293_242_880, rel=1e-6)
