@@ -171,6 +171,7 @@ def test_every_form_becomes_a_pair_or_a_label(convert: Convert, data: Path) -> N
     made = [record["conversations"][-1] for record in result.records()]
     assert dict(zip(FORMS, made, strict=True)) == {name: turn for name, (_, turn) in FORMS.items()}
     assert sorted(result.said["notes"]) == [
+        "a label that is true or false was taken to say whether the answer is a good one (1×)",
         "a record had images and no tag; they are in its first turn (1×)",
         "a record had no prompt: what chosen and rejected have in common at their beginning is its question (1×)",
         "the key label is not used (1×)",

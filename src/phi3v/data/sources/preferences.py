@@ -41,6 +41,7 @@ ROLES: dict[str, Role] = {
 }
 KEYS = ("messages", "conversations")  # of the list of messages
 COMMON = "a record had no prompt: what chosen and rejected have in common at their beginning is its question"
+LABELLED = "a label that is true or false was taken to say whether the answer is a good one"
 
 _QUESTIONS = ("prompt", "question", "query", "instruction")
 _ANSWERS = ("chosen", "completion", "response", "output")
@@ -129,7 +130,7 @@ def chat_of(row: Row, decided: Counter[str]) -> Chat:
         _refuse_other_images(row)
         _read_scores(row, chat)
     else:
-        _read_label(row, chat)
+        _read_label(row, chat, decided)
     return chat
 
 
@@ -308,12 +309,13 @@ def _read_scores(row: Row, chat: Chat) -> None:
             return
 
 
-def _read_label(row: Row, chat: Chat) -> None:
+def _read_label(row: Row, chat: Chat, decided: Counter[str]) -> None:
     """What says of a single answer whether it is good; ``label`` of a chat may be anything else."""
     for key in _LABELS:
         label = row.get(key)
         if isinstance(label, bool):
             chat.label = label
+            decided[LABELLED] += key == "label" and "completion" not in chat.used
             chat.used.add(key)
             return
         if label is not None and (key == "kto_tag" or "completion" in chat.used):
