@@ -247,3 +247,23 @@ def test_answers_that_will_be_cut(examine: Examine) -> None:
     assert code == 0
     assert findings["answers"]["verdict"] == "warn"
     assert "4 of 4 questions" in findings["answers"]["what"]
+
+
+def test_the_objective_is_looked_at(examine: Examine, data: Path) -> None:
+    """Pairs are tried with their own loss; where they are lacking, or are not looked at, it is said."""
+    code, findings, _ = examine(objective__name="dpo")
+    assert code == 2
+    assert "train.jsonl:1" in findings["data"]["what"]
+    assert "4 of 4 records have no rejected one" in findings["data"]["what"]
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for line in lines:
+        line["conversations"][0]["rejected"] = "green"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, findings, _ = examine(objective__name="dpo")
+    assert code == 0, findings
+    assert "dpo, beta 0.1; reference: the model that training begins with; 4 records" in findings["objective"]["what"]
+    assert findings["gradients"]["verdict"] == "pass"
+    code, findings, _ = examine()
+    assert code == 0
+    assert findings["objective"]["verdict"] == "warn"
+    assert "4 records have rejected answers that it ignores" in findings["objective"]["what"]

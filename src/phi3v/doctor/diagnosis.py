@@ -31,8 +31,9 @@ from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
-from phi3v.train.checks import Case, DataFacts, refusals
+from phi3v.train.checks import Case, DataFacts, ignored_answers, refusals
 from phi3v.train.device import RuntimeDevice, choose_device, default_workers
+from phi3v.train.header import describe_objective
 from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.strategies import summarize
@@ -133,7 +134,7 @@ def check_setup(config: RunConfig, report: Report) -> tuple[Case | None, ModelFa
             report.say(
                 "configuration",
                 "pass",
-                f"{config.method.name}, {config.training.batch_size} samples a step: "
+                f"{config.method.name}, {config.objective.name}, {config.training.batch_size} samples a step: "
                 f"{config.training.micro_batch_size} at a time, {accumulation} accumulated",
             )
     with report.checking("model"):
@@ -187,8 +188,13 @@ def check_data(
             table, eval_table = open_tables(config, progress=False)
             if case is not None and processor is not None:
                 questions = questions_of(config, eval_table, processor)
-                case = replace(case, data=DataFacts.of(table, questions, config.evaluation))
-                _refuse(report, "data", case)
+                facts = DataFacts.of(table, questions, config.evaluation)
+                case = replace(case, data=facts)
+                if not _refuse(report, "data", case) and config.objective.is_preference:
+                    judged = f"{facts.pairs:,} records with rejected answers, {facts.labels:,} with a label"
+                    report.say("objective", "pass", f"{describe_objective(config.objective)}; {judged}")
+                if ignored := ignored_answers(config.objective, facts):
+                    report.add(ignored)
     return case, table, eval_table
 
 
@@ -227,9 +233,9 @@ def _check_records(
         with report.checking("labels"):
             _check_labels(report, processor, table)
     with report.checking("lengths"):
-        for each in (table, eval_table):
-            if each is not None:
-                require_lengths(config, each, facts, processor)
+        require_lengths(config, table, facts, processor, config.objective)
+        if eval_table is not None:
+            require_lengths(config, eval_table, facts, processor)
         what = f"no record is longer than the {facts.context:,} tokens that the model reads"
         report.say("lengths", "pass", what)
     with report.checking("answers"):

@@ -34,13 +34,14 @@ def forecast(config: RunConfig, records: int, world_size: int) -> str | None:
         return None
     training = config.training
     samples = training.max_steps * training.batch_size if training.max_steps else math.ceil(records * training.epochs)
-    tokens = samples * float(planner.workload.at(planner.num_crops).tokens.mean())
+    tokens = samples * float(planner.workload.at(planner.num_crops).lengths.separate.mean())
     parts = [
         f"{samples:,} samples, about {tokens / 1e6:,.1f} million tokens",
         f"peak {memory.peak / GIB:.1f} of {machine.gpu.memory_bytes / GIB:.0f} GiB",
     ]
     if speed.samples_per_second:
-        parts.append(_duration(samples / speed.samples_per_second))
+        passes = samples + (records * speed.forward_share if config.objective.needs_reference else 0)
+        parts.append(_duration(passes / speed.samples_per_second))
     return "; ".join(parts) + " (predicted)"
 
 

@@ -110,10 +110,18 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Of training, for what is recommended."""
+        """Of training, for what is recommended, the reference's pass included."""
         if self.recommended is None or not self.recommended.speed or not self.recommended.speed.samples_per_second:
             return None
-        return self.samples / self.recommended.speed.samples_per_second / 3600
+        return self.samples / self.recommended.speed.samples_per_second / 3600 + self.reference_hours
+
+    @property
+    def reference_hours(self) -> float:
+        """Of the forward pass over all records before training, where the objective needs a reference."""
+        speed = self.recommended.speed if self.recommended is not None else None
+        if not self.config.objective.needs_reference or speed is None or not speed.samples_per_second:
+            return 0.0
+        return len(self.workload) * speed.forward_share / speed.samples_per_second / 3600
 
     def best(self, method: MethodName) -> Option:
         """The option of a method that needs the fewest changes; of several, that on the engine of `phi3v train`."""
@@ -136,6 +144,8 @@ class Plan:
             "shared_image_factor": round(self.workload.shared_image_factor, 2),
             "steps": self.steps,
             "hours": round(self.hours, 3) if self.hours is not None else None,
+            "reference_hours": round(self.reference_hours, 3),
+            "objective": self.config.objective.name,
             "options": [option.to_json_dict() for option in self.options],
             "recommended": self.recommended.to_json_dict() if self.recommended else None,
             "reason": self.reason,

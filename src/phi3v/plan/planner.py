@@ -172,7 +172,13 @@ class Planner:
     def speed(self, setup: TrainSetup, machine: Machine) -> Speed:
         """The predicted speed of all ranks."""
         work = self._mean_sample(setup.num_crops) if setup.packing == "none" else self.rows(setup).work
-        flops = training_flops(self.shape, setup, work, tower_trained=self.counts(setup).gradients.tower_trained)
+        flops = training_flops(
+            self.shape,
+            setup,
+            work,
+            tower_trained=self.counts(setup).gradients.tower_trained,
+            extra_forwards=int(self.config.objective.name == "kto"),  # for its estimate of the drift
+        )
         if machine.gpu.is_cpu:
             basis = f"{CPU_UTILISATION:.0%} of the nominal rate, as measured with the tiny model"
             return predict_speed(flops, machine, CPU_UTILISATION, basis)

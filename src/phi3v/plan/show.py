@@ -137,6 +137,10 @@ def _show_time(console: Console, plan: Plan, option: Option) -> None:
         f"{plan.steps:,} steps of {_step(plan)}"
         + (f", about {_duration(plan.hours)}" if plan.hours is not None else ""),
     )
+    if plan.config.objective.needs_reference:
+        known = f", {_duration(plan.reference_hours)} of these" if plan.reference_hours else ""
+        passed = f"one forward pass over {len(plan.workload):,} records before training{known}; no second model"
+        say(console, f"  reference of {plan.config.objective.name}: {passed}")
     if option.speed is not None:
         say(console, f"  speed: {option.speed.samples_per_second:.2f} samples/s, {option.speed.basis}")
 

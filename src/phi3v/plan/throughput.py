@@ -41,14 +41,22 @@ class Flops:
     Attributes:
         model: what the method needs.
         hardware: with what is computed again for checkpointing.
+        forward: of one forward pass.
     """
 
     model: float
     hardware: float
+    forward: float = 0.0
 
 
-def training_flops(shape: ModelShape, setup: TrainSetup, work: SampleWork, *, tower_trained: bool) -> Flops:
-    """Operations to train on one sample."""
+def training_flops(
+    shape: ModelShape, setup: TrainSetup, work: SampleWork, *, tower_trained: bool, extra_forwards: int = 0
+) -> Flops:
+    """Operations to train on one sample.
+
+    Args:
+        extra_forwards: forward passes of a step beside that of the loss.
+    """
     linear = shape.token_flops * work.tokens
     attention = 2 * shape.layers * work.tokens_squared * shape.hidden  # causal: half of 4·T²·H
     head = 2 * work.answer_tokens * shape.hidden * shape.vocabulary
@@ -65,7 +73,9 @@ def training_flops(shape: ModelShape, setup: TrainSetup, work: SampleWork, *, to
         recomputed += linear + attention
     if setup.checkpointing != "none" and tower_trained:
         recomputed += tower_linear + tower_attention
-    return Flops(model, model + recomputed)
+    forward = decoder_forward + tower_forward
+    model += extra_forwards * forward
+    return Flops(model, model + recomputed, forward)
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,13 @@ class Speed:
         samples_per_second: of all devices; 0 where the device's rate is unknown.
         utilisation: model operations a second as a share of the rate.
         basis: the assumption, in a sentence.
+        forward_share: what a forward pass of a sample takes of the time to train on it.
     """
 
     samples_per_second: float
     utilisation: float
     basis: str
+    forward_share: float = 0.0
 
 
 def predict_speed(flops: Flops, machine: Machine, hardware_utilisation: float, basis: str) -> Speed:
@@ -89,4 +101,4 @@ def predict_speed(flops: Flops, machine: Machine, hardware_utilisation: float, b
     if not rate:
         return Speed(0.0, 0.0, "the rate of this device is not in the table")
     samples = rate * hardware_utilisation / flops.hardware
-    return Speed(samples, samples * flops.model / rate, basis)
+    return Speed(samples, samples * flops.model / rate, basis, flops.forward / flops.hardware)
