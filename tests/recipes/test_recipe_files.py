@@ -46,7 +46,7 @@ def read(name: str) -> RunConfig:
 
 
 def test_every_task_has_every_method() -> None:
-    assert set(RECIPES) == {*NAMES, "easy_vqa_tiny"}
+    assert set(RECIPES) == {*NAMES, "easy_vqa_tiny", "easy_vqa_dpo"}
     for name in NAMES:
         assert read(name).method.name.replace("-", "_") == name.removeprefix(f"{task_of(name)}_")
 
@@ -104,3 +104,25 @@ def test_it_runs(name: str, workplace: Path, small_model_dir: Path, monkeypatch:
         assert measured["metric"] == SCORES[task_of(name)][0]
         assert 0 <= measured["score"] <= 1
         assert measured["num_questions"] == len(measured["generated_texts"]) == 2
+
+
+def test_preferences_run(
+    easy_vqa: Path, small_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe for pairs, from the folder where the quickstart and its example leave their files."""
+    monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    pairs, data = Path("quickstart/preferences/pairs"), Path("quickstart/data")
+    for folder in (pairs, data):
+        folder.mkdir(parents=True)
+        (folder / "images").symlink_to(easy_vqa / "images")
+    lines = [json.loads(line) for line in (easy_vqa / "test.jsonl").read_text().splitlines()[:6]]
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[4:]))
+    for line in lines:
+        line["conversations"][0]["rejected"] = "neither"
+    (pairs / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+    small = {"model.path": small_model_dir, "training.max_steps": 1, "evaluation.max_new_tokens": 2}
+    overrides = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    assert main(["train", "easy_vqa_dpo", *overrides]) == 0
+    (line,) = (tmp_path / "quickstart/preferences/run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["rewards/margins"] == pytest.approx(0, abs=1e-5)
