@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,3 +259,38 @@ def test_targets_in_vllm(model: Path) -> None:
     for name in (tower, f"model.{tower}"):
         assert not re.match(compressed.LINEARS, name)
         assert re.match(compressed.IGNORED[1].removeprefix("re:"), name)
+
+
+FULL_SIZE = """
+import sys
+from pathlib import Path
+from phi3v.export.formats import FormatOptions
+from phi3v.export.formats.compressed import make
+make(Path(sys.argv[1]), Path(sys.argv[2]), FormatOptions("w4a16"))
+# Not ru_maxrss, which a child inherits from the process that started it.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_the_real_size_is_made_under_6_gigabytes(tmp_path: Path) -> None:
+    """Takes some minutes, 12 GB of disk and 9 GB of memory, for making the float model first."""
+    if shutil.disk_usage(tmp_path).free < 14e9:
+        pytest.skip(f"needs 14 GB of disk in {tmp_path}")
+    create = "import sys; from phi3v.cli import main; sys.exit(main(sys.argv[1:]))"
+    init = ["model", "init", "--preset", "phi-3.5-vision", "--dtype", "bfloat16", "--out", str(tmp_path / "model")]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    try:
+        subprocess.run([sys.executable, "-c", create, *init], check=True, env=environment)
+        (tmp_path / "w4a16").mkdir()
+        command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "model"), str(tmp_path / "w4a16")]
+        done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+        peak = int(done.stdout.splitlines()[-1]) * 1024
+        print(f"peak {peak / 1e9:.2f} GB")
+        assert peak < 6e9
+        size = sum(path.stat().st_size for path in (tmp_path / "w4a16").glob("*.safetensors"))
+        assert 2.9e9 < size < 3.1e9
+    finally:
+        for name in ("model", "w4a16"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)

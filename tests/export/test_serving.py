@@ -37,6 +37,7 @@ def test_without_vllm_nothing_is_exported(
     [
         (["--vllm", "vllm"], "is about --serve-check"),
         (["--serve-check", "--adapter"], "vLLM serves a merged model"),
+        (["--serve-check", "--format", "w4a16"], "is about the official layout, not about w4a16"),
         (["--serve-check", "--vllm", "/bin/true"], "the vision tower and the vocabulary of the released ones only"),
     ],
 )
@@ -67,7 +68,11 @@ def test_a_folder_is_verified_before_it_is_served(
 
 def test_the_released_sizes_can_be_served() -> None:
     for preset in ("phi-3.5-vision", "phi-3-vision"):
-        require_servable(preset_config(preset))
+        config = preset_config(preset)
+        require_servable(config)
+        config.quantization_config = {"quant_method": "compressed-tensors"}
+        with pytest.raises(UserError, match="is for float models"):
+            require_servable(config)
 
 
 def test_vllm_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,12 @@ def _vllm(arguments: argparse.Namespace) -> Path:
         raise UserError("is about --serve-check", where="--vllm", hint="add it")
     if arguments.adapter or (arguments.verify is not None and (arguments.verify / "adapter_config.json").is_file()):
         raise UserError("vLLM serves a merged model", where="--serve-check", hint="export without --adapter")
+    if other := [name for name in arguments.format or () if name != "hf"]:
+        raise UserError(
+            f"is about the official layout, not about {other[0]}",
+            where="--serve-check",
+            hint="leave it out, or export --format hf alone",
+        )
     from phi3v.export.serving import find_vllm, require_servable
     from phi3v.model.configuration import Phi3VConfig
     from phi3v.train.finetuned import resolve_model

@@ -115,11 +115,17 @@ def find_vllm(given: str | None) -> Path:
 
 
 def require_servable(config: Phi3VConfig) -> None:
-    """vLLM has the vision tower and the id of an image's tokens as constants.
+    """vLLM has the vision tower and the id of an image's tokens as constants; its answers are compared in float32.
 
     Raises:
-        UserError: the model has others.
+        UserError: the model has others, or is quantised.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "is for float models: what vLLM computes with quantised weights is rounded on the way",
+            where="--serve-check",
+            hint="check the official layout (--format hf); `phi3v export --verify` proves the quantised folder",
+        )
     tower = CLIP_VIT_L_14_336 | (config.clip_vision_config or {})
     if tower != CLIP_VIT_L_14_336 or config.image_token_id != IMAGE_TOKEN_ID:
         raise UserError(

@@ -121,7 +121,8 @@ def fit_weights(
             weight, scales = fit(linear.weight, hessians.pop(name), rounding, dtypes[name])
             linear.weight.copy_(weight)
             yield name, weight.cpu(), scales.cpu()
-        states = [run(state) for state in states]
+        for place, state in enumerate(states):
+            states[place] = run(state)
 
 
 def _load(module: nn.Module, model: Path, prefix: str, names: Collection[str]) -> dict[str, torch.dtype]:
