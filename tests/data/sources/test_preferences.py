@@ -59,6 +59,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "hh-rlhf": ({"chosen": f"{HH} {GOOD}", "rejected": f"{HH} {BAD}"}, PAIR),
     "hh-rlhf, its prompt apart": ({"prompt": HH, "chosen": f" {GOOD}", "rejected": f" {BAD}"}, PAIR),
+    "hh-rlhf, its prompt too": ({"prompt": HH, "chosen": f"{HH} {GOOD}", "rejected": f"{HH} {BAD}"}, PAIR),
     "UltraFeedback": (
         {
             "prompt": Q,
@@ -134,6 +135,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "goes on": (
         {"prompt": [user()], "chosen": [said()], "rejected": [user(), said(BAD), user("Sure?"), said("Yes.")]},
         "rejected: must have one answer after the question, not 3 messages",
+    ),
+    "other turns": (
+        {"prompt": HH, "chosen": f"{HH} {GOOD}", "rejected": f"{HH.replace('this', 'that')} {BAD}"},
+        "rejected: differs from the chosen conversation",
     ),
     "by the user": ({"prompt": [user()], "chosen": [said()], "rejected": user(BAD)}, "is a message of the user"),
     "two answers": (

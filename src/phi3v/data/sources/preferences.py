@@ -204,7 +204,8 @@ def _asked(row: Row, answer: str, question: str | None, used: set[str]) -> list[
         if isinstance(more, str) and more.strip():
             asked = f"{asked}\n{more}"
             used.add("input")
-        prompt = _history(row, used) + _turns(question, asked)
+        prompt = _history(row, used)
+        prompt += _turns(question, asked) if question == "prompt" else [Said(question, asked, "user")]
     else:
         hint = "write a text, or a list of messages"
         raise UserError(f"must be a text, not {json_kind(asked)}", where=question or "prompt", hint=hint)
@@ -257,8 +258,14 @@ def _answers(row: Row, key: str, prompt: list[Said]) -> list[Said]:
     """The answers under a key: one, several texts, or the last message of a conversation that begins as ``prompt``."""
     value = row[key]
     if isinstance(value, str):
-        # The forms of plain text go on where the prompt ends.
-        return [Said(key, value.lstrip() if "prompt" in row else value, "assistant")]
+        if "prompt" not in row:
+            return [Said(key, value, "assistant")]
+        turns = _turns(key, value)
+        if len(turns) == 1:
+            return [Said(key, value.lstrip(), "assistant")]  # plain text goes on where the prompt ends
+        if list(map(_plain, turns[:-1])) != list(map(_plain, prompt)):
+            raise _differ(key)
+        return turns[-1:]
     if isinstance(value, Mapping):
         return [Said(key, value)]
     if not isinstance(value, list) or not value:
@@ -268,7 +275,7 @@ def _answers(row: Row, key: str, prompt: list[Said]) -> list[Said]:
         return [Said(f"{key}[{k}]", item, "assistant") for k, item in enumerate(value)]
     said = _listed(row, key)
     if len(said) > 1 or _role(said[0]) != "assistant":
-        if [_plain(message) for message in said[: len(prompt)]] != [_plain(message) for message in prompt]:
+        if list(map(_plain, said[: len(prompt)])) != list(map(_plain, prompt)):
             raise _differ(key)
         said = said[len(prompt) :]
     if len(said) != 1:
