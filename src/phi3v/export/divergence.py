@@ -249,7 +249,9 @@ def answer_prompts(
 ) -> tuple[list[list[int]], list[Logits], Speed]:
     """Answers, the logits (n, V) that each of their tokens was chosen from, and how long it took.
 
-    Prompts that have an answer are given it; others are answered greedily, up to a token of ``stops`` after the first.
+    Prompts that have an answer are given it; others are answered greedily, own questions up to a token of ``stops``
+    after the first. What a drawn prompt is answered goes on beyond that: a word and its end would be two positions of
+    its kind, whose mean says more of chance than of the export.
     """
     answers, logits = [], []
     tokens, seconds = [0, 0], [0.0, 0.0]
@@ -260,7 +262,7 @@ def answer_prompts(
         read = clock()
         answer = list(prompt.answer) or [int(rows[0].argmax())]
         while len(rows) < (len(prompt.answer) or NEW_TOKENS) and (
-            prompt.answer or len(answer) == 1 or answer[-1] not in stops
+            prompt.answer or prompt.kind != OWN or len(answer) == 1 or answer[-1] not in stops
         ):
             rows.append(decoder.step(answer[len(rows) - 1]))
             if not prompt.answer:
