@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from phi3v.data.collate import Collator, PageReader, make_sample
+from phi3v.data.collate import Collator, PageReader, Sample, make_sample
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.export.formats import FormatOptions, compressed, files, gptq
@@ -166,6 +166,10 @@ def test_files_are_split_and_the_second_name_of_the_embeddings_is_not_written(
     assert checkpoint_shapes(folder) == checkpoint_shapes(whole)
     assert all(torch.equal(tensor, tensors(whole)[name]) for name, tensor in tensors(folder).items())
     Phi3VForCausalLM.from_pretrained(folder)
+    samples = [Sample([1, 5, 9, 17, 33], [], [])]
+    name = "model.layers.0.mlp.down_proj.weight"
+    fitted = [next(gptq.fit_weights(of, samples, [name], compressed.Layer("w4a16", 64))) for of in (model, source)]
+    assert torch.equal(fitted[0][1], fitted[1][1])
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +220,25 @@ def test_a_column_without_correlation_is_rounded_to_the_nearest() -> None:
     fitted, scales = gptq.fit(weight, torch.diag(diagonal), layer, torch.float32)
     assert torch.equal(fitted, rounded(weight, FormatOptions("w4a16", group_size=32)))
     assert scales.shape == (8, 2)
+
+
+def test_what_was_fitted_is_what_is_stored() -> None:
+    """In bf16, to the last bit."""
+    layer = compressed.Layer("w4a16", 32)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator).bfloat16()
+    inputs = torch.randn(100, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    fitted, scales = gptq.fit(weight, inputs.T @ inputs, layer, torch.bfloat16)
+    stored = layer.compress(fitted, scales)
+    assert stored["weight_scale"].dtype == torch.bfloat16
+    back = layer._compressor.decompress(stored | {"weight_scale": scales.float()}, layer._scheme)["weight"]
+    assert torch.equal(back, fitted)
+    loss = [float((inputs @ (other - weight.float()).T).pow(2).mean()) for other in (fitted, _plain(weight))]
+    assert loss[0] < loss[1] / 2
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    return rounded(weight, FormatOptions("w4a16", group_size=32))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from phi3v.data.collate import PageReader, Sample, make_sample, stack_images
 from phi3v.data.lengths import LENGTH_HINT
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
-from phi3v.model.checkpoint import stored_tensors
+from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, stored_tensors
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VModel
 from phi3v.processing.processor import Phi3VProcessor
@@ -128,9 +128,12 @@ def fit_weights(
 def _load(module: nn.Module, model: Path, prefix: str, names: Collection[str]) -> dict[str, torch.dtype]:
     """Copy the tensors ``names`` into ``module``; gives the dtypes in which they are stored."""
     own, dtypes = module.state_dict(), {}
-    for _, name, tensor in stored_tensors(model, names):
+    for _, name, tensor in stored_tensors(model, {*names, SECOND_EMBEDDING} if EMBEDDING in names else names):
+        name = EMBEDDING if name == SECOND_EMBEDDING else name
         own[name.removeprefix(prefix)].copy_(tensor)
         dtypes[name] = tensor.dtype
+    if missing := set(names) - set(dtypes):
+        raise RuntimeError(f"{model} has no {min(missing)}")
     return dtypes
 
 
@@ -140,7 +143,8 @@ def _embed(decoder: Phi3VModel, samples: Sequence[Sample]) -> list[torch.Tensor]
     states = []
     for sample in samples:
         images = stack_images([sample])
-        images["pages"] = images["pages"].to(device)
+        if sample.pages:
+            images["pages"] = images["pages"].to(device)
         states.append(decoder.embed(torch.tensor([sample.input_ids], device=device), **images).cpu())
     return states
 
