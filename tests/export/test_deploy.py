@@ -146,7 +146,9 @@ def _as_nf4(model: Path, folder: Path, options: formats.FormatOptions) -> None:
 def test_every_format_is_proven(name: str, exports: tuple[Path, str]) -> None:
     folder = exports[0] / name
     proof = json.loads((folder / "proof" / "proof.json").read_text(encoding="utf-8"))["export"]
-    assert 0 < proof["divergence"]["mean"] < proof["bound"] < proof["control"]["mean"]
+    assert set(proof["parts"]) == {"own questions", "drawn prompts"}
+    for part in proof["parts"].values():
+        assert 0 < part["divergence"]["mean"] < part["bound"] < part["control"]["mean"]
     assert len(proof["divergence"]["kinds"]) == 10  # nine drawn, and own questions
     assert proof["score"]["n"] == proof["float_score"]["n"] == 8
     assert proof["size"] < proof["float_size"]

@@ -153,12 +153,32 @@ print(model.answer("What is shown?", ["image.png"]))"""
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of the prompts of a proof.
+
+    Attributes:
+        bound: of the mean divergence; others follow from it.
+    """
+
+    divergence: Divergence
+    control: Divergence
+    bound: float
+
+    def fault(self) -> str | None:
+        """How the bound is exceeded, if it is."""
+        return self.divergence.fault(self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.divergence}; at most {self.bound:.1e}, 2-bit weights have {self.control.mean:.1e}"
+
+
+@dataclass(frozen=True)
 class Proof:
     """What an export in another format was compared with, and how it came out.
 
     Attributes:
-        bound: of the mean divergence.
-        control: of the float model with its decoder's weights rounded to 2 bits.
+        divergence, control: of the export, and of the float model with its decoder's weights rounded to 2 bits.
+        parts: the same of own questions and of drawn prompts, each with the bound that it is held to.
         speed, float_speed: of the export and of the float model in phi3v.
         score, float_score: of the run's task, on the same questions.
         size, float_size: bytes on the disk.
@@ -168,8 +188,8 @@ class Proof:
     bits: int
     folder: Path
     divergence: Divergence
-    bound: float
     control: Divergence
+    parts: dict[str, Part]
     speed: Speed
     float_speed: Speed
     size: int
@@ -193,8 +213,8 @@ class Proof:
         say(
             console, f"{self.format}: {decimal(self.size)} of {decimal(self.float_size)} in {self.folder}", style="bold"
         )
-        say(console, f"  {self.divergence}")
-        say(console, f"  the most is {self.bound:.1e} on average; 2-bit weights have {self.control.mean:.1e}")
+        for name, part in self.parts.items():
+            say(console, f"  {name}: {part}")
         say(console, f"  {self.relative_speed}")
         if self.score is not None:
             say(console, f"  {self.score.name} {self.score}; the float model {self.float_score}")
@@ -219,6 +239,11 @@ def write_format_card(folder: Path, proof: Proof, tuned: FinetunedModel, base_id
 
 def _card(proof: Proof) -> str:
     kinds = "\n".join(f"| {kind} | {mean:.1e} |" for kind, mean in proof.divergence.kinds.items())
+    parts = "\n".join(
+        f"| {name} | {part.divergence.mean:.1e} | {part.bound:.1e} | {part.control.mean:.1e} "
+        f"| {part.divergence.p99:.1e} | {TAIL * part.bound:.1e} | {part.control.p99:.1e} |"
+        for name, part in proof.parts.items()
+    )
     score = (
         f"\n{proof.score.name}: {proof.score}; the float model: {proof.float_score}.\n"
         if proof.score is not None
@@ -228,13 +253,11 @@ def _card(proof: Proof) -> str:
 ## How far it is from the float model
 
 KL divergence of the next-token distribution from the float model's, in nats, at {proof.divergence.positions} positions
-of its answers:
+of its answers, beside what was allowed and what {CONTROL_BITS}-bit weights would have:
 
-| | mean | 99th percentile | worst |
-|---|---|---|---|
-| this export | {proof.divergence.mean:.1e} | {proof.divergence.p99:.1e} | {proof.divergence.worst:.1e} |
-| at most | {proof.bound:.1e} | {TAIL * proof.bound:.1e} | |
-| control: {CONTROL_BITS}-bit weights | {proof.control.mean:.1e} | {proof.control.p99:.1e} | {proof.control.worst:.1e} |
+| prompts | mean | at most | {CONTROL_BITS} bits | 99th percentile | at most | {CONTROL_BITS} bits |
+|---|---|---|---|---|---|---|
+{parts}
 
 | prompts | mean |
 |---|---|

@@ -20,9 +20,10 @@ from rich.console import Console
 from phi3v.errors import UserError
 from phi3v.evaluate.metrics import Score
 from phi3v.export import divergence
-from phi3v.export.card import Proof, write_format_card
+from phi3v.export.card import Part, Proof, write_format_card
 from phi3v.export.divergence import (
     CONTROL_BITS,
+    DRAWN,
     LEAST_CONTROL,
     LOGITS,
     OWN,
@@ -242,16 +243,16 @@ class _Reference:
     Attributes:
         prompts: with their answers; own questions first.
         logits: (n, V) of each.
-        control: of the float model with its decoder's weights rounded to 2 bits.
-        drawn_control: the same of the drawn prompts alone, with which an export is proven again.
+        rounded: the logits with the decoder's weights rounded to 2 bits.
+        parts: which prompts are own questions, where there are any, and which are drawn; each is held to its own bound.
         size: bytes of the float model's folder.
     """
 
     prompts: list[Prompt]
     logits: list[Logits]
     speed: Speed
-    control: Divergence
-    drawn_control: Divergence
+    rounded: list[Logits]
+    parts: dict[str, slice]
     size: int
 
     @classmethod
@@ -277,21 +278,21 @@ class _Reference:
         prompts = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
         round_decoder(model, CONTROL_BITS)
         _, rounded, _ = answer_prompts(TorchDecoder(model, processor), prompts)
-        control = diverge(prompts, logits, rounded)
-        drawn_control = diverge(prompts[len(own) :], logits[len(own) :], rounded[len(own) :])
-        if not min(control.mean, drawn_control.mean) > LEAST_CONTROL:
-            raise UserError(
-                f"nothing can be proven of this model: even {CONTROL_BITS}-bit weights hardly change its predictions "
-                f"({control})",
-                where=str(folder),
-                hint="is it trained?",
-            )
-        return cls(prompts, logits, speed, control, drawn_control, _size(folder))
+        parts = {OWN: slice(len(own))} if own else {}
+        made = cls(prompts, logits, speed, rounded, parts | {DRAWN: slice(len(own), None)}, _size(folder))
+        for name, part in made.parts.items():
+            if not (control := made.diverge(rounded, part)).mean > LEAST_CONTROL:
+                raise UserError(
+                    f"nothing can be proven of this model: {CONTROL_BITS}-bit weights hardly change its predictions "
+                    f"({name}: {control})",
+                    where=str(folder),
+                    hint="is it trained?",
+                )
+        return made
 
-    @property
-    def drawn(self) -> slice:
-        """Which prompts are drawn: all but the own questions, which come first."""
-        return slice(sum(prompt.kind == OWN for prompt in self.prompts), None)
+    def diverge(self, theirs: Sequence[Logits], part: slice = slice(None)) -> Divergence:
+        """How far others' logits are from the float model's, on some of the prompts."""
+        return diverge(self.prompts[part], self.logits[part], theirs[part])
 
     def prove(self, folder: Path, options: FormatOptions, work: Path, place: Path) -> Proof:
         """Compare an export with the float model; ``place`` is where it goes.
@@ -303,34 +304,41 @@ class _Reference:
         exchanged.mkdir()
         divergence.write_prompts(exchanged, self.prompts)
         theirs, speed = divergence.answer_in_fresh_process(folder, exchanged)
-        found = diverge(self.prompts, self.logits, theirs)
-        again = diverge(self.prompts[self.drawn], self.logits[self.drawn], theirs[self.drawn])
-        bits = options.bits or FORMATS[options.format].bits
-        bound, bound_again = (_bound(options.format, bits, control) for control in (self.control, self.drawn_control))
-        if (fault := found.fault(bound) or again.fault(bound_again)) is not None:
-            raise TooFarError(f"{options.format} does not answer as the float model does: {fault}")
+        format_ = FORMATS[options.format]
+        bits = options.bits or format_.bits
+        parts = {}
+        for name, part in self.parts.items():
+            control = self.diverge(self.rounded, part)
+            parts[name] = Part(self.diverge(theirs, part), control, bound_of(format_.proven_bits or bits, control))
+            if (fault := parts[name].fault()) is not None:
+                raise TooFarError(f"{options.format} does not answer as the float model does: {fault} ({name})")
         return Proof(
-            options.format, bits, place, found, bound, self.control, speed, self.speed, _size(folder), self.size
+            options.format,
+            bits,
+            place,
+            self.diverge(theirs),
+            self.diverge(self.rounded),
+            parts,
+            speed,
+            self.speed,
+            _size(folder),
+            self.size,
         )
 
     def save(self, folder: Path, proof: Proof) -> None:
         """Write what the export is proven with again: the drawn prompts; own questions stay where they are."""
         folder.mkdir()
-        divergence.write_prompts(folder, self.prompts[self.drawn])
-        divergence.write_logits(folder / LOGITS, self.logits[self.drawn])
+        divergence.write_prompts(folder, self.prompts[self.parts[DRAWN]])
+        divergence.write_logits(folder / LOGITS, self.logits[self.parts[DRAWN]])
         make_weights_readable(folder)
         told = {
             "format": proof.format,
             "bits": proof.bits,
-            "bound": _bound(proof.format, proof.bits, self.drawn_control),
-            "control": self.drawn_control.mean,
+            "bound": proof.parts[DRAWN].bound,
+            "control": proof.parts[DRAWN].control.mean,
             "export": {name: value for name, value in proof.to_json_dict().items() if name != "folder"},
         }
         (folder / PROOF_FACTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-
-
-def _bound(name: str, bits: int, control: Divergence) -> float:
-    return bound_of(FORMATS[name].proven_bits or bits, control)
 
 
 def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedModel, base_id: str | None) -> None:

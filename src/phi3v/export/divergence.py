@@ -50,11 +50,11 @@ CONTROL_BITS = 2
 GROUP_SIZE = 64  # of the control's weights
 # The mean divergence that weights of so many bits may have: in nats, and as a share of the control's, which is what
 # counts for a model whose predictions are nearly certain, or nearly even.
-BOUNDS = {4: (5e-2, 1 / 5), 5: (2e-2, 1 / 10), 8: (5e-3, 1 / 50)}
+BOUNDS = {4: (5e-2, 1 / 4), 5: (2e-2, 1 / 10), 8: (5e-3, 1 / 50)}
 # How many times as large the 99th percentile may be, and the mean over one kind of prompt, which are few.
-TAIL, KIND = 10, 3
+TAIL, KIND = 10, 4
 LEAST_CONTROL = 1e-7  # below, the order of sums is seen, not the rounding of weights
-OWN = "own questions"
+OWN, DRAWN = "own questions", "drawn prompts"
 LOGITS = "logits.safetensors"
 # A folder in the export: the drawn prompts, what the float model says to them, and the bound.
 PROOF = "proof"
