@@ -11,7 +11,7 @@ import pytest
 import torch
 from one_step import one_step
 from preference_data import write_pairs
-from ranks import run_ranks
+from ranks import command, run_ranks
 from resume_helpers import assert_same_run, interrupted_copy
 from rich.console import Console
 from run_helpers import Train, read_metrics
@@ -166,3 +166,32 @@ def test_data_that_an_objective_cannot_take(easy_vqa: Path) -> None:
     assert ignored is not None
     assert "2 records have rejected answers that it ignores, 1 have a label" in ignored.what
     assert ignored_answers(ObjectiveConfig(name="kto"), mixed) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "objective"), [("fsdp2", "kto"), ("zero2", "dpo"), ("zero3", "kto")])
+def test_engines_that_divide_come_to_the_same(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str, objective: str
+) -> None:
+    """KTO runs the model forward without gradients before each step, which sharded weights must survive."""
+    data = write_pairs(easy_vqa, "engine-pairs.jsonl")
+    losses = {}
+    for name in ("ddp", engine):
+        keys = {
+            "model.path": small_model_dir,
+            "data.train": data,
+            "data.num_workers": 0,
+            "data.packing": "shared-image",
+            "data.pack_tokens": 700,
+            "objective.name": objective,
+            "distributed.engine": name,
+            "training.output_dir": tmp_path / name,
+            "training.max_steps": 3,
+            "training.batch_size": 4,
+            "training.learning_rate": 1e-3,
+            "training.logging_steps": 1,
+        }
+        words = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+        run_ranks(2, command, "train", *words, folder=tmp_path / f"{name}-printed")
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name)]
+    assert losses[engine] == pytest.approx(losses["ddp"], rel=1e-4)

@@ -169,10 +169,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
         All ranks of a step reduce, or even gather, the same tensors, and the batches of some may be text alone.
         """
-        if not (self.training and torch.is_grad_enabled()):
-            return inputs_embeds
         is_trained = any(parameter.requires_grad for parameter in self.vision_embed_tokens.parameters())
-        if not (is_trained or self.always_runs_vision):
+        if not self.training or not (self.always_runs_vision or (is_trained and torch.is_grad_enabled())):
             return inputs_embeds
         blank = inputs_embeds.new_zeros(1, 3, CROP_SIZE, CROP_SIZE)
         return inputs_embeds + 0.0 * self.vision_embed_tokens(blank, [(CROP_SIZE, CROP_SIZE)]).sum()
