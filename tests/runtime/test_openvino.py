@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_an_answer_that_crosses_the_switch_runs_again(
     runtime: Runtime, model: Phi3VForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And going on with keys of the short factors would have been seen."""
-    pages, limit = [page(1, 1)], runtime.long_context_start
+    pages, limit = [page(1, 1)], runtime.config.long_context_start
     ids = runtime.prompt("what color is the shape? " * 40, pages)
     ids = ids[: limit - 1 - 6] + ids[-6:]
     assert len(ids) == limit - 1
@@ -90,7 +91,7 @@ def test_an_answer_that_crosses_the_switch_runs_again(
     short = last_logits(model, [*ids, answer[0]], pages, 2)
     long = last_logits(model, [*ids, *answer], pages, len(answer) - 1)
     np.testing.assert_allclose(logits, [*short, *long], rtol=0, atol=TOLERANCE)
-    monkeypatch.setattr(runtime, "long_context_start", 10 * limit)
+    monkeypatch.setattr(runtime, "config", replace(runtime.config, long_context_start=10 * limit))
     assert np.abs(run()[2:] - long).max() > 100 * TOLERANCE
 
 

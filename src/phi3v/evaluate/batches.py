@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from phi3v.data.batches import assign_to_ranks
 from phi3v.data.collate import QuestionDataset, Sample, stack_images
 from phi3v.data.lengths import measure_table
+from phi3v.processing.hd_transform import image_runs
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,14 @@ class PromptBatch:
         """Tokens of each row's prompt."""
         rows = zip(self.page_of_row, self.suffixes, strict=True)
         return [len(self.prefixes[page]) + len(suffix) for page, suffix in rows]
+
+    def pages(self) -> list[list[npt.NDArray[np.uint8]]]:
+        """The pages of each prefix's images, (height, width, 3)."""
+        sizes = self.images.get("image_sizes", ())
+        flat = self.images["pages"].split([height * width for height, width in sizes]) if sizes else ()
+        distinct = [pixels.view(*size, 3).numpy() for pixels, size in zip(flat, sizes, strict=True)]
+        shown = iter(self.images.get("page_index", ()))
+        return [[distinct[next(shown)] for _ in image_runs(prefix)] for prefix in self.prefixes]
 
 
 def whole_prompts(indices: Sequence[int], samples: Sequence[Sample]) -> PromptBatch:

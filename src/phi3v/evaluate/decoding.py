@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils import send_to_device
 
-from phi3v.evaluate.batches import PromptBatch
+from phi3v.data.collate import Page, Sample
+from phi3v.evaluate.batches import PromptBatch, whole_prompts
 from phi3v.model.generation import CACHE_NAMES
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.tokenizer import pad_rows
+from phi3v.runtime import Runtime
+
+Pixels = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
 
 
 class DecodingState:
@@ -78,3 +87,75 @@ def prefill(model: Any, processor: Phi3VProcessor, batch: PromptBatch) -> Decodi
         state.feed(padded(batch.suffixes))
     state.lengths = batch.lengths()
     return state
+
+
+class Decoder(Protocol):
+    """One sample, read token by token."""
+
+    def start(self, input_ids: Sequence[int], pages: Sequence[Pixels]) -> Logits:
+        """Forget all, read a prompt; the logits (V,) after it.
+
+        Args:
+            input_ids: image k is a run of ``-k``.
+            pages: of each image, uint8 (height, width, 3), multiples of 336.
+        """
+
+    def step(self, token: int) -> Logits:
+        """Read another token; the logits (V,) after it."""
+
+
+class TorchDecoder:
+    """Our own model as a `Decoder`.
+
+    Args:
+        autocast_dtype: compute in this dtype; by default in the model's own.
+    """
+
+    def __init__(self, model: Any, processor: Phi3VProcessor, autocast_dtype: torch.dtype | None = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.autocast_dtype = autocast_dtype
+        self.device = next(model.parameters()).device
+        self._ids: list[int] = []
+        self._pages: list[Page] = []
+        self._state = DecodingState(model)
+
+    def start(self, input_ids: Sequence[int], pages: Sequence[Pixels]) -> Logits:
+        self._ids = list(input_ids)
+        self._pages = [
+            Page(str(index), (page.shape[0], page.shape[1]), torch.from_numpy(page)) for index, page in enumerate(pages)
+        ]
+        return self._read()
+
+    def step(self, token: int) -> Logits:
+        self._ids.append(token)
+        if self._state.lengths[0] == self.model.config.long_context_start:
+            return self._read()  # the keys so far were rotated with the short factors
+        with self._computing():
+            self._state.feed({"input_ids": torch.tensor([[token]], device=self.device)})
+        return self._logits()
+
+    def _read(self) -> Logits:
+        with self._computing():
+            self._state = prefill(self.model, self.processor, whole_prompts([0], [Sample(self._ids, [], self._pages)]))
+        return self._logits()
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        dtype = self.autocast_dtype
+        autocast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        with torch.inference_mode(), autocast:
+            yield
+
+    def _logits(self) -> Logits:
+        logits: Logits = self._state.logits[0, -1].float().cpu().numpy()
+        return logits
+
+
+def decoder_of(model: Any, processor: Phi3VProcessor, autocast_dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder of one sample, beside others of the same model: our own, or one of graphs.
+
+    Args:
+        autocast_dtype: as for `TorchDecoder`; graphs compute as they are.
+    """
+    return model.fork() if isinstance(model, Runtime) else TorchDecoder(model, processor, autocast_dtype)

@@ -10,10 +10,12 @@ Shapes: ``R`` rows, ``P`` pages, ``T`` tokens, ``W`` answer words, ``V`` vocabul
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 
@@ -29,10 +31,11 @@ from phi3v.evaluate.batches import (
     prompts_of_ranks,
     whole_prompts,
 )
-from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.evaluate.decoding import DecodingState, Pixels, prefill
 from phi3v.evaluate.sampling import GREEDY, Sampling, TokenChooser
 from phi3v.processing.conversation import END, decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,12 @@ def generate_answers(
     prompts = list_prompts(questions, model.config.long_context_start)
     mine = prompts_of_ranks(prompts, world_size, batch_size)[rank]
     batches = cut_batches(mine, batch_size, batch_tokens)
-    answerer = _Answerer(model, processor, max_new_tokens, words)
-    _answer_batches(answerer, questions, batches, take, autocast_dtype, num_workers)
+    answerer: Answerer = (
+        GraphAnswerer(model, max_new_tokens, [processor.tokenize_text(word + END) for word in words])
+        if isinstance(model, Runtime)
+        else TorchAnswerer(model, processor, max_new_tokens, words, autocast_dtype=autocast_dtype)
+    )
+    _answer_batches(answerer, questions, batches, take, num_workers)
     if world_size > 1:
         answers = dict(gather_object(list(answers.items())))
     return [answers[index] for index in range(len(questions))]
@@ -122,38 +129,37 @@ def sample_answers(
     together = max(1, batch_size // count)
     mine = prompts_of_ranks([prompts[index] for index in wanted], world_size, together)[rank]
     batches = cut_batches(mine, together, batch_tokens // count)
-    answerer = _Answerer(model, processor, max_new_tokens, count=count, sampling=sampling)
-    _answer_batches(answerer, questions, batches, take, autocast_dtype, num_workers)
+    answerer = TorchAnswerer(
+        model, processor, max_new_tokens, count=count, sampling=sampling, autocast_dtype=autocast_dtype
+    )
+    _answer_batches(answerer, questions, batches, take, num_workers)
+
+
+class Answerer(Protocol):
+    """A model that answers batches of prompts."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Entered while it answers."""
+
+    def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, list[Generated]]:
+        """The answers to a batch, by question."""
 
 
 def _answer_batches(
-    answerer: _Answerer,
+    answerer: Answerer,
     questions: Questions,
     prompts: Sequence[Sequence[Prompt]],
     take: Callable[[dict[int, list[Generated]]], None],
-    autocast_dtype: torch.dtype | None,
     num_workers: int,
 ) -> None:
-    """Answer batch after batch, with the model in evaluation mode meanwhile."""
-    model, device = answerer.model, answerer.device
     batches = PromptBatches(questions, prompts)
-    was_training = model.training
-    model.eval()
-    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-    try:
-        with (
-            reading(batches.__getitem__, range(len(batches)), num_workers) as made,
-            torch.inference_mode(),
-            autocast,
-        ):
-            for batch in made:
-                take(answerer.answer(batch, questions))
-    finally:
-        model.train(was_training)
+    with reading(batches.__getitem__, range(len(batches)), num_workers) as made, answerer.computing():
+        for batch in made:
+            take(answerer.answer(batch, questions))
 
 
-class _Answerer:
-    """Answers batches with one model; ``count`` answers to each question."""
+class TorchAnswerer:
+    """Our own model as an `Answerer`; ``count`` answers to each question."""
 
     def __init__(
         self,
@@ -163,6 +169,7 @@ class _Answerer:
         words: Sequence[str] = (),
         count: int = 1,
         sampling: Sampling = GREEDY,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -170,9 +177,23 @@ class _Answerer:
         self.max_new_tokens = max_new_tokens
         self.count = count
         self.sampling = sampling
+        self.autocast_dtype = autocast_dtype
         self.words = [processor.tokenize_text(word + END) for word in words]
         self.stops = stop_token_ids(processor.backend_tokenizer)
         self.long_context_start: int = model.config.long_context_start
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """The model is in evaluation mode meanwhile."""
+        was_training = self.model.training
+        self.model.eval()
+        dtype = self.autocast_dtype
+        autocast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        try:
+            with torch.inference_mode(), autocast:
+                yield
+        finally:
+            self.model.train(was_training)
 
     def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, list[Generated]]:
         """The answers to a batch, by question."""
@@ -263,3 +284,47 @@ class _Answerer:
             totals.append(logits.log_softmax(dim=-1).gather(-1, wanted).sum(dim=(1, 2)))
         probabilities: list[list[float]] = torch.stack(totals, dim=1).double().softmax(dim=1).tolist()
         return probabilities
+
+
+class GraphAnswerer:
+    """A model of graphs as an `Answerer`: one prompt after the other; a page that several are about is encoded once.
+
+    Args:
+        words: tokens of the candidate answers, each with its end.
+    """
+
+    def __init__(self, model: Runtime, max_new_tokens: int, words: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.words = words
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def answer(self, batch: PromptBatch, questions: Questions) -> dict[int, list[Generated]]:
+        pages = batch.pages()
+        answers = {}
+        for index, page, suffix in zip(batch.indices, batch.page_of_row, batch.suffixes, strict=True):
+            answers[index] = [self._answer_one(batch.prefixes[page] + suffix, pages[page])]
+        return answers
+
+    def _answer_one(self, prompt: list[int], pages: Sequence[Pixels]) -> Generated:
+        model = self.model
+        probabilities = [self._log_probability(prompt, pages, word) for word in self.words]
+        logits = model.start(prompt, pages)
+        ids = [int(logits.argmax())]
+        while ids[-1] not in model.stops and len(ids) < self.max_new_tokens:
+            ids.append(int(model.step(ids[-1]).argmax()))
+        weights = np.exp(np.array(probabilities) - max(probabilities, default=0.0))
+        text = decode_answer(model.tokenizer, ids, model.stops)
+        return Generated(text, (weights / weights.sum()).tolist() if probabilities else [], ids[-1] not in model.stops)
+
+    def _log_probability(self, prompt: list[int], pages: Sequence[Pixels], word: Sequence[int]) -> float:
+        """Of a word and its end after a prompt, by teacher forcing."""
+        total, logits = 0.0, self.model.start(prompt, pages)
+        for place, token in enumerate(word):
+            exact = logits.astype(np.float64)
+            total += exact[token] - exact.max() - np.log(np.exp(exact - exact.max()).sum())
+            if place + 1 < len(word):
+                logits = self.model.step(token)
+        return float(total)

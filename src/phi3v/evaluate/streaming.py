@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from phi3v.data.collate import Sample
-from phi3v.evaluate.batches import whole_prompts
-from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.evaluate.decoding import decoder_of
 from phi3v.evaluate.sampling import GREEDY, Sampling, TokenChooser
 from phi3v.processing.conversation import UNFINISHED, decode_answer, stop_token_ids
 from phi3v.processing.processor import Phi3VProcessor
@@ -37,35 +36,21 @@ def stream_answer(
     Returns:
         Whether the answer came to its end; if not, it was cut at ``max_new_tokens``.
     """
-    stops = stop_token_ids(processor.backend_tokenizer)
-    device = next(model.parameters()).device
+    tokenizer = processor.backend_tokenizer
+    stops = stop_token_ids(tokenizer)
     choose = TokenChooser(sampling, [""])
+    decoder = decoder_of(model, processor, autocast_dtype)
     ids: list[int] = []
-
-    @contextlib.contextmanager
-    def computing() -> Iterator[None]:
-        # Entered anew for each token: a context held over a yield would hold for the caller too.
-        autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-        with around(), torch.inference_mode(), autocast:
-            yield
-
-    def read() -> DecodingState:
-        whole = Sample(prompt.input_ids + ids, [], prompt.pages)
-        return prefill(model, processor, whole_prompts([0], [whole]))
-
-    with computing():
-        state = read()
+    # Entered anew for each token: a context held over a yield would hold for the caller too.
+    with around():
+        logits = decoder.start(prompt.input_ids, [page.content.numpy() for page in prompt.pages])
     while True:
-        token = int(choose(state.logits[:, -1], [0]))
+        token = int(choose(torch.from_numpy(logits)[None], [0]))
         ids.append(token)
-        text = decode_answer(processor.backend_tokenizer, ids, stops)
+        text = decode_answer(tokenizer, ids, stops)
         if token in stops or len(ids) == max_new_tokens:
             yield text
             return token in stops
         yield text.rstrip(UNFINISHED)
-        with computing():
-            if state.lengths[0] == model.config.long_context_start:
-                # Its keys were rotated with the short factors: all runs again with the long ones, as in the batches.
-                state = read()
-            else:
-                state.feed({"input_ids": torch.tensor([[token]], device=device)})
+        with around():
+            logits = decoder.step(token)

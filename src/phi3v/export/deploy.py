@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 
 from phi3v.errors import UserError
+from phi3v.evaluate.decoding import Logits, TorchDecoder
 from phi3v.evaluate.metrics import Score
 from phi3v.export import divergence
 from phi3v.export.card import Part, Proof, write_format_card
@@ -30,10 +31,8 @@ from phi3v.export.divergence import (
     PROOF,
     PROOF_FACTS,
     Divergence,
-    Logits,
     Prompt,
     Speed,
-    TorchDecoder,
     answer_prompts,
     bound_of,
     diverge,

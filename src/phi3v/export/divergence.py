@@ -22,28 +22,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
-from phi3v.data.collate import Page, Sample
-from phi3v.evaluate.batches import whole_prompts
-from phi3v.evaluate.decoding import DecodingState, prefill
+from phi3v.evaluate.decoding import Decoder, Logits, Pixels, decoder_of
 from phi3v.export.proof import own_probes
 from phi3v.json_files import read_json
 from phi3v.model.quantised import decoder_linears
 from phi3v.processing.conversation import ChatTurn, encode_conversation, tokenize_text
 from phi3v.processing.hd_transform import CROP_SIZE, num_img_tokens
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.runtime.session import graph_kind, load_runtime
 from phi3v.train.finetuned import FinetunedModel
-
-Logits = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 
 NEW_TOKENS = 12  # of an answer
 CONTROL_BITS = 2
@@ -76,52 +69,6 @@ class Prompt:
     input_ids: list[int]
     pages: list[Pixels]
     answer: list[int] = field(default_factory=list)
-
-
-class Decoder(Protocol):
-    """A model that is read one token at a time."""
-
-    def start(self, input_ids: list[int], pages: Sequence[Pixels]) -> Logits:
-        """Forget all, read a prompt; the logits (V,) after it."""
-
-    def step(self, token: int) -> Logits:
-        """Read another token; the logits (V,) after it."""
-
-
-class TorchDecoder:
-    """Our own model as a `Decoder`."""
-
-    def __init__(self, model: Any, processor: Phi3VProcessor) -> None:
-        self.model = model
-        self.processor = processor
-        self.device = next(model.parameters()).device
-        self._ids: list[int] = []
-        self._pages: list[Page] = []
-        self._state = DecodingState(model)
-
-    def start(self, input_ids: list[int], pages: Sequence[Pixels]) -> Logits:
-        self._ids = list(input_ids)
-        self._pages = [
-            Page(str(index), (page.shape[0], page.shape[1]), torch.from_numpy(page)) for index, page in enumerate(pages)
-        ]
-        return self._read()
-
-    def step(self, token: int) -> Logits:
-        self._ids.append(token)
-        if self._state.lengths[0] == self.model.config.long_context_start:
-            return self._read()  # the keys so far were rotated with the short factors
-        with torch.inference_mode():
-            self._state.feed({"input_ids": torch.tensor([[token]], device=self.device)})
-        return self._logits()
-
-    def _read(self) -> Logits:
-        with torch.inference_mode():
-            self._state = prefill(self.model, self.processor, whole_prompts([0], [Sample(self._ids, [], self._pages)]))
-        return self._logits()
-
-    def _logits(self) -> Logits:
-        logits: Logits = self._state.logits[0, -1].float().cpu().numpy()
-        return logits
 
 
 @dataclass(frozen=True)
@@ -359,13 +306,11 @@ def answer_in_fresh_process(folder: Path, prompts: Path) -> tuple[list[Logits], 
 
 def load_decoder(folder: Path) -> Decoder:
     """A model in any format, computing in float32 where the format allows it."""
-    if graph_kind(folder) is not None:
-        return load_runtime(folder)
     from phi3v.train.device import choose_device
     from phi3v.train.finetuned import load_tuned, resolve_model
 
-    model, processor = load_tuned(resolve_model(str(folder)), choose_device("fp32"))
-    return TorchDecoder(model, processor)
+    runtime = choose_device("fp32")
+    return decoder_of(*load_tuned(resolve_model(str(folder)), runtime))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -142,6 +142,12 @@ def export(
 
 def require_float(tuned: FinetunedModel) -> None:
     """Raise a `UserError` for what has been quantised already."""
+    if tuned.graphs is not None:
+        raise UserError(
+            f"holds graphs of a model ({tuned.graphs}), from which no other format can be made",
+            where=tuned.base,
+            hint="export the run again, or the float model",
+        )
     stored = quantisation_of(Phi3VConfig.from_pretrained(tuned.base), tuned.base)
     if stored is not None:
         raise UserError(

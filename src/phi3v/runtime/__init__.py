@@ -1,5 +1,5 @@
 """Running exported graphs without torch or transformers: numpy, Pillow, tokenizers and the graphs' own library."""
 
-from phi3v.runtime.session import Graphs, Runtime, load_runtime
+from phi3v.runtime.session import Graphs, Runtime, graph_kind, load_runtime
 
-__all__ = ["Graphs", "Runtime", "load_runtime"]
+__all__ = ["Graphs", "Runtime", "graph_kind", "load_runtime"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ class OnnxGraphs:
         feeds = {"pixel_values": crops[None], "image_sizes": np.array([page.shape[:2]], np.int64)}
         features: Floats = self._vision.run(None, feeds)[0]
         return features
+
+    def fork(self) -> OnnxGraphs:
+        """The same graphs, with nothing read."""
+        other = copy(self)
+        other._length = other._room = 0  # so that its caches are its own
+        other._values = []
+        return other
 
     def reset(self) -> None:
         """Forget all that was read."""

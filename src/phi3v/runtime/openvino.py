@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +62,21 @@ class OpenVinoGraphs:
         settings: dict[str, Any] | None = None,
     ) -> None:
         core = import_openvino().Core()
-        settings = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32"} | (settings or {})
+        exact: dict[str, Any] = {"EXECUTION_MODE_HINT": "ACCURACY"}
+        if device == "CPU":
+            exact["KV_CACHE_PRECISION"] = "f32"
+            if threads := int(os.environ.get("OMP_NUM_THREADS", 0)):  # as torch does; 0: all cores
+                exact["INFERENCE_NUM_THREADS"] = threads
         self._statistics = image_statistics(folder)
-        self._tower, self._projection, self._embeddings, self._decoder = (
-            core.compile_model(folder / name, device, settings).create_infer_request()
-            for name in (TOWER, PROJECTION, EMBEDDINGS, DECODER)
-        )
+        try:
+            self._compiled = [
+                core.compile_model(folder / name, device, exact | (settings or {}))
+                for name in (TOWER, PROJECTION, EMBEDDINGS, DECODER)
+            ]
+        except RuntimeError as error:
+            what = f"a graph cannot be loaded: {str(error).strip().splitlines()[-1][:300]}"
+            raise UserError(what, where=str(folder), hint="copy all of the folder again, the .bin files too") from None
+        self._tower, self._projection, self._embeddings, self._decoder = _requests(self._compiled)
         fields = read_json(folder / "config.json")
         self._row_end, self._separator = (np.array(fields[name], np.float32).ravel() for name in ("sub_GN", "glb_GN"))
         self._length = 0
@@ -80,6 +92,13 @@ class OpenVinoGraphs:
         features = np.concatenate([_run(self._tower, {"pixel_values": part}) for part in parts])
         tokens = lay_out(features, rows, columns, self._row_end, self._separator)
         return _run(self._projection, {"input": tokens[None]})[0]
+
+    def fork(self) -> OpenVinoGraphs:
+        """The same graphs, with nothing read."""
+        other = copy(self)
+        other._length = 0
+        other._tower, other._projection, other._embeddings, other._decoder = _requests(self._compiled)
+        return other
 
     def reset(self) -> None:
         """Forget all that was read."""
@@ -101,6 +120,10 @@ class OpenVinoGraphs:
 def load(folder: Path, **settings: Any) -> OpenVinoGraphs:
     """The graphs of a folder; arguments as of `OpenVinoGraphs`."""
     return OpenVinoGraphs(folder, **settings)
+
+
+def _requests(compiled: Sequence[Any]) -> list[Any]:
+    return [graph.create_infer_request() for graph in compiled]
 
 
 def _run(request: Any, inputs: dict[str, Any]) -> Floats:

@@ -5,7 +5,11 @@ Shapes: ``T`` tokens, ``H`` hidden, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -46,6 +50,9 @@ Page = npt.NDArray[np.uint8]
 BACKENDS = {"openvino_language_model.xml": "openvino", "decoder.onnx": "onnx"}
 
 
+KEPT_PAGES = 4
+
+
 class Graphs(Protocol):
     """The graphs of a model: what a backend implements."""
 
@@ -54,6 +61,9 @@ class Graphs(Protocol):
 
     def encode(self, page: Page) -> Floats:
         """Features (tokens of the image, H) of its page (height, width, 3)."""
+
+    def fork(self) -> Graphs:
+        """The same graphs, with nothing read: those of a conversation beside others."""
 
     def reset(self) -> None:
         """Forget what was read."""
@@ -65,9 +75,23 @@ class Graphs(Protocol):
         """
 
 
-def graph_kind(folder: Path) -> str | None:
+def graph_kind(folder: str | Path) -> str | None:
     """The name of the backend that runs a folder's graphs; ``None`` if it holds none."""
+    folder = Path(folder)
     return next((kind for file, kind in BACKENDS.items() if (folder / file).is_file()), None)
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """What is asked of any model's configuration, under the same names.
+
+    Attributes:
+        max_position_embeddings: tokens that a sample may have.
+        long_context_start: samples longer than this many tokens use LongRoPE's long factors.
+    """
+
+    max_position_embeddings: int
+    long_context_start: int
 
 
 class Runtime:
@@ -81,8 +105,6 @@ class Runtime:
         tokenizer: of the folder.
         num_crops: crops of a page at most; may be changed.
         exif_orientation: whether images are turned as their EXIF orientation says.
-        long_context_start: samples longer than this many tokens use LongRoPE's long factors.
-        max_length: tokens that a sample may have.
     """
 
     def __init__(self, folder: Path, graphs: Graphs) -> None:
@@ -93,11 +115,18 @@ class Runtime:
         images, config = read_json(folder / PREPROCESSOR_CONFIG), read_json(folder / "config.json")
         self.num_crops: int = images["num_crops"]
         self.exif_orientation: bool = images.get("exif_orientation", True)
-        self.max_length: int = config["max_position_embeddings"]
-        self.long_context_start: int = config.get("original_max_position_embeddings", self.max_length)
+        longest: int = config["max_position_embeddings"]
+        self.config = GraphConfig(longest, config.get("original_max_position_embeddings", longest))
+        self._features: OrderedDict[bytes, Floats] = OrderedDict()  # of the last pages
         self._length = 0  # of what was read
         self._prompt = np.zeros((0, 0), np.float32)  # its embeddings
         self._new: list[int] = []  # what came after it
+
+    def fork(self) -> Runtime:
+        """The same model, with nothing read."""
+        other = copy(self)
+        other.graphs = self.graphs.fork()
+        return other
 
     def start(self, input_ids: Sequence[int], pages: Sequence[Page]) -> Floats:
         """Read a prompt from the beginning.
@@ -118,7 +147,7 @@ class Runtime:
         ids = np.array(input_ids, np.int64)
         self._prompt = self.graphs.embed(np.maximum(ids, 0))
         if pages:
-            self._prompt[ids < 0] = np.concatenate([self.graphs.encode(page) for page in pages])
+            self._prompt[ids < 0] = np.concatenate([self._encode(page) for page in pages])
         self._new = []
         return self._read_from_start()
 
@@ -129,10 +158,21 @@ class Runtime:
             UserError: it is too long.
         """
         self._new.append(token)
-        if self._length == self.long_context_start:
+        if self._length == self.config.long_context_start:
             # Its keys were rotated with the short factors: all runs again with the long ones.
             return self._read_from_start()
         return self._read(self.graphs.embed(np.array([token])))
+
+    def _encode(self, page: Page) -> Floats:
+        """The features of a page; those of the last few are kept, since questions about one page come together."""
+        key = hashlib.sha256(page.tobytes()).digest() + bytes(str(page.shape), "ascii")
+        features = self._features.pop(key, None)
+        if features is None:
+            features = self.graphs.encode(page)
+            if len(self._features) == KEPT_PAGES:
+                self._features.popitem(last=False)
+        self._features[key] = features
+        return features
 
     def _read_from_start(self) -> Floats:
         self.graphs.reset()
@@ -142,8 +182,9 @@ class Runtime:
 
     def _read(self, embeddings: Floats) -> Floats:
         self._length += len(embeddings)
-        if self._length > self.max_length:
-            raise UserError(f"{self._length:,} tokens are too many: the model takes {self.max_length:,}")
+        longest = self.config.max_position_embeddings
+        if self._length > longest:
+            raise UserError(f"{self._length:,} tokens are too many: the model takes {longest:,}")
         return self.graphs.read(embeddings)
 
     def page(self, image: Image.Image) -> Page:

@@ -107,7 +107,7 @@ def _load_chat(arguments: argparse.Namespace, console: Console, limits: Limits) 
     """
     from phi3v.serve.conversation import Chat
     from phi3v.train.device import choose_device
-    from phi3v.train.finetuned import resolve_model
+    from phi3v.train.finetuned import described, resolve_model
 
     base = arguments.base
     tuned = resolve_model(arguments.model, base)
@@ -116,7 +116,7 @@ def _load_chat(arguments: argparse.Namespace, console: Console, limits: Limits) 
     chat = Chat(tuned, runtime, base=base, num_crops=num_crops, system=system, limits=limits)
     adapter = f" with the adapter {tuned.adapter}" if tuned.adapter is not None else ""
     say(console, f"asking {chat.tuned.base}{adapter}{', in 4 bits as it was trained' * tuned.is_quantised}")
-    say(console, f"device: {runtime.device}, {runtime.precision} ({runtime.reason})")
+    say(console, described(tuned, runtime))
     if arguments.compare and not chat.can_compare:
         raise UserError("there is no model to compare with", where="--compare", hint="name it with --model")
     return chat

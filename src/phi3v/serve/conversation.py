@@ -14,7 +14,6 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from PIL import Image
 
-from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.collate import Page, Sample, require_clip_statistics
 from phi3v.errors import UserError
 from phi3v.evaluate.sampling import Sampling
@@ -25,8 +24,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.processing.special_text import escape_special_text
 from phi3v.serve.limits import LIMITS, Limits
 from phi3v.train.device import RuntimeDevice
-from phi3v.train.finetuned import FinetunedModel, load_tuned, resolve_model
-from phi3v.train.methods.loading import inspect_model
+from phi3v.train.finetuned import FinetunedModel, inspect_tuned, load_tuned, resolve_model
 
 Which = Literal["tuned", "base"]
 
@@ -103,7 +101,7 @@ class Chat:
         self._num_crops = num_crops
         self._system = escape_special_text(system) if system else None
         if base is not None and tuned.adapter is None:  # an error now, not at the first question
-            inspect_model(RunConfig(model=ModelConfig(resolve_model(base).base)), runtime)
+            inspect_tuned(resolve_model(base), runtime)
         model, processor = load_tuned(tuned, runtime, num_crops=num_crops)
         require_clip_statistics(processor.image_processor)
         self._loaded: dict[Which, tuple[Any, Phi3VProcessor]] = {"tuned": (model, processor)}

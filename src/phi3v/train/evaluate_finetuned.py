@@ -20,7 +20,7 @@ from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
 from phi3v.terminal import progress_bar
 from phi3v.train.device import choose_device, default_workers
-from phi3v.train.finetuned import FinetunedModel, Inspected, inspect_tuned, load_tuned, resolve_model
+from phi3v.train.finetuned import FinetunedModel, Inspected, described, inspect_tuned, load_tuned, resolve_model
 from phi3v.train.observers.evaluating import evaluate_model, show_scores
 
 
@@ -99,7 +99,7 @@ def evaluate_tuned(
     bits = ", in 4 bits as it was trained" if tuned.is_quantised else f", quantised ({stored.name})" if stored else ""
     for line in (
         f"[bold]evaluating[/bold] {tuned.base}{adapter}{bits}",
-        f"device: {runtime.device}, {runtime.precision} ({runtime.reason}), {runtime.world_size} ranks",
+        f"{described(tuned, runtime)}, {runtime.world_size} ranks",
         f"data: {len(questions)} questions of {data}",
         f"answers: {limit}",
     ):

@@ -20,10 +20,12 @@ from phi3v.json_files import content_of, read_json
 from phi3v.paths import find_model, now_at
 from phi3v.processing.hd_transform import PREPROCESSOR_CONFIG
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.runtime import graph_kind, load_runtime
 from phi3v.train.checkpoint_folder import checkpoints, step_of
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.loading import (
     ModelFacts,
+    inspect_graphs,
     inspect_model,
     keep_trainable_layout,
     load_processor,
@@ -60,6 +62,11 @@ class FinetunedModel:
         if self.adapter is not None:
             return self.base
         return self.run.model.path if self.run_folder is not None else read_tuned_from(Path(self.base))
+
+    @property
+    def graphs(self) -> str | None:
+        """What runs it, where it is an export as graphs (`phi3v.runtime`)."""
+        return graph_kind(self.base) if self.adapter is None else None
 
     @property
     def is_quantised(self) -> bool:
@@ -156,6 +163,13 @@ class Inspected:
     processor: Phi3VProcessor
 
 
+def described(tuned: FinetunedModel, runtime: RuntimeDevice) -> str:
+    """Where a model computes and how, for the command line."""
+    if tuned.graphs is not None:
+        return f"graphs: {tuned.graphs}, on the CPU"
+    return f"device: {runtime.device}, {runtime.precision} ({runtime.reason})"
+
+
 def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: int | None = None) -> Inspected:
     """Look at a model without loading its weights.
 
@@ -171,7 +185,7 @@ def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: i
     model = ModelConfig(tuned.base, num_crops=num_crops, attention="auto" if trained in ("varlen", "flex") else trained)
     data = DataConfig(exif_orientation=tuned.run.data.exif_orientation)
     config = RunConfig(model=model, method=method, data=data)
-    facts = inspect_model(config, runtime)
+    facts = inspect_graphs(config) if tuned.graphs is not None else inspect_model(config, runtime)
     if facts.quantisation is not None:
         facts.quantisation.require_library(tuned.base)
     if tuned.adapter is not None:
@@ -185,7 +199,7 @@ def inspect_tuned(tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: i
 def load_tuned(
     tuned: FinetunedModel, runtime: RuntimeDevice, *, num_crops: int | None = None, inspected: Inspected | None = None
 ) -> tuple[Any, Phi3VProcessor]:
-    """The model, as its run evaluated it, and its processor.
+    """The model, as its run evaluated it, or a `Runtime` of graphs; and its processor.
 
     Args:
         num_crops, inspected: as for and of `inspect_tuned`.
@@ -194,6 +208,8 @@ def load_tuned(
         UserError: there is no such model, or it cannot be loaded here.
     """
     inspected = inspected or inspect_tuned(tuned, runtime, num_crops=num_crops)
+    if tuned.graphs is not None:
+        return load_runtime(tuned.base), inspected.processor
     facts, method = inspected.facts, inspected.config.method
     dtype = facts.stored_dtype
     if tuned.adapter is not None:

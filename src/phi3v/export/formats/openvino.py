@@ -113,8 +113,8 @@ def _attend(
     return attention.o_proj(output.transpose(1, 2).flatten(2)), key, value
 
 
-def check(model: str, options: FormatOptions) -> None:
-    """Whether the weights can be rounded so; raises a `UserError` if not."""
+def check(model: str | Path, options: FormatOptions) -> None:
+    """Raise a `UserError` for options that do not go together."""
     if options.bits == 8 and options.group_size:
         raise UserError("weights of 8 bits have a scale per output channel", where="--group-size", hint="leave it out")
 

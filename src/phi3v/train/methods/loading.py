@@ -22,6 +22,7 @@ from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.quantised import Quantisation, quantisation_of
 from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
+from phi3v.runtime import graph_kind
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.optimizers import keeps_bf16_weights
 from phi3v.train.methods.strategies import PART_MODULES, VISION, apply_method
@@ -57,12 +58,13 @@ def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
             )
         if not (folder / "config.json").is_file():
             raise UserError("no model there: config.json is missing", where=where, hint=_MODEL_HINT)
-    try:
-        model_config = Phi3VConfig.from_pretrained(config.model.path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
-    with content_of(folder / "config.json"):
-        skeleton = make_skeleton(model_config)
+        if (kind := graph_kind(folder)) is not None:
+            raise UserError(
+                f"holds graphs of a model ({kind}), which answer but have no weights to train",
+                where=where,
+                hint="take the model or the run that they were exported from",
+            )
+    model_config, skeleton = _read_config(config)
     quantisation = quantisation_of(model_config, where)
     if folder.is_dir():
         _check_weights(folder, skeleton, quantisation, where)
@@ -70,6 +72,23 @@ def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
     dtype = model_config.dtype
     stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
     return ModelFacts(skeleton, stored, attention, reason, model_config.max_position_embeddings, quantisation)
+
+
+def inspect_graphs(config: RunConfig) -> ModelFacts:
+    """As `inspect_model`, of a folder of graphs."""
+    model_config, skeleton = _read_config(config)
+    return ModelFacts(skeleton, torch.float32, "graphs", "as exported", model_config.max_position_embeddings)
+
+
+def _read_config(config: RunConfig) -> tuple[Phi3VConfig, Phi3VForCausalLM]:
+    """The model's configuration, and the model without weights."""
+    try:
+        model_config = Phi3VConfig.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        where = f"model.path {config.model.path}"
+        raise UserError(f"no model there: {str(error).splitlines()[0]}", where=where, hint=_MODEL_HINT) from None
+    with content_of(Path(config.model.path) / "config.json"):
+        return model_config, make_skeleton(model_config)
 
 
 def make_skeleton(config: Phi3VConfig) -> Phi3VForCausalLM:
