@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from phi3v.errors import UserError
 from phi3v.export.formats import FORMATS, FormatOptions
-from phi3v.json_files import read_json
+from phi3v.export.formats.files import add_to_config, copy_other_files
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping, stored_tensors
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -140,13 +138,9 @@ def write(model: Path, folder: Path, bits: int | None, group_size: int | None = 
         if bits is not None:
             graph = compress(graph, bits if name == DECODER else 8, group_size)
         ov.save_model(graph, folder / name, compress_to_fp16=False)
-    for file in model.iterdir():
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model") and ".safetensors" not in file.name:
-            shutil.copyfile(file, folder / file.name)
+    copy_other_files(model, folder)
     vision = mapped.model.vision_embed_tokens
-    fields = read_json(model / "config.json")
-    fields |= {name: getattr(vision, name).tolist() for name in ("sub_GN", "glb_GN")}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    add_to_config(folder, {name: getattr(vision, name).tolist() for name in ("sub_GN", "glb_GN")})
 
 
 def compress(graph: Any, bits: int, group_size: int | None) -> Any:
