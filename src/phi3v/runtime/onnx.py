@@ -83,9 +83,13 @@ class OnnxGraphs:
     def fork(self) -> OnnxGraphs:
         """The same graphs, with nothing read."""
         other = copy(self)
-        other._length = other._room = 0  # so that its caches are its own
-        other._values = []
+        other.drop_caches()
         return other
+
+    def drop_caches(self) -> None:
+        """Start with none."""
+        self._length = self._room = 0
+        self._values = []
 
     def reset(self) -> None:
         """Forget all that was read."""

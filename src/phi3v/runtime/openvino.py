@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,9 @@ class OpenVinoGraphs:
         except RuntimeError as error:
             what = f"a graph cannot be loaded: {str(error).strip().splitlines()[-1][:300]}"
             raise UserError(what, where=str(folder), hint="copy all of the folder again, the .bin files too") from None
-        self._tower, self._projection, self._embeddings, self._decoder = _requests(self._compiled)
+        self.make_requests()
         fields = read_json(folder / "config.json")
         self._row_end, self._separator = (np.array(fields[name], np.float32).ravel() for name in ("sub_GN", "glb_GN"))
-        self._length = 0
 
     def embed(self, input_ids: npt.NDArray[np.int64]) -> Floats:
         """Embeddings (tokens, H) of token ids (tokens,)."""
@@ -96,9 +94,14 @@ class OpenVinoGraphs:
     def fork(self) -> OpenVinoGraphs:
         """The same graphs, with nothing read."""
         other = copy(self)
-        other._length = 0
-        other._tower, other._projection, other._embeddings, other._decoder = _requests(self._compiled)
+        other.make_requests()
         return other
+
+    def make_requests(self) -> None:
+        """Take new requests, each with states of its own."""
+        requests = [graph.create_infer_request() for graph in self._compiled]
+        self._tower, self._projection, self._embeddings, self._decoder = requests
+        self._length = 0
 
     def reset(self) -> None:
         """Forget all that was read."""
@@ -120,10 +123,6 @@ class OpenVinoGraphs:
 def load(folder: Path, **settings: Any) -> OpenVinoGraphs:
     """The graphs of a folder; arguments as of `OpenVinoGraphs`."""
     return OpenVinoGraphs(folder, **settings)
-
-
-def _requests(compiled: Sequence[Any]) -> list[Any]:
-    return [graph.create_infer_request() for graph in compiled]
 
 
 def _run(request: Any, inputs: dict[str, Any]) -> Floats:
