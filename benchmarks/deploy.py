@@ -126,8 +126,7 @@ class TowerModel:
         self.folder, self.exchanged = work / "tower" / "float", work / "tower" / "prompts"
         make_tower_model(self.folder)
         torch.set_num_threads(1)
-        decoder = divergence.load_decoder(self.folder)
-        assert isinstance(decoder, divergence.TorchDecoder)
+        decoder: Any = divergence.load_decoder(self.folder)
         model, processor = decoder.model, decoder.processor
         start, context = model.config.long_context_start, model.config.max_position_embeddings
         drawn = divergence.drawn_prompts(processor, start, context)
