@@ -113,7 +113,7 @@ FORMATS = {
         modules=("openvino", "nncf"),
         runs_it="phi3v.runtime",
         bits=4,
-        group_size=64,
+        group_size=32,
         choices=("bits", "group_size"),
         is_graph=True,
     ),
