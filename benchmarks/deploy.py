@@ -63,7 +63,7 @@ BYTES: dict[str, tuple[float, float]] = {
     "nf4": (1 / 2 + 4 / 64, 2),
     "int8": (1, 2),
     "openvino, 8 bits": (1, 1),
-    "openvino": (1 / 2 + 2.5 / 64, 1),
+    "openvino": (1 / 2 + 2.5 / 32, 1),
     "onnx, 8 bits": (1 + 4 / 32, 2),
     "onnx": (1 / 2 + 4 / 32, 2),
 }
