@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -23,25 +25,33 @@ DECODER = "openvino_language_model.xml"
 CROPS_AT_ONCE = 8
 
 
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """For imports of OpenVINO and NNCF, which send that they are used, unless that was declined before."""
+    name = "openvino_telemetry"
+    kept = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment] # an import then fails, which both allow for
+    try:
+        yield
+    finally:
+        if kept is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = kept
+
+
 def import_openvino() -> Any:
-    """The library, without its telemetry: importing it sends statistics of use unless they were declined before.
+    """The library.
 
     Raises:
         UserError: it is not installed.
     """
-    telemetry = "openvino_telemetry"
-    kept = sys.modules.get(telemetry)
-    sys.modules[telemetry] = None  # type: ignore[assignment] # an import then fails, which the library allows for
     try:
-        import openvino
-        import openvino.tools.ovc
+        with without_telemetry():
+            import openvino
+            import openvino.tools.ovc
     except ImportError as error:
         raise UserError(f"needs OpenVINO ({error})", hint='pip install "phi3v[openvino]"') from None
-    finally:
-        if kept is None:
-            del sys.modules[telemetry]
-        else:
-            sys.modules[telemetry] = kept
     return openvino
 
 

@@ -30,7 +30,7 @@ from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping, stored_tens
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.hd_transform import CROP_SIZE
-from phi3v.runtime.openvino import DECODER, EMBEDDINGS, PROJECTION, TOWER, import_openvino
+from phi3v.runtime.openvino import DECODER, EMBEDDINGS, PROJECTION, TOWER, import_openvino, without_telemetry
 
 
 class _Tower(nn.Module):
@@ -145,7 +145,8 @@ def write(model: Path, folder: Path, bits: int | None, group_size: int | None = 
 
 def compress(graph: Any, bits: int, group_size: int | None) -> Any:
     """A graph with its weights rounded to integers; those of the head have 8 bits at least."""
-    import nncf
+    with without_telemetry():
+        import nncf
 
     settings: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
     if bits == 4:
@@ -212,7 +213,7 @@ def _convert(module: nn.Module, example: dict[str, Any], output: str) -> Any:
         evaluate=lambda module, weight, ids, *rest: torch.zeros(*ids.shape, module.embedding_dim),
         convert=lambda module, operation, ids: operation(module.weight, ids, module.padding_idx, False, False),
     )
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), without_telemetry(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: that shapes which are none here would be constants
         graph = ov.convert_model(module, example_input=example, extension=[linear, embedding])
     graph.outputs[0].get_tensor().set_names({output})
