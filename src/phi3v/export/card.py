@@ -147,8 +147,7 @@ def _explanation(result: ExportResult, tuned: FinetunedModel) -> str:
 
 GRAPH_SNIPPET = """from phi3v.runtime import load_runtime
 
-name = "{name}"  # this folder
-model = load_runtime(name)
+model = load_runtime("{name}")  # this folder, downloaded if it is on the hub
 print(model.answer("What is shown?", ["image.png"]))"""
 
 
@@ -182,6 +181,7 @@ class Proof:
         speed, float_speed: of the export and of the float model in phi3v.
         score, float_score: of the run's task, on the same questions.
         size, float_size: bytes on the disk.
+        is_fitted: the rounding was fitted to data.
     """
 
     format: str
@@ -194,6 +194,7 @@ class Proof:
     float_speed: Speed
     size: int
     float_size: int
+    is_fitted: bool = False
     score: Score | None = None
     float_score: Score | None = None
 
@@ -227,7 +228,7 @@ def write_format_card(folder: Path, proof: Proof, tuned: FinetunedModel, base_id
         folder,
         tuned,
         name=proof.folder.name,
-        what=f"A model in the format {proof.format} ({FORMATS[proof.format].about})",
+        what=f"A model in the format {proof.format} ({_made(proof)})",
         is_adapter=False,
         base_id=base_id,
         library="phi3v" if FORMATS[proof.format].is_graph else None,
@@ -235,6 +236,13 @@ def write_format_card(folder: Path, proof: Proof, tuned: FinetunedModel, base_id
         is_rounded=True,
         more=_card(proof),
     )
+
+
+def _made(proof: Proof) -> str:
+    """How the weights are stored, which several options may have decided."""
+    about = FORMATS[proof.format].about.partition(";")[0]
+    bits = f"{proof.bits} bits, " if "bits" in FORMATS[proof.format].choices else ""
+    return f"{about}; {bits}{'fitted to data (GPTQ)' if proof.is_fitted else 'rounded to the nearest'}"
 
 
 def _card(proof: Proof) -> str:

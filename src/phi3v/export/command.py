@@ -40,7 +40,7 @@ def add_commands(verbs: Parser) -> None:
     )
     command.add_argument("--adapter", action="store_true", help="export only the adapter, in PEFT's layout")
     command.add_argument("--model", "--base", dest="base", metavar="MODEL", help="the base model, if it has moved")
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="maximum size of a file of hf (default: 5GB)")
     command.add_argument(
         "--samples",
         type=int,
@@ -118,7 +118,13 @@ def _vllm(arguments: argparse.Namespace) -> Path:
         raise UserError("is about --serve-check", where="--vllm", hint="add it")
     if arguments.adapter or (arguments.verify is not None and (arguments.verify / "adapter_config.json").is_file()):
         raise UserError("vLLM serves a merged model", where="--serve-check", hint="export without --adapter")
-    if other := [name for name in arguments.format or () if name != "hf"]:
+    from phi3v.export.divergence import PROOF, PROOF_FACTS
+    from phi3v.json_files import read_json
+
+    other = [name for name in arguments.format or () if name != "hf"]
+    if arguments.verify is not None and (arguments.verify / PROOF / PROOF_FACTS).is_file():
+        other = [read_json(arguments.verify / PROOF / PROOF_FACTS).get("format")]
+    if other:
         raise UserError(
             f"is about the official layout, not about {other[0]}",
             where="--serve-check",
@@ -140,7 +146,13 @@ def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError("at least one prompt is needed", where="--samples")
     formats = arguments.format or ["hf"]
-    settings = {name: getattr(arguments, name) for name in ("dtype", "base", "base_id", "max_shard_size", "overwrite")}
+    if arguments.questions is not None and arguments.questions < 0:
+        raise UserError("cannot be negative", where="--questions", hint="0 scores none")
+    settings = {name: getattr(arguments, name) for name in ("dtype", "base", "base_id", "overwrite")}
+    if arguments.max_shard_size is not None:
+        if "hf" not in formats:
+            raise UserError("is about the format hf", where="--max-shard-size", hint="leave it out")
+        settings["max_shard_size"] = arguments.max_shard_size
     samples = {"samples": arguments.samples} if arguments.samples is not None else {}
     options = {
         name: value

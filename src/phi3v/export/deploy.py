@@ -47,6 +47,7 @@ from phi3v.export.make import (
     name_end_tokens,
     name_special_tokens,
     no_room,
+    require_base_id,
     require_float,
     until_the_disk_is_full,
 )
@@ -105,7 +106,9 @@ def deploy(
     """
     tuned = resolve_model(name, base)
     require_float(tuned)
-    out = absolute(out)
+    require_base_id(base_id)
+    # Where several go to a folder that is a link, they are made on its disk.
+    out = absolute(out).resolve() if len(formats) > 1 else absolute(out)
     places = {each: out / each if len(formats) > 1 else out for each in formats}
     made = {each: FormatOptions(each, **_known(each, options)) for each in formats if each != "hf"}
     _check_options(formats, options)
@@ -115,12 +118,12 @@ def deploy(
             _check_format(tuned, made[each])
     if len(formats) > 1:
         check_out(out, tuned, overwrite=True)
-    needed = _bytes_needed(tuned, list(made))
+    needed = _bytes_needed(tuned, formats)
     if free_space(out.parent) < needed * 1.05:
         raise no_room(out, needed, "there is no room")
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[Any] = []
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     with until_the_disk_is_full(out, needed), ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
         as_float: dict[str, Any] = {"base": base, "base_id": base_id, "overwrite": overwrite} | of_the_float_model
@@ -130,7 +133,9 @@ def deploy(
         else:
             model = _float_model(tuned, name, work / "float", console, as_float)
         reference = _Reference.make(tuned, model, samples, work, console)
-        score = _score(tuned, model, questions, console)
+        _check_length(reference, model, made)
+        score = _float_score(tuned, model, questions, console)
+        questions = questions if score is not None else 0
         for each, fields in made.items():
             say(console, f"making {each}", style="bold")
             try:
@@ -140,21 +145,21 @@ def deploy(
                     importlib.import_module(f"phi3v.export.formats.{FORMATS[each].maker}").make(model, folder, fields)
                     gc.collect()
                     proof = reference.prove(folder, fields, work, places[each])
-                    proof = replace(proof, float_score=score, score=_score(tuned, folder, questions, console))
+                    proof = replace(proof, float_score=score, score=_score(tuned, folder, questions))
                     _finish(folder, proof, reference, tuned, base_id)
                     places[each].parent.mkdir(parents=True, exist_ok=True)
                     if places[each].exists():
                         places[each].rename(Path(temporary) / "old")
                     folder.rename(places[each])
             except TooFarError as error:
-                faults.append(str(error))
+                faults[each] = str(error)
                 continue
             proof.render(console)
             results.append(proof)
     if faults:
-        kept = f"; made were {', '.join(each for each in formats if places[each].exists())}" if results else ""
+        kept = f"; made were {', '.join(each for each in formats if each not in faults)}" if results else ""
         raise UserError(
-            "\n".join(faults) + f". Nothing was left of that{kept}",
+            "\n".join(faults.values()) + f". Nothing was left of that{kept}",
             hint="take more bits, smaller groups (--group-size), or fit the rounding to data (--calibrate, with w4a16)",
         )
     return results
@@ -206,6 +211,19 @@ def _check_format(tuned: FinetunedModel, options: FormatOptions) -> None:
         check(tuned.base, options)
 
 
+def _check_length(reference: _Reference, model: Path, made: dict[str, FormatOptions]) -> None:
+    """Whether graphs of a limited length take the run's own questions."""
+    longest = max(len(prompt.input_ids) + len(prompt.answer) for prompt in reference.prompts)
+    for name, options in made.items():
+        maker = importlib.import_module(f"phi3v.export.formats.{FORMATS[name].maker}")
+        if hasattr(maker, "longest_sample") and longest > (most := maker.longest_sample(model, options)):
+            raise UserError(
+                f"{most:,}: the run's own questions take up to {longest:,} tokens with an answer",
+                where="--max-length",
+                hint=f"--max-length {longest} or more",
+            )
+
+
 def _bytes_needed(tuned: FinetunedModel, formats: Sequence[str]) -> int:
     """On the disk: of each format, and of the float model where that has to be made."""
     config = Phi3VConfig.from_pretrained(tuned.base)
@@ -213,8 +231,10 @@ def _bytes_needed(tuned: FinetunedModel, formats: Sequence[str]) -> int:
     width = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
     every = sum(parameter.numel() for parameter in skeleton.parameters())
     linears = sum(skeleton.get_submodule(name).weight.numel() for name in decoder_linears(skeleton))
-    needed = 0 if _is_float_folder(tuned) else every * width
+    needed = 0 if _is_float_folder(tuned) and "hf" not in formats else every * width
     for name in formats:
+        if name == "hf":
+            continue
         format_ = FORMATS[name]
         rest = 4 if format_.is_graph else width
         needed += (every - linears) * rest + linears * format_.bits // 8 + linears // (format_.group_size or 64) * 2
@@ -322,6 +342,7 @@ class _Reference:
             self.speed,
             _size(folder),
             self.size,
+            options.calibration is not None,
         )
 
     def save(self, folder: Path, proof: Proof) -> None:
@@ -349,18 +370,24 @@ def _finish(folder: Path, proof: Proof, reference: _Reference, tuned: FinetunedM
     write_manifest(folder, tuned_from=tuned.origin)
 
 
-def _score(tuned: FinetunedModel, folder: Path, questions: int, console: Console) -> Score | None:
-    """Of the run's task; none where its data is not known, or not there any more."""
-    data, evaluation = tuned.run.data.eval, tuned.run.evaluation
-    if data is None or not questions or not Path(data).is_file():
+def _score(tuned: FinetunedModel, folder: Path, questions: int) -> Score | None:
+    """Of the run's task, on its data as it was read there; none where that is not known."""
+    run = tuned.run
+    if run.data.eval is None or not questions:
         return None
-    settings = {
-        "metrics": evaluation.metrics,
-        "answer_words": evaluation.answer_words,
-        "max_new_tokens": evaluation.max_new_tokens,
-        "max_questions": min(questions, evaluation.max_questions or questions),
-    }
-    return evaluate_tuned(str(folder), Path(data), Console(quiet=True), settings=settings, precision="fp32").primary
+    settings = {"max_questions": min(questions, run.evaluation.max_questions or questions)}
+    return evaluate_tuned(
+        str(folder), Path(run.data.eval), Console(quiet=True), run=run, settings=settings, precision="fp32"
+    ).primary
+
+
+def _float_score(tuned: FinetunedModel, folder: Path, questions: int, console: Console) -> Score | None:
+    """As `_score`; none, which is said, where the data is not there any more or not as it was."""
+    try:
+        return _score(tuned, folder, questions)
+    except UserError as error:
+        say(console, f"no scores, as the run's evaluation data cannot be used ({str(error).splitlines()[0]})")
+        return None
 
 
 def _size(folder: Path) -> int:

@@ -90,8 +90,7 @@ def export(
         raise UserError("is a whole model, not an adapter", where=name, hint="leave --adapter out")
     if adapter and dtype is not None:
         raise UserError("an adapter stays as it was trained", where="--dtype", hint="leave it out")
-    if base_id is not None and not is_hub_id(base_id):
-        raise UserError("is no model's name on the hub", where=f"--base-id {base_id}", hint="OWNER/NAME")
+    require_base_id(base_id)
     if adapter and for_hub:
         require_hub_base(base_id or tuned.base)
     out = absolute(out)
@@ -138,6 +137,12 @@ def export(
         folder.rename(out)
     result.render(console)
     return result
+
+
+def require_base_id(base_id: str | None) -> None:
+    """Raise a `UserError` for what cannot be a model's name on the hub."""
+    if base_id is not None and not is_hub_id(base_id):
+        raise UserError("is no model's name on the hub", where=f"--base-id {base_id}", hint="OWNER/NAME")
 
 
 def require_float(tuned: FinetunedModel) -> None:

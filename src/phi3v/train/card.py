@@ -96,7 +96,11 @@ def write_card(
     is_adapter = tuned.adapter is not None if is_adapter is None else is_adapter
     base = base_id or (tuned.origin if tuned.origin is not None and is_hub_id(tuned.origin) else None)
     loader, imports = LIBRARIES["peft" if is_adapter else "transformers"]
-    relation = "quantized" if is_rounded else "adapter" if is_adapter else "finetune"
+    # What is rounded is another model than the base, unless nothing is known to have been tuned.
+    is_base = is_rounded and tuned.origin is None
+    relation = "quantized" if is_base else "adapter" if is_adapter else "finetune"
+    if is_base and base is None and is_hub_id(tuned.base):
+        base = tuned.base
     method = tuned.run.method.name if tuned.run_folder is not None else None
     data = ModelCardData(
         library_name=library or ("peft" if is_adapter else "transformers"),

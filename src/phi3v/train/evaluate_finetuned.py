@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from phi3v.config import Precision
+from phi3v.config import Precision, RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
@@ -56,6 +56,7 @@ def evaluate_tuned(
     console: Console,
     *,
     base: str | None = None,
+    run: RunConfig | None = None,
     settings: dict[str, Any],
     num_crops: int | None = None,
     precision: Precision | None = None,
@@ -67,6 +68,7 @@ def evaluate_tuned(
     Args:
         name: a model folder, a hub id, an adapter or a run folder.
         base: the model that it was tuned from, where that has moved.
+        run: how it was tuned, where its folder does not tell, as that of an export.
         settings: fields of ``EvaluationConfig`` in place of the run's own, or of the defaults.
         num_crops: crops of a page at most; by default as the model was saved.
         precision: arithmetic; by default the run's own.
@@ -78,6 +80,8 @@ def evaluate_tuned(
     """
     require_file(data)
     tuned = resolve_model(name, base)
+    if run is not None:
+        tuned = dataclasses.replace(tuned, run=run)
     config = dataclasses.replace(tuned.run.evaluation, **settings)
     if out is not None:
         require_new_file(out / "eval.json", "--out")

@@ -36,7 +36,8 @@ class Format:
         about: one line for the help.
         maker: the module in this folder whose ``make(model, folder, options)`` writes it. If it also has a
             ``check(model, options)``, that raises a `UserError` for what cannot be made, before anything is read;
-            ``model`` is then the base, and may be a hub id.
+            ``model`` is then the base, and may be a hub id. And a ``longest_sample(model, options)``, where a format
+            takes less than the model.
         extra: of phi3v, with what it needs to be made; ``None`` where phi3v alone suffices.
         modules: what that extra makes importable.
         runs_it: programs that load the folder.

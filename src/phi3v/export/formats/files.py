@@ -15,15 +15,24 @@ from phi3v.model.checkpoint import make_weights_readable
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# Beside the weights: configurations, the tokenizer's files, and the remote code that a config.json may name.
-COPIED = (".json", ".txt", ".model", ".jinja", ".py")
-NOT_COPIED = (INDEX, "manifest.json")  # these tell of the model's own files
+# Beside the weights; other files of a folder may be anything, and an export may be uploaded.
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "*_phi3_v.py",  # the official code, which config.json may name
+)
 
 
 def copy_other_files(model: Path, folder: Path) -> None:
-    """Copy what a model's folder holds beside its weights, byte for byte; its card and its manifest are left out."""
+    """Copy the files of a model that its weights need beside them, byte for byte."""
     for path in sorted(model.iterdir()):
-        if path.is_file() and path.suffix in COPIED and path.name not in NOT_COPIED:
+        if path.is_file() and any(path.match(pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -89,6 +89,11 @@ def _choices(config: Phi3VConfig, options: FormatOptions) -> tuple[int, int, int
     return options.bits or format_.bits, block, max_length if options.max_length is None else options.max_length
 
 
+def longest_sample(model: Path, options: FormatOptions) -> int:
+    """Tokens that the graphs take."""
+    return _choices(Phi3VConfig.from_pretrained(model), options)[2]
+
+
 def make(model: Path, folder: Path, options: FormatOptions) -> None:
     """Write the graphs of a whole float model, and what is needed beside them.
 
