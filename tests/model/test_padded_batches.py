@@ -97,3 +97,14 @@ def test_loss_and_gradients_of_a_batch_are_those_of_its_rows(side: str, load_gol
     for key, alone in gradients_alone.items():
         # + 1e-8 for k_proj.bias, whose gradient is zero but for rounding.
         torch.testing.assert_close(gradients[key], alone, atol=1e-5 * float(alone.abs().max()) + 1e-8, rtol=0)
+
+
+def test_text_runs_the_vision_part_where_ranks_gather_its_weights(load_golden: Any, sample: Any) -> None:
+    """In training also without gradients, as for KTO's estimate: another rank's row may have an image."""
+    model, inputs, calls = load_golden(), sample("text").inputs(), []
+    model.model.vision_embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    for gathers, trains, expected in ((False, True, 0), (True, False, 0), (True, True, 1)):
+        model.model.always_runs_vision = gathers
+        with torch.no_grad():
+            model.train(trains)(**inputs)
+        assert len(calls) == expected
