@@ -12,10 +12,11 @@ from peft import PeftModel
 from run_helpers import Train, read_metrics
 from safetensors.torch import load_file, save_file
 
-from phi3v.config import ModelConfig, RunConfig
+from phi3v.config import ModelConfig, RunConfig, load_config
+from phi3v.machine import Accelerator, abilities
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model
-from phi3v.train.device import choose_device
+from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.methods.loading import choose_attention
 
 
@@ -84,6 +85,19 @@ def test_auto_attention_says_why() -> None:
     assert name == "sdpa"
     assert "needs a GPU" in reason
     assert choose_attention(RunConfig(ModelConfig(attention="eager")), runtime) == ("eager", "as configured")
+
+
+def test_attention_of_rows_whose_samples_share_a_prompt() -> None:
+    """The answers to a question share it in every packed row."""
+    gpu = Accelerator(type="cuda", name="H100", **abilities((9, 0)), is_here=False)
+    runtime = RuntimeDevice(torch.device("cuda"), "bf16", "", 0, 1, gpu=gpu)
+    for name, packing, expected in (
+        ("sft", "samples", "packed_varlen"),
+        ("sft", "shared-image", "packed_flex"),
+        ("dpo", "samples", "packed_flex"),
+    ):
+        config = load_config(None, ["--objective.name", name, "--data.packing", packing])
+        assert choose_attention(config, runtime)[0] == expected
 
 
 def test_a_run_does_not_replace_its_own_model(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

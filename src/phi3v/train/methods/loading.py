@@ -200,7 +200,7 @@ def choose_attention(config: RunConfig, runtime: RuntimeDevice) -> tuple[str, st
     """
     if config.data.packing == "none":
         return _choose_padded_attention(config.model.attention, runtime.gpu, runtime.dtype)
-    shares = config.data.packing == "shared-image"
+    shares = config.data.packing == "shared-image" or config.objective.is_preference  # answers share their prompt
     return choose_packed_attention(config.model.attention, runtime.gpu, runtime.dtype, shares_prefixes=shares)
 
 
