@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from phi3v.train.checks import Case, DataFacts, ignored_answers, refusals
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
 from phi3v.train.prepare import prepare
-from phi3v.train.reference import FILE, reference_log_probs
+from phi3v.train.reference import FILE, _facts, reference_log_probs
 
 SETTINGS = (
     *("objective.name", "dpo", "method.name", "lora", "method.lora.rank", 4, "data.packing", "shared-image"),
@@ -127,7 +129,14 @@ def test_the_reference_is_computed_once_and_gone_on_with(
     save_file({"log_probs": kept}, tmp_path / FILE, metadata=metadata)
     assert torch.equal(reference_log_probs(run), values_of_all)
     assert 1 <= sum(len(group) for row in made for group in row) <= 3
-    # Of another precision, say, nothing is taken over.
+    # Of other images by the same names, or in another precision, say, nothing is taken over.
+    facts, images = _facts(run), tmp_path / "copied"
+    shutil.copytree(easy_vqa / "images", images)
+    copied = replace(run, train_table=replace(run.train_table, images_root=images))
+    assert _facts(copied) == facts
+    with (images / run.train_table[0].images[0]).open("ab") as image:
+        image.write(b"\0")
+    assert _facts(copied) != facts
     save_file({"log_probs": kept + 1}, tmp_path / FILE, metadata={"key": metadata["key"].replace("fp32", "bf16")})
     assert torch.equal(reference_log_probs(run), values_of_all)
 

@@ -7,9 +7,11 @@ with all that they depend on, and saved as they come: a run that ends meanwhile 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from safetensors.torch import save_file
 
 from phi3v.data.batches import RowPlan, Step
 from phi3v.data.features import FeatureStore
+from phi3v.data.images import find_file
 from phi3v.data.jsonl import replacing
+from phi3v.data.lengths import HEADER_THREADS
 from phi3v.data.readers import Readers
+from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.terminal import progress_bar, say
 from phi3v.train.compute.feature_cache import computing
@@ -96,14 +101,35 @@ def _facts(run: PreparedRun) -> dict[str, Any]:
     return {
         "model": run.contents["model"],
         "data": run.contents["train"],
+        "images": _digest(_file_sizes(run.train_table)),
+        "tokenizer": _digest(run.processor.backend_tokenizer.to_str()),
         "special_text": config.data.special_text,
         "exif_orientation": config.data.exif_orientation,
         "num_crops": run.processor.image_processor.num_crops,
         "mismatched": config.objective.name == "kto",
         "precision": run.runtime.precision,
+        "dtypes": sorted({str(parameter.dtype) for parameter in run.model.parameters()}),
         "fp8": config.training.fp8,
         "four_bits": [config.method.lora.double_quant] if config.method.name == "qlora" else None,
     }
+
+
+def _file_sizes(table: RecordTable) -> str:
+    """The sizes of the image files, which tell whether one was replaced; a copy of the folder has the same."""
+    names, _ = table.distinct_images()
+
+    def size(name: str) -> int:
+        try:
+            return find_file(name, table.images_root).stat().st_size
+        except OSError:
+            return -1
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        return json.dumps(list(pool.map(size, names)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _rounds(run: PreparedRun, missing: npt.NDArray[np.bool_], starts: list[int]) -> Iterator[Step]:
