@@ -18,7 +18,7 @@ from resume_helpers import assert_same_run, interrupted_copy, lines
 from run_helpers import Train
 
 from phi3v.cli import main
-from phi3v.config import RunConfig
+from phi3v.config import ObjectiveConfig, RunConfig
 from phi3v.errors import UserError
 from phi3v.train.checkpoints.resume import CHANGEABLE, EXTENDABLE, MOVABLE, allowed_changes, flat
 
@@ -228,6 +228,15 @@ def test_only_what_is_named_may_change() -> None:
         else:
             with pytest.raises(UserError, match=re.escape(f"{key} was another")):
                 allowed_changes(state, config, "here")
+
+
+def test_a_checkpoint_of_a_version_without_objectives_is_of_sft() -> None:
+    tree = asdict(RunConfig())
+    del tree["objective"]
+    state = {"config": tree, "data": {}, "step": 0}
+    assert allowed_changes(state, RunConfig(), "here") == []
+    with pytest.raises(UserError, match=r"objective\.name was sft when it was saved and is dpo now"):
+        allowed_changes(state, RunConfig(objective=ObjectiveConfig(name="dpo")), "here")
 
 
 def test_nothing_to_go_on_from(train: Train, tmp_path: Path, short: Path, capsys: pytest.CaptureFixture[str]) -> None:

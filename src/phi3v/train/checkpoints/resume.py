@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from phi3v.config import RunConfig, load_config
+from phi3v.config import LATER_GROUPS, RunConfig, load_config
 from phi3v.data.cache import content_hash
 from phi3v.errors import UserError
 from phi3v.model.checkpoint import model_content
@@ -213,6 +213,9 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
         UserError: something that may not differ.
     """
     before, now = flat(state["config"]), flat(dataclasses.asdict(config))
+    # What an older version did not have yet was as it is by default.
+    later = {key: value for key, value in flat(dataclasses.asdict(RunConfig())).items() if _group(key) in LATER_GROUPS}
+    before = later | before
     lines = []
     for key, value in now.items():
         old = before.get(key, value)
@@ -228,7 +231,7 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                     hint=f"leave {key} at {old}, or start another run",
                 )
             lines.append(f"{key}: {old} → {value}; from here the learning rate is that of a run planned for so many")
-        elif key in CHANGEABLE or f"{key.split('.', 1)[0]}." in CHANGEABLE:
+        elif key in CHANGEABLE or f"{_group(key)}." in CHANGEABLE:
             lines.append(f"{key}: {old} → {value}")
         else:
             raise UserError(
@@ -248,6 +251,10 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
         if saved is not None and _content_of(name, path) != saved:
             raise _other_content(key, path, where)
     return lines
+
+
+def _group(key: str) -> str:
+    return key.split(".", 1)[0]
 
 
 def _content_of(name: str, path: str) -> str:
