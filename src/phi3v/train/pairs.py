@@ -325,9 +325,9 @@ def _write(
             if pair is not None:
                 yield _record(name, record, turn, pair)
 
-    others = {name: drawn for name, drawn in known.items() if name not in set(ids)}
+    has_others = bool(known.keys() - set(ids))
     try:
-        if not others:  # of a smaller part of the questions, the files of the ranks keep the others
+        if not has_others:  # of a smaller part of the questions, the files of the ranks keep the others
             write_jsonl(out / ANSWERS, scored(), overwrite=True)
             for part in out.glob(_PARTS):
                 part.unlink()
