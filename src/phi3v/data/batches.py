@@ -197,10 +197,12 @@ class BatchPlan:
 
     def _added_tokens(self, chunks: Sequence[Group]) -> npt.NDArray[np.int64]:
         """Tokens that each record adds, in the order of ``chunks``."""
-        order = list(chain.from_iterable(chunks))
-        first = np.zeros(len(order), dtype=bool)
-        first[np.cumsum([0] + [len(chunk) for chunk in chunks[:-1]])] = True
-        return np.where(first, self.lengths.tokens[order], self.lengths.below[order])
+        order, sizes = list(chain.from_iterable(chunks)), np.array([len(chunk) for chunk in chunks])
+        lengths, starts = self.lengths, np.cumsum(sizes) - sizes
+        added = lengths.below[order]
+        first = np.array(order)[starts]
+        added[starts] = np.where(sizes == 1, lengths.tokens[first], lengths.prefix[first] + lengths.below[first])
+        return added
 
     def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
         """Where each step starts and ends among the records in their order."""
