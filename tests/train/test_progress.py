@@ -37,6 +37,18 @@ def test_it_shows_loss_rates_memory_and_time_left(tmp_path: Path, terminal: bool
     assert ("\x1b" in shown) == has_bar
 
 
+def test_preferences_are_on_the_line(tmp_path: Path) -> None:
+    out = io.StringIO()
+    observer = ProgressObserver(Console(file=out), tmp_path / "metrics.jsonl", rank=0)
+    state = TrainState(steps_per_epoch=10, max_steps=2, counts=[8.0, 8.0, 80.0, 4000.0])
+    values = {"rewards/chosen": 0.5, "rewards/rejected": -1.25, "rewards/margins": 1.75, "rewards/accuracies": 0.75}
+    observer.on_begin(state)
+    observer.on_log(state, {"loss": 0.5, "kl": 0.1, "tokens/chosen": 4.0, **values})
+    observer.close()
+    said = "reward of chosen +0.500  of rejected -1.250  margin +1.750  prefers chosen 75%  KL 0.100"
+    assert said in out.getvalue()
+
+
 def test_metrics_are_json_whatever_the_loss(tmp_path: Path) -> None:
     run(ProgressObserver(Console(file=io.StringIO()), tmp_path / "metrics.jsonl", rank=0), loss=float("nan"))
 

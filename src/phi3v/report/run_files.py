@@ -34,6 +34,8 @@ CURVES = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
     "kl",
 )
 TOLD_BY = ("metrics.jsonl", "eval_before.json", "eval_after.json", "config.yaml")

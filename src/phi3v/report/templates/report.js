@@ -110,6 +110,7 @@ function curves(runs) {
   add({ title: 'reward margin, chosen over rejected', series: series('rewards/margins'), noisy: true });
   add({ title: 'pairs in which chosen has the higher reward', format: (v) => `${Number((100 * v).toFixed(1))} %`, series: series('rewards/accuracies'), noisy: true });
   add({ title: 'log-probability of an answer', series: sides('logps'), noisy: true });
+  add({ title: 'tokens of an answer', series: sides('tokens'), fromZero: true, noisy: true });
   add({ title: 'KL to the reference (k2 estimate)', series: series('kl'), fromZero: true, canLog: true, noisy: true });
   add({ title: 'learning rate', series: series('learning_rate'), fromZero: true, canLog: true });
   add({ title: 'gradient norm', series: series('grad_norm'), canLog: true, noisy: true });

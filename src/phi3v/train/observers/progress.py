@@ -79,6 +79,8 @@ class ProgressObserver(Observer):
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
         shown = (
+            ("rewards/chosen", "reward of chosen", "+.3f"),
+            ("rewards/rejected", "of rejected", "+.3f"),
             ("rewards/margins", "margin", "+.3f"),
             ("rewards/accuracies", "prefers chosen", ".0%"),
             ("kl", "KL", ".3f"),
