@@ -360,7 +360,7 @@ def objective(case: Case) -> Iterator[UserError]:
         return
     if config.training.loss_weighting != "sample":
         yield UserError(
-            f"{name} compares whole answers, and every record weighs the same",
+            f"{name} weighs whole answers, not their tokens",
             where="training.loss_weighting",
             hint="set it to sample",
         )
