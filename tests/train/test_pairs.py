@@ -13,6 +13,7 @@ from phi3v.cli import main
 from phi3v.data.check import check_file
 from phi3v.data.table import open_table
 from phi3v.model.presets import copy_pretrained
+from phi3v.runtime.session import BACKENDS
 from phi3v.train import pairs as module
 
 
@@ -151,5 +152,9 @@ def test_what_cannot_work_is_said_before_the_model_is_loaded(
             given = [*arguments] if "--samples" not in options else arguments[:6] + arguments[8:]
             assert command(*given, *options) == 2, options
             assert what in capsys.readouterr().err
+    (graphs := tmp_path / "graphs").mkdir()
+    (graphs / next(iter(BACKENDS))).touch()
+    assert command("data", "pairs", "--model", graphs, "--data", data, "--out", out) == 2
+    assert "is an export as graphs, which draw no answers" in capsys.readouterr().err
     assert main([*map(str, arguments[:4]), "--data", str(bad), "--out", str(out)]) == 2
     assert f"{bad}:1: conversations[0]: is labelled as a bad answer" in capsys.readouterr().err

@@ -115,6 +115,9 @@ def make_pairs(
     """
     require_file(data)
     tuned = resolve_model(name, base)
+    if tuned.graphs is not None:
+        hint = "name the model that it was made of"
+        raise UserError("is an export as graphs, which draw no answers", where=f"--model {name}", hint=hint)
     metric = options.metric or tuned.run.evaluation.metrics[0]
     if METRICS[metric].needs_probabilities:
         hint = f"choose from {', '.join(key for key, value in METRICS.items() if not value.needs_probabilities)}"
