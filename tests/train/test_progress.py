@@ -45,7 +45,7 @@ def test_preferences_are_on_the_line(tmp_path: Path) -> None:
     observer.on_begin(state)
     observer.on_log(state, {"loss": 0.5, "kl": 0.1, "tokens/chosen": 4.0, **values})
     observer.close()
-    said = "reward of chosen +0.500  of rejected -1.250  margin +1.750  prefers chosen 75%  KL 0.100"
+    said = "margin +1.750  prefers chosen 75%  KL 0.100  reward of chosen +0.500  of rejected -1.250"
     assert said in out.getvalue()
 
 

@@ -79,11 +79,11 @@ class ProgressObserver(Observer):
             f"{rates['tokens_per_second']:,.0f} tokens/s  {line['peak_memory_gb']:.2f} GB"
         )
         shown = (
-            ("rewards/chosen", "reward of chosen", "+.3f"),
-            ("rewards/rejected", "of rejected", "+.3f"),
             ("rewards/margins", "margin", "+.3f"),
             ("rewards/accuracies", "prefers chosen", ".0%"),
             ("kl", "KL", ".3f"),
+            ("rewards/chosen", "reward of chosen", "+.3f"),  # last: a narrow terminal cuts the line
+            ("rewards/rejected", "of rejected", "+.3f"),
         )
         text += "".join(f"  {label} {values[name]:{how}}" for name, label, how in shown if name in values)
         if not self.bar.disable:
