@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from phi3v.errors import UserError
-from phi3v.export.divergence import TorchDecoder
+from phi3v.evaluate.decoding import TorchDecoder
 from phi3v.export.formats import FormatOptions
 from phi3v.export.formats import onnx as onnx_format
 from phi3v.export.formats.onnx_graph import GraphWriter, Value
