@@ -27,6 +27,8 @@ from phi3v.processing.hd_transform import cut_pages, num_img_tokens
 from phi3v.processing.tiny_tokenizer import save_tiny_tokenizer
 from phi3v.runtime import Runtime, load_runtime
 from phi3v.runtime.onnx import DECODER, VISION
+from phi3v.train.device import choose_device
+from phi3v.train.finetuned import inspect_tuned, resolve_model
 
 ort = pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra onnx)")
 pytest.importorskip("onnx", reason="needs onnx (extra onnx)")
@@ -361,6 +363,11 @@ def test_what_cannot_be_made(options: dict[str, int], message: str) -> None:
 def test_a_provider_that_is_not_there(exported: Exported) -> None:
     with pytest.raises(UserError, match="no CUDAExecutionProvider but "):
         load_runtime(exported.folder, device="CUDA")
+
+
+def test_an_evaluation_knows_how_many_tokens_the_graphs_take(exported: Exported) -> None:
+    tuned = resolve_model(str(exported.folder))
+    assert inspect_tuned(tuned, choose_device("fp32")).facts.context == 8192  # of 131,072
 
 
 def test_a_data_file_that_is_missing(exported: Exported, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from phi3v.config import Attention, LoraConfig, RunConfig
 from phi3v.errors import UserError
-from phi3v.json_files import content_of
+from phi3v.json_files import content_of, read_json
 from phi3v.machine import Accelerator
 from phi3v.model.attention import HALF
 from phi3v.model.checkpoint import EMBEDDING, SECOND_EMBEDDING, checkpoint_shapes
@@ -23,6 +23,7 @@ from phi3v.model.quantised import Quantisation, quantisation_of
 from phi3v.paths import find_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.runtime import graph_kind
+from phi3v.runtime.onnx import CONFIG
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.optimizers import keeps_bf16_weights
 from phi3v.train.methods.strategies import PART_MODULES, VISION, apply_method
@@ -77,7 +78,11 @@ def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
 def inspect_graphs(config: RunConfig) -> ModelFacts:
     """As `inspect_model`, of a folder of graphs."""
     model_config, skeleton = _read_config(config)
-    return ModelFacts(skeleton, torch.float32, "graphs", "as exported", model_config.max_position_embeddings)
+    context = model_config.max_position_embeddings
+    if (file := Path(config.model.path) / CONFIG).is_file():  # of onnx, whose rotary tables may be shorter
+        with content_of(file):
+            context = min(context, int(read_json(file)["model"]["context_length"]))
+    return ModelFacts(skeleton, torch.float32, "graphs", "as exported", context)
 
 
 def _read_config(config: RunConfig) -> tuple[Phi3VConfig, Phi3VForCausalLM]:
