@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from phi3v.errors import UserError
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.hd_transform import flatten_pages
 from phi3v.runtime import Runtime, load_runtime
@@ -108,4 +109,6 @@ def test_neither_torch_nor_transformers_is_needed(openvino_dir: Path, runtime: R
     command = [sys.executable, "-c", code, str(openvino_dir), str(tmp_path / "image.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     expected = runtime.answer("what color is the shape?", [tmp_path / "image.png"], max_new_tokens=5)
+    with pytest.raises(UserError, match="at least one token"):
+        runtime.answer("what color is the shape?", max_new_tokens=0)
     assert done.stdout.strip() == expected != ""

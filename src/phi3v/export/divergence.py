@@ -305,7 +305,7 @@ def answer_in_fresh_process(folder: Path, prompts: Path) -> tuple[list[Logits], 
 
 
 def load_decoder(folder: Path) -> Decoder:
-    """A model in any format, computing in float32 where the format allows it."""
+    """A model in any format, as `phi3v eval --precision fp32` runs it."""
     from phi3v.train.device import choose_device
     from phi3v.train.finetuned import load_tuned, resolve_model
 

@@ -232,7 +232,12 @@ class Runtime:
             images: files, or images in memory.
             max_new_tokens: where it is cut.
             choose: the next token from its logits (V,); by default the likeliest.
+
+        Raises:
+            UserError: an image cannot be read, the sample is too long, or ``max_new_tokens`` is below 1.
         """
+        if max_new_tokens < 1:
+            raise UserError("at least one token is needed", where=f"max_new_tokens={max_new_tokens}")
         pages = [self.page(self._open(image)) for image in images]
         logits = self.start(self.prompt(text, pages, system=system), pages)
         ids: list[int] = []
