@@ -7,8 +7,8 @@
    and a wrong answer to the same question become a pair.
 2. DPO on these pairs, LoRA on the tuned model (recipe ``easy_vqa_dpo``).
 3. Accuracy on the same questions of the untouched test split before and after, with 95 % intervals, and the interval of
-   the difference: questions are drawn anew 10,000 times, with what both models made of each. And the accuracy of answers
-   that are drawn by chance, to some of these questions.
+   the difference: questions are drawn anew 10,000 times, with what both models made of each. And the accuracy of
+   answers that are drawn by chance, to some of these questions.
 
 What is there already is kept: a second run goes on where the first one was stopped.
 """
