@@ -171,6 +171,9 @@ def test_data_that_an_objective_cannot_take(easy_vqa: Path) -> None:
     assert "there is one" in refused(one, "--objective.name", "kto")
     assert "training.loss_weighting" in refused(mixed, "--objective.name", "kto", "--training.loss_weighting", "token")
     assert not refused(mixed)
+    taught = refused(judged(easy_vqa, "bad.jsonl", good, {"label": False}))
+    assert "bad.jsonl:2" in taught
+    assert "its answer is labelled bad, and sft would teach it" in taught
     ignored = ignored_answers(ObjectiveConfig(), mixed)
     assert ignored is not None
     assert "2 records have rejected answers that it ignores, 1 have a label" in ignored.what

@@ -40,6 +40,7 @@ class DataFacts:
         labels: records whose answer is labelled good or bad.
         no_pair: line of the first record without a rejected answer.
         no_judgement: line of the first record without a rejected answer and without a label.
+        bad_answer: line of the first record whose answer is labelled bad.
         unusable: why the metrics cannot be computed on the evaluation data.
     """
 
@@ -51,6 +52,7 @@ class DataFacts:
     labels: int = 0
     no_pair: int | None = None
     no_judgement: int | None = None
+    bad_answer: int | None = None
 
     @classmethod
     def of(cls, table: RecordTable, questions: QuestionDataset | None, evaluation: EvaluationConfig) -> DataFacts:
@@ -75,6 +77,7 @@ class DataFacts:
             int(is_labelled.sum()),
             first_line(~is_pair),
             first_line(~is_pair & ~is_labelled),
+            first_line(table.labels() == 0),
         )
 
 
@@ -357,6 +360,12 @@ def feature_cache(case: Case) -> Iterator[UserError]:
 def objective(case: Case) -> Iterator[UserError]:
     config, data, name = case.config, case.data, case.config.objective.name
     if not config.objective.is_preference:
+        if data is not None and data.bad_answer is not None:
+            yield UserError(
+                "its answer is labelled bad, and sft would teach it",
+                where=f"{data.where}:{data.bad_answer}",
+                hint="set objective.name to kto, which learns from labels, or leave such records out",
+            )
         return
     if config.training.loss_weighting != "sample":
         yield UserError(
