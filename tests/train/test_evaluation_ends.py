@@ -16,7 +16,7 @@ from run_helpers import Train, read_metrics
 from phi3v.cli import main
 from phi3v.data import jsonl
 from phi3v.evaluate import evaluation
-from phi3v.evaluate.generate import _Answerer
+from phi3v.evaluate.generate import TorchAnswerer
 
 
 def children() -> set[int]:
@@ -28,16 +28,16 @@ def stop_while_answering(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """SIGTERM to this process and its readers, as a job's end sends it, when answering begins; gives the readers."""
     readers: list[int] = []
     before = children()  # the server that other tests fork ranks from
-    plain = _Answerer.answer
+    plain = TorchAnswerer.answer
 
-    def answer(self: _Answerer, *args: Any) -> Any:
+    def answer(self: TorchAnswerer, *args: Any) -> Any:
         if not readers:
             readers.extend(children() - before)
             for pid in (*readers, os.getpid()):
                 os.kill(pid, signal.SIGTERM)
         return plain(self, *args)
 
-    monkeypatch.setattr(_Answerer, "answer", answer)
+    monkeypatch.setattr(TorchAnswerer, "answer", answer)
     return readers
 
 

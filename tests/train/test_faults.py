@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from phi3v.cli import main
 from phi3v.data.table import open_table
-from phi3v.train import run as run_module
+from phi3v.train import prepare as prepare_module
 from phi3v.train.checkpoint_folder import damage, find_checkpoint
 from phi3v.train.checkpoints import writer as checkpointer
 from phi3v.train.checkpoints.writer import Checkpointer
@@ -94,7 +94,7 @@ def test_a_signal_ends_training_after_its_step(
 def test_a_signal_before_training_ends_at_once(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "check_gradients", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(prepare_module, "check_gradients", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     code, folder = train(*SETTINGS)
     assert code == 3
     assert "stopped by SIGTERM while loading" in capsys.readouterr().err
@@ -287,14 +287,14 @@ def damage_picture(data: Path, record: int) -> Path:
 
 
 def damage_after_the_check(monkeypatch: pytest.MonkeyPatch, data: Path, record: int = 7) -> None:
-    check = run_module.check_gradients
+    check = prepare_module.check_gradients
 
     def check_then_damage(*args: Any, **kwargs: Any) -> int:
         checked = check(*args, **kwargs)
         damage_picture(data, record)
         return checked
 
-    monkeypatch.setattr(run_module, "check_gradients", check_then_damage)
+    monkeypatch.setattr(prepare_module, "check_gradients", check_then_damage)
 
 
 def test_a_picture_that_breaks_stops_the_run_and_can_be_repaired(
@@ -347,7 +347,7 @@ def test_a_picture_that_breaks_is_left_out_exactly(
 
 
 def _damaged(arguments: list[str], data: Path) -> int:
-    check = run_module.check_gradients
+    check = prepare_module.check_gradients
 
     def check_then_damage(*args: Any, **kwargs: Any) -> int:
         checked = check(*args, **kwargs)
@@ -355,7 +355,7 @@ def _damaged(arguments: list[str], data: Path) -> int:
             damage_picture(data, 7)
         return checked
 
-    run_module.check_gradients = check_then_damage
+    prepare_module.check_gradients = check_then_damage
     return main(arguments)
 
 

@@ -12,6 +12,7 @@ import torch
 from run_helpers import Train, read_metrics
 
 from phi3v.train import prepare as preparation
+from phi3v.train import prepare as prepare_module
 from phi3v.train import run as run_module
 from phi3v.train.loop import TrainingLoop
 
@@ -121,7 +122,7 @@ def test_an_image_that_vanishes_is_named(
     if when == "before the start":
         (images / last).unlink()
     else:
-        monkeypatch.setattr(run_module, "check_gradients", lambda *_, **__: (images / last).unlink() or 1)
+        monkeypatch.setattr(prepare_module, "check_gradients", lambda *_, **__: (images / last).unlink() or 1)
     code, _ = train(*settings)
     assert code == 2
     error = capsys.readouterr().err
