@@ -28,3 +28,13 @@ def write_result(name: str, figures: dict[str, Any], out: Path) -> dict[str, Any
     result = with_environment(name, figures)
     write_json(result, out)
     return result
+
+
+def write_between_marks(file: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks of a document."""
+    begin, end = marks
+    before, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
+        raise SystemExit(f"{file} lacks the marks {begin} and {end}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before any library reads it
 
 import torch
 
-from bench_result import ROOT, phi3v, write_result
+from bench_result import ROOT, phi3v, write_between_marks, write_result
 from phi3v.export import divergence
 from phi3v.export.formats import FORMATS, FormatOptions
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -260,14 +260,6 @@ def _speeds(row: dict[str, Any]) -> list[str]:
     return [f"{theirs.prompt / ours.prompt:.2f}", f"{theirs.answer / ours.answer:.2f}"]
 
 
-def write_between_marks(file: Path, table: str) -> None:
-    before, found, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, also_found, after = rest.partition(END)
-    if not found or not also_found:
-        raise SystemExit(f"{file} lacks the marks {BEGIN} and {END}")
-    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="the quickstart's run")
@@ -320,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"tower, {name}", file=sys.stderr, flush=True)
             keep("tower", name, tower.measure(name, work))
     if arguments.docs:
-        write_between_marks(arguments.docs, markdown(result))
+        write_between_marks(arguments.docs, (BEGIN, END), markdown(result))
     print(markdown(result))
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from bench_result import phi3v, write_result
+from bench_result import phi3v, write_between_marks, write_result
 from phi3v.evaluate.bootstrap import bootstrap_interval, weighted_mean
 from phi3v.evaluate.metrics import METRICS
 from tasks import METHODS, TASKS, Task
@@ -225,15 +225,6 @@ def _interval(row: dict[str, Any] | None, metric: str) -> str:
     return f"{score} ({low:.1f} to {high:.1f})"
 
 
-def write_between_marks(file: Path, table: str) -> None:
-    """Replace what stands between the marks of the stand-ins in a document."""
-    before, found, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, also_found, after = rest.partition(END)
-    if not found or not also_found:
-        raise SystemExit(f"{file} lacks the marks {BEGIN} and {END}")
-    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
@@ -291,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             list(pool.map(run, keys))
     result = json.loads(arguments.out.read_text(encoding="utf-8"))
     if arguments.docs:
-        write_between_marks(arguments.docs, markdown(result))
+        write_between_marks(arguments.docs, (BEGIN, END), markdown(result))
     print(markdown(result) if arguments.markdown else json.dumps(result, indent=2))
 
 

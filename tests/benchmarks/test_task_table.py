@@ -88,11 +88,11 @@ def test_the_base_is_measured_before_others_ask_for_it() -> None:
 def test_the_table_goes_between_its_marks(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text(f"above\n{task_table.BEGIN}\nold\n{task_table.END}\nbelow\n", encoding="utf-8")
-    task_table.write_between_marks(document, "new")
+    task_table.write_between_marks(document, (task_table.BEGIN, task_table.END), "new")
     assert document.read_text(encoding="utf-8") == f"above\n{task_table.BEGIN}\nnew\n{task_table.END}\nbelow\n"
     document.write_text("no marks\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="lacks the marks"):
-        task_table.write_between_marks(document, "new")
+        task_table.write_between_marks(document, (task_table.BEGIN, task_table.END), "new")
     results = (task_table.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert results.index(task_table.BEGIN) < results.index(task_table.END)
 
