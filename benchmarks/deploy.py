@@ -31,7 +31,7 @@ import torch
 
 from bench_result import ROOT, phi3v, write_between_marks, write_result
 from phi3v.export import divergence
-from phi3v.export.formats import FORMATS, FormatOptions
+from phi3v.export.formats import FORMATS, OPTIONS, FormatOptions
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model, preset_config
 from phi3v.model.quantised import decoder_linears
@@ -51,7 +51,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "onnx, 8 bits": ("onnx", {"bits": 8}),
     "onnx": ("onnx", {}),
 }
-OPTIONS = {"bits": "--bits", "calibration": "--calibrate"}
 TOWER_LAYERS = 2
 # Prompts for the larger model: pages of more crops take minutes on one thread.
 TOWER_KINDS = ("a page of 1x2", "text only")

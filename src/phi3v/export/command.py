@@ -10,7 +10,7 @@ from rich.console import Console
 
 from phi3v.config import DTYPES
 from phi3v.errors import UserError
-from phi3v.export.formats import FORMATS
+from phi3v.export.formats import FORMATS, OPTIONS
 from phi3v.grammar import Parser
 
 
@@ -154,14 +154,10 @@ def _make(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             raise UserError("is about the format hf", where="--max-shard-size", hint="leave it out")
         settings["max_shard_size"] = arguments.max_shard_size
     samples = {"samples": arguments.samples} if arguments.samples is not None else {}
-    options = {
-        name: value
-        for name in ("bits", "group_size", "calibration", "max_length")
-        if (value := getattr(arguments, name)) is not None
-    }
+    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     if formats == ["hf"]:
-        for name in (*options, *(["questions"] if arguments.questions is not None else [])):
-            option = "--calibrate" if name == "calibration" else f"--{name.replace('_', '-')}"
+        others = [OPTIONS[name] for name in options] + ["--questions"] * (arguments.questions is not None)
+        for option in others:
             raise UserError("is about other formats than hf", where=option, hint="name one with --format")
         from phi3v.export.make import export
 

@@ -40,7 +40,7 @@ from phi3v.export.divergence import (
     own_prompts,
     round_decoder,
 )
-from phi3v.export.formats import FORMATS, FormatOptions, require_extra
+from phi3v.export.formats import FORMATS, OPTIONS, FormatOptions, require_extra
 from phi3v.export.make import (
     check_out,
     export,
@@ -173,22 +173,16 @@ def _known(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def _check_options(formats: Sequence[str], options: dict[str, Any]) -> None:
     if len(set(formats)) < len(formats):
         raise UserError("names a format twice", where="--format")
-    option = {
-        "bits": "--bits",
-        "group_size": "--group-size",
-        "calibration": "--calibrate",
-        "max_length": "--max-length",
-    }
     for key, value in options.items():
         if not any(each != "hf" and key in FORMATS[each].choices for each in formats):
             takers = [name for name, format_ in FORMATS.items() if key in format_.choices]
             raise UserError(
                 f"is not known to the format {' or '.join(formats)}",
-                where=option[key],
+                where=OPTIONS[key],
                 hint=f"it is about {', '.join(takers)}; leave it out",
             )
         if key in ("group_size", "max_length") and value < (key == "max_length"):
-            raise UserError("must be positive", where=option[key])
+            raise UserError("must be positive", where=OPTIONS[key])
 
 
 def _check_format(tuned: FinetunedModel, options: FormatOptions) -> None:

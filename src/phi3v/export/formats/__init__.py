@@ -8,6 +8,14 @@ from pathlib import Path
 
 from phi3v.errors import UserError
 
+# Fields of `FormatOptions` that the command line sets, and their options.
+OPTIONS = {
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "calibration": "--calibrate",
+    "max_length": "--max-length",
+}
+
 
 @dataclass(frozen=True)
 class FormatOptions:
