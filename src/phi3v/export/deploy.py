@@ -144,7 +144,7 @@ def deploy(
                     folder.mkdir()
                     importlib.import_module(f"phi3v.export.formats.{FORMATS[each].maker}").make(model, folder, fields)
                     gc.collect()
-                    proof = reference.prove(folder, fields, work, places[each])
+                    proof = reference.prove(folder, fields, places[each])
                     proof = replace(proof, float_score=score, score=_score(tuned, folder, questions))
                     _finish(folder, proof, reference, tuned, base_id)
                     places[each].parent.mkdir(parents=True, exist_ok=True)
@@ -256,16 +256,19 @@ class _Reference:
     Attributes:
         prompts: with their answers; own questions first.
         logits: (n, V) of each.
-        rounded: the logits with the decoder's weights rounded to 2 bits.
         parts: which prompts are own questions, where there are any, and which are drawn; each is held to its own bound.
+        control, controls: how far it is with its decoder's weights rounded to 2 bits, on all prompts and on each part.
+        folder: where the prompts are written.
         size: bytes of the float model's folder.
     """
 
     prompts: list[Prompt]
     logits: list[Logits]
     speed: Speed
-    rounded: list[Logits]
     parts: dict[str, slice]
+    control: Divergence
+    controls: dict[str, Divergence]
+    folder: Path
     size: int
 
     @classmethod
@@ -291,37 +294,39 @@ class _Reference:
         prompts = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
         round_decoder(model, CONTROL_BITS)
         _, rounded, _ = answer_prompts(TorchDecoder(model, processor), prompts)
-        parts = {OWN: slice(len(own))} if own else {}
-        made = cls(prompts, logits, speed, rounded, parts | {DRAWN: slice(len(own), None)}, _size(folder))
-        for name, part in made.parts.items():
-            if not (control := made.diverge(rounded, part)).mean > LEAST_CONTROL:
+        parts: dict[str, slice] = {OWN: slice(len(own))} if own else {}
+        parts[DRAWN] = slice(len(own), None)
+        controls = {name: diverge(prompts[part], logits[part], rounded[part]) for name, part in parts.items()}
+        for name, control in controls.items():
+            if not control.mean > LEAST_CONTROL:
                 raise UserError(
                     f"nothing can be proven of this model: {CONTROL_BITS}-bit weights hardly change its predictions "
                     f"({name}: {control})",
                     where=str(folder),
                     hint="is it trained?",
                 )
-        return made
+        written = work / "prompts"
+        written.mkdir()
+        divergence.write_prompts(written, prompts)
+        whole = diverge(prompts, logits, rounded)
+        return cls(prompts, logits, speed, parts, whole, controls, written, _size(folder))
 
     def diverge(self, theirs: Sequence[Logits], part: slice = slice(None)) -> Divergence:
         """How far others' logits are from the float model's, on some of the prompts."""
         return diverge(self.prompts[part], self.logits[part], theirs[part])
 
-    def prove(self, folder: Path, options: FormatOptions, work: Path, place: Path) -> Proof:
+    def prove(self, folder: Path, options: FormatOptions, place: Path) -> Proof:
         """Compare an export with the float model; ``place`` is where it goes.
 
         Raises:
             TooFarError: it is too far from it.
         """
-        exchanged = work / options.format
-        exchanged.mkdir()
-        divergence.write_prompts(exchanged, self.prompts)
-        theirs, speed = divergence.answer_in_fresh_process(folder, exchanged)
+        theirs, speed = divergence.answer_in_fresh_process(folder, self.folder)
         format_ = FORMATS[options.format]
         bits = options.bits or format_.bits
         parts = {}
         for name, part in self.parts.items():
-            control = self.diverge(self.rounded, part)
+            control = self.controls[name]
             parts[name] = Part(self.diverge(theirs, part), control, bound_of(format_.proven_bits or bits, control))
             if (fault := parts[name].fault()) is not None:
                 raise TooFarError(f"{options.format} does not answer as the float model does: {fault} ({name})")
@@ -330,7 +335,7 @@ class _Reference:
             bits,
             place,
             self.diverge(theirs),
-            self.diverge(self.rounded),
+            self.control,
             parts,
             speed,
             self.speed,
