@@ -115,13 +115,11 @@ def test_vllm_is_not_started_on_another_format(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_own_questions_that_graphs_cannot_take_are_found_before_they_are_made(model: Path) -> None:
-    nothing = divergence.Speed(0, 0.0, 0, 0.0)
     long = divergence.Prompt(divergence.OWN, [1] * 9000, [], [2, 3])
-    reference = deploy._Reference([long], [], nothing, [], {}, 0)
-    deploy._check_length(reference, model, {"onnx": formats.FormatOptions("onnx", max_length=9002)})
-    deploy._check_length(reference, model, {"openvino": formats.FormatOptions("openvino")})
+    deploy._check_length([long], model, {"onnx": formats.FormatOptions("onnx", max_length=9002)})
+    deploy._check_length([long], model, {"openvino": formats.FormatOptions("openvino")})
     with pytest.raises(UserError, match="8,192: the run's own questions take up to 9,002 tokens"):
-        deploy._check_length(reference, model, {"onnx": formats.FormatOptions("onnx")})
+        deploy._check_length([long], model, {"onnx": formats.FormatOptions("onnx")})
 
 
 def test_only_what_a_model_needs_is_copied(model: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def deploy(
         else:
             model = _float_model(tuned, name, work / "float", console, as_float)
         reference = _Reference.make(tuned, model, samples, work, console)
-        _check_length(reference, model, made)
+        _check_length(reference.prompts, model, made)
         score = _float_score(tuned, model, questions, console)
         questions = questions if score is not None else 0
         for each, fields in made.items():
@@ -205,9 +205,9 @@ def _check_format(tuned: FinetunedModel, options: FormatOptions) -> None:
         check(tuned.base, options)
 
 
-def _check_length(reference: _Reference, model: Path, made: dict[str, FormatOptions]) -> None:
+def _check_length(prompts: Sequence[Prompt], model: Path, made: dict[str, FormatOptions]) -> None:
     """Whether graphs of a limited length take the run's own questions."""
-    longest = max(len(prompt.input_ids) + len(prompt.answer) for prompt in reference.prompts)
+    longest = max(len(prompt.input_ids) + len(prompt.answer) for prompt in prompts)
     for name, options in made.items():
         maker = importlib.import_module(f"phi3v.export.formats.{FORMATS[name].maker}")
         if hasattr(maker, "longest_sample") and longest > (most := maker.longest_sample(model, options)):
