@@ -37,10 +37,11 @@ import packing
 from bench_result import ROOT, write_result
 from phi3v.bench.counting import clock_seconds, one_thread, timed_by
 from phi3v.config import LoraConfig, MethodConfig, ObjectiveConfig, RunConfig
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.collate import Page, pack_row
 from phi3v.data.lengths import measure_table
 from phi3v.data.preferences import AnswerSample, Preferences, lengths_at
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model, planned_config

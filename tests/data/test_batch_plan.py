@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan, Step, assign_to_ranks, read_steps, rows_of_rank
+from phi3v.data.batches import BatchPlan, RowPlan, Step, assign_to_ranks, rows_of_rank
 from phi3v.data.collate import Page, Sample, pack_row, shared_tokens
 from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
+from phi3v.data.rows import RowDataset, read_steps
 from phi3v.data.table import open_table
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from phi3v.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, load_config
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.lengths import measure_table
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from phi3v.config import DataConfig
-from phi3v.data.batches import RowDataset
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.plan.workload import CANDIDATE_CROPS, Workload, assumed_workload, read_workload

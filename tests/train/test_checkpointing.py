@@ -15,8 +15,8 @@ from run_helpers import Train, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi3v.config import LoraConfig, MethodConfig, RunConfig, load_config
-from phi3v.data.batches import RowDataset
 from phi3v.data.collate import Collator
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.model.presets import preset_config
 from phi3v.model.shape import ModelShape

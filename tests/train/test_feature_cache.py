@@ -15,8 +15,8 @@ from rich.console import Console
 from run_helpers import Train, load, read_metrics
 
 from phi3v.config import LoraConfig, MethodConfig
-from phi3v.data.batches import RowDataset
 from phi3v.data.collate import Collator
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor

@@ -9,8 +9,8 @@ import torch
 from run_helpers import load
 
 from phi3v.config import LoraConfig, MethodConfig
-from phi3v.data.batches import RowDataset
 from phi3v.data.collate import Collator
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor

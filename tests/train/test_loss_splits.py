@@ -82,8 +82,8 @@ def assert_same(got: dict[str, Any], reference: dict[str, Any], what: str) -> No
 
 def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_model_dir: Path, uneven: Path) -> None:
     """``sample`` is the mean of each record's own mean loss, ``token`` the mean over all answer tokens."""
-    from phi3v.data.batches import RowDataset
     from phi3v.data.collate import Collator
+    from phi3v.data.rows import RowDataset
     from phi3v.data.table import open_table
     from phi3v.model.modeling import Phi3VForCausalLM
     from phi3v.processing.processor import Phi3VProcessor

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.collate import Collator, LossWeighting
 from phi3v.data.lengths import measure_table
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable, open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.processing.processor import Phi3VProcessor

@@ -14,10 +14,11 @@ from preference_data import write_pairs
 from test_packed_rows import assert_same
 
 from phi3v.config import ObjectiveConfig
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.collate import Collator
 from phi3v.data.lengths import measure_table
 from phi3v.data.preferences import AnswerSample, Preferences, lengths_at
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.preference_loss import Answers, drift_sums, preference_loss

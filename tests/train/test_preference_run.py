@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_loss_splits import assert_same
 
 from phi3v.config import ObjectiveConfig, ObjectiveName, load_config
-from phi3v.data.batches import RowDataset
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.train.checks import Case, DataFacts, ignored_answers, refusals
 from phi3v.train.collectives import HostCollectives

@@ -16,8 +16,8 @@ from run_helpers import Train, read_metrics
 from safetensors.torch import load_file
 
 from phi3v.config import load_config
-from phi3v.data.batches import RowDataset
 from phi3v.data.collate import Collator
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from phi3v.bench.counting import CountingLoop
-from phi3v.data.batches import Group, RowDataset
+from phi3v.data.batches import Group
 from phi3v.data.collate import Sample, encode_record
+from phi3v.data.rows import RowDataset
 from phi3v.model.vision import Phi3VImageEmbedding
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.train.loop import Row

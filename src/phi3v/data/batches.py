@@ -1,12 +1,12 @@
-"""The plan of batches: which records share a step, a rank and a row; and the rows made as it says.
+"""The plan of batches: which records share a step, a rank and a row. `data/rows.py` makes the rows.
 
 A **row** is what a device computes at a time: a padded micro-batch, or records side by side with no padding. In
 ``shared-image`` packing, records about the same images form a **group** in it: the images and the text before them
 once (the prefix), then the rest of each record (its branch). `model/attention.py` draws what sees what. A record's loss
 and gradients are those that it has alone.
 
-The plan of an epoch follows from the lengths of the records, the seed and the epoch alone, so every rank makes the same
-one, any step of it can be made again, and the records of a step are the same on any number of ranks.
+The plan of an epoch follows from the lengths of the records and their order alone, so every rank makes the same one,
+any step of it can be made again, and the records of a step are the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -16,32 +16,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain, groupby, islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
 from phi3v.config import Packing
-from phi3v.data.collate import (
-    Collator,
-    Counts,
-    LossWeighting,
-    OnBadSample,
-    PageReader,
-    Sample,
-    check_placeholders,
-    encode_record,
-    pack_row,
-)
-from phi3v.data.features import FeatureStore
 from phi3v.data.lengths import RecordLengths
-from phi3v.data.preferences import ANSWER_WEIGHTS, Preferences
-from phi3v.data.readers import Readers
-from phi3v.data.table import RecordTable
-from phi3v.errors import UserError
-from phi3v.processing.processor import Phi3VProcessor
+from phi3v.data.order import Order, Shuffled
 
 Group = tuple[int, ...]  # the records of a group; of a padded batch each is its own
 Row = tuple[Group, ...]
@@ -67,7 +48,7 @@ def assign_to_ranks(work: Sequence[float], ranks: int, most: int | None = None) 
 
 @dataclass(eq=False)
 class BatchPlan:
-    """The rows of every rank in every step of an epoch, in the order of torch's seeded sampler.
+    """The rows of every rank in every step of an epoch.
 
     Rows are given to ranks by their work: tokens, and crops of the vision tower at ``crop_cost``.
 
@@ -83,7 +64,7 @@ class BatchPlan:
             into one step become one.
         crop_cost: what a crop costs, in tokens (`ModelShape.crop_cost`).
         world_size: ranks.
-        seed: of the order.
+        order: of the records in each epoch; by default all of them, shuffled by ``seed``.
     """
 
     lengths: RecordLengths
@@ -97,10 +78,12 @@ class BatchPlan:
     crop_cost: float = 0.0
     world_size: int = 1
     seed: int = 0
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         # Plain numbers: one at a time they are looked up far faster than out of an array.
         lengths = self.lengths
+        self._order = self.order or Shuffled(len(lengths), self.seed)
         self._tokens: list[int] = lengths.tokens.tolist()
         self._prefix: list[int] = lengths.prefix.tolist()
         self._own_prefix: list[int] = lengths.own_prefix.tolist()
@@ -114,8 +97,8 @@ class BatchPlan:
             self.num_steps = min(max(1, round(self.epoch_tokens() / self.batch_tokens)), len(self))
 
     def __len__(self) -> int:
-        """Records."""
-        return len(self.lengths)
+        """Records of an epoch."""
+        return len(self._order)
 
     @property
     def is_packed(self) -> bool:
@@ -159,15 +142,9 @@ class BatchPlan:
             groups = [tuple(order[place] for place in places) for _, places in pieces]
             yield self._pack(groups) if self.is_packed else self._pad(groups)
 
-    def order(self, epoch: int) -> list[int]:
-        """All records in the order of an epoch."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
-        return order
-
     def _chunks(self, epoch: int) -> list[Group]:
         """All records in the order of the epoch; those of a page in chunks that come together."""
-        order = self.order(epoch)
+        order = self._order.of_epoch(epoch).tolist()
         if self.packing != "shared-image":
             return [(index,) for index in order]
         pages: dict[int, list[int]] = {}
@@ -282,133 +259,3 @@ def rows_of_rank(
         rows[-1:-1] = [RowPlan(smallest, ends_step=False, fills=True)] * missing
         yield from rows[:-1]
         yield replace(rows[-1], ends_step=True)
-
-
-class RowDataset(Dataset[dict[str, Any]]):
-    """Rows, made as a plan asks for them; the images of a group are decoded once.
-
-    Args:
-        packed: side by side, in place of padded.
-        features: of the images, where a frozen vision part has made them already.
-        on_bad: a group whose images cannot be read: raise that, or leave it out. A row that has no other is made of
-            a record that can be read, and weighs nothing: every rank must run the same parts of the model.
-        preferences: makes a record's samples of all its answers, in place of the record as it is.
-    """
-
-    def __init__(
-        self,
-        table: RecordTable,
-        processor: Phi3VProcessor,
-        loss_weighting: LossWeighting = "sample",
-        *,
-        packed: bool = False,
-        features: FeatureStore | None = None,
-        on_bad: OnBadSample = "stop",
-        preferences: Preferences | None = None,
-    ) -> None:
-        self.table = table
-        self.processor = processor
-        self.reader = PageReader(table, processor.image_processor, features)
-        self.loss_weighting = loss_weighting
-        self.packed = packed
-        self.on_bad = on_bad
-        self.preferences = preferences
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, plan: RowPlan) -> dict[str, Any]:
-        groups: list[list[Sample]] = []
-        skipped: list[tuple[int, str]] = []
-        for group in plan.row:
-            try:
-                groups.append(self.samples(group))
-            except UserError as error:
-                if self.on_bad == "stop":
-                    raise
-                skipped += [(index, str(error).splitlines()[0]) for index in group]
-                wrong = error
-        weighs = bool(groups)
-        if not groups:
-            groups = [self._first_readable(plan.row[-1][-1], wrong)]
-        row = self.collate(groups)
-        if not weighs or plan.fills:
-            row = without_weight(row)
-        counts = Counts(0.0, 0, 0, 0) if plan.fills else row["counts"]._replace(skipped=tuple(skipped))
-        return row | {"counts": counts, "ends_step": plan.ends_step}
-
-    def collate(self, groups: list[list[Sample]]) -> dict[str, Any]:
-        """The row of samples, as of `pack_row` or `Collator`."""
-        if self.packed and self.preferences is not None:
-            groups = [part for samples in groups for part in self.preferences.shareable(samples)]
-        samples = [sample for group in groups for sample in group]
-        if self.packed:
-            row = pack_row(groups, self.loss_weighting)
-        else:
-            row = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=self.loss_weighting)(samples)
-        return row if self.preferences is None else self.preferences.complete(row, samples)
-
-    def samples(self, group: Group) -> list[Sample]:
-        """The samples of records about the same images.
-
-        Raises:
-            UserError: an image cannot be read.
-            ImageAlignmentError: placeholders and images do not fit together.
-        """
-        pages = self.reader.pages(self.table[group[0]])
-        counts = [page.num_img_tokens for page in pages]
-        samples: list[Sample] = []
-        for index in group:
-            record = self.table[index]
-            stream = encode_record(record, self.processor, counts)
-            check_placeholders(stream.input_ids, pages, record, self.table.path)
-            if self.preferences is not None:
-                samples += self.preferences.samples(record, index, stream, pages, self.processor)
-            else:
-                samples.append(Sample(stream.input_ids, stream.labels, pages, record.num_questions, index))
-        return samples
-
-    def _first_readable(self, after: int, error: UserError) -> list[Sample]:
-        """Those of the first record after one that cannot be read, going round; raises ``error`` if there is none."""
-        for step in range(1, len(self.table)):
-            try:
-                return self.samples(((after + step) % len(self.table),))
-            except UserError:
-                continue
-        raise error
-
-
-def without_weight(row: dict[str, Any]) -> dict[str, Any]:
-    """A row that is computed as the others are and changes nothing, for ranks that must run one."""
-    weights = {name: torch.zeros_like(row[name]) for name in ("loss_weights", *ANSWER_WEIGHTS) if name in row}
-    return row | weights | {"counts": Counts(0.0, 0, 0, 0, row["counts"].records)}
-
-
-def read_steps(
-    plan: BatchPlan,
-    rank: int,
-    readers: Readers,
-    epoch: int,
-    *,
-    first_step: int = 0,
-    equal: bool = False,
-    pin_memory: bool = False,
-) -> Iterator[list[dict[str, Any]]]:
-    """The steps of an epoch, each as the list of a rank's rows; nothing is read of those before ``first_step``.
-
-    Args:
-        readers: fetch the row of a `RowPlan`.
-        equal: as of `rows_of_rank`.
-        pin_memory: put tensors where a GPU copies from without waiting.
-    """
-    rows: list[dict[str, Any]] = []
-    for row in readers.read(rows_of_rank(plan, rank, epoch, first_step=first_step, equal=equal)):
-        ends_step = row.pop("ends_step")
-        rows.append(_pinned(row) if pin_memory else row)
-        if ends_step:
-            yield rows
-            rows = []
-
-
-def _pinned(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in row.items()}

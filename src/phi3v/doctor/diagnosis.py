@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3v.config import RunConfig
-from phi3v.data.batches import RowDataset, RowPlan
+from phi3v.data.batches import RowPlan
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import encode_record
 from phi3v.data.faults import DataFaultsError
 from phi3v.data.images import describe_kinds
 from phi3v.data.overlap import find_overlap
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit

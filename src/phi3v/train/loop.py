@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from phi3v.data.batches import read_steps
 from phi3v.data.readers import Readers
+from phi3v.data.rows import read_steps
 from phi3v.errors import UserError
 from phi3v.train.checkpoints.random_state import set_random_state
 from phi3v.train.checkpoints.resume import ResumePoint

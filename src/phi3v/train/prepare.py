@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
@@ -25,6 +25,7 @@ from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, RecordLengths, measure_table, require_context
 from phi3v.data.overlap import find_overlap
 from phi3v.data.preferences import Preferences, lengths_at
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit

@@ -25,9 +25,10 @@ from trl_records import RECORDS, settings
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.config import ObjectiveConfig
-from phi3v.data.batches import BatchPlan, RowDataset, RowPlan
+from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.lengths import measure_table
 from phi3v.data.preferences import Preferences, lengths_at
+from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable, open_table
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.objectives import PreferenceObjective
