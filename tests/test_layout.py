@@ -75,6 +75,7 @@ TRAIN = [
     "observers",
     "prepare",
     "checks",
+    "data_facts",
     "run_folder",
     "card",
     "finetuned",

@@ -259,6 +259,9 @@ def test_calibration_data_must_be_of_use(text_only: Path, easy_vqa: Path, tmp_pa
     few = tmp_path / "few.jsonl"
     few.write_text("".join((easy_vqa / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
     assert "5 of its 5 records" in fault(few).what
+    literal = tmp_path / "literal.jsonl"  # read as a run may have read it, data.special_text: escape
+    literal.write_text(few.read_text().replace("Yes", "<|end|>").replace("yes", "<|end|>").replace("?", " <|end|>?"))
+    assert "5 of its 5 records" in fault(literal).what
     assert "no such file" in str(fault(tmp_path / "none.jsonl"))
     short = tmp_path / "short"
     shutil.copytree(PRETRAINED_TINY, short)

@@ -23,8 +23,9 @@ from test_loss_splits import assert_same
 from phi3v.config import ObjectiveConfig, ObjectiveName, load_config
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
-from phi3v.train.checks import Case, DataFacts, ignored_answers, refusals
+from phi3v.train.checks import Case, refusals
 from phi3v.train.collectives import HostCollectives
+from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import choose_device
 from phi3v.train.prepare import prepare
 from phi3v.train.reference import FILE, _facts, reference_log_probs
@@ -174,10 +175,13 @@ def test_data_that_an_objective_cannot_take(easy_vqa: Path) -> None:
     taught = refused(judged(easy_vqa, "bad.jsonl", good, {"label": False}))
     assert "bad.jsonl:2" in taught
     assert "its answer is labelled bad, and sft would teach it" in taught
-    ignored = ignored_answers(ObjectiveConfig(), mixed)
+    ignored = doubtful_answers(ObjectiveConfig(), mixed)
     assert ignored is not None
     assert "2 records have rejected answers that it ignores, 1 have a label" in ignored.what
-    assert ignored_answers(ObjectiveConfig(name="kto"), mixed) is None
+    assert doubtful_answers(ObjectiveConfig(name="kto"), mixed) is None
+    one_sided = doubtful_answers(ObjectiveConfig(name="kto"), judged(easy_vqa, "good.jsonl", good, good))
+    assert one_sided is not None
+    assert "all 2 answers are labelled good" in one_sided.what
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ from phi3v.plan.planner import Planner
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
-from phi3v.train.checks import Case, DataFacts, ignored_answers, refusals
+from phi3v.train.checks import Case, refusals
+from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import RuntimeDevice, choose_device, default_workers
 from phi3v.train.header import describe_objective
 from phi3v.train.methods.gradient_check import check_gradients
@@ -194,8 +195,8 @@ def check_data(
                 if not _refuse(report, "data", case) and config.objective.is_preference:
                     judged = f"{facts.pairs:,} records with rejected answers, {facts.labels:,} with a label"
                     report.say("objective", "pass", f"{describe_objective(config.objective)}; {judged}")
-                if ignored := ignored_answers(config.objective, facts):
-                    report.add(ignored)
+                if doubtful := doubtful_answers(config.objective, facts):
+                    report.add(doubtful)
     return case, table, eval_table
 
 

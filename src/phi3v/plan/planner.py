@@ -33,8 +33,9 @@ from phi3v.plan.rows import PackedRows, pack_workload
 from phi3v.plan.throughput import CPU_UTILISATION, SampleWork, Speed, predict_speed, training_flops
 from phi3v.plan.workload import Workload, assumed_workload, read_workload
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checks import Case, DataFacts, refusals
+from phi3v.train.checks import Case, refusals
 from phi3v.train.compute.activations import MicroBatch, kind_of_attention
+from phi3v.train.data_facts import DataFacts
 from phi3v.train.methods.loading import choose_attention, make_skeleton
 from phi3v.train.prepare import open_tables, questions_of
 from phi3v.train.schedule import total_steps

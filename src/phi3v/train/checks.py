@@ -11,74 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
-
-from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
-from phi3v.data.collate import QuestionDataset
-from phi3v.data.table import RecordTable
+from phi3v.config import RunConfig
 from phi3v.errors import UserError
-from phi3v.evaluate.evaluation import check_references
-from phi3v.findings import Finding
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.train.compute.float8 import require_torchao
+from phi3v.train.data_facts import DataFacts
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.choice import DIVIDED_OPTIMIZER, EngineChoice, choose_engine
 from phi3v.train.methods.loading import choose_attention, require_bitsandbytes
 from phi3v.train.methods.optimizers import keeps_bf16_weights
 from phi3v.train.methods.strategies import target_modules, trained_parts
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What checks ask of the data.
-
-    Attributes:
-        where: the file to learn from.
-        records: in it.
-        pairs: records with a rejected answer.
-        labels: records whose answer is labelled good or bad.
-        no_pair: line of the first record without a rejected answer.
-        no_judgement: line of the first record without a rejected answer and without a label.
-        bad_answer: line of the first record whose answer is labelled bad.
-        unusable: why the metrics cannot be computed on the evaluation data.
-    """
-
-    where: str
-    has_images: bool
-    unusable: UserError | None = None
-    records: int = 0
-    pairs: int = 0
-    labels: int = 0
-    no_pair: int | None = None
-    no_judgement: int | None = None
-    bad_answer: int | None = None
-
-    @classmethod
-    def of(cls, table: RecordTable, questions: QuestionDataset | None, evaluation: EvaluationConfig) -> DataFacts:
-        """Those of open files."""
-
-        def first_line(wrong: npt.NDArray[np.bool_]) -> int | None:
-            return table[int(wrong.argmax())].line if wrong.any() else None
-
-        unusable = None
-        try:
-            if questions is not None:
-                check_references(questions, evaluation)
-        except UserError as error:
-            unusable = error
-        is_pair, is_labelled = table.rejected_counts() > 0, table.labels() >= 0
-        return cls(
-            str(table.path),
-            bool(table.image_counts().any()),
-            unusable,
-            len(table),
-            int(is_pair.sum()),
-            int(is_labelled.sum()),
-            first_line(~is_pair),
-            first_line(~is_pair & ~is_labelled),
-            first_line(table.labels() == 0),
-        )
 
 
 @dataclass(frozen=True)
@@ -394,16 +336,6 @@ def objective(case: Case) -> Iterator[UserError]:
     if name == "kto" and data.records == 1:
         hint = "give it more records"
         yield UserError("kto compares each record with another one, and there is one", where=data.where, hint=hint)
-
-
-def ignored_answers(objective: ObjectiveConfig, data: DataFacts) -> Finding | None:
-    """What is said where data has preferences and the objective does not look at them."""
-    if objective.is_preference or not data.pairs + data.labels:
-        return None
-    what = f"sft learns every record's answer as it is: {data.pairs:,} records have rejected answers that it ignores"
-    if data.labels:
-        what += f", {data.labels:,} have a label good or bad that it ignores"
-    return Finding("objective", "warn", what, "set objective.name to dpo, or kto for labels, to learn from these")
 
 
 def images(case: Case) -> Iterator[UserError]:

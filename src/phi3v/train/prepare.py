@@ -34,7 +34,7 @@ from phi3v.model.checkpoint import model_content
 from phi3v.model.shape import ModelShape
 from phi3v.paths import require_writable
 from phi3v.processing.processor import Phi3VProcessor
-from phi3v.train.checks import Case, DataFacts, ignored_answers, require_possible
+from phi3v.train.checks import Case, require_possible
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import (
     Activations,
@@ -47,6 +47,7 @@ from phi3v.train.compute.activations import (
 from phi3v.train.compute.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
 from phi3v.train.compute.float8 import apply_float8
 from phi3v.train.compute.kernels import apply_kernels
+from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import RuntimeDevice, default_workers
 from phi3v.train.engines import Engine, make_engine
 from phi3v.train.engines.choice import EngineChoice
@@ -159,7 +160,7 @@ def prepare(
             require_lengths(config, eval_table, facts, processor)
     questions = questions_of(config, eval_table, processor)
     data = DataFacts.of(train_table, questions, config.evaluation)
-    ignored = ignored_answers(config.objective, data)
+    doubtful = doubtful_answers(config.objective, data)
     require_possible(replace(case, model=facts.skeleton, data=data))
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
     set_seed(config.training.seed)
@@ -188,7 +189,7 @@ def prepare(
         f"{checkpointing} ({reason})",
         (
             *(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
-            *([ignored] if ignored is not None else []),
+            *([doubtful] if doubtful is not None else []),
         ),
     )
 

@@ -238,3 +238,9 @@ def test_a_table_of_pairs_or_of_judged_answers(convert: Convert, data: Path) -> 
     file.write_text("image,question,answer,label\na.png,What is this?,A dog.,1\n")
     assert "label" not in convert("csv", file, out="class").turn()  # of something else, unless it is named
     assert convert("csv", file, "--label-column", "label", out="named").turn()["label"] is True
+    file.write_text("image,question,answer,rejected\na.png,What is this?,A dog.,False\na.png,What is this?,A cat.,1\n")
+    refused = convert("csv", file, out="marked")
+    assert refused.code == 2
+    assert "'False' looks like a mark that the row was rejected, not like a rejected answer" in refused.error
+    file.write_text("image,question,chosen,rejected\na.png,Is this a dog?,True,False\n")
+    assert convert("csv", file, out="truth").turn()["rejected"] == ["False"]

@@ -98,8 +98,11 @@ def convert(options: OwnDataOptions) -> ConversionResult:
         question = options.question or ("" if columns.question is None else _text(row[columns.question]))
         name = None if columns.id is None else id_of(row, columns.id)
         rejected = tuple(text for column in columns.rejected for text in _texts(row[column]))
+        answer = _text(row[columns.answer])
+        if rejected and not options.rejected_columns:
+            _refuse_mark(rejected, answer, columns.rejected[0])
         label = None if columns.label is None else _truth(row[columns.label], columns.label)
-        return RawRecord(name, (RawTurn(question, _text(row[columns.answer]), media, rejected=rejected, label=label),))
+        return RawRecord(name, (RawTurn(question, answer, media, rejected=rejected, label=label),))
 
     def split_of(row: Row) -> str:
         assert columns.split is not None
@@ -249,6 +252,17 @@ def _choose(names: Sequence[str], options: OwnDataOptions, source: Path) -> tupl
 def _texts(cell: Any) -> list[str]:
     """A cell as texts; those of parquet may hold several."""
     return [_text(item) for item in cell] if isinstance(cell, list) else [_text(cell)]
+
+
+def _refuse_mark(rejected: Sequence[str], answer: str, column: str) -> None:
+    """Raise `UserError` where a column that was taken for rejected answers says whether a row was rejected."""
+    if answer.strip().lower() in _TRUTH:  # then so may the rejected answer be
+        return
+    for text in rejected:
+        if text.strip().lower() in _TRUTH:
+            what = f"{quote(text, 40)} looks like a mark that the row was rejected, not like a rejected answer"
+            hint = f"name it with --rejected-column if it is an answer, or take {quote(column)} out of the table"
+            raise UserError(what, where=column, hint=hint)
 
 
 def _truth(cell: Any, column: str) -> bool:

@@ -55,7 +55,7 @@ def read_calibration(model: str, data: Path) -> list[Sample]:
     """
     processor = Phi3VProcessor.from_pretrained(model)
     context = Phi3VConfig.from_pretrained(model).max_position_embeddings
-    table = open_table(data, exif_orientation=processor.image_processor.exif_orientation)
+    table = open_table(data, special_text="escape", exif_orientation=processor.image_processor.exif_orientation)
     with_images = table.image_counts().nonzero()[0]
     if len(with_images) < FEWEST:
         raise UserError(
