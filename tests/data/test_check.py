@@ -13,6 +13,7 @@ from rich.console import Console
 from phi3v.data import check
 from phi3v.data.check import check_file, ensure_checked
 from phi3v.data.faults import DataFaultsError
+from phi3v.data.image_store import FolderStore
 from phi3v.data.lengths import Context
 from phi3v.errors import UserError
 
@@ -170,7 +171,7 @@ def test_images_may_lie_elsewhere(write: Any, record: MakeRecord, root: Path, tm
     path = write(record("a"))
     root.rename(tmp_path / "images")
     assert not check_file(path).ok
-    assert check_file(path, images_root=tmp_path / "images").ok
+    assert check_file(path, images=FolderStore(tmp_path / "images")).ok
 
 
 def test_special_text_may_be_escaped(write: Any, record: MakeRecord) -> None:
@@ -205,7 +206,7 @@ class TestEnsureChecked:
             with pytest.raises(AssertionError, match="checked again"):
                 ensure_checked(path, **changed)
         with pytest.raises(AssertionError, match="checked again"):
-            ensure_checked(path, images_root=path.parent)
+            ensure_checked(path, images=FolderStore(path.parent))
         write(record("a"), record("b"))
         with pytest.raises(AssertionError, match="checked again"):
             ensure_checked(path)

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.data.image_store import FolderStore, find_file
 from phi3v.data.images import (
     ImageLevel,
     check_image,
     decode_image,
     describe_kinds,
-    find_file,
     image_kinds,
     image_size,
     load_image,
@@ -42,11 +42,11 @@ def png_header(width: int, height: int) -> bytes:
 
 def what_is_wrong(path: str, root: Path, level: ImageLevel = "decode") -> str:
     """The message of `check_image`, which `load_image` has to raise as well."""
-    wrong = check_image(path, root=root, level=level)
+    wrong = check_image(path, store=FolderStore(root), level=level)
     assert wrong is not None
     if level == "decode":
         with pytest.raises(UserError) as caught:
-            load_image(path, root=root)
+            load_image(path, store=FolderStore(root))
         assert caught.value.what == f"the image {wrong[0]}"
         assert caught.value.hint == wrong[1]
         assert caught.value.where == str(root / path)
@@ -55,14 +55,14 @@ def what_is_wrong(path: str, root: Path, level: ImageLevel = "decode") -> str:
 
 @pytest.mark.parametrize("level", ["decode", "header", "off"])
 def test_a_real_image_is_fine(root: Path, level: ImageLevel) -> None:
-    assert check_image("train/0.png", root=root, level=level) is None
+    assert check_image("train/0.png", store=FolderStore(root), level=level) is None
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff", ".ppm", ".tga", ".jp2"])
 def test_every_usual_format_is_read_as_pillow_reads_it(root: Path, drawing: Path, suffix: str) -> None:
     Image.open(drawing).convert("RGB").save(root / f"a{suffix}")
-    assert check_image(f"a{suffix}", root=root) is None
-    image = load_image(f"a{suffix}", root=root)
+    assert check_image(f"a{suffix}", store=FolderStore(root)) is None
+    image = load_image(f"a{suffix}", store=FolderStore(root))
     assert image.mode == "RGB"
     assert np.array_equal(image, Image.open(root / f"a{suffix}").convert("RGB"))
 
@@ -70,7 +70,7 @@ def test_every_usual_format_is_read_as_pillow_reads_it(root: Path, drawing: Path
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
 def test_opaque_modes_become_rgb_as_in_the_reference(root: Path, drawing: Path, mode: str) -> None:
     Image.open(drawing).convert(mode).save(root / "a.png")
-    image = load_image("a.png", root=root)
+    image = load_image("a.png", store=FolderStore(root))
     assert image.mode == "RGB"
     assert np.array_equal(image, Image.open(root / "a.png").convert("RGB"))
 
@@ -98,19 +98,19 @@ def test_the_exif_orientation_is_applied_or_left_by_pixels_and_sizes_alike(root:
     photo = Image.linear_gradient("L").resize((30, 20)).rotate(30).convert("RGB")
     for encoding, options in ENCODINGS:
         (root / "a").write_bytes(with_orientation(photo, encoding, 1, **options))
-        stored = load_image("a", root=root)
+        stored = load_image("a", store=FolderStore(root))
         (root / "a").write_bytes(with_orientation(photo, encoding, orientation, **options))
         tag = Image.Exif()
         tag[0x0112] = orientation
         marked = stored.copy()
         marked.info["exif"] = tag.tobytes()
         kinds: list[str] = []
-        assert check_image("a", root=root, kinds=kinds) is None
+        assert check_image("a", store=FolderStore(root), kinds=kinds) is None
         assert kinds == ["exif_orientation"] * (orientation != 1), encoding
         for applied, expected in ((True, ImageOps.exif_transpose(marked)), (False, stored)):
-            image = load_image("a", root=root, exif_orientation=applied)
+            image = load_image("a", store=FolderStore(root), exif_orientation=applied)
             assert np.array_equal(image, expected), (encoding, applied)
-            assert image_size("a", root=root, exif_orientation=applied) == image.size, (encoding, applied)
+            assert image_size("a", store=FolderStore(root), exif_orientation=applied) == image.size, (encoding, applied)
             assert np.array_equal(decode_image((root / "a").read_bytes(), "a", exif_orientation=applied), image)
 
 
@@ -121,19 +121,19 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding(roo
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
     plain = png_header(30, 20)
     (root / "a.png").write_bytes(plain[:-12] + chunk + plain[-12:])
-    assert image_size("a.png", root=root) == (20, 30)
+    assert image_size("a.png", store=FolderStore(root)) == (20, 30)
     file = io.BytesIO()
     Image.new("RGB", (30, 20)).save(file, "PNG")
     (root / "a.png").write_bytes(file.getvalue()[:-12] + chunk + file.getvalue()[-12:])
-    assert load_image("a.png", root=root).size == image_size("a.png", root=root) == (20, 30)
+    assert load_image("a.png", store=FolderStore(root)).size == image_size("a.png", store=FolderStore(root)) == (20, 30)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nonsense"])
 def test_damaged_exif_data_does_no_harm(root: Path, exif: bytes) -> None:
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.new("RGB", (30, 20)).save(root / name, exif=exif)
-        assert check_image(name, root=root) is None
-        assert load_image(name, root=root).size == image_size(name, root=root) == (30, 20)
+        assert check_image(name, store=FolderStore(root)) is None
+        assert load_image(name, store=FolderStore(root)).size == image_size(name, store=FolderStore(root)) == (30, 20)
 
 
 def test_kinds_of_images_are_told(root: Path) -> None:
@@ -154,10 +154,10 @@ def test_kinds_of_images_are_told(root: Path) -> None:
     }
     for name, of_image in expected.items():
         kinds: list[str] = []
-        assert check_image(name, root=root, kinds=kinds) is None
+        assert check_image(name, store=FolderStore(root), kinds=kinds) is None
         assert kinds == image_kinds((root / name).read_bytes(), name) == of_image, name
         if "several_pages" in kinds:
-            red, green, _ = np.asarray(load_image(name, root=root))[4, 4]
+            red, green, _ = np.asarray(load_image(name, store=FolderStore(root)))[4, 4]
             assert red > 240
             assert green < 15
     assert describe_kinds({"cmyk": 1, "several_pages": 1200}) == (
@@ -211,12 +211,14 @@ def test_a_name_is_found_in_another_unicode_form(root: Path, drawing: Path, aske
     stored.write_bytes(drawing.read_bytes())
     name = unicodedata.normalize(asked, path)
     assert not (root / name).exists()
-    assert check_image(name, root=root) is None
-    assert load_image(name, root=root).size == image_size(name, root=root)
-    assert read_image(name, root=root) == drawing.read_bytes()
+    assert check_image(name, store=FolderStore(root)) is None
+    assert load_image(name, store=FolderStore(root)).size == image_size(name, store=FolderStore(root))
+    assert read_image(name, store=FolderStore(root)) == drawing.read_bytes()
     assert find_file(name, root) == stored
     (stored.parent / unicodedata.normalize(on_disk, "später.png")).write_bytes(drawing.read_bytes())
-    assert check_image(unicodedata.normalize(asked, "Müller/später.png"), root=root) is None  # the folder has changed
+    assert (
+        check_image(unicodedata.normalize(asked, "Müller/später.png"), store=FolderStore(root)) is None
+    )  # the folder has changed
     assert "does not exist" in what_is_wrong(unicodedata.normalize(asked, "Müller/nö.png"), root)
 
 
@@ -277,8 +279,8 @@ def test_the_header_level_does_not_decode(root: Path, drawing: Path, suffix: str
     path = root / f"a{suffix}"
     Image.open(drawing).convert("RGB").resize((336, 336)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    assert check_image(f"a{suffix}", root=root, level="header") is None
-    assert image_size(f"a{suffix}", root=root) == (336, 336)
+    assert check_image(f"a{suffix}", store=FolderStore(root), level="header") is None
+    assert image_size(f"a{suffix}", store=FolderStore(root)) == (336, 336)
 
 
 def test_damaged_bytes_inside_a_file(root: Path, drawing: Path) -> None:
@@ -302,13 +304,13 @@ def test_an_image_bomb_is_refused_from_its_header(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert f"has {pixels} pixels" in what_is_wrong("bomb.png", root)
-    assert check_image("bomb.png", root=root, max_pixels=10**10, level="header") is None
+    assert check_image("bomb.png", store=FolderStore(root), max_pixels=10**10, level="header") is None
 
 
 def test_the_pixel_limit_is_exact_and_never_lowers_pillows_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", DEFAULT_MAX_PIXELS)
-    assert check_image("train/0.png", root=root, max_pixels=64 * 64) is None
-    wrong = check_image("train/0.png", root=root, max_pixels=64 * 64 - 1)
+    assert check_image("train/0.png", store=FolderStore(root), max_pixels=64 * 64) is None
+    wrong = check_image("train/0.png", store=FolderStore(root), max_pixels=64 * 64 - 1)
     assert wrong is not None
     assert wrong[0] == "has 64x64 = 4,096 pixels, above the limit of 4,095: 'train/0.png'"
     assert Image.MAX_IMAGE_PIXELS == DEFAULT_MAX_PIXELS
@@ -322,21 +324,21 @@ def test_links_may_not_leave_the_data_root(root: Path, drawing: Path) -> None:
     assert "leaves the data root through a link" in what_is_wrong("out.png", root)
     assert "leaves the data root through a link" in what_is_wrong("outside/0.png", root)
     assert "cannot be read" in what_is_wrong("loop.png", root)
-    assert check_image("in.png", root=root) is None
+    assert check_image("in.png", store=FolderStore(root)) is None
     linked_root = root.parent / "linked"
     linked_root.symlink_to(root)
-    assert check_image("train/0.png", root=linked_root) is None
+    assert check_image("train/0.png", store=FolderStore(linked_root)) is None
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/hosts", "a\\b.png", ""])
 def test_paths_are_judged_before_the_disk_is_touched(root: Path, path: str) -> None:
-    assert check_image(path, root=root, level="off") == check_image(path, root=root)
+    assert check_image(path, store=FolderStore(root), level="off") == check_image(path, store=FolderStore(root))
     with pytest.raises(UserError):
-        load_image(path, root=root)
+        load_image(path, store=FolderStore(root))
 
 
 def test_off_never_looks_at_the_disk(root: Path) -> None:
-    assert check_image("not/there.png", root=root, level="off") is None
+    assert check_image("not/there.png", store=FolderStore(root), level="off") is None
 
 
 def test_too_few_open_files_are_no_matter_of_permissions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,5 +347,5 @@ def test_too_few_open_files_are_no_matter_of_permissions(root: Path, monkeypatch
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError, match="Too many open files") as caught:
-        load_image("train/0.png", root=root)
+        load_image("train/0.png", store=FolderStore(root))
     assert "ulimit -n" in str(caught.value)

@@ -40,7 +40,7 @@ def test_a_batch_holds_each_page_once_and_in_order(
     samples = [Sample([], [], reader.pages(table[index])) for index in range(len(table))]
     batch = stack_images(samples)
     assert batch["page_index"] == (0, 1, 1, 2, 0, 2)
-    expected = [processor.page(Image.open(table.images_root / name)) for name in images[:3]]
+    expected = [processor.page(Image.open(table.images.where(name))) for name in images[:3]]
     assert batch["image_sizes"] == tuple((page.shape[0], page.shape[1]) for page in expected)
     assert batch["pages"].dtype == torch.uint8
     assert torch.equal(batch["pages"], flatten_pages(expected))

@@ -17,6 +17,7 @@ from phi3v.data import table
 from phi3v.data.cache import cache_folder, cache_root, content_hash
 from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
+from phi3v.data.image_store import FolderStore
 from phi3v.data.images import image_size
 from phi3v.data.jsonl import write_jsonl
 from phi3v.data.schema import Record, Turn
@@ -73,7 +74,7 @@ def test_records_come_back_as_written(write: Any, record: MakeRecord) -> None:
     assert list(opened) == [opened[0], second]
     assert opened.questions().tolist() == [[0, 0], [1, 0], [1, 1]]
     assert opened.image_counts().tolist() == [1, 3]
-    assert opened.images_root == path.parent / "images"
+    assert opened.images == FolderStore(path.parent / "images")
     assert opened.path == path
     for index in (2, -3):
         with pytest.raises(IndexError):
@@ -316,7 +317,7 @@ def test_a_table_travels_to_workers_without_its_rows(tmp_path: Path) -> None:
     assert len(sent) < 20_000
     received: RecordTable = pickle.loads(sent)
     assert received[4_999] == opened[4_999]
-    assert received.images_root == opened.images_root
+    assert received.images == opened.images
 
 
 def test_two_processes_open_the_same_new_file_at_once(tmp_path: Path, cache: Path) -> None:

@@ -74,7 +74,7 @@ def loud_model(folder: Path, original_length: int | None = None) -> Phi3VForCaus
 def official_pixels(questions: QuestionDataset, index: int) -> dict[str, torch.Tensor]:
     """``pixel_values`` and ``image_sizes`` of a question, as the official processor makes them."""
     names = questions.question(index).images
-    images = [load_image(name, root=questions.table.images_root) for name in names]
+    images = [load_image(name, store=questions.table.images) for name in names]
     if not images:
         return {}
     features = questions.processor.image_processor(images)

@@ -13,6 +13,7 @@ from sample_files import clip
 
 from phi3v.cli import main
 from phi3v.data.collate import QuestionDataset
+from phi3v.data.image_store import FolderStore
 from phi3v.data.images import load_image
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
@@ -95,7 +96,7 @@ def test_a_later_turn_is_read_as_in_a_data_file(chat: Chat, tuned_run: Path, eas
     model, processor = load_tuned(resolve_model(str(tuned_run)), choose_device("fp32"))
     questions = QuestionDataset(open_table(easy_vqa / "turns.jsonl"), processor)
     answers = generate_answers(model, processor, questions, batch_size=2, batch_tokens=10**6, max_new_tokens=6)
-    picture = load_image(name, root=easy_vqa / "images")
+    picture = load_image(name, store=FolderStore(easy_vqa / "images"))
     turns = [Turn("what is one and one?", answers={"tuned": "two"}), Turn("and here?", (picture, picture))]
     assert last(chat, turns[0]) == answers[0].text
     assert last(chat, *turns) == answers[1].text

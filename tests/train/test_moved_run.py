@@ -12,9 +12,10 @@ import yaml
 from run_helpers import Train
 
 from phi3v.cli import main
+from phi3v.data.image_store import FolderStore
 from phi3v.export import make, proof
 from phi3v.paths import file_hash
-from phi3v.report.gallery import images_root
+from phi3v.report.gallery import image_store
 from phi3v.report.run_files import read_run
 from phi3v.train import run as training
 from phi3v.train.finetuned import resolve_model
@@ -48,7 +49,7 @@ def test_a_run_is_used_from_another_folder(
     run, model = project / "out" / "run", project / "models" / "tiny.v1.0"
     adapter = json.loads((run / "final" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(model)
-    assert images_root(read_run(run)) == project / "data" / "images"
+    assert image_store(read_run(run)) == FolderStore(project / "data" / "images")
     (tmp_path / "link").symlink_to(run / "final")
     tuned = resolve_model("../link/")  # a link leads into the run
     assert (tuned.base, tuned.run.method.name) == (str(model), "lora")
@@ -131,7 +132,7 @@ def test_a_run_of_an_older_version(project: Path, tmp_path: Path, capsys: pytest
     write("models/tiny.v1.0")
     assert resolve_model(str(run)).base == str(project / "models" / "tiny.v1.0")
     assert resolve_model(str(run)).run.data.eval == str(project / "data" / "test.jsonl")
-    assert images_root(read_run(run)) == project / "data" / "images"
+    assert image_store(read_run(run)) == FolderStore(project / "data" / "images")
     for path in ("gone/tiny", "../gone", "models/gone"):
         write(path)
         assert main(["chat", str(run), "--prompt", "what?"]) == 2

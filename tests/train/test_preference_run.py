@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_loss_splits import assert_same
 
 from phi3v.config import ObjectiveConfig, ObjectiveName, load_config
+from phi3v.data.image_store import FolderStore
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
 from phi3v.train.checks import Case, refusals
@@ -133,7 +134,7 @@ def test_the_reference_is_computed_once_and_gone_on_with(
     # Of other images by the same names, or in another precision, say, nothing is taken over.
     facts, images = _facts(run), tmp_path / "copied"
     shutil.copytree(easy_vqa / "images", images)
-    copied = replace(run, train_table=replace(run.train_table, images_root=images))
+    copied = replace(run, train_table=replace(run.train_table, images=FolderStore(images)))
     assert _facts(copied) == facts
     with (images / run.train_table[0].images[0]).open("ab") as image:
         image.write(b"\0")

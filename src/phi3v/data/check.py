@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from rich.text import Text
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.lengths import LENGTH_HINT, Context
 from phi3v.data.progress import in_order
@@ -91,7 +91,7 @@ class CheckReport:
     """
 
     path: Path
-    images_root: Path
+    images_root: str
     image_level: ImageLevel
     faults: list[Fault] = field(default_factory=list)
     stopped_early: bool = False
@@ -120,7 +120,7 @@ class CheckReport:
         return {
             "ok": self.ok,
             "path": str(self.path),
-            "images_root": str(self.images_root),
+            "images_root": self.images_root,
             "image_level": self.image_level,
             "faults": [fault.to_json_dict() for fault in self.faults],
             "stopped_early": self.stopped_early,
@@ -171,7 +171,7 @@ def check_file(
     special_text: SpecialText = "refuse",
     context: Context | None = None,
     workers: int | None = None,
-    images_root: Path | None = None,
+    images: ImageStore | None = None,
     progress: bool = True,
     on_record: Callable[[Record], None] | None = None,
 ) -> CheckReport:
@@ -186,7 +186,7 @@ def check_file(
         special_text: whether literal special tokens in texts are faults.
         context: of the model; longer records are faults.
         workers: threads that read images (decoding runs outside of Python's lock); default one a core.
-        images_root: default ``images/`` beside the file.
+        images: default ``images/`` beside the file.
         progress: show a bar if it takes long and standard error is a terminal.
         on_record: takes each record whose line has no fault.
 
@@ -200,10 +200,10 @@ def check_file(
     for name, number in (("max_errors", max_errors), ("workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"must be at least 1, not {number}", where=name)
-    root = images_root or path.parent / "images"
-    report = CheckReport(path, root, image_level)
+    store = images or FolderStore.beside(path)
+    report = CheckReport(path, str(store), image_level)
     faults: list[Fault] = []
-    size_of = partial(image_size, root=root, max_pixels=max_pixels, exif_orientation=exif_orientation)
+    size_of = partial(image_size, store=store, max_pixels=max_pixels, exif_orientation=exif_orientation)
     seen_images: set[str] = set()
     kinds: list[str] = []
     workers = workers or min(8, available_cores())
@@ -228,15 +228,15 @@ def check_file(
                 return
 
     def check_one(item: tuple[int, str, str]) -> tuple[str, str] | None:
-        return check_image(item[2], root=root, max_pixels=max_pixels, level=image_level, kinds=kinds)
+        return check_image(item[2], store=store, max_pixels=max_pixels, level=image_level, kinds=kinds)
 
     with ThreadPoolExecutor(workers) as pool, contextlib.closing(iter(lines)) as parsed:
-        images = read_images(parsed)
+        named = read_images(parsed)
         if image_level == "off":
-            deque(images, maxlen=0)
+            deque(named, maxlen=0)
         else:
             # Few ahead, so that stopping is quick and memory flat.
-            for (number, where, _), future in in_order(images, lambda item: pool.submit(check_one, item), 4 * workers):
+            for (number, where, _), future in in_order(named, lambda item: pool.submit(check_one, item), 4 * workers):
                 if wrong := future.result():
                     faults.append(Fault(path, number, where, *wrong))
     faults.extend(lines.repeated_ids())
@@ -259,7 +259,7 @@ def ensure_checked(
     exif_orientation: bool = True,
     image_level: ImageLevel = "decode",
     special_text: SpecialText = "refuse",
-    images_root: Path | None = None,
+    images: ImageStore | None = None,
     progress: bool = True,
 ) -> CheckReport:
     """`check_file`, once for each content of a data file; what it reads becomes the table of `open_table`.
@@ -272,12 +272,12 @@ def ensure_checked(
         UserError: as `check_file`, or the cache cannot be written.
     """
     path = Path(path)
-    root = images_root or path.parent / "images"
+    store = images or FolderStore.beside(path)
     sha256 = content_hash(path)
     folder = cache_folder(sha256, special_text)
-    place = hashlib.blake2b(os.path.abspath(root).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    place = hashlib.blake2b(store.identity.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     memory = folder / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
-    report = _recall(memory, path, root, image_level)
+    report = _recall(memory, path, store, image_level)
     if report is None:
         try:
             with writing_table(path, sha256, folder) as add:
@@ -288,7 +288,7 @@ def ensure_checked(
                     exif_orientation=exif_orientation,
                     image_level=image_level,
                     special_text=special_text,
-                    images_root=root,
+                    images=store,
                     progress=progress,
                     on_record=add,
                 )
@@ -302,13 +302,13 @@ def ensure_checked(
     return report
 
 
-def _recall(memory: Path, path: Path, root: Path, level: ImageLevel) -> CheckReport | None:
+def _recall(memory: Path, path: Path, store: ImageStore, level: ImageLevel) -> CheckReport | None:
     """The report of a passed check, if there was one."""
     known = recall(memory)
     try:
         texts = {name: TextStats(**known[name]) for name in TEXTS}
         counts: dict[str, Any] = {name: known[name] for name in COUNTS}
-        return CheckReport(path, root, level, **(counts | texts))
+        return CheckReport(path, str(store), level, **(counts | texts))
     except (KeyError, TypeError):
         return None
 

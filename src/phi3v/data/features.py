@@ -13,22 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from phi3v.data.cache import cannot_write
-from phi3v.data.images import find_file
+from phi3v.data.image_store import ImageStore
 from phi3v.data.jsonl import replacing
 from phi3v.errors import UserError
-from phi3v.paths import file_hash
 
 
 class FeatureStore:
     """Features of images by the names that a data file gives them.
 
     Args:
-        images_root: the folder that names are relative to.
+        images: that are named.
         folder: where features are kept; in memory without one.
     """
 
-    def __init__(self, images_root: Path, folder: Path | None = None) -> None:
-        self.images_root = images_root
+    def __init__(self, images: ImageStore, folder: Path | None = None) -> None:
+        self.images = images
         self.folder = folder
         self._keys: dict[str, str] = {}
         self._in_memory: dict[str, torch.Tensor] = {}
@@ -74,7 +73,7 @@ class FeatureStore:
 
     def _key(self, name: str) -> str:
         if name not in self._keys:
-            self._keys[name] = file_hash(find_file(name, self.images_root))
+            self._keys[name] = self.images.sha256(name)
         return self._keys[name]
 
     def _file(self, key: str) -> Path:

@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.image_paths import image_path_fault
+from phi3v.data.image_store import FolderStore
 from phi3v.data.images import decode_image, image_kinds, read_image
 from phi3v.data.jsonl import replacing
 from phi3v.data.video import sample_frames
@@ -88,7 +89,7 @@ class ImageFolder:
             path: the file's path as the dataset names it, with ``/`` or ``\\``, relative to ``root``; may not leave it.
             root: the folder of the dataset's images.
         """
-        return self.add(stem, read_image(path.replace("\\", "/"), root=root), name=path)
+        return self.add(stem, read_image(path.replace("\\", "/"), store=FolderStore(root)), name=path)
 
     def copy_file(self, path: str, *, root: Path) -> str:
         """Add an image file under its own name, byte by byte whatever its format is.
@@ -104,7 +105,7 @@ class ImageFolder:
             UserError: the image cannot be used.
             OutputError: there is another image of that name, or the folder cannot be written.
         """
-        self._put(self._path(path), read_image(path, root=root), path, verbatim=True)
+        self._put(self._path(path), read_image(path, store=FolderStore(root)), path, verbatim=True)
         return path
 
     def add_frames(self, stem: str, clip: Path | bytes, count: int, *, name: str | None = None) -> list[str]:

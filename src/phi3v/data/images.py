@@ -1,18 +1,13 @@
-"""The image that a path of a record names: found, looked at, and decoded if it is usable."""
+"""The image that a path of a record names: looked at, and decoded if it is usable."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import io
 import os
 import re
-import stat
-import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, BinaryIO, Literal
 
 from PIL import Image, ImageOps
@@ -20,9 +15,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from phi3v.config import DEFAULT_MAX_PIXELS
-from phi3v.data.faults import near_name, quote
+from phi3v.data.faults import quote
 from phi3v.data.image_paths import image_path_fault
-from phi3v.errors import UserError
+from phi3v.data.image_store import ImageFaultError, ImageStore, faults_of
 from phi3v.processing.hd_transform import FORMATS, GreyRangeError, as_transparent, is_deep_grey, open_pixels, to_rgb
 
 ImageLevel = Literal["decode", "header", "off"]
@@ -82,7 +77,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def check_image(
     path: str,
     *,
-    root: Path,
+    store: ImageStore,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     level: ImageLevel = "decode",
     kinds: list[str] | None = None,
@@ -90,8 +85,8 @@ def check_image(
     """What is wrong with an image, and what to do about it.
 
     Args:
-        path: relative to ``root``.
-        root: the data folder's ``images/``.
+        path: as a record names it.
+        store: that has it.
         max_pixels: largest width x height; read from the header, before anything is decoded.
         level: ``decode`` reads all pixels (finds truncated files), ``header`` only format and size,
             ``off`` looks at the path alone and never at the disk.
@@ -105,7 +100,7 @@ def check_image(
     if level == "off":
         return None
     try:
-        with _open_file(path, root, max_pixels) as image:
+        with _open_file(path, store, max_pixels) as image:
             if level == "decode":
                 _decode(image, path, exif_orientation=True, kinds=kinds)
             elif kinds is not None:
@@ -116,30 +111,30 @@ def check_image(
 
 
 def load_image(
-    path: str, *, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
+    path: str, *, store: ImageStore, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
 ) -> Image.Image:
     """The image as RGB, 8 bits a channel; of an animation or a multi-page file the first one.
 
     Deeper grey values are scaled to 8 bits and transparency is laid over white (`to_rgb`).
 
     Args:
-        path: relative to ``root``.
-        root: the data folder's ``images/``.
+        path: as a record names it.
+        store: that has it.
         max_pixels: largest width x height.
         exif_orientation: turn a photograph as its EXIF orientation says.
 
     Raises:
         UserError: the image cannot be used; the same words as `check_image`.
     """
-    with faults_of(root / path), _open_file(path, root, max_pixels) as image:
+    with faults_of(store.where(path)), _open_file(path, store, max_pixels) as image:
         return _decode(image, path, exif_orientation=exif_orientation)
 
 
 def image_size(
-    path: str, *, root: Path, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
+    path: str, *, store: ImageStore, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
 ) -> tuple[int, int]:
     """Width and height of the image that `load_image` would give, from its header alone; raises the same."""
-    with faults_of(root / path), _open_file(path, root, max_pixels) as image:
+    with faults_of(store.where(path)), _open_file(path, store, max_pixels) as image:
         width, height = image.size
         turned = exif_orientation and _orientation(image) in _ON_ITS_SIDE
         if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXIF_ORIENTATION) in _ON_ITS_SIDE:
@@ -193,20 +188,10 @@ def describe_kinds(counts: Mapping[str, int]) -> str:
 
 
 @contextlib.contextmanager
-def _open_file(path: str, root: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _open_file(path: str, store: ImageStore, max_pixels: int) -> Iterator[Image.Image]:
     """The image, of which only the header has been read."""
-    full = find_file(path, root)
-    require_usable_file(path, full, root)
-    try:
-        with full.open("rb") as file, _open(file, path, max_pixels) as image:
-            yield image
-    except OSError as error:
-        raise ImageFaultError(
-            f"cannot be read ({error.strerror or error}): {quote(path)}",
-            "raise the limit of open files: ulimit -n 4096"
-            if error.errno in (errno.EMFILE, errno.ENFILE)
-            else "check its permissions and the disk",
-        ) from None
+    with store.open(path) as file, _open(file, path, max_pixels) as image:
+        yield image
 
 
 def _open(file: BinaryIO, name: str, max_pixels: int, limit_key: str = _LIMIT_KEY) -> Image.Image:
@@ -342,102 +327,11 @@ def _exif_of(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-class ImageFaultError(Exception):
-    """Carries (what, hint) from where an image is found wanting."""
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
-
-
-@contextlib.contextmanager
-def faults_of(path: Path | None = None) -> Iterator[None]:
-    """Makes a `UserError` of what is wrong with an image."""
-    try:
-        yield
-    except ImageFaultError as fault:
-        raise UserError(f"the image {fault.what}", where=None if path is None else str(path), hint=fault.hint) from None
-
-
-def find_file(path: str, root: Path) -> Path:
-    """``root / path``; where that is not there, the file whose name is the same in another Unicode normal form.
-
-    ``ü`` is one character or two (NFC, NFD). macOS, archives and file servers change between them, and a person sees
-    no difference.
-    """
-    full = root / path
-    if path.isascii() or os.path.lexists(full):
-        return full
-    found = root
-    for part in Path(path).parts:
-        if not os.path.lexists(found / part):
-            try:
-                names = _names_by_form(str(found), os.stat(found).st_mtime_ns)
-            except OSError:
-                return full
-            part = names.get(unicodedata.normalize("NFC", part), part)
-        found /= part
-    return found if os.path.lexists(found) else full
-
-
-@functools.lru_cache(maxsize=256)
-def _names_by_form(folder: str, _changed: int) -> dict[str, str]:
-    return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder)) if not name.isascii()}
-
-
-def read_image(path: str, *, root: Path) -> bytes:
-    """The bytes of an image file as they are, not decoded; ``path`` is relative to ``root`` and may not leave it.
+def read_image(path: str, *, store: ImageStore) -> bytes:
+    """The bytes of an image file as they are, not decoded.
 
     Raises:
         UserError: there is no such file, or it cannot be read; the same words as `check_image`.
     """
-    full = find_file(path, root)
-    with faults_of(full):
-        require_usable_file(path, full, root)
-        try:
-            return full.read_bytes()
-        except OSError as error:
-            what = f"cannot be read: {error.strerror or error}"
-            raise UserError(what, where=str(full), hint="check its permissions") from None
-
-
-def require_usable_file(path: str, full: Path, root: Path) -> None:
-    if wrong := image_path_fault(path):
-        raise ImageFaultError(*wrong)
-    try:
-        real, real_root = os.path.realpath(full), os.path.realpath(root)
-        status = os.stat(full)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(path, root) from None
-    except OSError as error:
-        what = f"cannot be read ({error.strerror}): {quote(path)}"
-        raise ImageFaultError(what, "check the path and its permissions") from None
-    if os.path.commonpath([real, real_root]) != real_root:
-        raise ImageFaultError(
-            f"leaves the data root through a link: {quote(path)} is {quote(real)}",
-            f"copy the image below {root}, or let that folder itself be the link",
-        )
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageFaultError(f"is a folder, not an image: {quote(path)}", "name the files in it, one by one")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ImageFaultError(f"is not a regular file: {quote(path)}", "name an image file")
-
-
-def _missing(path: str, root: Path) -> ImageFaultError:
-    """Names the first part of the path that is not there, and what may have been meant."""
-    what = f"does not exist: {quote(path)}"
-    if not root.is_dir():
-        return ImageFaultError(what, f"images are looked up in {root}, and there is no such folder")
-    inner = path.removeprefix("images/")
-    if inner != path and (root / inner).is_file():
-        return ImageFaultError(what, f"paths are relative to images/: write {quote(inner)}")
-    folder = root
-    for part in Path(path).parts:
-        if not (folder / part).exists():
-            if near := near_name(part, folder):
-                found = (folder / near).relative_to(root).as_posix()
-                return ImageFaultError(what, f"did you mean {quote(found)}?")
-            break
-        folder /= part
-    return ImageFaultError(what, f"it is looked up in {root}")
+    with faults_of(store.where(path)), store.open(path) as file:
+        return file.read()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from phi3v.data.image_store import THREADS
 from phi3v.data.images import image_size
 from phi3v.data.jsonl import replacing
 from phi3v.data.progress import LateProgress
@@ -45,7 +45,6 @@ _AROUND = 32
 SHOWN_LINES = 5
 LENGTH_HINT = "split the record, give it fewer images, lower model.num_crops, or leave it out"
 
-HEADER_THREADS = 8  # that read headers of images
 CHUNK = 256  # records that a process counts at a time
 PARALLEL = 4096  # records from which on processes are worth starting
 
@@ -315,14 +314,14 @@ def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[st
         UserError: the header of an image cannot be read; names the line and the field.
     """
     names, _ = table.distinct_images()
-    file = table.folder / f"sizes-{_identity(os.path.abspath(table.images_root), table.exif_orientation)}.npz"
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        stamps = np.array(list(pool.map(lambda name: _stamp(table.images_root / name), names)), dtype=np.int64)
-        kept = _recall(file, {"stamps": len(names), "sizes": len(names)})
-        if kept is not None and kept["sizes"].shape == stamps.shape and np.array_equal(kept["stamps"], stamps):
-            sizes = [(width, height) for width, height in kept["sizes"].tolist()]
-            if all(width * height <= table.max_pixels for width, height in sizes):
-                return dict(zip(names, sizes, strict=True))
+    file = table.folder / f"sizes-{_identity(table.images.identity, table.exif_orientation)}.npz"
+    stamps = table.images.stamps(names)
+    kept = _recall(file, {"stamps": len(names), "sizes": len(names)})
+    if kept is not None and kept["sizes"].shape == stamps.shape and np.array_equal(kept["stamps"], stamps):
+        sizes = [(width, height) for width, height in kept["sizes"].tolist()]
+        if all(width * height <= table.max_pixels for width, height in sizes):
+            return dict(zip(names, sizes, strict=True))
+    with ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(names, pool.map(lambda name: _read_size(table, name), names), strict=True))
     unreadable = {name for name, size in read.items() if size is None}
     if not unreadable:
@@ -337,15 +336,6 @@ def _read_size(table: RecordTable, name: str) -> tuple[int, int] | None:
         return table.of_image(image_size, name)
     except UserError:
         return None
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What tells whether an image was replaced since."""
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: bool) -> list[Ints]:

@@ -6,19 +6,16 @@ Images are the same if their files hold the same bytes. Only files of equal size
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 from phi3v.data.cache import recall, remember
+from phi3v.data.image_store import THREADS, ImageStore
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.findings import Finding
-from phi3v.paths import file_hash
-
-READERS = 8  # threads that read files
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def find_overlap(train: RecordTable, other: RecordTable) -> Overlap:
         UserError: the cache cannot be written.
     """
     memory = other.folder / f"overlap-{train.folder.name}.json"
-    roots = [os.path.abspath(table.images_root) for table in (train, other)]
+    roots = [table.images.identity for table in (train, other)]
     known = recall(memory)
     if known.pop("roots", None) == roots:
         with contextlib.suppress(TypeError):
@@ -111,30 +108,21 @@ def _questions(record: Record, contents: dict[str, str]) -> Iterator[tuple[tuple
 def _same_contents(*tables: RecordTable) -> list[dict[str, str]]:
     """For each table what stands for the content of each of its images: equal where the files are."""
     names = [table.distinct_images()[0] for table in tables]
-    paths = [[table.images_root / name for name in of_table] for table, of_table in zip(tables, names, strict=True)]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = [list(pool.map(_size, of_table)) for of_table in paths]
-        in_both = set.intersection(*map(set, sizes)) - {None}
-        found = []
-        for of_table, of_paths, of_sizes in zip(names, paths, sizes, strict=True):
-            chosen = [place for place, size in enumerate(of_sizes) if size in in_both]
-            digests = dict(zip(chosen, pool.map(_hash, (of_paths[place] for place in chosen)), strict=True))
+    stores = [table.images for table in tables]
+    sizes = [store.stamps(of_table)[:, 0].tolist() for store, of_table in zip(stores, names, strict=True)]
+    in_both = set.intersection(*map(set, sizes)) - {-1}
+    found = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for store, of_table, of_sizes in zip(stores, names, sizes, strict=True):
+            chosen = [name for name, size in zip(of_table, of_sizes, strict=True) if size in in_both]
+            digests = dict(zip(chosen, pool.map(partial(_hash, store), chosen), strict=True))
             # What no other file can hold is like itself alone.
-            found.append(
-                {name: digests.get(place) or os.fspath(of_paths[place]) for place, name in enumerate(of_table)}
-            )
+            found.append({name: digests.get(name) or store.where(name) for name in of_table})
     return found
 
 
-def _size(path: Path) -> int | None:
+def _hash(store: ImageStore, name: str) -> str | None:
     try:
-        return path.stat().st_size
+        return store.sha256(name)
     except OSError:  # said where it is read
-        return None
-
-
-def _hash(path: Path) -> str | None:
-    try:
-        return file_hash(path)
-    except OSError:
         return None

@@ -22,6 +22,7 @@ from PIL import Image
 from phi3v.config import DEFAULT_MAX_PIXELS
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault, quote
+from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import read_lines, replacing, require_file
 from phi3v.data.other_formats import other_file
@@ -73,7 +74,7 @@ class RecordTable:
     Attributes:
         dataset: the mapped Arrow file.
         path: the data file.
-        images_root: the folder that image paths are relative to.
+        images: where those come from that the records name.
         max_pixels: the limit of `load_images`.
         exif_orientation: whether images are turned as their EXIF orientation says.
         sha256: of the file's content, when it was parsed.
@@ -82,7 +83,7 @@ class RecordTable:
 
     dataset: datasets.Dataset
     path: Path
-    images_root: Path
+    images: ImageStore
     max_pixels: int
     exif_orientation: bool
     sha256: str
@@ -157,21 +158,21 @@ class RecordTable:
         return self.read_images(record, image_size)
 
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
-        """``take(path, root=…, max_pixels=…, exif_orientation=…)`` of every image of a record, in order.
+        """``take(name, store=…, max_pixels=…, exif_orientation=…)`` of every image of a record, in order.
 
         Raises:
             UserError: as `load_images`.
         """
         settings = {"max_pixels": self.max_pixels, "exif_orientation": self.exif_orientation}
-        return read_images(record, take, path=self.path, images_root=self.images_root, **settings)
+        return read_images(record, take, path=self.path, store=self.images, **settings)
 
     def of_image(self, take: Callable[..., T], name: str) -> T:
         """``take`` of one image, as in `read_images`."""
-        return take(name, root=self.images_root, max_pixels=self.max_pixels, exif_orientation=self.exif_orientation)
+        return take(name, store=self.images, max_pixels=self.max_pixels, exif_orientation=self.exif_orientation)
 
 
-def read_images(record: Record, take: Callable[..., T], *, path: Path, images_root: Path, **settings: Any) -> list[T]:
-    """``take(name, root=…, **settings)`` of every image of a record of ``path``, in order.
+def read_images(record: Record, take: Callable[..., T], *, path: Path, store: ImageStore, **settings: Any) -> list[T]:
+    """``take(name, store=…, **settings)`` of every image of a record of ``path``, in order.
 
     Raises:
         UserError: an image cannot be used; names the line and the field.
@@ -180,7 +181,7 @@ def read_images(record: Record, take: Callable[..., T], *, path: Path, images_ro
     for t, turn in enumerate(record.turns):
         for k, name in enumerate(turn.images):
             try:
-                taken.append(take(name, root=images_root, **settings))
+                taken.append(take(name, store=store, **settings))
             except UserError as error:
                 where = f"{path}:{record.line}: conversations[{t}].images[{k}]"
                 raise UserError(error.what, where=where, hint=error.hint) from None
@@ -194,7 +195,7 @@ def open_table(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     exif_orientation: bool = True,
     max_errors: int = 20,
-    images_root: Path | None = None,
+    images: ImageStore | None = None,
     sha256: str | None = None,
     progress: bool = True,
 ) -> RecordTable:
@@ -208,7 +209,7 @@ def open_table(
         max_pixels: limit for the images that the table loads.
         exif_orientation: whether it turns them as their EXIF orientation says.
         max_errors: how many faults the error lists.
-        images_root: default ``images/`` beside the file.
+        images: default ``images/`` beside the file.
         sha256: the content that is wanted, as `ensure_checked` found it; default: what the file has now.
         progress: show a bar if parsing takes long and standard error is a terminal.
 
@@ -233,8 +234,7 @@ def open_table(
             raise cannot_write(folder, error) from None
         if dataset is None:
             raise RuntimeError(f"the table that was just written cannot be read: {folder}")
-    root = images_root or path.parent / "images"
-    return RecordTable(dataset, path, root, max_pixels, exif_orientation, sha256, folder)
+    return RecordTable(dataset, path, images or FolderStore.beside(path), max_pixels, exif_orientation, sha256, folder)
 
 
 def open_cached(folder: Path) -> datasets.Dataset | None:

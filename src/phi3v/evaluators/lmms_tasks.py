@@ -89,7 +89,7 @@ class RecordsTask(ConfigurableMessagesTask):
         if record.system is not None:
             messages.append({"role": "system", "content": [_text(record.system)]})
         for index, turn in enumerate(record.turns):
-            blocks = [{"type": "image", "url": str(self.table.images_root / name)} for name in turn.images]
+            blocks = [{"type": "image", "url": self.table.images.where(name)} for name in turn.images]
             messages.append({"role": "user", "content": _place(turn, blocks)})
             if index < doc["turn"]:
                 messages.append({"role": "assistant", "content": [_text(turn.assistant)]})

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import load_image
 from phi3v.errors import UserError
 from phi3v.evaluate.metrics import confusion_matrix
@@ -37,30 +38,30 @@ class Thumbnails:
         self.side = side
         self.until = time.monotonic() + seconds
         self.encoded: list[str] = []
-        self.failed: set[tuple[Path, str]] = set()
+        self.failed: set[tuple[ImageStore, str]] = set()
         self.out_of_time = False
-        self._places: dict[tuple[Path, str], int] = {}
+        self._places: dict[tuple[ImageStore, str], int] = {}
 
     @property
     def bytes(self) -> int:
         return sum(map(len, self.encoded))
 
-    def add(self, root: Path, names: list[str], **settings: Any) -> bool:
+    def add(self, store: ImageStore, names: list[str], **settings: Any) -> bool:
         """Take the images of one question, all or none; false once the budget is used up.
 
         Args:
             settings: of `load_image`.
         """
-        new: dict[tuple[Path, str], str] = {}
+        new: dict[tuple[ImageStore, str], str] = {}
         for name in names:
-            key = (root, name)
+            key = (store, name)
             if key in self._places or key in self.failed or key in new:
                 continue
             if time.monotonic() > self.until:
                 self.out_of_time = True
                 return False
             try:
-                new[key] = webp(load_image(name, root=root, **settings), self.side)
+                new[key] = webp(load_image(name, store=store, **settings), self.side)
             except UserError:
                 self.failed.add(key)
         size = sum(map(len, new.values()))
@@ -72,9 +73,9 @@ class Thumbnails:
             self.encoded.append(encoded)
         return True
 
-    def place(self, root: Path, name: str) -> int:
+    def place(self, store: ImageStore, name: str) -> int:
         """Index into ``encoded``, or -1."""
-        return self._places.get((root, name), -1)
+        return self._places.get((store, name), -1)
 
 
 class _Texts:
@@ -129,17 +130,17 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         )
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     shares = {index: line.get("probabilities") for index, line in enumerate(lines)}
-    root = images_root(run)
-    complete = root is not None and _draw(
+    store = image_store(run)
+    complete = store is not None and _draw(
         columns,
         texts.all,
-        root,
+        store,
         thumbnails,
         seed,
         exif_orientation=run.setting("data", "exif_orientation") is not False,
     )
     images = [
-        [thumbnails.place(root, texts.all[name]) if root is not None else -1 for name in files]
+        [thumbnails.place(store, texts.all[name]) if store is not None else -1 for name in files]
         for files in columns["files"]
     ]
     return {
@@ -150,23 +151,24 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
         **columns,
         "images": images,
         "probabilities": {index: share for index, share in shares.items() if isinstance(share, dict)},
-        "images_note": _images_note(root, thumbnails, complete, any(columns["files"])),
+        "images_note": _images_note(store, thumbnails, complete, any(columns["files"])),
     }
 
 
-def images_root(run: RunFiles) -> Path | None:
-    """The folder of the images that the run was evaluated on, if it is still there."""
+def image_store(run: RunFiles) -> ImageStore | None:
+    """The images that the run was evaluated on, if they are still there."""
     data = run.setting("data", "eval")
     if not isinstance(data, str):
         return None
-    root = Path(now_at(data, str(run.setting("training", "output_dir") or run.folder), run.folder)).parent / "images"
-    return root if root.is_dir() else None
+    file = Path(now_at(data, str(run.setting("training", "output_dir") or run.folder), run.folder))
+    store = FolderStore.beside(file)
+    return store if store.root.is_dir() else None
 
 
 def _draw(
     columns: dict[str, list[Any]],
     texts: Sequence[str],
-    root: Path,
+    store: ImageStore,
     thumbnails: Thumbnails,
     seed: int,
     *,
@@ -185,15 +187,15 @@ def _draw(
             if not kind:
                 continue
             names = [texts[name] for name in columns["files"][kind.pop()]]
-            if not thumbnails.add(root, names, exif_orientation=exif_orientation):
+            if not thumbnails.add(store, names, exif_orientation=exif_orientation):
                 return False
     return True
 
 
-def _images_note(root: Path | None, thumbnails: Thumbnails, complete: bool, has_images: bool) -> str | None:
+def _images_note(store: ImageStore | None, thumbnails: Thumbnails, complete: bool, has_images: bool) -> str | None:
     if not has_images:
         return None
-    if root is None:
+    if store is None:
         return "The images are not where the run's data.eval says; run phi3v report where the run was started."
     notes = []
     if not complete:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from phi3v import __version__
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.check import CheckReport, check_file
+from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import describe_kinds, image_size
 from phi3v.data.lengths import LONG_CONTEXT, count_record
 from phi3v.data.schema import Record, SpecialText
@@ -104,7 +105,7 @@ def preview(
     if samples < 1:
         raise UserError(f"must be at least 1, got {samples}", where="--samples")
     processor, told, applied = _processor(model, num_crops)
-    contents = Contents(Random(seed))
+    contents, store = Contents(Random(seed)), FolderStore.beside(file)
     check = check_file(
         file,
         max_errors=None,
@@ -114,7 +115,7 @@ def preview(
         on_record=contents.add,
     )
     records = sorted(contents.records, key=lambda record: record.line)
-    measured = _measure(records, file, processor, applied)
+    measured = _measure(records, file, store, processor, applied)
     chosen = _choose(records, measured.longest, samples, Random(seed))
     block = {
         "file": str(file),
@@ -135,7 +136,8 @@ def preview(
         "images_of_records": sorted(contents.images_of_records.items())[:SHOWN_ANSWERS],
         "turns_of_records": sorted(contents.turns_of_records.items())[:SHOWN_ANSWERS],
         "samples": [
-            sample_block(record, file, processor, exif_orientation=applied) | {"longest": record is measured.longest}
+            sample_block(record, file, store, processor, exif_orientation=applied)
+            | {"longest": record is measured.longest}
             for record in chosen
         ],
     }
@@ -175,14 +177,15 @@ def _processor(model: str | None, num_crops: int | None) -> tuple[Phi3VProcessor
     return Phi3VProcessor(images, tokenizer), told, True
 
 
-def _measure(records: Sequence[Record], file: Path, processor: Phi3VProcessor, exif_orientation: bool) -> Measured:
+def _measure(
+    records: Sequence[Record], file: Path, store: ImageStore, processor: Phi3VProcessor, exif_orientation: bool
+) -> Measured:
     """Tokens and images, these from their headers alone; records whose images cannot be read are left out."""
     measured = Measured()
     num_crops = processor.image_processor.num_crops
     for record in records:
         try:
-            root = file.parent / "images"
-            sizes = read_images(record, image_size, path=file, images_root=root, exif_orientation=exif_orientation)
+            sizes = read_images(record, image_size, path=file, store=store, exif_orientation=exif_orientation)
         except UserError:
             continue
         pages = [page_geometry(*size, num_crops) for size in sizes]

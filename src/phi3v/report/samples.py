@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from phi3v.data.collate import encode_record
+from phi3v.data.image_store import ImageStore
 from phi3v.data.images import load_image
 from phi3v.data.schema import Record
 from phi3v.data.table import read_images
@@ -31,14 +32,13 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def sample_block(
-    record: Record, file: Path, processor: Phi3VProcessor, *, exif_orientation: bool = True
+    record: Record, file: Path, store: ImageStore, processor: Phi3VProcessor, *, exif_orientation: bool = True
 ) -> dict[str, Any]:
     """A sample for the page: ``images``, ``pieces``, ``tokens``, ``supervised``; or ``error`` if it cannot be read."""
     block: dict[str, Any] = {"id": record.id, "line": record.line, "source": record.source}
     image_processor = processor.image_processor
     try:
-        root = file.parent / "images"
-        loaded = read_images(record, load_image, path=file, images_root=root, exif_orientation=exif_orientation)
+        loaded = read_images(record, load_image, path=file, store=store, exif_orientation=exif_orientation)
     except UserError as error:
         return block | {"error": str(error)}
     side = PAGE_SIDE if len(loaded) <= 2 else PAGE_SIDE // 2

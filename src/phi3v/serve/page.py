@@ -20,6 +20,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from phi3v.data.image_store import FolderStore
 from phi3v.data.images import read_image
 from phi3v.errors import UserError
 from phi3v.evaluate.sampling import Sampling
@@ -299,7 +300,7 @@ def _offers(examples: Sequence[Example], folder: Path) -> list[list[dict[str, An
         try:
             for place, image in enumerate(example.images, 1):
                 copy = folder / f"example-{number}-{place}{Path(image).suffix}"
-                copy.write_bytes(read_image(image, root=example.root))
+                copy.write_bytes(read_image(image, store=FolderStore(example.root)))
                 copies.append(str(copy))
         except UserError:
             continue  # an example is an offer; the page does without it

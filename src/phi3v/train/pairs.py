@@ -21,6 +21,7 @@ from rich.console import Console
 
 from phi3v.config import Precision
 from phi3v.data.collate import QuestionDataset
+from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.jsonl import replacing, require_file, write_jsonl
 from phi3v.data.schema import Record, Turn
 from phi3v.errors import UserError
@@ -146,7 +147,7 @@ def make_pairs(
             stack.enter_context(_alone_in(out))
         with PartialState().main_process_first():  # the others find what the first one wrote
             _same_settings(out / SETTINGS, settings)
-            _link_images(out / "images", table.images_root)
+            _link_images(out / "images", table.images)
         known = _read_answers(out)
         PartialState().wait_for_everyone()  # before one of them adds to the files
         ids = [question.id for question in questions.questions()]
@@ -213,8 +214,11 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"the answers here were drawn with other settings: {shown}", where=str(file.parent), hint=hint)
 
 
-def _link_images(link: Path, root: Path) -> None:
+def _link_images(link: Path, images: ImageStore) -> None:
     """Let the new data file find the images of the old one."""
+    if not isinstance(images, FolderStore):
+        raise UserError("its images are not files in a folder", where="--data", hint="name the JSONL file of the data")
+    root = images.root
     try:
         if link.exists():
             if link.resolve() != root.resolve():

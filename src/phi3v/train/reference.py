@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from safetensors.torch import save_file
 
 from phi3v.data.batches import RowPlan, Step
 from phi3v.data.features import FeatureStore
-from phi3v.data.images import find_file
 from phi3v.data.jsonl import replacing
-from phi3v.data.lengths import HEADER_THREADS
 from phi3v.data.readers import Readers
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -117,15 +114,7 @@ def _facts(run: PreparedRun) -> dict[str, Any]:
 def _file_sizes(table: RecordTable) -> str:
     """The sizes of the image files, which tell whether one was replaced; a copy of the folder has the same."""
     names, _ = table.distinct_images()
-
-    def size(name: str) -> int:
-        try:
-            return find_file(name, table.images_root).stat().st_size
-        except OSError:
-            return -1
-
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        return json.dumps(list(pool.map(size, names)))
+    return json.dumps(table.images.stamps(names)[:, 0].tolist())
 
 
 def _digest(text: str) -> str:

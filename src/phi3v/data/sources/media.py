@@ -15,7 +15,8 @@ from urllib.parse import unquote
 
 from phi3v.data.faults import near_name, quote
 from phi3v.data.image_paths import image_path_fault
-from phi3v.data.images import decode_image, find_file, image_size
+from phi3v.data.image_store import FolderStore, find_file
+from phi3v.data.images import decode_image, image_size
 from phi3v.data.jsonl import json_kind
 from phi3v.errors import UserError
 
@@ -134,7 +135,7 @@ def medium_size(medium: Medium, root: Path) -> tuple[int, int]:
     if medium.data is not None:
         return decode_image(medium.data, "the embedded image").size
     assert medium.path is not None
-    return image_size(_path_below(medium.path, root), root=root)
+    return image_size(_path_below(medium.path, root), store=FolderStore(root))
 
 
 def require_path(medium: Medium, root: Path) -> str:

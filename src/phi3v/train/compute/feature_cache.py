@@ -71,7 +71,7 @@ def fill_features(
     folder = cache_root() / "features" / _settings_key(vision, stage, facts) if kind == "disk" else None
     if folder is not None:
         require_writable(folder, "training.feature_cache", CACHE_HINT)  # another user may have made it
-    store = FeatureStore(table.images_root, folder)
+    store = FeatureStore(table.images, folder)
     sizes = image_sizes(table)
     missing = [name for name in sizes if name not in store]
 
