@@ -51,6 +51,7 @@ from phi3v.train.methods.optimizers import make_optimizer
 
 GIB = 2**30
 RANK = 32  # of the adapters
+POLICIES = [policy for policy in get_args(Policy) if policy != "offload"]  # on the CPU the host's copies count too
 TEXT, ANSWER = 76, 16  # tokens of a record beside its page, and those of them that are answer
 # Records of a row: the crops of each one's page as (rows, columns).
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -270,7 +271,7 @@ def write_docs(cases: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--checkpointing", nargs="+", choices=get_args(Policy), default=get_args(Policy))
+    parser.add_argument("--checkpointing", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--batch", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_trace.json")
     parser.add_argument(

@@ -86,7 +86,7 @@ def torch_dtype(name: str) -> torch.dtype:
 DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Checkpointing = Literal["auto", "none", "vision", "selective", "full"]
+Checkpointing = Literal["auto", "none", "vision", "selective", "full", "offload"]
 FeatureCache = Literal["off", "memory", "disk"]
 METRIC_NAMES = (
     "accuracy",
@@ -412,13 +412,14 @@ class TrainingConfig:
     """sample: every record has the same weight (as in the public recipe); token: every answer token has."""
     activation_checkpointing: Checkpointing = "auto"
     """Activations recomputed in the backward pass to save memory: none, those of the vision tower, selective (the
-    tower's, and in the decoder all but matrix products and attention) or full; auto: as few as memory allows."""
+    tower's, and in the decoder all but matrix products and attention) or full; offload: full, and the inputs of layers
+    wait in host memory; auto: as few as memory allows."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
     """adamw: float32 weights and moments; adamw_8bit: bitsandbytes' 8-bit moments; adamw_bf16: weights and moments in
     bf16 with stochastic rounding."""
     lean: bool = False
-    """Least memory: bf16 weights with stochastic rounding, optimizer step inside the backward pass, full checkpointing;
-    with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
+    """Least memory: bf16 weights with stochastic rounding, optimizer step inside the backward pass, full checkpointing
+    or offload; with adamw_8bit or adamw_bf16, on one device, without clipping and accumulation."""
     max_nonfinite_steps: int = 3
     """Steps with a non-finite loss or gradient are skipped; stop after this many in a row."""
     logging_steps: int = 10

@@ -39,6 +39,9 @@ GRID: list[tuple[tuple[str, ...], str]] = [
     (LEAN, NOWHERE),  # 16 micro-batches
     ((*LEAN, SHORT, "training.micro_batch_size=4"), ".x.xxx"),
     ((*LEAN, SHORT, "training.micro_batch_size=4", "training.activation_checkpointing=none"), NOWHERE),
+    ((*LEAN, SHORT, "training.micro_batch_size=4", "training.activation_checkpointing=offload"), ".x.xxx"),
+    (("training.activation_checkpointing=offload",), "......"),
+    (("training.activation_checkpointing=offload", "training.compile=true"), NOWHERE),
     ((*LEAN, "data.packing=samples"), NOWHERE),
     ((CACHED,), NOWHERE),
     (("method.name=frozen-vision", CACHED), "......"),

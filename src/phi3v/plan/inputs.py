@@ -117,7 +117,7 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
         precision=runtime.precision,
         attention=kind_of_attention(choose_attention(config, runtime)[0]),
         # `auto` recomputes all where memory is short.
-        checkpointing="full" if training.lean or wanted == "auto" else wanted,
+        checkpointing="full" if wanted == "auto" else wanted,
         optimizer=training.optimizer,
         packing=config.data.packing,
         pack_tokens=config.data.pack_tokens,

@@ -12,7 +12,7 @@ from phi3v.model.loss import LOGITS_PER_CHUNK
 from phi3v.model.shape import ModelShape
 from phi3v.plan.inputs import Engine, TrainSetup
 from phi3v.plan.parameters import Parameters
-from phi3v.train.compute.activations import Activations, MicroBatch, residual_bytes
+from phi3v.train.compute.activations import RECOMPUTES_ALL, Activations, MicroBatch, residual_bytes
 from phi3v.train.methods.optimizers import SLICE
 
 # Assumptions, where nothing can be counted.
@@ -69,7 +69,7 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     kept = {"tower": pages + kept_tower + activations.kept_projector(batch), "decoder": kept_decoder}
 
     # What comes and goes.
-    recomputes = policy in ("selective", "full")
+    recomputes = policy == "selective" or policy in RECOMPUTES_ALL
     # Of one chunk of answer tokens: float32 log-probabilities, their gradient, the logits'.
     logits = 12 * min(batch.answer_tokens * shape.vocabulary, LOGITS_PER_CHUNK)
     casts_weights = a == 2 and setup.engine == "ddp" and not setup.keeps_bf16_weights

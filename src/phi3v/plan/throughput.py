@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import Machine
 from phi3v.plan.inputs import TrainSetup
+from phi3v.train.compute.activations import RECOMPUTES_ALL
 
 # The CPU's share of its nominal rate: 14.74 samples/s of the tiny model, full training without recomputing, on 2 cores
 # (benchmarks/results/quickstart.json) are 0.5 of what `training_flops` counts.
@@ -69,7 +70,7 @@ def training_flops(
     if tower_trained:
         model += (1 + weights) * (tower_linear + projector) + 2 * tower_attention
     recomputed = 0.0
-    if setup.checkpointing == "full":
+    if setup.checkpointing in RECOMPUTES_ALL:
         recomputed += linear + attention
     if setup.checkpointing != "none" and tower_trained:
         recomputed += tower_linear + tower_attention

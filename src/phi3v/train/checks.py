@@ -14,6 +14,7 @@ from functools import cached_property
 from phi3v.config import RunConfig
 from phi3v.errors import UserError
 from phi3v.model.modeling import Phi3VForCausalLM
+from phi3v.train.compute.activations import RECOMPUTES_ALL
 from phi3v.train.compute.float8 import require_torchao
 from phi3v.train.data_facts import DataFacts
 from phi3v.train.device import RuntimeDevice
@@ -203,11 +204,21 @@ def lean(case: Case) -> Iterator[UserError]:
             where=where,
             hint="run on one device, or set training.lean to false",
         )
-    if training.activation_checkpointing not in ("auto", "full"):
+    if training.activation_checkpointing not in ("auto", *RECOMPUTES_ALL):
         yield UserError(
             f"lean mode recomputes all activations, not {training.activation_checkpointing}",
             where="training.activation_checkpointing",
             hint="leave it at auto",
+        )
+
+
+def activation_offload(case: Case) -> Iterator[UserError]:
+    training = case.config.training
+    if training.compile and training.activation_checkpointing == "offload":
+        yield UserError(
+            "a compiled layer contains its checkpoint, and the hooks that move its input cannot be compiled",
+            where="training.activation_checkpointing",
+            hint="use full, or set training.compile to false",
         )
 
 
@@ -361,6 +372,7 @@ CHECKS: tuple[Check, ...] = (
     batch,
     optimizer,
     lean,
+    activation_offload,
     kernels,
     float8,
     four_bits,

@@ -44,7 +44,12 @@ from phi3v.train.compute.activations import (
     kind_of_attention,
     residual_bytes,
 )
-from phi3v.train.compute.checkpointing import apply_checkpointing, choose_checkpointing, free_bytes
+from phi3v.train.compute.checkpointing import (
+    apply_checkpointing,
+    choose_checkpointing,
+    free_bytes,
+    free_pinned_bytes,
+)
 from phi3v.train.compute.float8 import apply_float8
 from phi3v.train.compute.kernels import apply_kernels
 from phi3v.train.data_facts import DataFacts, doubtful_answers
@@ -204,15 +209,18 @@ def _choose_checkpointing(
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for the largest row that any epoch may hold, and the reason."""
-    if config.training.lean:
-        return "full", "lean mode"
     if config.training.activation_checkpointing != "auto":
         return config.training.activation_checkpointing, "as configured"
     activations = _activations(config, model, facts, runtime)
     state = engine.state_bytes(state_bytes(config.training), runtime.world_size)
     free = free_bytes(model, runtime.device, runtime.node_ranks, state)
-    free = min(collectives.all_gather(free))  # the ranks must recompute alike
-    return choose_checkpointing(activations, _largest_batch(plan, masks=activations.attention == "sdpa"), free)
+    # Compiled layers contain their checkpoint, and the hooks of `offload` cannot be compiled.
+    pinned = 0 if config.training.compile else free_pinned_bytes(runtime.device, runtime.node_ranks)
+    # The ranks must recompute alike.
+    free, pinned = (min(each) for each in zip(*collectives.all_gather((free, pinned)), strict=True))
+    batch = _largest_batch(plan, masks=activations.attention == "sdpa")
+    least: Policy = "full" if config.training.lean else "none"
+    return choose_checkpointing(activations, batch, free, pinned=pinned, least=least)
 
 
 def _activations(config: RunConfig, model: Any, facts: ModelFacts, runtime: RuntimeDevice) -> Activations:

@@ -22,7 +22,8 @@ from phi3v.data.lengths import RecordLengths
 from phi3v.model.shape import ModelShape
 from phi3v.processing.hd_transform import CROP_SIZE
 
-Policy = Literal["none", "vision", "selective", "full"]
+Policy = Literal["none", "vision", "selective", "full", "offload"]
+RECOMPUTES_ALL: tuple[Policy, ...] = ("full", "offload")
 AttentionKind = Literal["eager", "sdpa", "flash_attention_2"]
 
 
@@ -204,13 +205,17 @@ class Activations:
         # The last layer of a row of segments computes what targets are predicted from (`OutputBackend`).
         on_segments = self.packing != "none" and self.attention == "sdpa"
         last = self._layer(policy, batch, batch.answer_tokens if on_segments else None)
-        return (self.shape.layers - 1) * self._layer(policy, batch) + last + around
+        others = 1 if policy == "offload" else self.shape.layers - 1  # one input comes while another is used
+        return others * self._layer(policy, batch) + last + around
 
     def kept_tower(self, policy: Policy, batch: MicroBatch) -> int:
         """By the tower, its inputs apart; nothing where it does not learn."""
         if not self.gradients.tower_trained:
             return 0
-        kept = self.shape.tower_layers * (self.tower_layer(batch) if policy == "none" else self.tower_boundary(batch))
+        layers = self.shape.tower_layers
+        if policy == "offload":  # one comes while another is used; an adapted tower's first has no gradient, and stays
+            layers = 2 if self.adapter_rank is None else 3
+        kept = layers * (self.tower_layer(batch) if policy == "none" else self.tower_boundary(batch))
         if self.adapter_rank is None:
             # Inputs of the first convolution and of the first norm.
             kept += self.real_crops(batch) + self.tower_boundary(batch)
@@ -233,7 +238,8 @@ class Activations:
     def decoder_backward(self, policy: Policy, batch: MicroBatch) -> int:
         """Beside what is kept, at most, while gradients go through the decoder."""
         norm = 16 * batch.tokens * self.shape.hidden
-        return max(norm, self.layer_backward(policy, batch)) if policy in ("selective", "full") else norm
+        recomputes = policy == "selective" or policy in RECOMPUTES_ALL
+        return max(norm, self.layer_backward(policy, batch)) if recomputes else norm
 
     def tower_forward(self, policy: Policy, batch: MicroBatch) -> int:
         """While the tower runs: its pages, their crops, what is kept and a layer's own."""
@@ -246,6 +252,16 @@ class Activations:
         shape = self.shape
         back = batch.crops * shape.patches * (2 * self.compute_bytes * shape.tower_mlp + 4 * shape.tower_width)
         return back if policy == "none" else back + self.tower_layer(batch) - self.tower_boundary(batch)
+
+    def moved(self, batch: MicroBatch) -> int:
+        """What `offload` copies to the host, and back: the inputs of all layers that gradients go through."""
+        tower = self.shape.tower_layers * self.tower_boundary(batch) if self.gradients.tower_trained else 0
+        return self.shape.layers * self.boundary(batch) + tower
+
+    def pinned(self, batch: MicroBatch) -> int:
+        """Pinned host memory for that: torch rounds each tensor up to a power of two."""
+        tower = _power_of_two(self.tower_boundary(batch)) if self.gradients.tower_trained else 0
+        return self.shape.layers * _power_of_two(self.boundary(batch)) + self.shape.tower_layers * tower
 
     def peak(self, policy: Policy, batch: MicroBatch) -> int:
         """The most that activations take at a time, without the loss's own."""
@@ -260,6 +276,10 @@ class Activations:
         return max(moments)
 
     def _layer(self, policy: Policy, batch: MicroBatch, outputs: int | None = None) -> int:
-        if policy == "full":
+        if policy in RECOMPUTES_ALL:
             return self.boundary(batch)
         return (self.selective_layer if policy == "selective" else self.decoder_layer)(batch, outputs)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size > 0 else 0

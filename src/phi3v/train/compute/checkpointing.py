@@ -6,7 +6,7 @@ Always torch's non-reentrant checkpointing: the reentrant kind gives no gradient
 from __future__ import annotations
 
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 import torch
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from phi3v.train.compute.activations import Activations, MicroBatch, Policy
+from phi3v.train.compute.activations import RECOMPUTES_ALL, Activations, MicroBatch, Policy
+from phi3v.train.compute.offload import Offload, checkpoint_offloaded
 
 # What `selective` keeps in the decoder: products of matrices, but for adapters' large ones, and attention. All else is
 # cheap to compute again.
@@ -68,16 +69,18 @@ def apply_checkpointing(model: nn.Module, policy: Policy) -> None:
 
     Args:
         policy: ``none`` keeps all; ``vision`` recomputes the tower's layers; ``selective`` those, and of the decoder's
-            layers all but products of matrices and attention; ``full`` every layer.
+            layers all but products of matrices and attention; ``full`` every layer; ``offload`` too, and their inputs
+            wait in the host's memory.
     """
+    recompute_all = checkpoint_offloaded(Offload()) if policy == "offload" else _RECOMPUTE_ALL
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         is_vision = isinstance(layer, CLIPEncoderLayer)
         layer.gradient_checkpointing = policy != "none" and (is_vision or policy != "vision")
-        recompute_all = is_vision or policy == "full"
+        is_whole = is_vision or policy in RECOMPUTES_ALL
         # `gradient_checkpointing_enable` would give all layers of a model one policy.
-        layer._gradient_checkpointing_func = _RECOMPUTE_ALL if recompute_all else _RECOMPUTE_CHEAP
+        layer._gradient_checkpointing_func = recompute_all if is_whole else _RECOMPUTE_CHEAP
 
 
 def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: int) -> int:
@@ -92,18 +95,35 @@ def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: 
     return int(free) - trained * state_bytes
 
 
-def choose_checkpointing(activations: Activations, batch: MicroBatch, free: int) -> tuple[Policy, str]:
-    """The policy and the reason for it: of those that fit, the one that recomputes least.
+def free_pinned_bytes(device: torch.device, ranks: int) -> int:
+    """Host memory that a rank may pin: half of its share of what is free; none where the device is the host.
+
+    Args:
+        ranks: processes of this machine.
+    """
+    return psutil.virtual_memory().available // (2 * ranks) if device.type == "cuda" else 0
+
+
+def choose_checkpointing(
+    activations: Activations, batch: MicroBatch, free: int, *, pinned: int = 0, least: Policy = "none"
+) -> tuple[Policy, str]:
+    """The policy and the reason for it: of those that fit, the one that recomputes least, and `offload` last.
 
     Args:
         batch: the largest of the run.
         free: bytes for activations, see `free_bytes`.
+        pinned: as of `free_pinned_bytes`.
+        least: what is recomputed at least.
     """
-    policies: tuple[Policy, ...] = get_args(Policy)
+    policies: list[Policy] = ["none", "vision", "selective", "full"]
+    policies = policies[policies.index(least) :]
+    if activations.pinned(batch) <= pinned:
+        policies.append("offload")
     needs = {policy: activations.peak(policy, batch) for policy in policies}
-    fitting: list[Policy] = [policy for policy in policies if needs[policy] <= USABLE_SHARE * free]
-    chosen = fitting[0] if fitting else "full"
+    chosen = next((policy for policy in policies if needs[policy] <= USABLE_SHARE * free), policies[-1])
     reason = f"{batch.tokens:,} tokens and {batch.crops} crops at a time need about {needs[chosen] / 1e9:.2f} GB"
-    if chosen != "none":
-        reason += f", {needs['none'] / 1e9:.2f} GB if all were kept"
+    if chosen == "offload":
+        reason += f" and {activations.pinned(batch) / 1e9:.2f} GB of the host's memory"
+    if chosen != least:
+        reason += f", {activations.peak('none', batch) / 1e9:.2f} GB if all were kept"
     return chosen, f"{reason}; {max(free, 0) / 1e9:.2f} GB are free"
