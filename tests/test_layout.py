@@ -74,6 +74,7 @@ TRAIN = [
     "checkpoints",
     "observers",
     "prepare",
+    "selfcheck",
     "checks",
     "data_facts",
     "run_folder",

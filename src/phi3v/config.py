@@ -405,6 +405,9 @@ class TrainingConfig:
     fp8: bool = False
     """Compute the decoder's linear layers in float8: faster, but not exact. Needs a GPU of compute capability 8.9 or
     newer (extra gpu); not with qlora."""
+    self_check: Literal["auto", "off", "always"] = "auto"
+    """Before training, compare each fast kernel with the plain computation on a small row, and use the plain one where
+    they disagree. auto: once for each kind of GPU, driver and versions; always: each time, on the CPU too."""
     feature_cache: FeatureCache = "off"
     """With a frozen vision tower: compute the features of each image once and keep them in memory or on disk (in
     PHI3V_CACHE; safe to delete). Useful for several epochs; the size is printed first."""

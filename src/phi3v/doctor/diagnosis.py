@@ -33,6 +33,7 @@ from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
 from phi3v.train.checks import Case, refusals
+from phi3v.train.collectives import HostCollectives
 from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import RuntimeDevice, choose_device, default_workers
 from phi3v.train.header import describe_objective
@@ -41,6 +42,7 @@ from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_trai
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.objectives import make_objective
 from phi3v.train.prepare import (
+    check_fast_paths,
     data_files,
     make_plan,
     open_tables,
@@ -91,6 +93,8 @@ def diagnose(config: RunConfig, console: Console) -> Report:
     if not report.ok:
         report.say("gradients", "warn", "not tried: something before them failed")
     elif case is not None and facts is not None and processor is not None and table is not None:
+        with report.checking("self-check"):
+            facts = _check_fast_paths(config, report, case.runtime, facts, processor, table)
         with report.checking("gradients"):
             _check_gradients(config, report, case.runtime, facts, processor, table)
     failed = sum(finding.verdict == "fail" for finding in report.findings)
@@ -317,6 +321,29 @@ def _check_plan(config: RunConfig, report: Report, runtime: RuntimeDevice) -> No
     else:
         what = f"{config.method.name} does not fit this machine: {own.reason}"
         report.say("plan", "fail", what, f"recommended: {plan.reason}")
+
+
+def _check_fast_paths(
+    config: RunConfig,
+    report: Report,
+    runtime: RuntimeDevice,
+    facts: ModelFacts,
+    processor: Phi3VProcessor,
+    table: RecordTable,
+) -> ModelFacts:
+    """Each fast path beside the plain one; the model's facts with what is left of them."""
+    lengths = require_lengths(config, table, facts, processor, config.objective)
+    ranks = HostCollectives(1)
+    checked = check_fast_paths(config, facts, runtime, ranks, table, lengths, processor, report.console)
+    for verdict in checked.verdicts:
+        if verdict.state == "passed":
+            report.say("self-check", "pass", str(verdict))
+    for finding in checked.findings:
+        report.add(finding)
+    if not checked.verdicts:
+        why = "training.self_check is off" if config.training.self_check == "off" else "no GPU"
+        report.say("self-check", "pass", f"not made: {why}")
+    return facts.with_attention(checked.paths.attention)
 
 
 def _check_gradients(

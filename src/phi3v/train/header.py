@@ -43,6 +43,7 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
         f"device: {runtime.device}, {runtime.precision} ({runtime.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",
         f"attention: {facts.attention} ({facts.attention_reason})",
+        f"self-check: {setup.checked.line}" if setup.checked.line else None,
         f"activation checkpointing: {setup.checkpointing}",
         f"optimizer: {config.training.optimizer}" + ", stepping in the backward pass" * config.training.lean,
         f"step: {_step_line(setup)}; every {config.training.loss_weighting} weighs the same",

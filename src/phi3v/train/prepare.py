@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from transformers import set_seed
 
 from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
@@ -44,14 +45,8 @@ from phi3v.train.compute.activations import (
     kind_of_attention,
     residual_bytes,
 )
-from phi3v.train.compute.checkpointing import (
-    apply_checkpointing,
-    choose_checkpointing,
-    free_bytes,
-    free_pinned_bytes,
-)
-from phi3v.train.compute.float8 import apply_float8
-from phi3v.train.compute.kernels import apply_kernels
+from phi3v.train.compute.checkpointing import choose_checkpointing, free_bytes, free_pinned_bytes
+from phi3v.train.compute.fast_paths import apply_fast_paths
 from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import RuntimeDevice, default_workers
 from phi3v.train.engines import Engine, make_engine
@@ -61,6 +56,8 @@ from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_trai
 from phi3v.train.methods.optimizers import state_bytes
 from phi3v.train.objectives import Objective, make_objective
 from phi3v.train.run_folder import check_run_folder
+from phi3v.train.selfcheck.check import SelfCheck, self_check
+from phi3v.train.selfcheck.small_row import small_row
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ class PreparedRun:
     limit: AnswerLimit | None  # of their answers
     plan: BatchPlan
     checkpointing: str  # the policy and its reason
+    checked: SelfCheck
     findings: tuple[Finding, ...] = ()  # what is doubtful about the data
 
     @cached_property
@@ -96,6 +94,12 @@ class PreparedRun:
     def num_workers(self) -> int:
         wanted = self.config.data.num_workers
         return default_workers(self.runtime) if wanted is None else wanted
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``environment.json`` tells of it."""
+        found = self.checked.to_json_dict()
+        return {"self_check": found} if found else {}
 
     @property
     def contents(self) -> dict[str, str]:
@@ -168,14 +172,14 @@ def prepare(
     doubtful = doubtful_answers(config.objective, data)
     require_possible(replace(case, model=facts.skeleton, data=data))
     limit = answer_limit(questions, config.evaluation.max_new_tokens) if questions is not None else None
+    # Before the model is loaded, whose memory it may take meanwhile.
+    checked = check_fast_paths(config, facts, runtime, collectives, train_table, lengths, processor, console)
+    facts = facts.with_attention(checked.paths.attention)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, runtime)
     plan = make_plan(config, runtime, facts.skeleton, lengths)
-    checkpointing, reason = _choose_checkpointing(config, model, facts, plan, runtime, collectives, choice)
-    apply_checkpointing(model, checkpointing)
-    if config.training.fp8:
-        apply_float8(model)
-    apply_kernels(model, config.training)
+    checkpointing, reason = _choose_checkpointing(config, checked, model, facts, plan, runtime, collectives, choice)
+    apply_fast_paths(model, replace(checked.paths, checkpointing=checkpointing))
     engine = make_engine(model, choice, config, runtime)
     return PreparedRun(
         config,
@@ -192,15 +196,40 @@ def prepare(
         limit,
         plan,
         f"{checkpointing} ({reason})",
+        checked,
         (
+            *checked.findings,
             *(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
             *([doubtful] if doubtful is not None else []),
         ),
     )
 
 
+def check_fast_paths(
+    config: RunConfig,
+    facts: ModelFacts,
+    runtime: RuntimeDevice,
+    collectives: HostCollectives,
+    table: RecordTable,
+    lengths: RecordLengths,
+    processor: Phi3VProcessor,
+    console: Console | None,
+) -> SelfCheck:
+    """As `self_check`, on a row of the data to train on."""
+
+    def row() -> dict[str, Any]:
+        return small_row(config, lengths, table, processor, preferences_of(config, facts, table))
+
+    def say(line: str) -> None:
+        if console is not None:
+            console.print(f"[bold]self-check:[/bold] {escape(line)}", highlight=False, soft_wrap=True)
+
+    return self_check(config, facts, runtime, collectives, row, say)
+
+
 def _choose_checkpointing(
     config: RunConfig,
+    checked: SelfCheck,
     model: Any,
     facts: ModelFacts,
     plan: BatchPlan,
@@ -209,18 +238,20 @@ def _choose_checkpointing(
     engine: EngineChoice,
 ) -> tuple[Policy, str]:
     """The policy for the largest row that any epoch may hold, and the reason."""
-    if config.training.activation_checkpointing != "auto":
-        return config.training.activation_checkpointing, "as configured"
+    paths = checked.paths
+    if paths.checkpointing != "auto":
+        is_asked = paths.checkpointing == config.training.activation_checkpointing
+        return paths.checkpointing, "as configured" if is_asked else "in its place, by the self-check"
     activations = _activations(config, model, facts, runtime)
     state = engine.state_bytes(state_bytes(config.training), runtime.world_size)
     free = free_bytes(model, runtime.device, runtime.node_ranks, state)
     # Compiled layers contain their checkpoint, and the hooks of `offload` cannot be compiled.
-    pinned = 0 if config.training.compile else free_pinned_bytes(runtime.device, runtime.node_ranks)
+    pinned = 0 if paths.compile else free_pinned_bytes(runtime.device, runtime.node_ranks)
     # The ranks must recompute alike.
     free, pinned = (min(each) for each in zip(*collectives.all_gather((free, pinned)), strict=True))
     batch = _largest_batch(plan, masks=activations.attention == "sdpa")
     least: Policy = "full" if config.training.lean else "none"
-    return choose_checkpointing(activations, batch, free, pinned=pinned, least=least)
+    return choose_checkpointing(activations, batch, free, pinned=pinned, least=least, without=checked.unfit)
 
 
 def _activations(config: RunConfig, model: Any, facts: ModelFacts, runtime: RuntimeDevice) -> Activations:

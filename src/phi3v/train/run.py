@@ -116,10 +116,10 @@ def _in_run_folder(
     try:
         if setup.runtime.rank == 0:
             if point is None:
-                claim_run_folder(setup.config)
+                claim_run_folder(setup.config, setup.about)
             else:
                 reopen_run_folder(setup.config, point)
-                describe_again(setup.config)
+                describe_again(setup.config, setup.about)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
         return _train_and_evaluate(setup, point, signals, observers)

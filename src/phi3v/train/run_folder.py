@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,8 +171,11 @@ def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
     return folder
 
 
-def claim_run_folder(config: RunConfig) -> Path:
+def claim_run_folder(config: RunConfig, about: Mapping[str, Any] | None = None) -> Path:
     """Make the folder, remove what an earlier run left there, write ``config.yaml`` and ``environment.json``.
+
+    Args:
+        about: what ``environment.json`` tells besides.
 
     Raises:
         UserError: it cannot be written.
@@ -186,14 +189,17 @@ def claim_run_folder(config: RunConfig) -> Path:
         for path in (*(folder / name for name in RUN_FOLDERS), *checkpoints(folder)):
             if path.is_dir():
                 shutil.rmtree(path)
-        _describe(folder, config, environment())
+        _describe(folder, config, environment() | dict(about or {}))
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from None
     return folder
 
 
-def describe_again(config: RunConfig) -> None:
+def describe_again(config: RunConfig, about: Mapping[str, Any] | None = None) -> None:
     """The configuration that a resumed run goes on with, and its environment beside the first one.
+
+    Args:
+        about: as of `claim_run_folder`.
 
     Raises:
         UserError: it cannot be written, or ``environment.json`` is damaged.
@@ -201,8 +207,9 @@ def describe_again(config: RunConfig) -> None:
     folder = Path(config.training.output_dir)
     hint = "copy it back, or write {} into it: it tells versions and hardware, and no step depends on it"
     facts = read_json(folder / "environment.json", hint=hint)
+    now = environment() | dict(about or {})
     try:
-        _describe(folder, config, facts | {"resumed": [*facts.get("resumed", []), environment()]})
+        _describe(folder, config, facts | {"resumed": [*facts.get("resumed", []), now]})
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(folder)) from None
 

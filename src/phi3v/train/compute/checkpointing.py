@@ -6,6 +6,7 @@ Always torch's non-reentrant checkpointing: the reentrant kind gives no gradient
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any
 
 import psutil
@@ -105,7 +106,13 @@ def free_pinned_bytes(device: torch.device, ranks: int) -> int:
 
 
 def choose_checkpointing(
-    activations: Activations, batch: MicroBatch, free: int, *, pinned: int = 0, least: Policy = "none"
+    activations: Activations,
+    batch: MicroBatch,
+    free: int,
+    *,
+    pinned: int = 0,
+    least: Policy = "none",
+    without: Container[Policy] = (),
 ) -> tuple[Policy, str]:
     """The policy and the reason for it: of those that fit, the one that recomputes least, and `offload` last.
 
@@ -114,11 +121,13 @@ def choose_checkpointing(
         free: bytes for activations, see `free_bytes`.
         pinned: as of `free_pinned_bytes`.
         least: what is recomputed at least.
+        without: what is not to be used.
     """
     policies: list[Policy] = ["none", "vision", "selective", "full"]
     policies = policies[policies.index(least) :]
     if activations.pinned(batch) <= pinned:
         policies.append("offload")
+    policies = [policy for policy in policies if policy not in without]
     needs = {policy: activations.peak(policy, batch) for policy in policies}
     chosen = next((policy for policy in policies if needs[policy] <= USABLE_SHARE * free), policies[-1])
     reason = f"{batch.tokens:,} tokens and {batch.crops} crops at a time need about {needs[chosen] / 1e9:.2f} GB"

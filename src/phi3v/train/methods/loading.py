@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ class ModelFacts:
     attention_reason: str
     context: int  # tokens of a record that it reads at most
     quantisation: Quantisation | None = None  # of the stored weights
+
+    def with_attention(self, attention: str) -> ModelFacts:
+        """With what the self-check leaves."""
+        if attention == self.attention:
+            return self
+        return replace(self, attention=attention, attention_reason=f"{self.attention} failed the self-check")
 
 
 def inspect_model(config: RunConfig, runtime: RuntimeDevice) -> ModelFacts:
@@ -160,16 +166,8 @@ def load_for_training(config: RunConfig, facts: ModelFacts, runtime: RuntimeDevi
         UserError: the weights do not fit the configuration.
     """
     method = config.method
-    kwargs: dict[str, Any] = {"attn_implementation": facts.attention}
-    trained_dtype = torch.bfloat16 if keeps_bf16_weights(config.training) else torch.float32
-    if trained_dtype == torch.bfloat16 and method.name == "full":
-        kwargs["dtype"] = facts.stored_dtype  # what never trains is saved as it was
-    elif runtime.autocast_dtype is None or method.name == "full":
-        # Full training updates what it computes with, and half precision would round small updates away.
-        kwargs["dtype"] = torch.float32
-    else:
-        # Frozen weights that are saved again must stay what they were; those under adapters may be rounded.
-        kwargs["dtype"] = facts.stored_dtype if method.name == "frozen-vision" else runtime.dtype
+    loaded_dtype, trained_dtype = weight_dtypes(config, facts.stored_dtype, runtime)
+    kwargs: dict[str, Any] = {"attn_implementation": facts.attention, "dtype": loaded_dtype}
     if method.name == "qlora":
         kwargs["quantization_config"] = quantization(method.lora, runtime.dtype)
     if method.name == "qlora" or runtime.device.type == "cuda":
@@ -178,6 +176,23 @@ def load_for_training(config: RunConfig, facts: ModelFacts, runtime: RuntimeDevi
     if method.name == "qlora":
         keep_trainable_layout(model)
     return apply_method(model, method, trained_dtype)
+
+
+def weight_dtypes(config: RunConfig, stored: torch.dtype, runtime: RuntimeDevice) -> tuple[torch.dtype, torch.dtype]:
+    """What a model's weights are loaded in, and what those that are trained are held in.
+
+    Args:
+        stored: of the checkpoint.
+    """
+    method = config.method.name
+    trained = torch.bfloat16 if keeps_bf16_weights(config.training) else torch.float32
+    if trained == torch.bfloat16 and method == "full":
+        return stored, trained  # what never trains is saved as it was
+    if runtime.autocast_dtype is None or method == "full":
+        # Full training updates what it computes with, and half precision would round small updates away.
+        return torch.float32, trained
+    # Frozen weights that are saved again must stay what they were; those under adapters may be rounded.
+    return stored if method == "frozen-vision" else runtime.dtype, trained
 
 
 def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:

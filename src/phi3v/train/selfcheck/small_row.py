@@ -1,0 +1,60 @@
+"""One small row of the run's data, with two groups, so that what sees too much is seen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from phi3v.config import RunConfig
+from phi3v.data.batches import Row, RowPlan
+from phi3v.data.lengths import RecordLengths
+from phi3v.data.preferences import Preferences
+from phi3v.data.rows import RowDataset
+from phi3v.data.table import RecordTable
+from phi3v.processing.processor import Phi3VProcessor
+
+
+def small_row(
+    config: RunConfig,
+    lengths: RecordLengths,
+    table: RecordTable,
+    processor: Phi3VProcessor,
+    preferences: Preferences | None,
+) -> dict[str, Any]:
+    """The smallest records side by side, as the run lays them, with one crop an image.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    processor = copy.copy(processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.num_crops = 1
+    is_packed = config.data.packing != "none"
+    weighting = config.training.loss_weighting
+    dataset = RowDataset(table, processor, weighting, packed=is_packed, preferences=preferences)
+    row = dataset[RowPlan(smallest_groups(lengths, shared=config.data.packing == "shared-image"), ends_step=True)]
+    return {name: value for name, value in row.items() if name not in ("counts", "ends_step")}
+
+
+def smallest_groups(lengths: RecordLengths, *, shared: bool) -> Row:
+    """The records with the fewest tokens, of those with images if there are any: two of one page, and one of another.
+
+    Args:
+        shared: records of a page share it; otherwise two records by themselves.
+    """
+    with_images = lengths.crops > 0
+    sizes = np.where(with_images == with_images.any(), lengths.tokens, np.iinfo(np.int64).max)
+    order = np.argsort(sizes, kind="stable")
+    first: tuple[int, ...] = (int(order[0]),)
+    pages = lengths.page[order]
+    if shared:
+        _, inverse, counts = np.unique(pages, return_inverse=True, return_counts=True)
+        several = np.flatnonzero((counts[inverse] > 1) & (lengths.prefix[order] > 0))
+        if len(several):
+            first = tuple(int(index) for index in order[pages == pages[several[0]]][:2])
+    others = order[lengths.page[order] != lengths.page[first[0]]]
+    if not len(others):  # all are about one page
+        others = order[~np.isin(order, first)]
+    return (first, (int(others[0]),)) if len(others) else (first,)

@@ -1,0 +1,119 @@
+"""Planted faults in fast paths, through the command line on the CPU: found, said, and not used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from run_helpers import Train, read_metrics
+from torch.nn import functional
+
+from phi3v.model import attention
+from phi3v.model.attention import SegmentBackend
+from phi3v.train.selfcheck import check
+from phi3v.train.selfcheck.examine import CheckCase, examine
+from phi3v.train.selfcheck.process import examine_apart
+from phi3v.train.selfcheck.verdict import Verdict
+
+QUICK = ("training.max_steps", 1, "data.eval", "null", "training.micro_batch_size", 1)
+PACKED = ("data.packing", "samples", *QUICK)
+Kernel = Callable[..., torch.Tensor]
+
+
+def of_segments(change: Callable[[Kernel, SegmentBackend, tuple[Any, ...]], torch.Tensor]) -> type[SegmentBackend]:
+    """The backend with a fault."""
+
+    class Faulty(SegmentBackend):
+        def __call__(self, *arguments: Any) -> torch.Tensor:  # type: ignore[override]
+            return change(super().__call__, self, arguments)
+
+    return Faulty
+
+
+class ZeroedHead(torch.autograd.Function):
+    """Passes values on, and no gradient to the first half of the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        gradient[..., : gradient.shape[-1] // 2] = 0
+        return gradient
+
+
+def everything_before(kernel: Kernel, backend: SegmentBackend, arguments: tuple[Any, ...]) -> torch.Tensor:
+    query, key, value, scale, _dropout = arguments
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def raises(kernel: Kernel, backend: SegmentBackend, arguments: tuple[Any, ...]) -> torch.Tensor:
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+FAULTS: dict[str, Any] = {
+    "scale": lambda kernel, backend, given: kernel(*given[:3], 1.1 * given[3], given[4]),
+    "other records": everything_before,
+    "gradient": lambda kernel, backend, given: kernel(ZeroedHead.apply(given[0]), *given[1:]),
+    "not finite": lambda kernel, backend, given: kernel(*given) * float("nan"),
+    "exception": raises,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_kernel_is_not_used(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    monkeypatch.setitem(attention.BACKENDS, "packed_segments", of_segments(FAULTS[fault]))
+    code, folder = train(*PACKED, "training.self_check", "always")
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    line = next(line for line in shown.out.splitlines() if line.startswith("warn self-check"))
+    assert "on the CPU, attention packed_segments: " in line
+    assert line.endswith("; the run goes on with packed_mask")
+    if fault == "exception":
+        assert "RuntimeError: no kernel image is available for execution" in line
+    elif fault == "not finite":
+        assert "is not finite or missing" in line
+    else:
+        assert "is off by" in line
+        assert "the plain path's by" in line
+    assert "attention: packed_mask (packed_segments failed the self-check)" in shown.out
+    found = json.loads((folder / "environment.json").read_text())["self_check"]
+    assert found["used"]["attention"] == "packed_mask"
+    assert found["verdicts"]["attention packed_segments"].startswith("failed: ")
+    assert read_metrics(folder)[0]["loss"] > 0
+
+
+def test_a_run_is_the_same_with_and_without(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit: the check changes no weight and draws no number of the run's."""
+    lora = ("method.name", "lora", "method.lora.dropout", 0.1)
+    results = []
+    for how in ("off", "always"):
+        code, folder = train(*PACKED, *lora, "training.self_check", how, out=how)
+        assert code == 0
+        results.append((folder / "final" / "adapter_model.safetensors").read_bytes())
+        assert ("self_check" in json.loads((folder / "environment.json").read_text())) == (how == "always")
+    assert results[0] == results[1]
+    shown = capsys.readouterr().out
+    assert "attention packed_segments, loss chunked agree with the plain path" in shown
+    assert "warn self-check" not in shown
+
+
+def test_another_process_examines(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's kernels are examined in: a case goes there and verdicts come back."""
+    cases: list[CheckCase] = []
+
+    def note(case: CheckCase) -> Iterator[Verdict]:
+        cases.append(case)
+        yield from examine(case)
+
+    monkeypatch.setattr(check, "examine", note)
+    assert train(*PACKED, "training.self_check", "always")[0] == 0
+    own = [verdict for verdict in examine(cases[0]) if verdict.state != "trying"]
+    assert list(examine_apart(cases[0])) == own
