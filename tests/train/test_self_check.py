@@ -105,6 +105,7 @@ def test_a_run_is_the_same_with_and_without(train: Train, capsys: pytest.Capture
     assert "warn self-check" not in shown
 
 
+@pytest.mark.slow  # a new interpreter
 def test_another_process_examines(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's kernels are examined in: a case goes there and verdicts come back."""
     cases: list[CheckCase] = []
@@ -117,3 +118,10 @@ def test_another_process_examines(train: Train, monkeypatch: pytest.MonkeyPatch)
     assert train(*PACKED, "training.self_check", "always")[0] == 0
     own = [verdict for verdict in examine(cases[0]) if verdict.state != "trying"]
     assert list(examine_apart(cases[0])) == own
+
+
+def child(folder: Path, *lines: str) -> list[str]:
+    """The command of a process that runs these lines of Python where it examines; `step` says what it is trying."""
+    begin = "import json, os, signal, sys, time\nknown = json.load(open(sys.argv[1] + '/known.json'))\n"
+    step = "def step(path, value, state):\n    print(json.dumps(dict(path=path, value=value, state=state)), flush=True)\n"
+    return [sys.executable, "-S", "-c", begin + step + "\n".join(lines)]
