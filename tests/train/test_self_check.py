@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,12 @@ import torch
 from run_helpers import Train, read_metrics
 from torch.nn import functional
 
+from phi3v.config import RunConfig
 from phi3v.model import attention
 from phi3v.model.attention import SegmentBackend
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.train.compute.fast_paths import FastPaths
+from phi3v.train.device import RuntimeDevice
 from phi3v.train.selfcheck import check
 from phi3v.train.selfcheck.examine import CheckCase, examine
 from phi3v.train.selfcheck.process import examine_apart
@@ -120,8 +126,39 @@ def test_another_process_examines(train: Train, monkeypatch: pytest.MonkeyPatch)
     assert list(examine_apart(cases[0])) == own
 
 
-def child(folder: Path, *lines: str) -> list[str]:
-    """The command of a process that runs these lines of Python where it examines; `step` says what it is trying."""
-    begin = "import json, os, signal, sys, time\nknown = json.load(open(sys.argv[1] + '/known.json'))\n"
-    step = "def step(path, value, state):\n    print(json.dumps(dict(path=path, value=value, state=state)), flush=True)\n"
-    return [sys.executable, "-S", "-c", begin + step + "\n".join(lines)]
+# A process that examines nothing: what it says of attention, then, unless that is known, of the loss.
+CHILD = """
+import json, os, sys, time
+known = {entry["path"]: entry["state"] for entry in json.load(open(sys.argv[1] + "/known.json"))}
+def say(path, value, state):
+    print(json.dumps(dict(path=path, value=value, state=state)), flush=True)
+print("a library prints this", flush=True)
+if "attention" not in known:
+    say("attention", "packed_segments", "trying")
+    FAULT
+say("loss", "chunked", "passed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "why"),
+    [
+        ("os.abort()", "failed", "its process ended with code -6"),
+        ("sys.exit('CUDA error: an illegal memory access')", "failed", "code 1: CUDA error: an illegal memory access"),
+        ("time.sleep(60)", "failed", "its process gave no answer within 2 s"),
+        ("os.kill(os.getpid(), 9)", "unchecked", "its process was ended by signal 9"),
+    ],
+)
+def test_a_kernel_that_takes_its_process_along_has_failed(
+    small_model_dir: Path, fault: str, state: str, why: str
+) -> None:
+    """And the rest is examined in another."""
+    runtime = RuntimeDevice(torch.device("cpu"), "fp32", "", 0, 1)
+    model = Phi3VConfig.from_pretrained(small_model_dir)
+    row = {"input_ids": torch.ones(1, 2, dtype=torch.int64), "layout": ((0, 2),)}
+    case = CheckCase(RunConfig(), model, torch.float32, runtime, FastPaths("packed_segments"), row)
+    command = (sys.executable, "-S", "-c", CHILD.replace("FAULT", fault))
+    found, loss = examine_apart(case, seconds=2, command=command)
+    assert (found.path, found.value, found.state) == ("attention", "packed_segments", state)
+    assert why in found.what
+    assert (loss.path, loss.state) == ("loss", "passed")
