@@ -20,6 +20,7 @@ LAYOUTS: dict[str, Layout] = {
     "samples": ((0, 2443), (0, 1993), (0, 2569)),
     "shared-image": ((2509, 25, 31, 28, 25), (1933, 22, 40, 33)),
 }
+SMALL_LAYOUTS: dict[str, Layout] = {"samples": ((0, 40), (0, 7)), "shared-image": ((60, 5, 9), (0, 11))}
 
 
 def compare_attention(

@@ -1,110 +1,162 @@
-"""The table of training speed on one GPU: every method in every variant, beside the targets, with one command.
+"""The GPU tables of docs/benchmarks.md, made of the results of ``gpu_first.py`` in benchmarks/results.
 
-    python benchmarks/gpu_table.py                         # full size, random weights; an hour on one H100
-    python benchmarks/gpu_table.py --preset tiny --batch-size 2 --steps 1 --num-crops 1    # to see that it works
+    python benchmarks/gpu_table.py
 
-Each row runs ``phi3v bench train`` in a process of its own, so that one that runs out of memory leaves the next an
-empty device. Rows that the result holds already, measured with the same settings on the same machine, are not measured
-again. At last the attention backends for packed rows are compared.
+Every figure stands with the card and the day that it was measured on, or as not measured. Rehearsals do not count.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench_result import ROOT, write_between_marks
 
-from attention_backends import compare_attention
-from bench_result import ROOT, write_result
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKS = ("<!-- gpu tables, by benchmarks/gpu_table.py -->", "<!-- end of gpu tables -->")
 
-# For an H100; (method, variant) → the least samples/s, the most GB.
-TARGETS: dict[tuple[str, str], tuple[float | None, float | None]] = {
-    ("full", "samples"): (5.5, 72.0),
-    ("frozen-vision", "samples"): (7.5, None),
-    ("lora", "samples"): (7.0, 40.0),
-    ("qlora", "samples"): (6.5, None),
-    ("qlora", "lean"): (4.5, 6.0),
-    ("full", "lean"): (None, 24.0),
+Result = dict[str, Any]
+Figure = Callable[[Result], str | None]
+
+# For an H100: (stage, part) → what is aimed at, in words.
+TARGETS = {
+    ("full", "samples"): "5.5 samples/s, 72 GB",
+    ("frozen-vision", "samples"): "7.5 samples/s",
+    ("lora", "samples"): "7.0 samples/s, 40 GB",
+    ("qlora", "samples"): "6.5 samples/s",
+    ("qlora", "lean"): "4.5 samples/s, 6 GB",
+    ("full", "lean"): "24 GB",
 }
-# (method, variant, baseline) → the least ratio of samples/s.
-RATIO_TARGETS = {("lora", "samples", "recipe"): 1.8} | {
-    (method, "shared-image", "samples"): 3.0 for method in ("full", "frozen-vision", "lora", "qlora")
-}
-VARIANTS = ("recipe", "recipe-flash", "samples", "shared-image")
-ROWS = [(method, variant) for method in ("full", "frozen-vision", "lora", "qlora") for variant in VARIANTS]
-ROWS += [("full", "lean"), ("qlora", "lean")]
+ROWS = (
+    *(("lora", variant) for variant in ("samples", "shared-image", "recipe-flash", "recipe")),
+    *(("full", variant) for variant in ("samples", "lean", "lean, bf16 moments")),
+    *(("qlora", variant) for variant in ("samples", "shared-image", "lean")),
+    *(("frozen-vision", variant) for variant in ("samples", "shared-image")),
+    *(("kernels", name) for name in ("liger", "float8", "compile")),
+)
 
 
-def measure(method: str, variant: str, options: list[str], out: Path) -> None:
-    """One row, added to ``out``; where the process dies it is left out, to be measured by the next call."""
-    command = [
-        sys.executable,
-        "-m",
-        "phi3v",
-        "bench",
-        "train",
-        "--methods",
-        method,
-        "--variants",
-        variant,
-        "--out",
-        str(out),
-    ]
-    code = subprocess.run([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
-    if code:
-        print(f"{method} {variant}: the process ended with {code}", file=sys.stderr)
-
-
-def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is aimed at beside what was measured; ``met`` is None where nothing was."""
-    of = {(row["method"], row["variant"]): row for row in rows if "error" not in row}
-    found: list[dict[str, Any]] = []
-
-    def add(name: str, target: float, measured: float | None, *, at_most: bool = False) -> None:
-        met = None if measured is None else (measured <= target if at_most else measured >= target)
-        found.append({"figure": name, "target": target, "measured": measured, "met": met})
-
-    for (method, variant), (speed, memory) in TARGETS.items():
-        row = of.get((method, variant), {})
-        if speed is not None:
-            add(f"{method} {variant} samples/s, at least", speed, row.get("samples_per_second"))
-        if memory is not None:
-            add(f"{method} {variant} GB, at most", memory, row.get("peak_gb"), at_most=True)
-    for (method, variant, base), ratio in RATIO_TARGETS.items():
-        ours, theirs = (of.get((method, name), {}).get("samples_per_second") for name in (variant, base))
-        measured = round(ours / theirs, 2) if ours and theirs else None
-        add(f"{method} {variant} over {base}, at least", ratio, measured)
+def part_of(result: Result, stage: str, part: str) -> dict[str, Any]:
+    found: dict[str, Any] = result["stages"].get(stage, {}).get("parts", {}).get(part, {"status": "not run"})
     return found
 
 
+def speed(part: dict[str, Any]) -> str:
+    """Of a row of training."""
+    figures = part["figures"]
+    mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%}"
+    peak = f"{figures['peak_gb']} GB"
+    planned = figures.get("planned_peak_gb")
+    return f"{figures['samples_per_second']} samples/s{mfu}, {peak}" + (f" (planned {planned})" if planned else "")
+
+
+def ratio(stage: str, part: str, base: str) -> Figure:
+    """One part's speed over another's."""
+
+    def of(result: Result) -> str | None:
+        parts = [part_of(result, stage, name) for name in (part, base)]
+        if any(one["status"] != "done" for one in parts):
+            return None
+        ours, theirs = (one["figures"]["samples_per_second"] for one in parts)
+        return f"{ours / theirs:.2f}x ({card_and_day(result, parts[0])})"
+
+    return of
+
+
+def measured(stage: str, part: str, words: Callable[[dict[str, Any]], str]) -> Figure:
+    """What a part found, or what became of it; None if it was not tried."""
+
+    def of(result: Result) -> str | None:
+        found = part_of(result, stage, part)
+        where = card_and_day(result, found)
+        if found["status"] == "done":
+            return f"{words(found)} ({where})"
+        if found["status"] in ("not run", "no time left"):
+            return None
+        reason = found.get("reason") or next(iter(found.get("last_lines", [])[-1:]), "")
+        return f"{found['status']}: {escaped(reason)[:120]} ({where})"
+
+    return of
+
+
+def card_and_day(result: Result, part: dict[str, Any]) -> str:
+    return f"{result['device']}, torch {result['versions']['torch']}, {part.get('date', result['date'])[:10]}"
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def cell(results: Iterable[Result], figure: Figure) -> str:
+    """Of every result that has the figure."""
+    return "; ".join(filter(None, map(figure, results))) or "not measured"
+
+
+def tables(results: list[Result]) -> str:
+    """The whole section."""
+    lines = ["| full size, bf16 | aimed at, on an H100 | measured |", "|---|---|---|"]
+    for stage, part in ROWS:
+        name = f"LoRA `samples` with {part}" if stage == "kernels" else f"{stage} `{part}`"
+        target = TARGETS.get((stage, part), "–")
+        lines.append(f"| {name} | {target} | {cell(results, measured(stage, part, speed))} |")
+    ratios = [("lora", "samples", "recipe", "1.8x")]
+    ratios += [(stage, "shared-image", "samples", "3x") for stage in ("lora", "qlora", "frozen-vision")]
+    for stage, part, base, target in ratios:
+        lines.append(f"| {stage} `{part}` over `{base}` | {target} | {cell(results, ratio(stage, part, base))} |")
+    for layout in ("samples", "shared-image"):
+        found = cell(results, measured("attention", layout, backends))
+        lines.append(f"| attention, a row of `{layout}`, forward and backward | within 2 % of float32 | {found} |")
+    cut = cell(results, measured("preprocess", "pages", lambda part: f"{milliseconds(part)} ms a page"))
+    lines.append(f"| cutting a page of 1275x1650 on the GPU, with its way there | – | {cut} |")
+    for variant in ("samples", "shared-image"):
+        found = cell(results, measured("profile", variant, profile))
+        lines.append(f"| one step of LoRA `{variant}` | – | {found} |")
+    lines += ["", "| checked | result |", "|---|---|"]
+    for stage, part, name in CHECKS:
+        lines.append(f"| {name} | {cell(results, measured(stage, part, check))} |")
+    return "\n".join(lines)
+
+
+CHECKS = (
+    ("gpu-tests", "pytest -m gpu", "`pytest -m gpu`"),
+    *(("train-command", part, f"`phi3v train`, tiny: {part}") for part in ("lora", "resume", "full", "fp16")),
+)
+
+
+def backends(part: dict[str, Any]) -> str:
+    rows = [row for row in part["figures"]["backends"] if "error" not in row]
+    return ", ".join(f"{row['backend']} {row['milliseconds']} ms" for row in rows)
+
+
+def milliseconds(part: dict[str, Any]) -> float:
+    value: float = part["figures"]["milliseconds_per_page"]["cut_on_the_gpu"]
+    return value
+
+
+def profile(part: dict[str, Any]) -> str:
+    table = part["figures"]["profile"]
+    first = ", ".join(f"{row['name'][:40]} {row['share']:.0%}" for row in table["operations"][:3])
+    busy = f", {table['busy_share']:.0%} busy, {table['gaps_ms']} ms of gaps" if "busy_share" in table else ""
+    return escaped(f"{table['step_ms']} ms{busy}; most in {first}")
+
+
+def check(part: dict[str, Any]) -> str:
+    figures = part["figures"]
+    return ", ".join(f"{n} {word}" for word, n in figures["tests"].items()) if "tests" in figures else "passes"
+
+
+def results_in(folder: Path) -> list[Result]:
+    """Of real cards, in the order of their names."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("gpu_first_*.json"))]
+    return [result for result in found if result["is_gpu"] and not result["is_rehearsal"]]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="phi-3.5-vision", choices=("phi-3.5-vision", "phi-3-vision", "tiny"))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_table.json")
-    parser.add_argument("--rows", nargs="+", metavar="METHOD/WAY", help="only these, e.g. lora/recipe (default: all)")
-    parser.add_argument("--small", action="store_true", help="compare attention on short rows only")
-    given, options = parser.parse_known_args()
-    rows_file = given.out.with_name(given.out.stem + "_rows.json")
-    for method, variant in ROWS:
-        if given.rows is None or f"{method}/{variant}" in given.rows:
-            measure(method, variant, ["--preset", given.preset, *options], rows_file)
-    held = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.is_file() else {"rows": []}
-    layouts = {"samples": ((0, 40), (0, 7)), "shared-image": ((60, 5, 9), (0, 11))} if given.small else None
-    names = ("machine", "devices", "model", "data", "settings", "rows", "ratios")
-    figures = {name: held[name] for name in names if name in held}
-    is_real = torch.cuda.is_available() and given.preset != "tiny"  # what is aimed at is for no other
-    figures |= {"targets": targets(held["rows"] if is_real else []), "attention": compare_attention(layouts)}
-    write_result("gpu_table", figures, given.out)
-    for line in figures["targets"]:
-        measured = "not yet measured" if line["measured"] is None else line["measured"]
-        print(f"{line['figure']} {line['target']}: {measured}")
-    for line in figures["attention"]:
-        print(f"{line['rows']} {line['backend']}: {line.get('error') or line}")
+    write_between_marks(PAGE, MARKS, tables(results_in(RESULTS)))
 
 
 if __name__ == "__main__":

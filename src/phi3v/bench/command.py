@@ -48,10 +48,14 @@ def add_commands(verbs: Parser) -> None:
         "--optimizer",
         choices=("auto", "adamw", "adamw_8bit", "adamw_bf16"),
         default=usual.optimizer,
-        help="optimizer of all variants but lean; auto: adamw, and adamw_8bit for full and frozen-vision on a GPU",
+        help="optimizer; auto: adamw, for full and frozen-vision on a GPU adamw_8bit, or adamw_bf16 without "
+        "bitsandbytes. lean takes adamw_8bit, or adamw_bf16 if that is given",
     )
     train.add_argument("--kernels", choices=("torch", "liger"), default=usual.kernels, help="kernels of our variants")
     train.add_argument("--fp8", action="store_true", help="our variants compute the decoder in float8; not exact")
+    train.add_argument("--compile", action="store_true", help="our variants compile their layers with torch.compile")
+    train.add_argument("--memory-gb", type=float, metavar="GB", help="10^9 bytes of the GPU that torch may use")
+    train.add_argument("--profile", action="store_true", help="profile one more step: kernels, gaps, waits")
     preprocess = group.add_command(
         "preprocess",
         bench_preprocess,

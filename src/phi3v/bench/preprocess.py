@@ -77,7 +77,8 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
     Returns:
         ``milliseconds_per_page``: ``plain_float``, as the official processor; ``processor_float``, our public
         processor, which makes the same; ``uint8_page``, as training ships it; ``decode_alone``;
-        ``cut_on_this_core``, the model device's part. ``pages_per_second``: of the first and third.
+        ``cut_on_this_core``, the model device's part, and with a GPU ``cut_on_the_gpu``, the way there included, in
+        wall time. ``pages_per_second``: of the first and third.
         ``megabytes_per_page``; ``times_faster_than_plain``, of the same page in the same round, and its range.
 
     Raises:
@@ -87,6 +88,18 @@ def bench_preprocess(pages: Sequence[bytes], num_crops: int, repeats: int) -> di
         raise UserError("there is no image to measure on", where="--images")
     with one_thread():
         return _measure(pages, num_crops, repeats)
+
+
+def _on_the_gpu(pages: Sequence[torch.Tensor], repeats: int) -> float:
+    """Milliseconds, in the median, to take a page there and cut it; the first round warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        for page in pages:
+            began = time.perf_counter()
+            cut_pages(page.pin_memory().cuda(non_blocking=True))
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - began))
+    return round(statistics.median(times[len(pages) :]), 2)
 
 
 def _measure(pages: Sequence[bytes], num_crops: int, repeats: int) -> dict[str, Any]:
@@ -111,6 +124,8 @@ def _measure(pages: Sequence[bytes], num_crops: int, repeats: int) -> dict[str, 
         repeats,
     )
     figures = {name: round(statistics.median(own), 2) for name, own in each.items()}
+    if torch.cuda.is_available():
+        figures["cut_on_the_gpu"] = _on_the_gpu(list(cut_here.values()), repeats)
     ratios = [plain / ours for plain, ours in zip(each["plain_float"], each["uint8_page"], strict=True)]
     with Image.open(io.BytesIO(pages[0])) as first:
         size = list(first.size)

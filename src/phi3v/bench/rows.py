@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from rich.console import Console
 
 from phi3v.bench.counting import Clock, CountingLoop, StepWork, one_thread
+from phi3v.bench.profile import StepProfile
 from phi3v.bench.recipe import CropDataset, RecipeLoop, run_padded_crops
 from phi3v.bench.settings import BASELINES, BenchSettings, Row, Variant
 from phi3v.config import Attention, Packing, RunConfig
@@ -22,7 +25,9 @@ from phi3v.errors import UserError
 from phi3v.machine import accelerator_of
 from phi3v.model.shape import ModelShape
 from phi3v.plan.hardware import this_machine
-from phi3v.plan.inputs import TrainSetup
+from phi3v.plan.inputs import TrainSetup, setup_from_config
+from phi3v.plan.memory import CUDA_CONTEXT
+from phi3v.plan.planner import Planner
 from phi3v.plan.throughput import training_flops
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
@@ -31,6 +36,7 @@ from phi3v.train.methods.strategies import summarize
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import peak_memory_gb
 from phi3v.train.prepare import PreparedRun, prepare
+from phi3v.train.state import Observer
 
 
 def row_config(row: Row, settings: BenchSettings, model: Path, data: Path, folder: Path) -> RunConfig:
@@ -48,18 +54,21 @@ def row_config(row: Row, settings: BenchSettings, model: Path, data: Path, folde
     training = config.training
     training.output_dir, training.progress_bar = str(folder), False
     training.precision, training.batch_size = settings.precision, settings.batch_size
-    training.max_steps = training.logging_steps = settings.steps + 1
+    training.logging_steps = settings.steps + 1
+    training.max_steps = settings.steps + 1 + settings.profile
     trained_whole = row.method in ("full", "frozen-vision")
-    auto: Any = "adamw_8bit" if trained_whole and torch.cuda.is_available() else "adamw"
+    in_fewer_bits: Any = "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adamw_bf16"
+    auto: Any = in_fewer_bits if trained_whole and torch.cuda.is_available() else "adamw"
     training.optimizer = auto if settings.optimizer == "auto" else settings.optimizer
     if row.variant in BASELINES:
         training.activation_checkpointing = "full"
         return config
-    training.kernels, training.fp8 = settings.kernels, settings.fp8
+    training.kernels, training.fp8, training.compile = settings.kernels, settings.fp8, settings.compile
     if row.variant == "padded":
         training.micro_batch_size = min(settings.micro_batch, settings.batch_size)
     if row.variant == "lean":
-        training.lean, training.optimizer, training.max_grad_norm = True, "adamw_8bit", 0.0
+        training.lean, training.max_grad_norm = True, 0.0
+        training.optimizer = "adamw_bf16" if settings.optimizer == "adamw_bf16" else "adamw_8bit"
         training.batch_size = training.micro_batch_size = settings.lean_batch
     return config
 
@@ -83,14 +92,15 @@ def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> d
         ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went through the tower) and
         ``tokens_per_second`` of all devices; ``samples_per_second_range``, the slowest and the fastest step;
         ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the device's rate (None where the rate is
-        not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU the process's so far). A second is as
-        `counting.timed_by` says.
+        not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU the process's so far) and
+        ``planned_peak_gb``, what `phi3v plan` says of it, without the driver's own part (None of the recipe's
+        variants); ``profile``, if asked for, see `profile.summarize_trace`. A second is as `counting.timed_by` says.
     """
-    with _clean_memory(), one_thread(not torch.cuda.is_available()):
+    with _clean_memory(), _memory_limit(settings.memory_gb), one_thread(not torch.cuda.is_available()):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 config = row_config(row, settings, model, data, Path(folder) / "run")
-                return _measure(config, row, settings.seconds)
+                return _measure(config, row, settings)
         except torch.OutOfMemoryError:
             if torch.distributed.is_initialized():
                 raise  # the other ranks wait in a reduction; only a new launch can go on
@@ -114,11 +124,28 @@ def _clean_memory() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
+@contextmanager
+def _memory_limit(gigabytes: float | None) -> Iterator[None]:
+    """As on a smaller GPU, but for what its driver keeps for itself."""
+    if gigabytes is None:
+        yield
+        return
+    if not torch.cuda.is_available():
+        raise UserError("only a GPU's memory can be limited", where="--memory-gb", hint="leave it out")
+    total = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _measure(config: RunConfig, row: Row, settings: BenchSettings) -> dict[str, Any]:
     runtime = choose_device(config.training.precision)
     setup = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
-    clock = Clock(limit, setup.collectives)
-    loop = _loop(setup, row, clock)
+    clock = Clock(settings.seconds, setup.collectives, steps=settings.steps)
+    profile = StepProfile(settings.steps + 1)
+    loop = _loop(setup, row, [clock, profile] if settings.profile else [clock])
     with loop.readers:
         loop.run()
     if not clock.seconds:
@@ -128,6 +155,7 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
     seconds = statistics.median(clock.seconds)
     ranks = setup.runtime.world_size
     speeds = [ranks * step.samples / own for step, own in zip(steps, clock.seconds, strict=True)]
+    peak = round(peak_memory_gb(), 2)  # before the planner reads the data
     return {
         "attention": setup.facts.attention,
         "checkpointing": setup.checkpointing.split(" ")[0],
@@ -143,15 +171,27 @@ def _measure(config: RunConfig, row: Row, limit: float) -> dict[str, Any]:
         "tokens_per_second": round(work.tokens / seconds, 1),
         "tokens_per_sample": round(work.tokens / work.samples, 1),
         **_utilisation(setup, work, seconds),
-        "peak_gb": round(peak_memory_gb(), 2),
+        "peak_gb": peak,
+        "planned_peak_gb": None if row.variant in BASELINES else _planned_peak(setup),
+        **({"profile": profile.table} if settings.profile else {}),
     }
+
+
+def _planned_peak(setup: PreparedRun) -> float:
+    """10**9 bytes that `phi3v plan` predicts with the checkpointing that was chosen, as torch's allocator counts."""
+    planner = Planner(setup.config, progress=False)
+    machine = replace(this_machine(), gpus=setup.runtime.world_size)
+    policy: Any = setup.checkpointing.split(" ")[0]
+    planned = replace(setup_from_config(setup.config, machine, planner.num_crops), checkpointing=policy)
+    peak = planner.memory(planned, machine).peak
+    return round((peak if machine.gpu.is_cpu else peak - CUDA_CONTEXT) / 1e9, 2)
 
 
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _loop(setup: PreparedRun, row: Row, clock: Clock) -> CountingLoop:
+def _loop(setup: PreparedRun, row: Row, observers: list[Observer]) -> CountingLoop:
     kind: type[CountingLoop] = CountingLoop
     dataset: Any = setup.dataset()
     if row.variant in BASELINES:
@@ -159,7 +199,7 @@ def _loop(setup: PreparedRun, row: Row, clock: Clock) -> CountingLoop:
         kind = RecipeLoop
         dataset = CropDataset(setup.train_table, setup.processor)
     readers = Readers(dataset.__getitem__, setup.num_workers)
-    return kind(setup, readers, StepFaults(setup), observers=[clock])
+    return kind(setup, readers, StepFaults(setup), observers=observers)
 
 
 def _utilisation(setup: PreparedRun, work: StepWork, seconds: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Row:
     Attributes:
         variant: ``recipe`` (eager attention) and ``recipe-flash`` (flash-attn, or torch's own flash kernel where that
             is not installed) as the public recipe trains; ``padded`` batches; packed rows of ``samples`` or
-            ``shared-image``; ``lean``: padded in lean mode with 8-bit moments.
+            ``shared-image``; ``lean``: padded in lean mode.
     """
 
     method: MethodName
@@ -40,7 +40,11 @@ class BenchSettings:
         seconds: a row ends after so many, at the end of a step.
         micro_batch: samples at a time of ``padded``.
         lean_batch: samples of a step of ``lean``, which takes them at once.
-        optimizer: of every variant but ``lean``; ``auto``: adamw, and adamw_8bit for full and frozen-vision on a GPU.
+        optimizer: ``auto``: adamw; for full and frozen-vision on a GPU adamw_8bit, or adamw_bf16 where bitsandbytes is
+            not installed. ``lean`` takes adamw_8bit unless this is adamw_bf16.
+        compile: our variants compile their layers.
+        memory_gb: 10**9 bytes of the GPU that torch may take; None for all.
+        profile: one more step is profiled, see `profile.summarize_trace`.
     """
 
     batch_size: int = 64
@@ -56,3 +60,6 @@ class BenchSettings:
     optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_bf16"] = "auto"
     fp8: bool = False
     kernels: Literal["torch", "liger"] = "torch"
+    compile: bool = False
+    memory_gb: float | None = None
+    profile: bool = False

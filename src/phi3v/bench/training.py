@@ -109,7 +109,7 @@ def bench_inputs(
         model_folder, named = folder / f"model-{preset}", f"{preset}, random weights"
         if not (model_folder / "complete").is_file():
             shutil.rmtree(model_folder, ignore_errors=True)
-            init_model(preset, model_folder)
+            init_model(preset, model_folder, device="cuda" if torch.cuda.is_available() else "cpu")
             (model_folder / "complete").touch()
     pages = pages_for(questions)
     return model_folder, data or write_pages(folder / f"pages-{pages}", pages), named
