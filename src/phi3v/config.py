@@ -25,7 +25,7 @@ import yaml
 
 from phi3v.errors import UserError
 from phi3v.grammar import RECIPES, Parser, find_recipe, suggestion, words_of
-from phi3v.paths import absolute, is_hub_id, now_at
+from phi3v.paths import absolute, is_hub_id, now_at, url_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 # Pillow's own warning threshold: a quarter of a GiB at 3 bytes per pixel.
+SHUFFLE_WINDOW = 32
+CACHE_LIMIT = 100.0
 DEFAULT_MAX_PIXELS = 89_478_485
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -172,11 +174,17 @@ class DataConfig:
     """Maximum tokens of a packed row, which a device computes at once; a longer record gets a row of its own."""
     shared_image_max: int = 8
     """shared-image: maximum number of records with the same images in one step; the others go into other steps."""
+    shuffle_window: int = SHUFFLE_WINDOW
+    """Of shards (`phi3v data shard`): number of shards whose records are shuffled together; at least the number of
+    ranks, each of which then reads shards of its own."""
+    cache_limit: float = CACHE_LIMIT
+    """GB of local disk (in $PHI3V_CACHE) for shards that are fetched from a URL."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """An image that cannot be read during training: stop, or leave out its record, count it and list it."""
 
     def __post_init__(self) -> None:
-        _require(self, "data", at_least_1="max_image_pixels pack_tokens shared_image_max", at_least_0="num_workers")
+        counts = "max_image_pixels pack_tokens shared_image_max shuffle_window"
+        _require(self, "data", at_least_1=counts, at_least_0="num_workers cache_limit")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -185,6 +193,8 @@ class DataConfig:
             "special_text": self.special_text,
             "max_pixels": self.max_image_pixels,
             "exif_orientation": self.exif_orientation,
+            "cache_limit": self.cache_limit,
+            "shuffle_window": self.shuffle_window,
         }
 
 
@@ -606,7 +616,9 @@ class RunConfig:
 
     def absolute(self) -> RunConfig:
         """A copy with absolute paths to model and data, so that the run can be used from any folder."""
-        return self.with_paths(lambda path: path if not path or is_hub_id(path) else str(absolute(path)))
+        return self.with_paths(
+            lambda path: path if not path or url_of(path) or is_hub_id(path) else str(absolute(path))
+        )
 
     def now_in(self, folder: Path) -> RunConfig:
         """A copy of a configuration read from a run folder, with the current paths of model and data; see `now_at`."""

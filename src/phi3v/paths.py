@@ -39,6 +39,12 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
+def url_of(path: str | Path) -> str | None:
+    """The URL that ``path`` is, if it is one; a `Path` of a URL has lost a slash."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path), re.DOTALL)
+    return f"{found[1]}://{found[2]}" if found else None
+
+
 def absolute(path: str | Path) -> Path:
     """The absolute path, with links kept and ``~`` expanded."""
     path = Path(os.path.expanduser(path))
@@ -82,7 +88,7 @@ def now_at(path: str, written_in: str, folder: Path) -> str:
     Returns:
         ``path`` itself if there is nothing in either place.
     """
-    if not path:
+    if not path or url_of(path) is not None:
         return path
     beside = os.path.normpath(Path(os.path.abspath(folder), os.path.relpath(path, written_in)))
     candidates = (path, beside) if os.path.isabs(path) else (beside, path)

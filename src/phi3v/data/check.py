@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.config import CACHE_LIMIT, DEFAULT_MAX_PIXELS, SHUFFLE_WINDOW
 from phi3v.data.cache import cache_folder, cannot_write, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.image_store import FolderStore, ImageStore
@@ -23,7 +24,8 @@ from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_siz
 from phi3v.data.lengths import LENGTH_HINT, Context
 from phi3v.data.progress import in_order
 from phi3v.data.schema import Line, Record, SpecialText
-from phi3v.data.table import DataLines, writing_table
+from phi3v.data.shards.index import is_shards
+from phi3v.data.table import DataLines, ShardLines, open_table, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 
@@ -173,12 +175,14 @@ def check_file(
     workers: int | None = None,
     images: ImageStore | None = None,
     progress: bool = True,
+    cache_limit: float = CACHE_LIMIT,
+    shuffle_window: int = SHUFFLE_WINDOW,
     on_record: Callable[[Record], None] | None = None,
 ) -> CheckReport:
     """Read a data file and each of its images once, and collect the faults.
 
     Args:
-        path: the .jsonl file.
+        path: the .jsonl file, or the folder or URL of shards, which are read one after the other.
         max_errors: stop after that many faults; None for all of them.
         max_pixels: largest width x height of an image.
         exif_orientation: whether images will be turned as their EXIF orientation says.
@@ -188,6 +192,7 @@ def check_file(
         workers: threads that read images (decoding runs outside of Python's lock); default one a core.
         images: default ``images/`` beside the file.
         progress: show a bar if it takes long and standard error is a terminal.
+        cache_limit, shuffle_window: as of `open_table`.
         on_record: takes each record whose line has no fault.
 
     Returns:
@@ -200,14 +205,17 @@ def check_file(
     for name, number in (("max_errors", max_errors), ("workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"must be at least 1, not {number}", where=name)
+    lines: DataLines | ShardLines = DataLines(path, special_text, progress=progress)
     store = images or FolderStore.beside(path)
+    if is_shards(path):
+        lines = ShardLines(open_table(path, cache_limit=cache_limit, shuffle_window=shuffle_window), progress=progress)
+        store = lines.table.images
     report = CheckReport(path, str(store), image_level)
     faults: list[Fault] = []
     size_of = partial(image_size, store=store, max_pixels=max_pixels, exif_orientation=exif_orientation)
     seen_images: set[str] = set()
     kinds: list[str] = []
     workers = workers or min(8, available_cores())
-    lines = DataLines(path, special_text, progress=progress)
 
     def read_images(parsed: Iterable[tuple[int, Line]]) -> Iterator[tuple[int, str, str]]:
         """Line, field and path of each image, where it is named first; on the way all else that is in the lines."""
@@ -261,11 +269,13 @@ def ensure_checked(
     special_text: SpecialText = "refuse",
     images: ImageStore | None = None,
     progress: bool = True,
+    cache_limit: float = CACHE_LIMIT,
+    shuffle_window: int = SHUFFLE_WINDOW,
 ) -> CheckReport:
     """`check_file`, once for each content of a data file; what it reads becomes the table of `open_table`.
 
     A passed check is remembered in the cache. That is of the file, not of its images: delete one later and only loading
-    it will tell.
+    it will tell. Of shards the images are not looked at: they were when the index was made, which has their hashes.
 
     Raises:
         DataFaultsError: there are faults.
@@ -273,14 +283,18 @@ def ensure_checked(
     """
     path = Path(path)
     store = images or FolderStore.beside(path)
-    sha256 = content_hash(path)
-    folder = cache_folder(sha256, special_text)
+    if is_shards(path):
+        table = open_table(path)
+        store, sha256, folder, image_level = table.images, table.sha256, table.folder, "off"
+    else:
+        sha256 = content_hash(path)
+        folder = cache_folder(sha256, special_text)
     place = hashlib.blake2b(store.identity.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     memory = folder / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
     report = _recall(memory, path, store, image_level)
     if report is None:
         try:
-            with writing_table(path, sha256, folder) as add:
+            with _writing_table(path, sha256, folder) as add:
                 report = check_file(
                     path,
                     max_errors=max_errors,
@@ -290,6 +304,8 @@ def ensure_checked(
                     special_text=special_text,
                     images=store,
                     progress=progress,
+                    cache_limit=cache_limit,
+                    shuffle_window=shuffle_window,
                     on_record=add,
                 )
                 if not report.ok:
@@ -300,6 +316,11 @@ def ensure_checked(
         remember(memory, report.to_json_dict())
     report.sha256 = sha256
     return report
+
+
+def _writing_table(path: Path, sha256: str, folder: Path) -> AbstractContextManager[Callable[[Record], None] | None]:
+    """`writing_table`, of what has no table yet."""
+    return contextlib.nullcontext() if is_shards(path) else writing_table(path, sha256, folder)
 
 
 def _recall(memory: Path, path: Path, store: ImageStore, level: ImageLevel) -> CheckReport | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ SPECIAL_TEXT: dict[str, Any] = {
 FILE: dict[str, Any] = {
     "type": Path,
     "metavar": "FILE.jsonl",
-    "help": "the data; its images are in the folder images/ next to it",
+    "help": "the data; its images are in the folder images/ next to it (or a folder of shards)",
 }
 
 
@@ -66,6 +67,79 @@ def add_commands(verbs: Parser) -> None:
     command.add_argument("--special-text", **SPECIAL_TEXT)
     command.add_argument("--open", action="store_true", help="open it in the browser")
     _add_pairs(group)
+    _add_shard(group)
+
+
+def _add_shard(group: Parser) -> None:
+    command = group.add_command(
+        "shard",
+        shard,
+        "cut JSONL files and their images into tar files (WebDataset) with an index, for data.train at any URL; or write "
+        "the index alone of tar or parquet files that are there already",
+        "phi3v data shard data/train.jsonl --out shards/train",
+        brief="cut data into tar files, for training from a URL",
+    )
+    command.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="JSONL files; with --index-only tar or parquet files, a folder of these, or their URLs",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards and the index")
+    command.add_argument(
+        "--shard-size", type=_size, default=500_000_000, metavar="SIZE", help="size of a shard, e.g. 500MB or 1GB"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order of the pages")
+    command.add_argument(
+        "--index-only",
+        action="store_true",
+        help="write only the index of tar or parquet files, which stay where they are",
+    )
+    command.add_argument(
+        "--question", metavar="TEXT", help="--index-only: the question of samples that have only a text, e.g. a caption"
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="shards at a time (default: one per core, at most 4)")
+    command.add_argument("--max-pixels", **MAX_PIXELS)
+    command.add_argument("--special-text", **SPECIAL_TEXT)
+    add_keys(command, ("model.path",))
+
+
+def _size(text: str) -> int:
+    """A number of bytes, with a unit or without."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 1GB")
+    return round(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
+
+
+def shard(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from phi3v.data.shards.write import ShardOptions, shard_data
+
+    options = ShardOptions(
+        shard_size=arguments.shard_size,
+        seed=arguments.seed,
+        special_text=arguments.special_text,
+        max_pixels=arguments.max_pixels,
+        workers=arguments.workers,
+        question=arguments.question,
+    )
+    processor = None
+    if "model.path" in arguments.overrides:
+        from phi3v.train.methods.loading import load_processor
+
+        processor = load_processor(load_config(None, arguments.overrides))
+    if arguments.index_only:
+        from phi3v.data.shards.existing import index_existing
+
+        told = index_existing(arguments.source, arguments.out, options, processor=processor)
+    else:
+        told = shard_data([Path(name) for name in arguments.source], arguments.out, options, processor=processor)
+    say(
+        console,
+        f"{told['records']:,} records in {told['shards']:,} shards, {told['bytes'] / 1e6:,.1f} MB: {told['out']}",
+    )
+    say(console, f"index: {told['index_bytes'] / 1e6:,.1f} MB; train on it with --data.train {told['out']}")
+    return told
 
 
 def _add_pairs(group: Parser) -> None:

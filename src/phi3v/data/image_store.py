@@ -73,6 +73,10 @@ class ImageStore(ABC):
     def stamps(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
         """(names, 2) the bytes of each image, and a number that changes when it is replaced; -1 where there is none."""
 
+    def sizes(self, names: Sequence[str], *, exif_orientation: bool) -> npt.NDArray[np.int64] | None:
+        """(names, 2) width and height of each image, 0 where there is none; None where their headers must be read."""
+        return None
+
     @abstractmethod
     def sha256(self, name: str) -> str:
         """Of the bytes of an image.

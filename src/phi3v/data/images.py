@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import IO, BinaryIO, Literal
+from typing import IO, BinaryIO, Literal, NamedTuple
 
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
@@ -134,12 +134,41 @@ def image_size(
     path: str, *, store: ImageStore, max_pixels: int = DEFAULT_MAX_PIXELS, exif_orientation: bool = True
 ) -> tuple[int, int]:
     """Width and height of the image that `load_image` would give, from its header alone; raises the same."""
+    known = store.sizes([path], exif_orientation=exif_orientation)
+    if known is not None and 0 < int(known[0].prod()) <= max_pixels:
+        return int(known[0, 0]), int(known[0, 1])
     with faults_of(store.where(path)), _open_file(path, store, max_pixels) as image:
-        width, height = image.size
-        turned = exif_orientation and _orientation(image) in _ON_ITS_SIDE
-        if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXIF_ORIENTATION) in _ON_ITS_SIDE:
-            width, height = height, width  # Pillow has turned it already
-        return (height, width) if turned else (width, height)
+        header = _read_header(image)
+        turned = exif_orientation and header.turned
+        return (header.height, header.width) if turned else (header.width, header.height)
+
+
+class Header(NamedTuple):
+    """What the header of an image says: its size as stored, whether its EXIF orientation exchanges width and height,
+    and the name that Pillow has for its format.
+    """
+
+    width: int
+    height: int
+    turned: bool
+    format: str
+
+
+def read_header(data: bytes, name: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Header:
+    """The header of the image that ``data`` encodes.
+
+    Raises:
+        UserError: the image cannot be used.
+    """
+    with faults_of(), io.BytesIO(data) as file, _open(file, name, max_pixels) as image:
+        return _read_header(image)
+
+
+def _read_header(image: Image.Image) -> Header:
+    width, height = image.size
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_EXIF_ORIENTATION) in _ON_ITS_SIDE:
+        width, height = height, width  # Pillow has turned it already
+    return Header(width, height, _orientation(image) in _ON_ITS_SIDE, image.format or "")
 
 
 def decode_image(

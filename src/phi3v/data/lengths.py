@@ -291,8 +291,7 @@ def measure_table(
     names, name_of_image = table.distinct_images()
     sizes = image_sizes(table, skip_unreadable=skip_unreadable)
     turns, images = table.turn_counts(), table.turn_image_counts()
-    tokenizer = processor.backend_tokenizer.to_str() if processor is not None else ""
-    file = table.folder / f"tokens-{_identity(tokenizer)}.npz"
+    file = table.folder / tokens_file(processor)
     rejected = table.rejected_counts().astype(np.int64)
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
     shapes["answers"] = len(turns) + int(rejected.sum())
@@ -302,6 +301,12 @@ def measure_table(
         _keep(file, kept)
     of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
     return TableLengths(**kept, turns=turns, images=images, alternatives=1 + rejected, sizes=of_names[name_of_image])
+
+
+def tokens_file(processor: Phi3VProcessor | None) -> str:
+    """The name of the file with what `measure_table` counts by a tokenizer."""
+    tokenizer = processor.backend_tokenizer.to_str() if processor is not None else ""
+    return f"tokens-{_identity(tokenizer)}.npz"
 
 
 def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[str, tuple[int, int]]:
@@ -314,6 +319,13 @@ def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[st
         UserError: the header of an image cannot be read; names the line and the field.
     """
     names, _ = table.distinct_images()
+    known = table.images.sizes(names, exif_orientation=table.exif_orientation)
+    if known is not None:
+        area = known.prod(axis=1)
+        if not skip_unreadable and not ((area > 0) & (area <= table.max_pixels)).all():
+            unusable = {name for name, pixels in zip(names, area, strict=True) if not 0 < pixels <= table.max_pixels}
+            table.image_sizes(next(record for record in table if unusable.intersection(record.images)))
+        return {name: (width, height) for name, (width, height) in zip(names, known.tolist(), strict=True)}
     file = table.folder / f"sizes-{_identity(table.images.identity, table.exif_orientation)}.npz"
     stamps = table.images.stamps(names)
     kept = _recall(file, {"stamps": len(names), "sizes": len(names)})

@@ -7,7 +7,7 @@ opening maps that file, so that memory grows neither with the file nor with the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from PIL import Image
 
-from phi3v.config import DEFAULT_MAX_PIXELS
+from phi3v.config import CACHE_LIMIT, DEFAULT_MAX_PIXELS, SHUFFLE_WINDOW
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash, recall, remember
 from phi3v.data.faults import DataFaultsError, Fault, quote
 from phi3v.data.image_store import FolderStore, ImageStore
@@ -28,6 +28,8 @@ from phi3v.data.jsonl import read_lines, replacing, require_file
 from phi3v.data.other_formats import other_file
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Line, Record, SpecialText, Turn, read_line
+from phi3v.data.shards.index import RECORDS, is_shards, open_index
+from phi3v.data.shards.store import ShardStore
 from phi3v.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class RecordTable:
         exif_orientation: whether images are turned as their EXIF orientation says.
         sha256: of the file's content, when it was parsed.
         folder: where what is derived from this content is kept.
+        shards: of shards, how many records each has; they stand one shard after the other.
     """
 
     dataset: datasets.Dataset
@@ -88,6 +91,7 @@ class RecordTable:
     exif_orientation: bool
     sha256: str
     folder: Path
+    shards: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -157,6 +161,11 @@ class RecordTable:
         """(width, height) of the images of all turns of a record, from their headers alone; raises as `load_images`."""
         return self.read_images(record, image_size)
 
+    def assign_shards(self, own: Sequence[Sequence[int]]) -> None:
+        """Of shards, say which this process reads whole; see `ShardStore.assign`."""
+        if isinstance(self.images, ShardStore):
+            self.images.assign(own)
+
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
         """``take(name, store=…, max_pixels=…, exif_orientation=…)`` of every image of a record, in order.
 
@@ -198,13 +207,17 @@ def open_table(
     images: ImageStore | None = None,
     sha256: str | None = None,
     progress: bool = True,
+    cache_limit: float = CACHE_LIMIT,
+    shuffle_window: int = SHUFFLE_WINDOW,
 ) -> RecordTable:
     """Open a data file; the first time it is parsed and every line is validated (images are not read).
+
+    Of shards, in a folder or at a URL, the index alone is read.
 
     Several processes may open the same file at once: one parses, the others wait for it.
 
     Args:
-        path: the .jsonl file.
+        path: the .jsonl file, or the folder or URL of shards.
         special_text: whether literal special tokens in texts are faults or are escaped.
         max_pixels: limit for the images that the table loads.
         exif_orientation: whether it turns them as their EXIF orientation says.
@@ -212,6 +225,8 @@ def open_table(
         images: default ``images/`` beside the file.
         sha256: the content that is wanted, as `ensure_checked` found it; default: what the file has now.
         progress: show a bar if parsing takes long and standard error is a terminal.
+        cache_limit: GB that shards from elsewhere may take on this machine's disk.
+        shuffle_window: shards that are read at the same time.
 
     Raises:
         DataFaultsError: lines are wrong; lists the first ``max_errors`` faults and counts them all.
@@ -219,6 +234,8 @@ def open_table(
             written.
     """
     path = Path(path)
+    if is_shards(path):
+        return _open_shards(path, max_pixels, exif_orientation, sha256, cache_limit, shuffle_window)
     sha256 = sha256 or content_hash(path)
     folder = cache_folder(sha256, special_text)
     dataset = open_cached(folder)
@@ -237,20 +254,50 @@ def open_table(
     return RecordTable(dataset, path, images or FolderStore.beside(path), max_pixels, exif_orientation, sha256, folder)
 
 
+def _open_shards(
+    path: Path, max_pixels: int, exif_orientation: bool, sha256: str | None, cache_limit: float, window: int
+) -> RecordTable:
+    index = open_index(path)
+    if sha256 is not None and sha256 != index.sha256:
+        raise changed(path)
+    try:
+        dataset = open_records(index.folder / RECORDS)
+        if len(dataset) != index.num_records:
+            raise ValueError("another number of records")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"is damaged: {error}", where=str(index.folder / RECORDS), hint="copy it again") from None
+    if not index.num_records:
+        raise UserError("holds no record", where=str(path), hint="were the shards made of the right files?")
+    store = ShardStore(index, cache_limit=round(cache_limit * 1e9), window=window)
+    counts = tuple(shard.records for shard in index.shards)
+    return RecordTable(dataset, path, store, max_pixels, exif_orientation, index.sha256, index.cache, counts)
+
+
 def open_cached(folder: Path) -> datasets.Dataset | None:
     """The table if the cache has it whole, else None: a partial or damaged one is as good as none."""
     arrow = folder / "records.arrow"
-    import datasets  # takes a second, and a check may do without
-
     try:
         expected = recall(folder / "records.json")
         if arrow.stat().st_size != expected["bytes"]:
             return None
-        dataset = datasets.Dataset.from_file(str(arrow))
-        whole = len(dataset) == expected["records"] and dataset.data.schema.names == _SCHEMA.names
+        dataset = open_records(arrow)
+        return dataset if len(dataset) == expected["records"] else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return dataset if whole else None
+
+
+def open_records(file: Path) -> datasets.Dataset:
+    """Map what `writing_records` wrote.
+
+    Raises:
+        OSError, ValueError, ArrowException: it is not that.
+    """
+    import datasets  # takes a second, and a check may do without
+
+    dataset = datasets.Dataset.from_file(str(file))
+    if dataset.data.schema.names != _SCHEMA.names:
+        raise ValueError(f"{file} has other columns")
+    return dataset
 
 
 def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
@@ -325,6 +372,33 @@ class DataLines:
         return faults
 
 
+class ShardLines:
+    """The records of shards as the lines of a file, whose texts are known to be in order.
+
+    Its shards are read one after the other.
+    """
+
+    def __init__(self, table: RecordTable, *, progress: bool) -> None:
+        self.table = table
+        self.progress = progress
+
+    def __iter__(self) -> Generator[tuple[int, Line]]:
+        self.table.assign_shards([[number] for number in range(len(self.table.shards))])
+        with LateProgress(f"reading {self.table.path.name}", len(self.table), enabled=self.progress) as bar:
+            for record in self.table:
+                named = [
+                    (f"conversations[{t}].images[{k}]", name)
+                    for t, turn in enumerate(record.turns)
+                    for k, name in enumerate(turn.images)
+                ]
+                yield record.line, Line(record, images=named, id=record.id)
+                bar.advance(1)
+
+    def repeated_ids(self) -> list[Fault]:
+        """As of `DataLines`; there are none."""
+        return []
+
+
 @contextlib.contextmanager
 def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[Record], None]]:
     """Takes all records of a file in order; if the block ends without an error, the table is there.
@@ -332,33 +406,46 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
     Raises:
         UserError: the file's content is no longer the one of ``sha256``.
     """
-    rows: list[dict[str, Any]] = []
-    records = characters = 0
+    records = 0
     with replacing(folder / "records.arrow") as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-
-            def write() -> None:
-                nonlocal characters
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-                rows.clear()
-                characters = 0
+        with writing_records(temporary) as write:
 
             def add(record: Record) -> None:
-                nonlocal records, characters
-                rows.append(_row(record))
+                nonlocal records
+                write(record)
                 records += 1
-                characters += sum(len(text) for turn in record.turns for text in turn.texts)
-                if len(rows) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-                    write()
 
             yield add
-            if rows:
-                write()
         if content_hash(path) != sha256:
             raise changed(path)
         size = temporary.stat().st_size
     # Says that the table is complete.
     remember(folder / "records.json", {"records": records, "bytes": size, "file": str(path.absolute())})
+
+
+@contextlib.contextmanager
+def writing_records(file: Path) -> Iterator[Callable[[Record], None]]:
+    """Takes all records of a table in order, and writes them to ``file``."""
+    rows: list[dict[str, Any]] = []
+    characters = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+
+        def write() -> None:
+            nonlocal characters
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+            rows.clear()
+            characters = 0
+
+        def add(record: Record) -> None:
+            nonlocal characters
+            rows.append(_row(record))
+            characters += sum(len(text) for turn in record.turns for text in turn.texts)
+            if len(rows) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+                write()
+
+        yield add
+        if rows:
+            write()
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""The images of shards: of local ones where they lie, of remote ones out of the cache or by a request for one image.
+
+A shard is fetched whole where it is this rank's own (`ShardStore.assign`), and one image at a time where it is
+another's. Where nobody has said whose it is, it is fetched whole once a good part of it was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from phi3v.data.faults import quote
+from phi3v.data.image_store import ImageFaultError, ImageStore
+from phi3v.data.shards.cache import ShardCache
+from phi3v.data.shards.index import ShardIndex
+from phi3v.data.shards.parquet import write_images_of
+from phi3v.data.shards.remote import FetchError
+from phi3v.errors import UserError
+from phi3v.paths import file_hash
+
+Ints = npt.NDArray[np.int64]
+
+WORTH_FETCHING = 0.1  # share of a shard asked for image by image, after which the rest is fetched too
+UNASSIGNED, OTHERS = -1, -2  # in place of the window of an own shard
+_CHANGED = "it was changed since the index was made, or damaged on the way: make the index again, or copy it again"
+
+
+class ShardStore(ImageStore):
+    """The images of an index.
+
+    Args:
+        index: that was opened.
+        cache_limit: bytes that shards may take in the cache.
+        window: shards that are read at the same time.
+    """
+
+    def __init__(self, index: ShardIndex, *, cache_limit: int, window: int) -> None:
+        self.index = index
+        self.cache = ShardCache(cache_limit)
+        self.window = window
+        self._share()
+
+    def _share(self) -> None:
+        # Anonymous shared memory: what `assign` says reaches reading processes that were forked before.
+        count = len(self.index.shards)
+        shared = np.frombuffer(mmap.mmap(-1, 8 * (count + 1)), dtype=np.int64)
+        self._positions, self._assigned = shared[:count], shared[count:]  # the latter: how often that was said
+        self._positions[:] = UNASSIGNED
+        self._asked = np.zeros(count, dtype=np.int64)
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._lock = threading.Lock()
+        self._ahead = (0, 0)  # the assignment and the window after which the next one is being fetched
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "cache": self.cache, "window": self.window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShardStore) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __str__(self) -> str:
+        return self.index.location.root
+
+    @property
+    def identity(self) -> str:
+        return self.index.sha256  # of all hashes, so the same wherever the shards lie
+
+    def where(self, name: str) -> str:
+        rows = self.index.images.copies(name)
+        shard = self.index.place(self._places["shard"][rows[0]]) if rows else str(self)
+        return f"{shard}: {name}"
+
+    def sizes(self, names: Sequence[str], *, exif_orientation: bool) -> Ints:
+        rows = self.index.images.first(names)
+        of = self._places
+        size = np.stack([of["width"][rows], of["height"][rows]], axis=1).astype(np.int64)
+        if exif_orientation:
+            size = np.where(of["turned"][rows][:, None], size[:, ::-1], size)
+        return np.where(rows[:, None] >= 0, size, 0)
+
+    def stamps(self, names: Sequence[str]) -> Ints:
+        rows = self.index.images.first(names)
+        stamps = [
+            (self._places["size"][row], int.from_bytes(self.index.images.sha256(row)[:7])) if row >= 0 else (-1, -1)
+            for row in rows.tolist()
+        ]
+        return np.array(stamps, dtype=np.int64).reshape(-1, 2)
+
+    def sha256(self, name: str) -> str:
+        rows = self.index.images.copies(name)
+        if not rows:
+            raise FileNotFoundError(name)
+        return self.index.images.sha256(rows[0]).hex()
+
+    @cached_property
+    def _places(self) -> dict[str, Any]:
+        return self.index.images.places
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        yield io.BytesIO(self.read(name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an image, which are those that the index has the hash of.
+
+        Raises:
+            ImageFaultError: there is no such image, or it cannot be read; names the shard.
+        """
+        rows = self.index.images.copies(name)
+        if not rows:
+            hint = "the index names every image of the shards; was it made of other records?"
+            raise ImageFaultError(f"is not in the index: {quote(name)}", hint)
+        shards = [int(self._places["shard"][row]) for row in rows]
+        best = min(range(len(rows)), key=lambda at: self._distance(shards[at]))
+        row, shard = rows[best], shards[best]
+        try:
+            data = self._read(shard, int(self._places["offset"][row]), int(self._places["size"][row]))
+        except FetchError as error:
+            raise ImageFaultError(f"{quote(name)} cannot be had: the shard {error.what}", error.hint) from None
+        except UserError as error:
+            what = f"{quote(name)} cannot be had: {error.what} ({error.where})"
+            raise ImageFaultError(what, error.hint or "") from None
+        if hashlib.sha256(data).digest() != self.index.images.sha256(row):
+            what = f"has other bytes than the index says: {quote(name)} in {self.index.place(shard)}"
+            raise ImageFaultError(what, _CHANGED)
+        return data
+
+    def assign(self, own: Sequence[Sequence[int]]) -> None:
+        """Say which shards are this rank's, window by window; the others are others'."""
+        self._positions[:] = OTHERS
+        for window, shards in enumerate(own):
+            self._positions[list(shards)] = window
+        self._assigned += 1
+
+    def _distance(self, shard: int) -> tuple[int, int]:
+        """Of several shards that have an image, the one with the least is read."""
+        return (int(self._open(shard) is None), int(self._positions[shard] < 0))
+
+    def _is_in_place(self, shard: int) -> bool:
+        """Whether a shard is read where it lies."""
+        return not self.index.location.is_remote and self.index.shards[shard].kind == "tar"
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        file = self._open(shard)
+        if not self._is_in_place(shard):
+            self._fetch_ahead(shard)
+            if file is None and self._wants_whole(shard, size) and self.fetch(shard):
+                file = self._open(shard)
+        if file is not None:
+            return os.pread(file.fileno(), size, offset)
+        if self.index.shards[shard].kind != "tar":
+            raise UserError(
+                f"the cache has no room for the shard {self.index.place(shard)}, whose images cannot be read singly",
+                where="data.cache_limit",
+                hint="raise it",
+            )
+        return self.index.location.read(self.index.shards[shard].file, offset, offset + size)
+
+    def _open(self, shard: int) -> BinaryIO | None:
+        """The file of a shard that is on this machine; the last few are kept open."""
+        with self._lock:
+            if self._process != os.getpid():  # a forked reader: it opens files of its own
+                self._files, self._process, self._ahead = OrderedDict(), os.getpid(), (0, 0)
+            file = self._files.pop(shard, None)
+            if file is None:
+                if self._is_in_place(shard):
+                    try:
+                        file = Path(self.index.place(shard)).open("rb")  # noqa: SIM115
+                    except OSError:
+                        return None  # said where it is read
+                else:
+                    file = self.cache.open(self._key(shard))
+                if file is None:
+                    return None
+                while len(self._files) >= max(2, self.window):
+                    self._files.popitem(last=False)[1].close()
+            self._files[shard] = file
+            return file
+
+    def _key(self, shard: int) -> str:
+        """The name of a shard in the cache."""
+        found = self.index.shards[shard]
+        if found.kind == "tar":
+            return found.sha256
+        return hashlib.sha256(f"{found.sha256} {found.images}".encode()).hexdigest()
+
+    def _wants_whole(self, shard: int, size: int) -> bool:
+        position = int(self._positions[shard])
+        self._asked[shard] += size
+        if self.index.shards[shard].kind != "tar":
+            return True
+        if position == UNASSIGNED:
+            return bool(self._asked[shard] > WORTH_FETCHING * self.index.shards[shard].bytes)
+        return position != OTHERS
+
+    def fetch(self, shard: int, *, wait: bool = True) -> bool:
+        """Have a shard whole in the cache, if it has room.
+
+        Raises:
+            FetchError: it cannot be fetched, or is not the one that the index names.
+            UserError: the cache cannot be written.
+        """
+        of_shard = self.index.shards[shard]
+
+        def write(part: Path) -> None:
+            self.index.location.fetch(of_shard.file, part)
+            if part.stat().st_size != of_shard.bytes or file_hash(part) != of_shard.sha256:
+                raise FetchError(f"is not the one that the index names: {self.index.place(shard)}", _CHANGED)
+            if of_shard.kind == "parquet":
+                write_images_of(part, of_shard.images)
+
+        # The images of a parquet file lie beside it for a while.
+        size = of_shard.bytes if of_shard.kind == "tar" else 2 * of_shard.bytes
+        return self.cache.fetch(self._key(shard), size, write, wait=wait)
+
+    def _fetch_ahead(self, shard: int) -> None:
+        """Begin to fetch the other own shards of this window, and those of the next one."""
+        window = int(self._positions[shard])
+        now = (int(self._assigned[0]), window)
+        if window < 0 or now <= self._ahead:
+            return
+        self._ahead = now
+        wanted = [int(other) for at in (window, window + 1) for other in np.flatnonzero(self._positions == at)]
+        wanted.remove(shard)
+        threading.Thread(target=self._fetch_all, args=(wanted,), daemon=True).start()
+
+    def _fetch_all(self, shards: Sequence[int]) -> None:
+        for shard in shards:
+            try:
+                self.fetch(shard, wait=False)
+            except (FetchError, UserError):
+                return  # said where it is read
