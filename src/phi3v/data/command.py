@@ -74,8 +74,8 @@ def _add_shard(group: Parser) -> None:
     command = group.add_command(
         "shard",
         shard,
-        "cut JSONL files and their images into tar files (WebDataset) with an index, for data.train at any URL; or write "
-        "the index alone of tar or parquet files that are there already",
+        "cut JSONL files and their images into tar files (WebDataset) with an index, for data.train at any URL; or "
+        "write the index alone of tar or parquet files that are there already",
         "phi3v data shard data/train.jsonl --out shards/train",
         brief="cut data into tar files, for training from a URL",
     )
