@@ -1,0 +1,264 @@
+"""Shards at a URL: what is fetched, kept and tried again, against a web server on this machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from file_server import FileServer, serving
+from PIL import Image
+
+from phi3v.data.check import check_file, ensure_checked
+from phi3v.data.lengths import measure_table
+from phi3v.data.shards import remote
+from phi3v.data.shards.cache import ShardCache
+from phi3v.data.shards.store import ShardStore
+from phi3v.data.shards.write import ShardOptions, shard_data
+from phi3v.data.table import RecordTable, open_table
+from phi3v.errors import UserError
+
+SHARDS = 6
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six shards, of four records each."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "images").mkdir()
+    random = np.random.default_rng(1)
+    lines = []
+    for page in range(4 * SHARDS):
+        pixels = random.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{page}.png")
+        turn = {"images": [f"{page}.png"], "user": "Which?", "assistant": str(page)}
+        lines.append({"id": str(page), "conversations": [turn]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHI3V_CACHE", str(folder / "cache"))
+        shard_data([folder / "train.jsonl"], folder / "shards", ShardOptions(shard_size=28_000))
+        assert open_table(folder / "shards").shards == (4,) * SHARDS
+    return folder / "shards"
+
+
+@pytest.fixture
+def server(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    shutil.copytree(made, tmp_path / "served")
+    with serving(tmp_path / "served") as server:
+        yield server
+
+
+def store_of(table: RecordTable) -> ShardStore:
+    assert isinstance(table.images, ShardStore)
+    return table.images
+
+
+def test_opening_and_measuring_fetch_the_index_alone_and_once(server: FileServer) -> None:
+    assert ensure_checked(Path(server.url)).ok
+    table = open_table(Path(server.url))  # as a configuration's path arrives
+    assert measure_table(table, None).sizes.tolist() == [[40, 40]] * len(table)
+    assert sorted({name for name, _ in server.requests}) == ["images.arrow", "index.json", "records.arrow"]
+    assert server.sent["records.arrow"] == (server.folder / "records.arrow").stat().st_size
+    server.forget()
+    open_table(server.url)
+    assert [name for name, _ in server.requests] == ["index.json"]
+
+
+def test_an_own_shard_is_fetched_whole_and_one_image_of_others(server: FileServer, made: Path) -> None:
+    table, local = open_table(server.url), open_table(made)
+    table.assign_shards([[0, 2], [4]])
+    server.forget()
+    for index in (0, 1, 2, 3, 4, 8):
+        assert np.array_equal(table.load_images(table[index])[0], local.load_images(local[index])[0])
+    store_of(table).fetch(4)  # which is fetched ahead, perhaps at this moment
+    assert sorted(server.whole()) == ["00000.tar", "00002.tar", "00004.tar"]
+    singles = [(name, start) for name, start in server.requests if start is not None]
+    assert [name for name, _ in singles] == ["00001.tar"]
+    assert server.sent["00001.tar"] < 6000
+    again = open_table(server.url)  # another process of this machine
+    server.forget()
+    again.load_images(again[8])
+    assert not server.requests
+
+
+def test_without_ranks_a_shard_is_fetched_once_much_of_it_was_asked_for(server: FileServer) -> None:
+    table = open_table(server.url)
+    for record in table:
+        table.load_images(record)
+    assert server.whole() == [f"{number:05d}.tar" for number in range(SHARDS)]
+
+
+def test_a_check_streams_shard_after_shard(server: FileServer) -> None:
+    assert check_file(Path(server.url)).images == 4 * SHARDS
+    assert sorted(server.whole()) == [f"{number:05d}.tar" for number in range(SHARDS)]
+    assert not [start for name, start in server.requests if start is not None and name.endswith(".tar")]
+
+
+@pytest.mark.parametrize("fault", [500, 503, "short", "slow"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_fails_is_tried_again(
+    server: FileServer, fault: int | str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    fsspec.filesystem("http").clear_instance_cache()  # which keeps the timeout
+    table = open_table(server.url)
+    table.assign_shards([[0]] if whole else [])
+    server.faults = lambda name, times: fault if name == "00000.tar" and times < 3 else None
+    assert table.load_images(table[0])[0].size == (40, 40)
+    assert [name for name, _ in server.requests].count("00000.tar") == 3
+    assert not list(ShardCache(1).folder.glob(".*.part"))
+    fsspec.filesystem("http").clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests", "message"),
+    [
+        (500, remote.ATTEMPTS, "HTTP 500"),
+        (404, 1, "is not there"),
+        (403, 1, "may not be read"),
+        ("short", remote.ATTEMPTS, "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_goes_on_failing_names_shard_and_record(
+    server: FileServer, fault: int | str, requests: int, message: str, whole: bool
+) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[2]] if whole else [])
+    server.faults = lambda name, _: fault if name == "00002.tar" else None
+    with pytest.raises(UserError) as caught:
+        table.load_images(table[8])
+    assert message in str(caught.value)
+    assert f"{server.url}/00002.tar" in str(caught.value)
+    assert ":9: conversations[0].images[0]" in str(caught.value)
+    assert len([name for name, _ in server.requests if name == "00002.tar"]) == requests
+    assert table.load_images(table[0])
+
+
+def test_a_server_that_ignores_ranges_is_no_obstacle(server: FileServer, made: Path) -> None:
+    table, local = open_table(server.url), open_table(made)
+    table.assign_shards([])
+    server.faults = lambda _name, _times: "whole"
+    assert np.array_equal(table.load_images(table[6])[0], local.load_images(local[6])[0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_shard_that_was_changed_since_is_an_error(server: FileServer, whole: bool) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[3]] if whole else [])
+    content = (server.folder / "00003.tar").read_bytes()
+    (server.folder / "00003.tar").write_bytes(content[::-1])
+    with pytest.raises(
+        UserError, match=r"is not the one that the index names|has other bytes than the index says"
+    ) as caught:
+        table.load_images(table[12])
+    assert "00003.tar" in str(caught.value)
+    assert not [file for file in ShardCache(1).folder.glob("*") if file.suffix != ".lock"]
+
+
+def test_an_index_that_was_damaged_on_the_way_is_refused(server: FileServer, tmp_path: Path) -> None:
+    content = (server.folder / "images.arrow").read_bytes()
+    (server.folder / "images.arrow").write_bytes(content[:-8] + bytes(8))
+    with pytest.raises(UserError, match="its SHA-256 is another"):
+        open_table(server.url)
+    (server.folder / "images.arrow").write_bytes(content)
+    assert len(open_table(server.url)) == 4 * SHARDS
+    shutil.rmtree(server.folder)
+    with pytest.raises(UserError, match="the index is not there"):
+        open_table(server.url)
+
+
+def test_the_cache_keeps_to_its_limit_and_spares_what_is_read(server: FileServer, made: Path) -> None:
+    size = (made / "00000.tar").stat().st_size
+    table = open_table(server.url, cache_limit=2.5 * size / 1e9, shuffle_window=2)
+    table.assign_shards([[number] for number in range(SHARDS)])
+    folder = ShardCache(1).folder
+
+    def kept() -> list[int]:
+        return [file.stat().st_size for file in folder.iterdir() if len(file.name) == 64]
+
+    for record in table:
+        table.load_images(record)
+        assert sum(kept()) <= 2.5 * size
+    assert kept()
+    # Shards that are open here stay: there is no room, so images are asked for one by one.
+    other = open_table(server.url, cache_limit=1.5 * size / 1e9)
+    other.assign_shards([[number] for number in range(SHARDS)])
+    server.forget()
+    for record in other:
+        other.load_images(record)
+    assert [start for _, start in server.requests if start is not None]
+
+
+def test_a_shard_that_died_with_its_process_is_fetched_again(server: FileServer) -> None:
+    table = open_table(server.url)
+    store = store_of(table)
+    key = store.index.shards[0].sha256
+    store.cache.folder.mkdir(parents=True)
+    left = store.cache.folder / f".{key}.999999999999.1.part"
+    left.write_bytes(b"half")
+    assert store.fetch(0)
+    assert not left.exists()
+    assert server.whole() == ["00000.tar"]
+
+
+def _read_all(url: str, start: int, results: Any) -> None:
+    table = open_table(url)
+    table.assign_shards([list(range(SHARDS))])
+    order = np.roll(np.arange(len(table)), start)
+    results.put([len(table.load_images(table[int(index)])) for index in order])
+
+
+def test_processes_of_a_machine_fetch_a_shard_once(server: FileServer) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    open_table(server.url)
+    processes = [context.Process(target=_read_all, args=(server.url, 5 * number, results)) for number in range(3)]
+    for process in processes:
+        process.start()
+    read = [results.get() for _ in processes]
+    for process in processes:
+        process.join(20)
+    assert read == [[1] * 4 * SHARDS] * 3
+    assert sorted(server.whole()) == [f"{number:05d}.tar" for number in range(SHARDS)]
+
+
+def test_a_missing_driver_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for scheme, extra in (("s3", "s3"), ("gs", "gcs"), ("abfs", "abfs")):
+        for module in ("s3fs", "gcsfs", "adlfs"):
+            monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError) as caught:
+            open_table(Path(f"{scheme}://bucket/shards"))
+        assert f'pip install "phi3v[{extra}]"' in str(caught.value)
+        assert f"{scheme}://bucket/shards" in str(caught.value)
+    with pytest.raises(UserError, match="no such URL"):
+        open_table("nothing://bucket/shards")
+
+
+def test_shards_on_another_file_system_of_fsspec(made: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(made), "/bucket/shards", recursive=True)
+    try:
+        table = open_table("memory://bucket/shards")
+        assert [len(table.load_images(record)) for record in table] == [1] * len(table)
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_reading_opens_no_more_files_than_a_window_has(server: FileServer) -> None:
+    table = open_table(server.url, shuffle_window=2)
+    table.assign_shards([list(range(SHARDS))])
+    for record in table:
+        table.load_images(record)
+    folder = os.path.realpath(ShardCache(1).folder)
+    opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert len({name for name in opened if name.startswith(folder) and len(Path(name).name) == 64}) <= 2
