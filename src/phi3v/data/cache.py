@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from phi3v.data.jsonl import replacing, require_file
 from phi3v.data.schema import SCHEMA_VERSION, SpecialText
 from phi3v.errors import UserError
 from phi3v.paths import file_hash
+
+Ints = npt.NDArray[np.int64]
 
 CACHE_HINT = "set PHI3V_CACHE to a folder with room that you may write to"
 
@@ -90,3 +96,27 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
         where=str(folder),
         hint=CACHE_HINT,
     )
+
+
+def recall_arrays(file: Path, shapes: dict[str, int]) -> dict[str, Ints] | None:
+    """The arrays that were kept, if they are whole and as long as they must be."""
+    try:
+        with np.load(file) as kept:
+            arrays = {name: kept[name] for name in shapes}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    return arrays if {name: len(array) for name, array in arrays.items()} == shapes else None
+
+
+def keep_arrays(file: Path, arrays: dict[str, Ints]) -> None:
+    """Keep arrays, where that is possible."""
+    try:
+        with replacing(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, **arrays)  # type: ignore[arg-type]
+    except OSError:
+        pass  # it is counted again the next time
+
+
+def digest(*settings: object) -> str:
+    """A name for settings, which are plain values."""
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()

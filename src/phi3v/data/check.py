@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -22,10 +22,11 @@ from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.lengths import LENGTH_HINT, Context
-from phi3v.data.progress import in_order
+from phi3v.data.lines import DataLines
+from phi3v.data.progress import LateProgress, in_order
 from phi3v.data.schema import Line, Record, SpecialText
 from phi3v.data.shards.index import is_shards
-from phi3v.data.table import DataLines, ShardLines, open_table, writing_table
+from phi3v.data.table import RecordTable, open_table, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 
@@ -316,6 +317,33 @@ def ensure_checked(
         remember(memory, report.to_json_dict())
     report.sha256 = sha256
     return report
+
+
+class ShardLines:
+    """The records of shards as the lines of a file, whose texts are known to be in order.
+
+    Its shards are read one after the other.
+    """
+
+    def __init__(self, table: RecordTable, *, progress: bool) -> None:
+        self.table = table
+        self.progress = progress
+
+    def __iter__(self) -> Generator[tuple[int, Line]]:
+        self.table.assign_shards([[number] for number in range(len(self.table.shards))])
+        with LateProgress(f"reading {self.table.path.name}", len(self.table), enabled=self.progress) as bar:
+            for record in self.table:
+                named = [
+                    (f"conversations[{t}].images[{k}]", name)
+                    for t, turn in enumerate(record.turns)
+                    for k, name in enumerate(turn.images)
+                ]
+                yield record.line, Line(record, images=named, id=record.id)
+                bar.advance(1)
+
+    def repeated_ids(self) -> list[Fault]:
+        """As of `DataLines`; there are none."""
+        return []
 
 
 def _writing_table(path: Path, sha256: str, folder: Path) -> AbstractContextManager[Callable[[Record], None] | None]:

@@ -7,24 +7,19 @@ file's table. Images are not decoded: their headers tell their sizes.
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from phi3v.data.image_store import THREADS
-from phi3v.data.images import image_size
-from phi3v.data.jsonl import replacing
+from phi3v.data.cache import digest, keep_arrays, recall_arrays
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record
+from phi3v.data.sizes import image_sizes
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 from phi3v.processing.hd_transform import num_img_tokens, page_geometry
@@ -295,10 +290,10 @@ def measure_table(
     rejected = table.rejected_counts().astype(np.int64)
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
     shapes["answers"] = len(turns) + int(rejected.sum())
-    kept = _recall(file, shapes)
+    kept = recall_arrays(file, shapes)
     if kept is None:
         kept = dict(zip(shapes, _count_all(table, processor, progress), strict=True))
-        _keep(file, kept)
+        keep_arrays(file, kept)
     of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
     return TableLengths(**kept, turns=turns, images=images, alternatives=1 + rejected, sizes=of_names[name_of_image])
 
@@ -306,48 +301,7 @@ def measure_table(
 def tokens_file(processor: Phi3VProcessor | None) -> str:
     """The name of the file with what `measure_table` counts by a tokenizer."""
     tokenizer = processor.backend_tokenizer.to_str() if processor is not None else ""
-    return f"tokens-{_identity(tokenizer)}.npz"
-
-
-def image_sizes(table: RecordTable, *, skip_unreadable: bool = False) -> dict[str, tuple[int, int]]:
-    """Width and height of every image by its name, in the order of the file; kept as `measure_table` does.
-
-    Args:
-        skip_unreadable: (0, 0) where the header cannot be read, in place of an error.
-
-    Raises:
-        UserError: the header of an image cannot be read; names the line and the field.
-    """
-    names, _ = table.distinct_images()
-    known = table.images.sizes(names, exif_orientation=table.exif_orientation)
-    if known is not None:
-        area = known.prod(axis=1)
-        if not skip_unreadable and not ((area > 0) & (area <= table.max_pixels)).all():
-            unusable = {name for name, pixels in zip(names, area, strict=True) if not 0 < pixels <= table.max_pixels}
-            table.image_sizes(next(record for record in table if unusable.intersection(record.images)))
-        return {name: (width, height) for name, (width, height) in zip(names, known.tolist(), strict=True)}
-    file = table.folder / f"sizes-{_identity(table.images.identity, table.exif_orientation)}.npz"
-    stamps = table.images.stamps(names)
-    kept = _recall(file, {"stamps": len(names), "sizes": len(names)})
-    if kept is not None and kept["sizes"].shape == stamps.shape and np.array_equal(kept["stamps"], stamps):
-        sizes = [(width, height) for width, height in kept["sizes"].tolist()]
-        if all(width * height <= table.max_pixels for width, height in sizes):
-            return dict(zip(names, sizes, strict=True))
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = dict(zip(names, pool.map(lambda name: _read_size(table, name), names), strict=True))
-    unreadable = {name for name, size in read.items() if size is None}
-    if not unreadable:
-        _keep(file, {"stamps": stamps, "sizes": np.array(list(read.values()), dtype=np.int64).reshape(-1, 2)})
-    elif not skip_unreadable:
-        table.image_sizes(next(record for record in table if unreadable.intersection(record.images)))
-    return {name: size or (0, 0) for name, size in read.items()}
-
-
-def _read_size(table: RecordTable, name: str) -> tuple[int, int] | None:
-    try:
-        return table.of_image(image_size, name)
-    except UserError:
-        return None
+    return f"tokens-{digest(VERSION, tokenizer)}.npz"
 
 
 def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: bool) -> list[Ints]:
@@ -372,29 +326,6 @@ def _count_all(table: RecordTable, processor: Phi3VProcessor | None, progress: b
             parts.append([*arrays, pages, answers])
             bar.advance(len(arrays[0]))
     return [np.concatenate(values) for values in zip(*parts, strict=True)]
-
-
-def _identity(*settings: object) -> str:
-    """Of everything but the data file that what is kept depends on."""
-    return hashlib.blake2b(json.dumps([VERSION, *settings]).encode(), digest_size=8).hexdigest()
-
-
-def _recall(file: Path, shapes: dict[str, int]) -> dict[str, Ints] | None:
-    """The arrays that were kept, if they are whole and as long as they must be."""
-    try:
-        with np.load(file) as kept:
-            arrays = {name: kept[name] for name in shapes}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-    return arrays if {name: len(array) for name, array in arrays.items()} == shapes else None
-
-
-def _keep(file: Path, arrays: dict[str, Ints]) -> None:
-    try:
-        with replacing(file) as temporary, temporary.open("wb") as opened:
-            np.savez(opened, **arrays)  # type: ignore[arg-type]
-    except OSError:
-        pass  # it is counted again the next time
 
 
 @dataclass(frozen=True)

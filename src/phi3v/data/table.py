@@ -7,7 +7,7 @@ opening maps that file, so that memory grows neither with the file nor with the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,13 +21,12 @@ from PIL import Image
 
 from phi3v.config import CACHE_LIMIT, DEFAULT_MAX_PIXELS, SHUFFLE_WINDOW
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash, recall, remember
-from phi3v.data.faults import DataFaultsError, Fault, quote
+from phi3v.data.faults import DataFaultsError, Fault
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import image_size, load_image
-from phi3v.data.jsonl import read_lines, replacing, require_file
-from phi3v.data.other_formats import other_file
-from phi3v.data.progress import LateProgress
-from phi3v.data.schema import Line, Record, SpecialText, Turn, read_line
+from phi3v.data.jsonl import replacing
+from phi3v.data.lines import DataLines
+from phi3v.data.schema import Record, SpecialText, Turn
 from phi3v.data.shards.index import RECORDS, is_shards, open_index
 from phi3v.data.shards.store import ShardStore
 from phi3v.errors import UserError
@@ -319,84 +318,6 @@ def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max
         if total + len(repeated):
             first = sorted([*faults, *repeated], key=lambda fault: fault.line)[:max_errors]
             raise DataFaultsError(path, first, total=total + len(repeated))
-
-
-class DataLines:
-    """The lines of a data file that are not blank, parsed one after the other: (1-based number, what it holds).
-
-    A file of another format gives its fault alone.
-
-    Raises:
-        UserError: the file cannot be read, or holds no line.
-    """
-
-    def __init__(self, path: Path, special_text: SpecialText, *, progress: bool) -> None:
-        self.path = path
-        self.special_text = special_text
-        self.progress = progress
-        self._ids: list[str] = []
-        self._lines_of_ids: list[int] = []
-
-    def __iter__(self) -> Generator[tuple[int, Line]]:
-        path, empty = self.path, True
-        require_file(path)
-        if other := other_file(path):
-            yield other.line, Line(faults=[other])
-            return
-        with LateProgress(f"reading {path.name}", path.stat().st_size, enabled=self.progress) as bar:
-            for number, raw in read_lines(path):
-                line = read_line(raw, file=path, line=number, special_text=self.special_text)
-                if line.id is not None:
-                    self._ids.append(line.id)
-                    self._lines_of_ids.append(number)
-                yield number, line
-                empty = False
-                bar.advance(len(raw))
-        if empty:
-            raise UserError("holds no record", where=str(path), hint="a data file has one JSON object a line")
-
-    def repeated_ids(self) -> list[Fault]:
-        """One fault for each line read so far whose id an earlier line has, in line order."""
-        ids, lines = pa.array(self._ids, pa.string()), self._lines_of_ids
-        if pc.count_distinct(ids).as_py() == len(ids):
-            return []
-        counts = pc.value_counts(ids)
-        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        first: dict[str, int] = {}
-        faults = []
-        for index in pc.indices_nonzero(pc.is_in(ids, value_set=repeated)).to_pylist():
-            earlier = first.setdefault(self._ids[index], lines[index])
-            if earlier != lines[index]:
-                what = f"{quote(self._ids[index])} is the id of line {earlier} too"
-                faults.append(Fault(self.path, lines[index], "id", what, "give each line an id of its own"))
-        return faults
-
-
-class ShardLines:
-    """The records of shards as the lines of a file, whose texts are known to be in order.
-
-    Its shards are read one after the other.
-    """
-
-    def __init__(self, table: RecordTable, *, progress: bool) -> None:
-        self.table = table
-        self.progress = progress
-
-    def __iter__(self) -> Generator[tuple[int, Line]]:
-        self.table.assign_shards([[number] for number in range(len(self.table.shards))])
-        with LateProgress(f"reading {self.table.path.name}", len(self.table), enabled=self.progress) as bar:
-            for record in self.table:
-                named = [
-                    (f"conversations[{t}].images[{k}]", name)
-                    for t, turn in enumerate(record.turns)
-                    for k, name in enumerate(turn.images)
-                ]
-                yield record.line, Line(record, images=named, id=record.id)
-                bar.advance(1)
-
-    def repeated_ids(self) -> list[Fault]:
-        """As of `DataLines`; there are none."""
-        return []
 
 
 @contextlib.contextmanager

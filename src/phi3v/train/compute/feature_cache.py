@@ -19,7 +19,7 @@ from phi3v.config import FeatureCache
 from phi3v.data.cache import CACHE_HINT, cache_root
 from phi3v.data.features import FeatureStore
 from phi3v.data.images import load_image
-from phi3v.data.lengths import image_sizes
+from phi3v.data.sizes import image_sizes
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.model.vision import PATCHES, Phi3VImageEmbedding
