@@ -16,6 +16,7 @@ from sample_files import image_bytes
 
 from phi3v.cli import main
 from phi3v.data import lengths as lengths_module
+from phi3v.data import sizes as sizes_module
 from phi3v.data.collate import PageReader, make_sample
 from phi3v.data.lengths import Context, TableLengths, measure_table, require_context
 from phi3v.data.table import RecordTable, open_table
@@ -61,8 +62,8 @@ def test_counted_without_images_as_with_them(table: RecordTable, tiny_model_dir:
 
 
 def forbid_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("count_record", "image_size"):
-        monkeypatch.setattr(lengths_module, name, lambda *_, **__: pytest.fail("counted again"))
+    for module, name in ((lengths_module, "count_record"), (sizes_module, "image_size")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("counted again"))
 
 
 def assert_equal(one: TableLengths, other: TableLengths) -> None:
