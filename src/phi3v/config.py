@@ -108,6 +108,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of torch,
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 Packing = Literal["none", "samples", "shared-image"]
 Part = Literal["decoder", "head", "vision", "projector"]
+CheckpointFormat = Literal["auto", "whole", "sharded"]
 EngineName = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Tracker = Literal["wandb", "mlflow", "trackio"]
 
@@ -483,6 +484,9 @@ class CheckpointConfig:
     """Number of checkpoints to keep; older ones are deleted. The best weights: see evaluation.keep_best."""
     asynchronous: bool = True
     """Copy to host memory and write while training continues, if the engine and memory allow it."""
+    format: CheckpointFormat = "auto"
+    """whole: rank 0 gathers and writes everything; sharded: each rank writes its own part to a disk that all share.
+    auto: sharded where the engine divides a fully trained model over ranks that share the disk."""
 
     def __post_init__(self) -> None:
         _require(self, "checkpoint", at_least_1="save_steps keep_last", above_0="save_minutes")

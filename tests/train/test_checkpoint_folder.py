@@ -24,7 +24,8 @@ from phi3v.train.checkpoints.random_state import random_state, set_random_state
 
 
 def save(run: Path, step: int, word: str = "weights") -> Path:
-    unfinished = unfinished_folder(run, step)
+    unfinished = unfinished_folder(run, step, word)
+    (unfinished / "optimizer").mkdir(parents=True)
     (unfinished / "optimizer" / "optimizer.pt").write_text(word)
     write_state(unfinished, {"step": step}, [random_state()])
     return publish(unfinished)
@@ -94,8 +95,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_another_format_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path, 3)
-    monkeypatch.setattr(checkpoint_folder, "FORMAT", 2)
-    assert damage(folder) == "is of format 1, and this version reads format 2"
+    monkeypatch.setattr(checkpoint_folder, "WHOLE_FORMAT", 3)
+    assert damage(folder) == "is of format 1, and this version reads 3 and 2"
 
 
 def test_random_numbers_go_on(tmp_path: Path) -> None:

@@ -4,21 +4,24 @@
 
     model/         what final/ would hold, with the trained tensors in the dtype they train in
     optimizer/     the engine's files: optimizer, schedule, gradient scaler
+    shards/        of a sharded one: the trained weights and their moments, a file or more of each rank; ``model/`` has
+                   no weights then, and there is no ``optimizer/``
     best/          the weights with the best score so far, if they are kept
     state.json     where the run is: step, data, counts, losses that are not logged yet, configuration, ranks, engine
     random.safetensors   the random generators of every rank
     manifest.json  the SHA-256 of every file; written last
 
-All of it is written under another name in the run folder, flushed to the disk, and only then renamed.
+All of it is written under another name in the run folder, flushed to the disk, and only then renamed, by rank 0.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,13 @@ from phi3v.paths import file_hash
 MANIFEST = "manifest.json"
 STATE = "state.json"
 RANDOM = "random.safetensors"
-FORMAT = 1
+SHARDS = "shards"
+# Of ``state.json``.
+WHOLE_FORMAT = 1
+SHARDED_FORMAT = 2
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_UNFINISHED = re.compile(r"\.checkpoint-\d+\.(new|old)")
+_UNFINISHED = re.compile(r"\.checkpoint-\d+(\.\w+)?\.(new|old)")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ def step_of(folder: Path) -> int:
     """The step of a checkpoint, by its folder's name; -1 if it is none."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether each rank wrote its own part of a checkpoint."""
+    return (folder / SHARDS).is_dir()
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -86,11 +97,15 @@ def find_checkpoint(run_folder: Path) -> Found:
     return Found(None, tuple(skipped))
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None.
+
+    Args:
+        rank, ranks: look at one share of the files in so many.
+    """
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name, expected in hashes.items():
+        for name, expected in list(hashes.items())[rank::ranks]:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -105,7 +120,8 @@ def damage(folder: Path) -> str | None:
         return f"cannot be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json or state.json is damaged"
-    return None if kind == FORMAT else f"is of format {kind}, and this version reads format {FORMAT}"
+    known = (WHOLE_FORMAT, SHARDED_FORMAT)
+    return None if kind in known else f"is of format {kind}, and this version reads {known[0]} and {known[1]}"
 
 
 def remove_unfinished(run_folder: Path) -> list[Path]:
@@ -127,24 +143,37 @@ def remove_unfinished(run_folder: Path) -> list[Path]:
     return removed
 
 
-def unfinished_folder(run_folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole; empty."""
-    folder = run_folder / f".{checkpoint_name(step)}.new"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "optimizer").mkdir(parents=True)
-    return folder
+def unfinished_folder(run_folder: Path, step: int, attempt: str) -> Path:
+    """Where a checkpoint is written before it is whole.
+
+    Args:
+        attempt: a name that no other try has, since a process of an earlier one may be writing still.
+    """
+    return run_folder / f".{checkpoint_name(step)}.{attempt}.new"
 
 
-def publish(unfinished: Path) -> Path:
-    """Give a checkpoint that is written its name, and return it with that; a crash leaves it or what was before it."""
-    hashes = {path.relative_to(unfinished).as_posix(): file_hash(path) for path in _files(unfinished)}
+def publish(unfinished: Path, known: Mapping[str, tuple[str, int]] | None = None) -> Path:
+    """Give a checkpoint that is written its name, and return it with that; a crash leaves it or what was before it.
+
+    Args:
+        known: SHA-256 and size of files that others wrote and flushed, by their names in the folder.
+
+    Raises:
+        OSError: one of these is not there as it was written.
+    """
+    known = known or {}
+    for name, (_, size) in known.items():
+        if (unfinished / name).stat().st_size != size:
+            raise OSError(errno.EIO, "another rank's file is not as it was written", str(unfinished / name))
+    own = {path.relative_to(unfinished).as_posix(): path for path in _files(unfinished)}
+    hashes = {name: known[name][0] if name in known else file_hash(path) for name, path in own.items()}
     (unfinished / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-    for path in _files(unfinished):
+    for path in [*(path for name, path in own.items() if name not in known), unfinished / MANIFEST]:
         _flush(path)
     for folder in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _flush(folder)
-    final = unfinished.with_name(unfinished.name.removeprefix(".").removesuffix(".new"))
-    old = unfinished.with_suffix(".old")
+    final = unfinished.with_name(unfinished.name.split(".")[1])
+    old = final.with_name(f".{final.name}.old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -164,9 +193,9 @@ def remove_older(run_folder: Path, keep: int) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any], randoms: list[dict[str, Any]]) -> None:
-    """``state.json`` and the random generators of all ranks."""
+    """``state.json`` and the random generators of all ranks; of the whole format, unless the state says another."""
     plain = [rank["plain"] for rank in randoms]
-    text = json.dumps({"format": FORMAT, **state, "random": plain}, indent=2)
+    text = json.dumps({"format": WHOLE_FORMAT, **state, "random": plain}, indent=2)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
     tensors = {
         f"rank-{rank}.{name}": tensor for rank, own in enumerate(randoms) for name, tensor in own["tensors"].items()

@@ -151,6 +151,13 @@ def fsdp(case: Case) -> Iterator[UserError]:
         )
 
 
+def checkpoint_format(case: Case) -> Iterator[UserError]:
+    config, where = case.config, "checkpoint.format"
+    is_whole = config.method.uses_adapters or config.training.optimizer != DIVIDED_OPTIMIZER
+    if config.checkpoint.format == "sharded" and is_whole:
+        yield UserError("adapters, and moments but adamw's, are saved whole", where=where, hint="leave it at auto")
+
+
 def batch(case: Case) -> Iterator[UserError]:
     yield from _raised(lambda: case.config.accumulation_steps(case.runtime.world_size))
 
@@ -369,6 +376,7 @@ CHECKS: tuple[Check, ...] = (
     offloading,
     deepspeed,
     fsdp,
+    checkpoint_format,
     batch,
     optimizer,
     lean,

@@ -23,18 +23,21 @@ class HostCollectives:
     Args:
         world_size: ranks; of one rank everything is its own.
         timeout: how long to wait for the others.
+
+    Attributes:
+        group: of the hosts; None of one rank.
     """
 
     def __init__(self, world_size: int, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.world_size = world_size
-        self._group = distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        self.group = distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64."""
         if self.world_size == 1:
             return [float(value) for value in values]
         numbers = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(numbers, group=self._group)
+        distributed.all_reduce(numbers, group=self.group)
         summed: list[float] = numbers.tolist()
         return summed
 
@@ -43,7 +46,7 @@ class HostCollectives:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value, group=self._group)
+        distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def run_on_first(self, rank: int, work: Callable[[], T]) -> T:
@@ -70,5 +73,5 @@ class HostCollectives:
         if self.world_size == 1:
             return value
         values = [value]
-        distributed.broadcast_object_list(values, src=0, group=self._group)
+        distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]

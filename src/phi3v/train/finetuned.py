@@ -21,7 +21,8 @@ from phi3v.paths import find_model, now_at
 from phi3v.processing.hd_transform import PREPROCESSOR_CONFIG
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.runtime import graph_kind, load_runtime
-from phi3v.train.checkpoint_folder import checkpoints, step_of
+from phi3v.train.assemble import whole_model
+from phi3v.train.checkpoint_folder import checkpoints, is_sharded, step_of
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.methods.loading import (
     ModelFacts,
@@ -104,7 +105,7 @@ def resolve_model(name: str, base: str | None = None) -> FinetunedModel:
             raise UserError("is a run without a result: final/ is missing", where=name, hint=hint)
     of_checkpoint = is_checkpoint(folder)
     if of_checkpoint:
-        folder = folder / "model"
+        folder = whole_model(folder, run.model.path) if is_sharded(folder) else folder / "model"
     if not (folder / ADAPTER_CONFIG).is_file():
         return FinetunedModel(str(folder), None, run, run_folder, of_checkpoint)
     if base is None:

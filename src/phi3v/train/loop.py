@@ -16,10 +16,10 @@ from transformers import set_seed
 from phi3v.data.readers import Readers
 from phi3v.data.rows import read_steps
 from phi3v.errors import UserError
+from phi3v.train.checkpoints.formats import load_checkpoint
 from phi3v.train.checkpoints.random_state import set_random_state
 from phi3v.train.checkpoints.resume import ResumePoint
 from phi3v.train.checkpoints.writer import Checkpointer
-from phi3v.train.methods.weights import read_trained
 from phi3v.train.observers.faults import StepFaults, poison
 from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import total_steps
@@ -211,10 +211,6 @@ class TrainingLoop:
             )
         state.load_json(point.state, rank, ranks)
         state.should_stop = point.stopped_early
-        folder = point.folder if rank == 0 else None
-        self.engine.load_full_state_dict(
-            read_trained(self.engine.model, folder / "model") if folder is not None else None
-        )
-        self.engine.load_optimizer(folder / "optimizer" if folder is not None else None)
+        load_checkpoint(self.engine, point, rank, self.collectives)
         if len(point.randoms) == ranks:
             set_random_state(point.randoms[rank])

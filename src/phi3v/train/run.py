@@ -24,6 +24,7 @@ from phi3v.evaluate.evaluation import EvaluationResult
 from phi3v.terminal import progress_bar, say
 from phi3v.train.card import write_card
 from phi3v.train.checkpoint_folder import checkpoint_name, newest_checkpoint
+from phi3v.train.checkpoints.formats import CheckpointFormat, choose_format
 from phi3v.train.checkpoints.resume import (
     FinishedRun,
     ResumePoint,
@@ -122,7 +123,11 @@ def _in_run_folder(
                 describe_again(setup.config, setup.about)
             _log_to(setup.folder / "log.txt")
         PartialState().wait_for_everyone()
-        return _train_and_evaluate(setup, point, signals, observers)
+        runtime = setup.runtime
+        form, reason = choose_format(setup.config, setup.engine.choice, runtime.rank, setup.collectives)
+        if runtime.world_size > 1:
+            setup.console.print(f"checkpoints: {form.name} ({reason})", highlight=False)
+        return _train_and_evaluate(setup, point, signals, observers, form(setup))
     except UserError as error:
         error.one_rank = setup.runtime.rank > 0
         raise
@@ -155,6 +160,7 @@ def _train_and_evaluate(
     point: ResumePoint | None,
     signals: Signals,
     observers: Sequence[Observer],
+    form: CheckpointFormat,
 ) -> RunResult:
     config, runtime, model = setup.config, setup.runtime, setup.model
     features = fill_features(
@@ -181,7 +187,7 @@ def _train_and_evaluate(
     trackers = Trackers(setup.folder, config.training.report_to, runtime.rank)
     faults = StepFaults(setup)
     during = _during(setup, progress, faults, trackers)
-    saves = Checkpointer(setup, signals, progress, during, faults)
+    saves = Checkpointer(setup, signals, progress, during, faults, form)
     # In this order: a checkpoint holds what the others came to.
     own: list[Observer] = [progress, trackers, *([during] if during is not None else []), saves]
     dataset = setup.dataset(features, reference)

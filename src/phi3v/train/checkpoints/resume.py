@@ -1,6 +1,7 @@
 """Where a run goes on: which checkpoint, whether it belongs to this configuration, and what differs.
 
-Rank 0 alone looks at the disk; the others, which may be on other machines, are told.
+Rank 0 looks at the disk and tells the others, which may be on other machines; of a sharded checkpoint, which all ranks
+see, each checks a share of the files.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from phi3v.errors import UserError
 from phi3v.model.checkpoint import model_content
 from phi3v.paths import find_model, now_at
 from phi3v.train.checkpoint_folder import (
+    SHARDED_FORMAT,
+    Found,
     checkpoints,
     damage,
-    find_checkpoint,
+    is_sharded,
     link_tree,
     read_state,
     remove_unfinished,
@@ -40,7 +43,7 @@ CHANGEABLE = (
     "data.image_check",
     "data.num_workers",
     "data.on_bad_sample",
-    "distributed.timeout_minutes",
+    "distributed.",
     "evaluation.after",
     "evaluation.batch_size",
     "evaluation.batch_tokens",
@@ -85,6 +88,11 @@ class ResumePoint:
         return int(self.state["step"])
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank reads what it needs; otherwise rank 0 reads everything."""
+        return bool(self.state["format"] == SHARDED_FORMAT)
+
+    @property
     def stopped_early(self) -> bool:
         """Saved when early stopping had ended training."""
         evaluation = self.state["evaluation"]
@@ -117,21 +125,53 @@ def find_resume_point(
     """
     if wanted is None:
         return None
-    newest = max(map(step_of, checkpoints(Path(config.training.output_dir))), default=-1)
+    run_folder = Path(config.training.output_dir)
+    newest = max(map(step_of, checkpoints(run_folder)), default=-1)
     everywhere = collectives.all_gather((newest, platform.node()))
 
-    def find() -> ResumePoint | FinishedRun | None:
+    def candidates() -> list[Path]:
+        """What to look at, in this order."""
         _require_newest_here(everywhere, config.training.output_dir)
-        return _find(wanted, config, runtime, console)
+        for path in remove_unfinished(run_folder):
+            step = path.name.split("-")[1].split(".")[0]
+            console.print(f"resume: removed a half-written checkpoint of step {step}", highlight=False)
+        if wanted != "auto":
+            return [_named(Path(wanted), run_folder)]
+        return [] if is_finished(run_folder, config) else checkpoints(run_folder)
 
-    return collectives.run_on_first(runtime.rank, find)
+    found = _newest_sound(collectives.run_on_first(runtime.rank, candidates), runtime.rank, collectives)
+    return collectives.run_on_first(runtime.rank, lambda: _choose(wanted, found, config, runtime, console))
 
 
-def _find(wanted: str, config: RunConfig, runtime: RuntimeDevice, console: Console) -> ResumePoint | FinishedRun | None:
+def _newest_sound(folders: list[Path], rank: int, collectives: HostCollectives) -> Found:
+    """The first of these whose files are all there and unchanged; a collective.
+
+    Args:
+        folders: as rank 0 names them.
+
+    Raises:
+        UserError: a sharded one is there, but not for all ranks.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for folder in folders:
+        sharded = collectives.broadcast(is_sharded(folder))
+        if sharded:
+            blind = [node for sees, node in collectives.all_gather((folder.is_dir(), platform.node())) if not sees]
+            if blind:
+                hint = "every rank reads its part of a sharded checkpoint: mount the disk there under the same path"
+                raise UserError(f"cannot be seen on {blind[0]}", where=str(folder), hint=hint)
+        wrong = damage(folder, rank, collectives.world_size) if sharded else damage(folder) if rank == 0 else None
+        everywhere = [text for text in collectives.all_gather(wrong) if text is not None]
+        if not everywhere:
+            return Found(folder, tuple(skipped))
+        skipped.append((folder, everywhere[0]))
+    return Found(None, tuple(skipped))
+
+
+def _choose(
+    wanted: str, found: Found, config: RunConfig, runtime: RuntimeDevice, console: Console
+) -> ResumePoint | FinishedRun | None:
     run_folder = Path(config.training.output_dir)
-    for path in remove_unfinished(run_folder):
-        step = path.name.split("-")[1].split(".")[0]
-        console.print(f"resume: removed a half-written checkpoint of step {step}", highlight=False)
     if wanted == "auto":
         if is_finished(run_folder, config):
             console.print(
@@ -140,7 +180,6 @@ def _find(wanted: str, config: RunConfig, runtime: RuntimeDevice, console: Conso
                 soft_wrap=True,
             )
             return FinishedRun(run_folder)
-        found = find_checkpoint(run_folder)
         for folder, why in found.skipped:
             console.print(f"resume: skipped {folder}: {why}", highlight=False, soft_wrap=True)
         if found.folder is None:
@@ -156,15 +195,18 @@ def _find(wanted: str, config: RunConfig, runtime: RuntimeDevice, console: Conso
             return None
         folder, why = found.folder, "the newest valid checkpoint"
     else:
-        folder, why = _named(Path(wanted), run_folder), "as asked for"
+        if found.folder is None:
+            _, wrong = found.skipped[0]
+            raise UserError(f"is damaged: {wrong}", where=f"--resume {wanted}", hint="leave it at auto")
+        folder, why = found.folder, "as asked for"
     state, randoms = read_state(folder)
     engine = choose_engine(config, runtime).name
-    if (engine in WHOLE) != (state["engine"] in WHOLE):
+    if state["format"] != SHARDED_FORMAT and (engine in WHOLE) != (state["engine"] in WHOLE):
         raise UserError(
             f"was saved by the engine {state['engine']}, and on {runtime.world_size} ranks this is {engine}",
             where=str(folder),
-            hint=f"go on on {state['world_size']} ranks, or begin runs that change their number with "
-            "distributed.engine ddp or fsdp2",
+            hint=f"go on on {state['world_size']} ranks, or begin runs that change their number or engine with "
+            "checkpoint.format sharded or distributed.engine ddp or fsdp2",
         )
     changes = allowed_changes(state, config, str(folder))
     console.print(f"resume: {folder} ({why}), after step {state['step']}", highlight=False, soft_wrap=True)
@@ -190,10 +232,7 @@ def _named(folder: Path, run_folder: Path) -> Path:
         raise UserError("is no checkpoint", where=f"--resume {folder}", hint=hint)
     if folder.resolve().parent != run_folder.resolve():
         raise UserError(f"is not a checkpoint of {run_folder}", where=f"--resume {folder}", hint=hint)
-    wrong = damage(folder)
-    if wrong is not None:
-        raise UserError(f"is damaged: {wrong}", where=f"--resume {folder}", hint="leave it at auto")
-    return folder
+    return run_folder / folder.name
 
 
 def is_finished(run_folder: Path, config: RunConfig) -> bool:
@@ -298,11 +337,15 @@ def require_same_content(contents: Mapping[str, str], point: ResumePoint | None,
 
 
 def _other_ranks(state: Mapping[str, Any], config: RunConfig, runtime: RuntimeDevice) -> list[str]:
-    """What another number of ranks changes, as lines to say."""
-    if state["world_size"] == runtime.world_size:
+    """What another number of ranks or another engine changes, as lines to say."""
+    engine = choose_engine(config, runtime).name
+    if (state["world_size"], state["engine"]) == (runtime.world_size, engine):
         return []
+    before, now = f"{state['world_size']} ranks", f"{runtime.world_size}"
+    if state["engine"] != engine:
+        before, now = f"{before} by {state['engine']}", f"{now} by {engine}"
     lines = [
-        f"saved on {state['world_size']} ranks, going on on {runtime.world_size}: every step has the same samples, and "
+        f"saved on {before}, going on on {now}: every step has the same samples, and "
         "their gradients are summed in another order, so numbers agree up to rounding"
     ]
     if config.method.uses_adapters and config.method.lora.dropout > 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import secrets
 import shutil
 import threading
 import time
@@ -12,26 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from phi3v.paths import free_space
 from phi3v.train.checkpoint_folder import (
     checkpoint_name,
-    checkpoints,
     link_tree,
     newest_checkpoint,
     publish,
     remove_older,
-    tensor_bytes,
     unfinished_folder,
     write_state,
 )
+from phi3v.train.checkpoints.formats import CheckpointFormat, Known
 from phi3v.train.checkpoints.random_state import random_state
 from phi3v.train.device import library_versions
-from phi3v.train.engines import DeferredWrite, to_host
-from phi3v.train.engines.sharded import without_weights
-from phi3v.train.methods.optimizers import moment_bytes
-from phi3v.train.methods.weights import WRITE_ERRORS, IncompleteSaveError, failure_text, save_final
+from phi3v.train.methods.weights import WRITE_ERRORS, IncompleteSaveError, failure_text
 from phi3v.train.observers.evaluation import EvaluationObserver
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.observers.progress import ProgressObserver
@@ -67,13 +64,14 @@ class Checkpointer(Observer):
         progress: ProgressObserver,
         during: EvaluationObserver | None,
         faults: StepFaults,
+        form: CheckpointFormat,
     ) -> None:
         self.run = run
         self.config = run.config
         self.engine = run.engine
         self.collectives = run.collectives
         self.signals = signals
-        self._skeleton = without_weights(run.model)  # for the thread that writes: it may touch nothing that trains
+        self.format = form
         self.rank = run.runtime.rank
         self.folder = run.folder
         self.console = run.console
@@ -123,48 +121,43 @@ class Checkpointer(Observer):
         started = time.monotonic()
         self._last = started
         step = self.last_step = state.step
-        tensors = self.engine.full_state_dict()
+        self.format.take()
         randoms = self.collectives.all_gather(random_state())
         facts = self._facts(state)
-        unfinished = self.folder / f".{checkpoint_name(step)}.new"
-        obstacle, needed = None, 0
-        if self.rank == 0:
-            assert tensors is not None
-            needed = self._needed(tensors)
-            obstacle = self._obstacle(needed)
-        obstacle, needed = self.collectives.broadcast((obstacle, needed))
+        obstacle = self._obstacle(self.format.disk_bytes()) if self.rank == 0 else None
+        obstacle, attempt = self.collectives.broadcast((obstacle, secrets.token_hex(4)))
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
         # On a CPU the copy lies beside what it is of, for nothing if no step follows.
-        in_thread = not (state.is_last and state.loss.device.type == "cpu") and self._may_wait_for_thread(needed)
+        in_thread = self._may_copy() and not (state.is_last and state.loss.device.type == "cpu")
+        unfinished = unfinished_folder(self.folder, step, attempt)
         try:
             if self.rank == 0:
-                unfinished_folder(self.folder, step)
-                if self.during is not None and self.during.best_folder.is_dir():
-                    link_tree(self.during.best_folder, unfinished / "best")
-                if self.progress.metrics_file.is_file():
-                    shutil.copyfile(self.progress.metrics_file, unfinished / "metrics.jsonl")
+                self._begin(unfinished)
         except OSError as error:
             obstacle = failure_text(error)
         obstacle = self.collectives.broadcast(obstacle)
         if obstacle is not None:
             self._report_failure(step, obstacle)
             return
-        rest = self.engine.save_optimizer(unfinished / "optimizer", copy=in_thread)
-        if tensors is None:
+        rest = self.format.stage(unfinished, copy=in_thread)
+        if rest is None:
             return
-        if in_thread:
-            tensors = to_host(tensors)
-
-        def write() -> None:
-            self._write(unfinished, tensors, rest, facts, randoms, started)
-
+        write = functools.partial(self._write, unfinished, rest, facts, randoms, started)
         if in_thread:
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
             self._thread.start()
         else:
             write()
+
+    def _begin(self, unfinished: Path) -> None:
+        """Make the folder, with what is there already."""
+        (unfinished / self.format.subfolder).mkdir(parents=True)
+        if self.during is not None and self.during.best_folder.is_dir():
+            link_tree(self.during.best_folder, unfinished / "best")
+        if self.progress.metrics_file.is_file():
+            shutil.copyfile(self.progress.metrics_file, unfinished / "metrics.jsonl")
 
     def wait(self) -> None:
         """Until no save is in flight.
@@ -186,28 +179,35 @@ class Checkpointer(Observer):
     def _write(
         self,
         unfinished: Path,
-        tensors: dict[str, torch.Tensor],
-        rest: DeferredWrite,
+        rest: Callable[[], Known],
         facts: dict[str, Any],
         randoms: list[dict[str, Any]],
         started: float,
     ) -> None:
+        why: str | None = None
         try:
-            save_final(self._skeleton, self.run.processor, unfinished / "model", tensors)
-            rest()
-            write_state(unfinished, facts, randoms)
-            folder = publish(unfinished)
-            remove_older(self.folder, self.config.checkpoint.keep_last)
+            known = rest()
+            if self.rank == 0:
+                write_state(unfinished, facts, randoms)
+                publish(unfinished, known)
+                remove_older(self.folder, self.config.checkpoint.keep_last)
         except IncompleteSaveError:
             raise
         except WRITE_ERRORS as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self._report_failure(facts["step"], failure_text(error))
+            why = failure_text(error)
+        if self.format.collectives is not None:  # whether it has its name is for rank 0 to say
+            why = self.format.collectives.broadcast(why)
+        if why is not None:
+            if self.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self._report_failure(facts["step"], why)
             return
         self.last_failure = None
-        took = time.monotonic() - started
-        logger.info("saved %s in %.2f s", folder, took)
-        self.console.print(f"saved {folder.name} ({took:.1f} s)", highlight=False)
+        if self.rank == 0:
+            took = time.monotonic() - started
+            name = checkpoint_name(facts["step"])
+            logger.info("saved %s in %.2f s", self.folder / name, took)
+            self.console.print(f"saved {name} ({took:.1f} s)", highlight=False)
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
@@ -223,24 +223,18 @@ class Checkpointer(Observer):
             logger.error("%s", text)
             self.console.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
-    def _needed(self, tensors: dict[str, torch.Tensor]) -> int:
-        """Bytes of a checkpoint: as the last one, or weights and moments if there is none."""
-        for folder in checkpoints(self.folder)[:1]:
-            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        trained = sum(p.numel() for p in self.engine.model.parameters() if p.requires_grad)
-        return tensor_bytes(tensors) + trained * moment_bytes(self.config.training)
-
     def _obstacle(self, needed: int) -> str | None:
         free = free_space(self.folder)
         if free >= needed:
             return None
         return f"it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {self.folder.resolve()}"
 
-    def _may_wait_for_thread(self, needed: int) -> bool:
-        """Whether to copy and go on; a copy that does not fit into memory would end the run."""
+    def _may_copy(self) -> bool:
+        """Whether to copy and go on; a copy that does not fit into a rank's memory would end the run."""
         if not self.config.checkpoint.asynchronous:
             return False
-        return needed < MEMORY_SHARE * psutil.virtual_memory().available
+        tight = self.format.memory_bytes() >= MEMORY_SHARE * psutil.virtual_memory().available
+        return not self.collectives.sum([tight])[0]
 
     def _facts(self, state: TrainState) -> dict[str, Any]:
         return {
@@ -251,4 +245,5 @@ class Checkpointer(Observer):
             "progress": self.progress.state(),
             "data": self.run.contents,
             "versions": library_versions(),
+            **self.format.facts(),
         }

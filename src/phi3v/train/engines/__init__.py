@@ -6,13 +6,13 @@ from typing import Any
 
 from phi3v.config import RunConfig
 from phi3v.train.device import RuntimeDevice
-from phi3v.train.engines.base import DeferredWrite, Engine, no_op
+from phi3v.train.engines.base import MOMENTS, DeferredWrite, Engine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.engines.data_parallel import DataParallel, to_host
 from phi3v.train.engines.fsdp import FsdpEngine
 from phi3v.train.engines.zero import ZeroEngine
 
-__all__ = ["DataParallel", "DeferredWrite", "Engine", "FsdpEngine", "ZeroEngine", "make_engine", "no_op", "to_host"]
+__all__ = ["MOMENTS", "DataParallel", "DeferredWrite", "Engine", "FsdpEngine", "ZeroEngine", "make_engine", "to_host"]
 
 
 def make_engine(model: Any, choice: EngineChoice, config: RunConfig, runtime: RuntimeDevice) -> Engine:

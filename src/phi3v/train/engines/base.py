@@ -1,14 +1,15 @@
 """How the ranks hold a run's model and optimizer: what the training loop calls.
 
 Every method that moves tensors is a collective: all ranks call it, in the same order. Names are those of the unwrapped
-model. Nothing assumes that ranks share a disk: rank 0 alone reads and writes, the others get what they need from it.
+model. Whole tensors are read and written by rank 0 alone, which gives the others what they need, so that ranks need not
+share a disk; where they do, each can read and write its own pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,11 @@ from phi3v.config import RunConfig
 from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.methods.optimizers import make_optimizer
-from phi3v.train.schedule import make_schedule
+from phi3v.train.pieces import WEIGHTS, Piece
+from phi3v.train.schedule import make_schedule, resume_schedule
+
+# AdamW's two moments of each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # What is left to write of a save. It touches host memory and files only, so a thread may do it.
 DeferredWrite = Callable[[], None]
@@ -159,6 +164,65 @@ class Engine(ABC):
         Args:
             folder: ``None`` on all ranks but the first.
         """
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank holds of every trained weight, in the precision it is trained in, and of its moments.
+
+        No collective, and no copies: what is written into the values is what trains, after `refresh`. Moments are there
+        once a step was taken or `start_moments` was called.
+        """
+        state = self.optimizer_state()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield from self.own_pieces(name, parameter, (WEIGHTS, *(MOMENTS if state else ())))
+
+    @abstractmethod
+    def own_pieces(self, name: str, parameter: Any, kinds: Iterable[str]) -> Iterator[Piece]:
+        """As `pieces`, of one parameter; nothing if this rank holds nothing of it.
+
+        Args:
+            kinds: of `WEIGHTS` and `MOMENTS`.
+        """
+
+    @abstractmethod
+    def start_moments(self, steps: float) -> None:
+        """Let every parameter have moments, to be overwritten, of so many steps."""
+
+    def refresh(self) -> None:
+        """Compute with the weights that were written into `pieces`; a collective."""
+        return
+
+    def optimizer_state(self) -> Mapping[Any, Any]:
+        """The moments and the steps of what this rank updates."""
+        return self.optimizer.state
+
+    def steps_taken(self) -> float:
+        """AdamW's count of steps, which corrects its moments."""
+        return max((float(entry["step"]) for entry in self.optimizer_state().values()), default=0.0)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Of fp16's loss scale."""
+        return None
+
+    def put_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """The reverse; what another engine's scaler calls otherwise is left out."""
+        return
+
+    def facts(self) -> dict[str, Any]:
+        """Schedule, loss scale and count of steps, as JSON has them."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler_state(),
+            "steps": self.steps_taken(),
+        }
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """The reverse of `facts`; the moments are there then, to be overwritten."""
+        if facts["steps"]:
+            self.start_moments(facts["steps"])
+        resume_schedule(self.schedule, facts["schedule"])
+        if facts["scaler"] is not None:
+            self.put_scaler_state(facts["scaler"])
 
     @abstractmethod
     def whole_model(self, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -25,6 +25,11 @@ class EngineChoice:
         return self.name.startswith("zero")
 
     @property
+    def divides_state(self) -> bool:
+        """Whether no rank holds all moments."""
+        return self.is_zero or self.name == "fsdp2"
+
+    @property
     def divides_weights(self) -> bool:
         return self.name in ("zero3", "fsdp2")
 

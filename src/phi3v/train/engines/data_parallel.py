@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from phi3v.train.engines.base import DeferredWrite, Engine, no_op
-from phi3v.train.methods.optimizers import takes_found_inf
+from phi3v.train.methods.optimizers import start_moments, takes_found_inf
 from phi3v.train.methods.weights import in_stored_dtype, round_to_stored_dtype, saved_tensors
+from phi3v.train.pieces import WEIGHTS, Piece
 from phi3v.train.schedule import resume_schedule
 
 
@@ -87,10 +88,7 @@ class DataParallel(Engine):
     def save_optimizer(self, folder: Path, *, copy: bool = True) -> DeferredWrite:
         if self.runtime.rank > 0:
             return no_op
-        facts = {
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-        }
+        facts = {"schedule": self.schedule.state_dict(), "scaler": self.scaler_state()}
         state = to_host(self.optimizer.state_dict(), copy=copy)
 
         def write() -> None:
@@ -110,8 +108,25 @@ class DataParallel(Engine):
         state, facts = loaded
         self.optimizer.load_state_dict(state)
         resume_schedule(self.schedule, facts["schedule"])
-        if facts["scaler"] is not None and self.scaler is not None:
-            self.scaler.load_state_dict(facts["scaler"])
+        if facts["scaler"] is not None:
+            self.put_scaler_state(facts["scaler"])
+
+    def own_pieces(self, name: str, parameter: Any, kinds: Iterable[str]) -> Iterator[Piece]:
+        for kind in kinds:
+            values = parameter.detach() if kind == WEIGHTS else self.optimizer.state[parameter][kind]
+            yield Piece(f"{kind}/{name}", values.view(-1), 0, values.numel())
+
+    def start_moments(self, steps: float) -> None:
+        start_moments(self.optimizer, steps)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return self.scaler.state_dict() if self.scaler is not None else None
+
+    def put_scaler_state(self, state: Mapping[str, Any]) -> None:
+        if self.scaler is not None:
+            own = self.scaler.state_dict()
+            scale = {"scale": state["cur_scale"]} if "cur_scale" in state else {}
+            self.scaler.load_state_dict(own | {key: state[key] for key in own if key in state} | scale)
 
 
 def clip_gradients(model: Any, max_norm: float) -> torch.Tensor:

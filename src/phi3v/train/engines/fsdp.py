@@ -6,17 +6,19 @@ word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from phi3v.train.engines.base import base_of
+from phi3v.train.engines.base import MOMENTS, base_of
 from phi3v.train.engines.data_parallel import clip_gradients, step_if_finite
 from phi3v.train.engines.sharded import ShardedEngine
+from phi3v.train.methods.optimizers import start_moments
+from phi3v.train.pieces import WEIGHTS, Piece
 
 
 class FsdpEngine(ShardedEngine):
@@ -60,31 +62,25 @@ class FsdpEngine(ShardedEngine):
         for name, parameter in self.model.named_parameters():
             yield name, whole_tensor(parameter.detach())
 
-    def put_whole(self, parameter: Any, value: torch.Tensor) -> None:
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
-
     def whole_moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         state = self.optimizer.state
         for name, parameter in self.model.named_parameters():
             for key in MOMENTS if parameter in state else ():
                 yield f"{key}/{name}", whole_tensor(state[parameter][key])
 
-    def steps_taken(self) -> float:
-        return max((float(entry["step"]) for entry in self.optimizer.state.values()), default=0.0)
+    def own_pieces(self, name: str, parameter: Any, kinds: Iterable[str]) -> Iterator[Piece]:
+        # Whole rows, so one contiguous piece; none on the last ranks where there are fewer rows than ranks.
+        own: Any = parameter.to_local()
+        if own.numel() == 0:
+            return
+        [chunk] = parameter.__create_chunk_list__()
+        start = chunk.offsets[0] * (parameter.numel() // parameter.shape[0])
+        for kind in kinds:
+            values = own if kind == WEIGHTS else self.optimizer.state[parameter][kind].to_local()
+            yield Piece(f"{kind}/{name}", values.detach().view(-1), start, parameter.numel())
 
-    def put_moments(self, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
-        state = self.optimizer.state
-        own: dict[str, Any] = dict(self.model.named_parameters())
-        for key_and_name, value in moments:
-            key, name = key_and_name.split("/", 1)
-            parameter = own[name]
-            entry = state[parameter]
-            entry["step"] = torch.tensor(steps)
-            entry[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
-# AdamW's two moments of each parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    def start_moments(self, steps: float) -> None:
+        start_moments(self.optimizer, steps)
 
 
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from phi3v.train.device import RuntimeDevice
 from phi3v.train.engines.base import DeferredWrite, Engine, no_op
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.methods.weights import saved_names
-from phi3v.train.schedule import resume_schedule
+from phi3v.train.pieces import WEIGHTS
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 FACTS_FILE = "schedule.json"
@@ -46,27 +46,8 @@ class ShardedEngine(Engine):
         """Every parameter, whole and in the precision it is trained in, on every rank."""
 
     @abstractmethod
-    def put_whole(self, parameter: Any, value: torch.Tensor) -> None:
-        """Let a trained parameter be ``value``, float32 and whole on every rank."""
-
-    @abstractmethod
     def whole_moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's moments, whole, as ``key/parameter``, on every rank."""
-
-    @abstractmethod
-    def steps_taken(self) -> float:
-        """AdamW's count of steps, which corrects its moments."""
-
-    @abstractmethod
-    def put_moments(self, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """The reverse of these two; ``moments`` as of `whole_moments` on every rank."""
-
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Of fp16's loss scale."""
-        return None
-
-    def put_scaler_state(self, state: dict[str, Any]) -> None:
-        """The reverse."""
 
     @contextlib.contextmanager
     def whole_model(self, dtype: torch.dtype) -> Iterator[Any]:
@@ -98,10 +79,16 @@ class ShardedEngine(Engine):
 
     @torch.no_grad()
     def load_full_state_dict(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        own = dict(self.model.named_parameters())
+        own = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for name, tensor in self._from_rank_0(tensors):
-            if own[name].requires_grad:
-                self.put_whole(own[name], tensor)
+            if name in own:
+                self._put(WEIGHTS, name, own[name], tensor)
+        self.refresh()
+
+    def _put(self, kind: str, name: str, parameter: Any, value: torch.Tensor) -> None:
+        """Write this rank's piece of a whole tensor."""
+        for piece in self.own_pieces(name, parameter, [kind]):
+            piece.values.copy_(value.flatten()[piece.start : piece.start + len(piece)])
 
     @torch.no_grad()
     def save_optimizer(self, folder: Path, *, copy: bool = True) -> DeferredWrite:
@@ -111,11 +98,7 @@ class ShardedEngine(Engine):
                 moments[name] = tensor.to("cpu", copy=True)
         if self.runtime.rank > 0:
             return no_op
-        facts = {
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler_state(),
-            "steps": self.steps_taken(),
-        }
+        facts = self.facts()
 
         def write() -> None:
             save_file(moments, folder / OPTIMIZER_FILE)
@@ -132,10 +115,11 @@ class ShardedEngine(Engine):
             with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
                 moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         broadcast_object_list(facts)
-        self.put_moments(facts[0]["steps"], self._from_rank_0(moments))
-        resume_schedule(self.schedule, facts[0]["schedule"])
-        if facts[0]["scaler"] is not None:
-            self.put_scaler_state(facts[0]["scaler"])
+        self.load_facts(facts[0])
+        own = dict(self.model.named_parameters())
+        for key_and_name, value in self._from_rank_0(moments):
+            key, name = key_and_name.split("/", 1)
+            self._put(key, name, own[name], value)
 
     def _from_rank_0(self, tensors: dict[str, torch.Tensor] | None) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of rank 0, one after the other, in float32 on every rank's device."""

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import distributed
-from torch.nn import functional
 
 from phi3v.config import RunConfig
 from phi3v.train.device import RuntimeDevice
-from phi3v.train.engines.base import base_of
+from phi3v.train.engines.base import MOMENTS, base_of
 from phi3v.train.engines.choice import EngineChoice
-from phi3v.train.engines.fsdp import MOMENTS
 from phi3v.train.engines.sharded import ShardedEngine
+from phi3v.train.pieces import WEIGHTS, Piece
 
 BUCKET = 500_000_000  # elements, as in the public recipe
 
@@ -144,28 +143,44 @@ class ZeroEngine(ShardedEngine):
         with GatheredParameters([parameter], modifier_rank=0 if changed else None):
             yield
 
-    def put_whole(self, parameter: Any, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    def own_pieces(self, name: str, parameter: Any, kinds: Iterable[str]) -> Iterator[Piece]:
+        place = self._place_of(parameter)
+        if place is None:
+            return
+        group, first, count, start = place
+        master = self._masters()[group]
+        for kind in kinds:
+            values = master if kind == WEIGHTS else self.optimizer_state()[master][kind]
+            yield Piece(f"{kind}/{name}", values.detach().narrow(0, first, count), start, parameter_size(parameter))
 
-        if self.stage == 3:
-            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
-        else:
-            safe_set_full_fp32_param(parameter, value)
-        with self._gathered(parameter, changed=True):
-            parameter.data.copy_(value)
+    def _place_of(self, parameter: Any) -> tuple[int, int, int, int] | None:
+        """Where this rank's piece of a parameter is: which master, from where, how many, and where in the parameter."""
+        if self.stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            inside, within = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return mapping.param_group_index, within.start, within.numel, inside.start
+        zero = self._engine.optimizer
+        group, first, padded = zero.grad_position[zero.get_param_id(parameter)]
+        start = padded * self.runtime.rank
+        count = min(padded, parameter_size(parameter) - start)
+        return (group, first, count, start) if count > 0 else None
 
-    def _own_part(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor in stage 3, the last one padded."""
-        size = parameter.ds_tensor.numel()
-        flat = value.flatten()
-        start = min(size * self.runtime.rank, flat.numel())
-        part = flat[start : start + size]
-        return functional.pad(part, (0, size - part.numel()))
+    @torch.no_grad()
+    def refresh(self) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+                with self._gathered(parameter, changed=True):
+                    parameter.data.copy_(whole)
 
     def whole_moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not self._optimizer_state():
+        if not self.optimizer_state():
             return  # before the first step
         for name, parameter in self.model.named_parameters():
             for key in MOMENTS if parameter.requires_grad else ():
@@ -174,54 +189,41 @@ class ZeroEngine(ShardedEngine):
                     continue
                 # Not by DeepSpeed's function, which 0.19.8 prepares before all groups have a state.
                 whole = torch.zeros(parameter.numel(), device=self.runtime.device)
-                for place, piece in self._own_piece(parameter, key):
-                    whole[place] = piece.to(whole)
+                for piece in self.own_pieces(name, parameter, [key]):
+                    whole[piece.start : piece.start + len(piece)] = piece.values.to(whole)
                 distributed.all_reduce(whole)
                 yield f"{key}/{name}", whole.view_as(parameter)
 
-    def _own_piece(self, parameter: Any, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Stages 1 and 2: where this rank's piece of a moment lies in its parameter, if it has one, and the piece."""
-        mapping = parameter._hp_mapping
-        if mapping is not None:
-            moment = self._optimizer_state()[self._masters()[mapping.param_group_index]][key]
-            inside, within = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield slice(inside.start, inside.start + inside.numel), moment.narrow(0, within.start, within.numel)
-
-    def steps_taken(self) -> float:
-        return max((float(entry["step"]) for entry in self._optimizer_state().values()), default=0.0)
-
-    def put_moments(self, steps: float, moments: Iterator[tuple[str, torch.Tensor]]) -> None:
-        from deepspeed.utils import safe_set_local_optimizer_state
-
-        for master in self._masters() if steps else ():
-            entry = self._optimizer_state()[master]
+    def start_moments(self, steps: float) -> None:
+        for master in self._masters():
+            entry = self.optimizer_state()[master]
             entry["step"] = torch.tensor(steps)
             for key in MOMENTS:
                 entry.setdefault(key, torch.zeros_like(master))
-        own: dict[str, Any] = dict(self.model.named_parameters())
-        for key_and_name, value in moments:
-            key, name = key_and_name.split("/", 1)
-            if self.stage == 3:
-                safe_set_local_optimizer_state(own[name], self._own_part(own[name], value), key)
-                continue
-            for place, piece in self._own_piece(own[name], key):
-                piece.copy_(value.flatten()[place])
 
     def _masters(self) -> Any:
         """The flat pieces of float32 weights that this rank steps."""
         zero = self._engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _optimizer_state(self) -> Any:
-        """Of the optimizer that DeepSpeed drives, by its flat pieces."""
+    def optimizer_state(self) -> Any:
         return self._engine.optimizer.optimizer.state
 
     def scaler_state(self) -> dict[str, Any] | None:
         scaler = self._engine.optimizer.loss_scaler
         return {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
 
-    def put_scaler_state(self, state: dict[str, Any]) -> None:
-        vars(self._engine.optimizer.loss_scaler).update(state)
+    def put_scaler_state(self, state: Mapping[str, Any]) -> None:
+        own = vars(self._engine.optimizer.loss_scaler)
+        own.update({key: value for key, value in state.items() if key in own})
+        if "scale" in state:  # of torch's scaler
+            own["cur_scale"] = state["scale"]
+
+
+def parameter_size(parameter: Any) -> int:
+    """Elements of a whole parameter, also where stage 3 has divided it."""
+    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
+    return size
 
 
 def import_deepspeed(device_type: str) -> Any:

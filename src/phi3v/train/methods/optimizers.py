@@ -28,6 +28,20 @@ NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(
 SLICE = 2**24  # values updated at a time, which bounds the float32 copies; a multiple of BLOCK
 
 
+def start_moments(optimizer: torch.optim.Optimizer, steps: float) -> None:
+    """Let every parameter of torch's AdamW have moments, of zero and of so many steps, as it would make them itself."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            "step": torch.tensor(steps),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+        for index, parameter in enumerate(parameters)
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """float32 to bfloat16, up or down with probabilities that make the expectation exact.
 

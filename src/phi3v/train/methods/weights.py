@@ -87,6 +87,13 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
     write_manifest(folder)
 
 
+def save_description(model: Any, processor: Phi3VProcessor, folder: Path) -> None:
+    """What `save_final` writes of a model that is not adapted, but the weights and the manifest."""
+    set_end_tokens(model, processor)
+    for part in (model.config, model.generation_config, processor):
+        part.save_pretrained(folder)
+
+
 def set_end_tokens(model: Any, processor: Phi3VProcessor) -> None:
     """Let ``generation_config.json`` end answers where the chat format does, beside what the source says."""
     config = model.generation_config

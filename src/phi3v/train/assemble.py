@@ -1,0 +1,81 @@
+"""The whole model of a sharded checkpoint, for all that reads models from a folder; one process puts it together."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+
+from phi3v.data.cache import cache_root, cannot_write
+from phi3v.errors import UserError
+from phi3v.json_files import content_of
+from phi3v.model.checkpoint import model_content, stored_tensors
+from phi3v.model.configuration import Phi3VConfig
+from phi3v.paths import file_hash, find_model
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.terminal import say
+from phi3v.train.checkpoint_folder import MANIFEST, SHARDS
+from phi3v.train.methods.loading import make_skeleton
+from phi3v.train.methods.weights import save_final
+from phi3v.train.pieces import WEIGHTS, Piece, PieceError, read_pieces, saved_sizes
+
+
+def whole_model(checkpoint: Path, base: str) -> Path:
+    """A folder with the model of a checkpoint, as ``model/`` of one that is not sharded; kept in the cache.
+
+    Args:
+        base: what it was tuned from, a folder or a hub id; what was not trained is taken from there.
+
+    Raises:
+        UserError: the checkpoint or the base is damaged or incomplete, or the cache has no room.
+    """
+    description, shards = checkpoint / "model", checkpoint / SHARDS
+    with content_of(description / "config.json"):
+        model = make_skeleton(Phi3VConfig.from_pretrained(str(description)))
+    wanted = model.state_dict()
+    try:
+        saved = {name: dtype for name, (_, dtype) in saved_sizes(shards).items() if name.startswith(f"{WEIGHTS}/")}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(checkpoint, error) from None
+    trained = {name.removeprefix(f"{WEIGHTS}/"): dtype for name, dtype in saved.items()}
+    frozen = wanted.keys() - trained.keys()
+    where = f"{base}, whose frozen weights {checkpoint} goes on"
+    base_folder = find_model(base, where, hint="name the folder where it is now: --model MODEL") if frozen else None
+    try:
+        key = file_hash(checkpoint / MANIFEST)[:32]
+    except OSError as error:
+        raise _damaged(checkpoint, error) from None
+    if base_folder is not None:
+        key += f"-{model_content(base_folder)[:16]}"
+    folder = cache_root() / "checkpoints" / key
+    if (folder / MANIFEST).is_file():
+        return folder
+    whole = {name: torch.empty(wanted[name].shape, dtype=dtype) for name, dtype in trained.items() if name in wanted}
+    pieces = [Piece(f"{WEIGHTS}/{name}", value.view(-1), 0, value.numel()) for name, value in whole.items()]
+    say(Console(stderr=True), f"putting the parts of {checkpoint} together in {folder}")
+    try:
+        read_pieces(shards, pieces, None)
+        if base_folder is not None:
+            whole |= {name: tensor for _, name, tensor in stored_tensors(Path(base_folder), frozen)}
+        model.load_state_dict(whole, assign=True)
+    except (PieceError, RuntimeError, OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / "model"
+            save_final(model, Phi3VProcessor.from_pretrained(str(description)), new, model.state_dict())
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
+    return folder
+
+
+def _damaged(checkpoint: Path, error: Exception) -> UserError:
+    what = " ".join(str(error).split())[:300]
+    return UserError(f"cannot be put together: {what}", where=str(checkpoint), hint="take another checkpoint")
