@@ -341,12 +341,12 @@ def _other_ranks(state: Mapping[str, Any], config: RunConfig, runtime: RuntimeDe
     engine = choose_engine(config, runtime).name
     if (state["world_size"], state["engine"]) == (runtime.world_size, engine):
         return []
-    before, now = f"{state['world_size']} ranks", f"{runtime.world_size}"
-    if state["engine"] != engine:
-        before, now = f"{before} by {state['engine']}", f"{now} by {engine}"
+    said = f"saved by {state['engine']}, going on with {engine}"
+    if state["world_size"] != runtime.world_size:
+        said = f"saved on {state['world_size']} ranks, going on on {runtime.world_size}"
     lines = [
-        f"saved on {before}, going on on {now}: every step has the same samples, and "
-        "their gradients are summed in another order, so numbers agree up to rounding"
+        f"{said}: every step has the same samples, and their gradients are summed in another order, so numbers agree "
+        "up to rounding"
     ]
     if config.method.uses_adapters and config.method.lora.dropout > 0:
         lines.append("dropout draws other numbers than it would have on the same ranks")

@@ -79,7 +79,7 @@ def save_final(model: Any, processor: Phi3VProcessor, folder: Path, tensors: dic
     with _config_of_what_is_saved(model):
         # An adapted head makes PEFT add the frozen embeddings and head to the adapter, which the base model has.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(folder, state_dict=tensors, **more)
+        model.save_pretrained(folder, state_dict=dict(tensors), **more)  # which it takes apart
     (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card has the path of the base model
     make_weights_readable(folder)
     processor.save_pretrained(folder)
