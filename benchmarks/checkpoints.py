@@ -3,7 +3,8 @@
     python benchmarks/checkpoints.py                # benchmarks/results/checkpoints.json; two minutes on two cores
     python benchmarks/checkpoints.py --quick        # to see that it works
 
-Processes of a gloo group train a model of some twenty-five million parameters in full and save every few steps. Of each rank:
+Processes of a gloo group train a model of some twenty-five million parameters in full and save every few steps. Of each
+rank:
 
 - the bytes that it wrote: of files in its checkpoints, by whoever wrote them;
 - the stall: what `Checkpointer.save` takes of the thread that trains, waiting for the others included, beside what a
@@ -31,9 +32,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from faults import write_data
 
 from bench_result import ROOT, write_result
+from faults import write_data
 from phi3v.cli import main as phi3v
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.model.presets import init_model, preset_config
@@ -128,8 +129,13 @@ def run(work: Path, ranks: int, engine: str, form: str, steps: int) -> dict[str,
     processes = []
     for rank in range(ranks):
         environment = dict(os.environ) | {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "RANK": str(rank)},
-            **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "OMP_NUM_THREADS": "1",
         }
         log, out = (str(work / f"{name}-{rank}.{kind}") for kind in ("txt", "json"))
         process = _CONTEXT.Process(target=measure_rank, args=(settings, environment, log, out), daemon=True)
