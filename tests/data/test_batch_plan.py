@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from collections import Counter
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler
 
-from phi3v.data.batches import BatchPlan, RowPlan, Step, assign_to_ranks, rows_of_rank
+from phi3v.data.batches import BatchPlan, RowPlan, Step, rows_of_rank
 from phi3v.data.collate import Page, Sample, pack_row, shared_tokens
 from phi3v.data.lengths import RecordLengths, measure_table
 from phi3v.data.readers import Readers
 from phi3v.data.rows import RowDataset, read_steps
 from phi3v.data.table import open_table
-from phi3v.model.configuration import Phi3VConfig
-from phi3v.model.shape import ModelShape
+from phi3v.model.shape import Costs
 from phi3v.processing.hd_transform import ImageAlignmentError
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -114,13 +114,6 @@ def test_ranks_have_like_numbers_of_tokens() -> None:
     assert totals.sum(0).max() < 1.1 * totals.sum(0).min()
 
 
-def test_the_largest_goes_first_to_the_rank_with_least_work() -> None:
-    assert assign_to_ranks([1, 1, 1, 1], 2) == [0, 1, 0, 1]
-    assert assign_to_ranks([1, 2, 9, 3], 2) == [1, 1, 0, 1]
-    assert assign_to_ranks([1, 2, 9, 3], 2, most=2) == [0, 1, 0, 1]
-    assert assign_to_ranks([5], 3) == [0]
-
-
 @pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
 def test_ranks_have_like_work_crops_included(packing: Any) -> None:
     """By tokens alone, ranks with images and ranks with texts would be far apart."""
@@ -128,10 +121,10 @@ def test_ranks_have_like_work_crops_included(packing: Any) -> None:
     tokens, crops = rng.integers(200, 400, 512), np.where(rng.random(512) < 0.5, 17, 0)
     lengths = lengths_of(tokens, np.zeros(512, int), np.arange(512), crops)
 
-    def spread(crop_cost: float) -> float:
+    def spread(crop: float) -> float:
         """Of the work with crops between the ranks, the mean over steps as a share of a rank's."""
         plan = BatchPlan(
-            lengths, packing, batch_size=64, micro_batch_size=2, pack_tokens=2000, world_size=4, crop_cost=crop_cost
+            lengths, packing, batch_size=64, micro_batch_size=2, pack_tokens=2000, world_size=4, costs=Costs(crop=crop)
         )
         apart = []
         for step in plan.steps(0):
@@ -143,17 +136,6 @@ def test_ranks_have_like_work_crops_included(packing: Any) -> None:
 
     assert spread(50.0) < 0.5 * spread(0.0)
     assert spread(50.0) < 0.1
-
-
-def test_what_a_crop_costs() -> None:
-    """Counted anew: 23 layers of CLIP ViT-L over 577 patches, 32 of Phi-3's decoder."""
-    shape = ModelShape.of(Phi3VConfig())
-    tower = 23 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024)
-    decoder = 32 * 2 * (4 * 3072**2 + 3 * 3072 * 8192)
-    cost = shape.crop_cost()
-    assert cost == pytest.approx(tower / decoder)
-    assert shape.crop_cost(tower_trained=False) == pytest.approx(cost / 3)
-    assert shape.crop_cost(tower_trained=False, adapters=True) == pytest.approx(cost / 2)
 
 
 def test_tokens_a_step() -> None:
@@ -172,12 +154,83 @@ def test_a_page_is_shared_and_its_questions_limited() -> None:
     pages = np.repeat(np.arange(50), 10)
     lengths = lengths_of(np.full(500, 320), np.full(500, 300), pages)
     plan = BatchPlan(lengths, "shared-image", batch_size=500, pack_tokens=2000, shared_image_max=4)
-    chunks = plan._chunks(0)
-    assert Counter(map(len, chunks)) == {4: 100, 2: 50} or Counter(map(len, chunks)) == {4: 50, 3: 100}
+    sizes = np.diff(plan.chunks(0).starts, append=500).tolist()
+    assert Counter(sizes) == {4: 100, 2: 50} or Counter(sizes) == {4: 50, 3: 100}
     assert plan.epoch_tokens() == 150 * 300 + 500 * 20
     # In one step, what chance brings together shares its page again, as far as a row has room.
     (step,) = plan.steps(0)
     assert sum(rank_tokens(plan, step)) == 50 * 300 + 500 * 20
+
+
+@pytest.mark.parametrize("pack_tokens", [400, 900, 5000])
+def test_the_order_of_pages_is_that_of_the_plain_way(pack_tokens: int) -> None:
+    """Page by page, record by record: what runs were started with goes on as it began."""
+    rng = np.random.default_rng(pack_tokens)
+    lengths = random_lengths(rng, 200)
+    plan = BatchPlan(lengths, "shared-image", batch_size=8, pack_tokens=pack_tokens, shared_image_max=4, seed=7)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(7 + 2)).tolist()
+    pages: dict[int, list[int]] = {}
+    for index in order:
+        pages.setdefault(int(lengths.page[index]), []).append(index)
+    chunks: list[list[int]] = []
+    for records in pages.values():
+        limit, room, size = -(-len(records) // -(-len(records) // 4)), 0, 0
+        for index in records:
+            added = int(lengths.tokens[index] - lengths.prefix[index])
+            if size in (0, limit) or added > room:
+                chunks.append([])
+                room, size = pack_tokens - int(lengths.prefix[index]), 0
+            chunks[-1].append(index)
+            room, size = room - added, size + 1
+    chunks.sort(key=lambda chunk: order.index(min(chunk)))
+    assert plan.chunks(2).records.tolist() == list(chain(*chunks))
+    assert np.diff(plan.chunks(2).starts, append=200).tolist() == list(map(len, chunks))
+
+
+@dataclasses.dataclass
+class Twice:
+    """Every record twice an epoch."""
+
+    records: int
+
+    def __len__(self) -> int:
+        return 2 * self.records
+
+    def of_epoch(self, epoch: int) -> Any:
+        return np.random.default_rng(epoch).permutation(2 * self.records) % self.records
+
+
+@pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
+def test_a_record_may_come_twice_an_epoch(packing: Any) -> None:
+    """Beside others of its page also in one group; one that shares nothing never with itself."""
+    lengths = random_lengths(np.random.default_rng(4), 60)
+    alone = np.arange(60) % 3 == 0
+    page, prefix = np.where(alone, 100 + np.arange(60), lengths.page), np.where(alone, 0, lengths.prefix)
+    lengths = lengths_of(lengths.tokens, prefix, page)
+    plan = BatchPlan(
+        lengths, packing, batch_size=24, pack_tokens=2000, shared_image_max=8, world_size=3, order=Twice(60)
+    )
+    assert (len(plan), plan.num_steps) == (120, 5)
+    groups = [group for step in plan.steps(1) for group in groups_of(step)]
+    assert Counter(chain(*groups)) == dict.fromkeys(range(60), 2)
+    assert all(len(group) == 1 for group in groups if alone[group[0]])
+    assert packing != "shared-image" or any(len(set(group)) < len(group) for group in groups)
+
+
+def test_a_plan_holds_little_beside_the_lengths() -> None:
+    """Every rank has one. Arrays of eight bytes, and no list of all records: those take 40 a number."""
+    count = 50_000
+    lengths = random_lengths(np.random.default_rng(5), count)
+    tracemalloc.start()
+    try:
+        plan = BatchPlan(lengths, "shared-image", batch_size=64, pack_tokens=4000, shared_image_max=8, world_size=4)
+        for _ in islice(plan.steps(0), 20):
+            pass
+        assert tracemalloc.get_traced_memory()[1] < 200 * count
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 60 * count
 
 
 def test_where_nothing_is_shared_the_order_is_one() -> None:
@@ -186,7 +239,7 @@ def test_where_nothing_is_shared_the_order_is_one() -> None:
         orders = []
         for packing in ("samples", "shared-image"):
             plan = BatchPlan(lengths, packing, batch_size=8, pack_tokens=2000, shared_image_max=8, seed=5)  # type: ignore[arg-type]
-            orders.append([index for chunk in plan._chunks(epoch) for index in chunk])
+            orders.append(plan.chunks(epoch).records.tolist())
         assert orders[0] == orders[1]
         # That of padded batches: torch's sampler, seeded with the run's seed and the epoch.
         generator = torch.Generator().manual_seed(5 + epoch)
@@ -198,7 +251,8 @@ def test_a_page_with_many_records_comes_no_earlier_than_others() -> None:
     pages = np.concatenate([np.arange(50), np.repeat(np.arange(50, 60), 5)])
     lengths = lengths_of(np.full(100, 320), np.full(100, 300), pages)
     plan = BatchPlan(lengths, "shared-image", batch_size=10, pack_tokens=2000, shared_image_max=8)
-    places = [place / 59 for epoch in range(200) for place, chunk in enumerate(plan._chunks(epoch)) if len(chunk) == 5]
+    sizes = [np.diff(plan.chunks(epoch).starts, append=100) for epoch in range(200)]
+    places = [place / 59 for each in sizes for place in np.flatnonzero(each == 5)]
     assert len(places) == 2000
     assert np.mean(places) == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(2000))
 

@@ -11,46 +11,49 @@ any step of it can be made again, and the records of a step are the same on any 
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import chain, groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from phi3v.config import Packing
-from phi3v.data.lengths import RecordLengths
+from phi3v.data.balance import assign_to_ranks, by_rank, even_rows, fill_rows
+from phi3v.data.lengths import Ints, RecordLengths
 from phi3v.data.order import Order, Shuffled
+from phi3v.data.work import RecordWork
+from phi3v.model.shape import Costs
 
 Group = tuple[int, ...]  # the records of a group; of a padded batch each is its own
 Row = tuple[Group, ...]
 Step = list[list[Row]]  # the rows of each rank
 
+BY_TOKENS = Costs()
+UNEVEN = 1.05  # the most work of a rank over the mean, above which a group may be cut in two
 
-def assign_to_ranks(work: Sequence[float], ranks: int, most: int | None = None) -> list[int]:
-    """The rank of each item: the largest first, each to the rank that has the least work so far.
 
-    Args:
-        most: items of a rank at most.
-    """
-    assigned, counts = [0] * len(work), [0] * ranks
-    loads = [(0.0, rank) for rank in range(ranks)]
-    for item in sorted(range(len(work)), key=lambda item: -work[item]):
-        load, rank = heapq.heappop(loads)
-        assigned[item] = rank
-        counts[rank] += 1
-        if counts[rank] != most:
-            heapq.heappush(loads, (load + work[item], rank))
-    return assigned
+class Chunks(NamedTuple):
+    """The records of an epoch in order, and where chunks start among them: records of a page that come together."""
+
+    records: Ints
+    starts: Ints
+
+
+class _Group(NamedTuple):
+    """A group, its tokens and its work."""
+
+    records: Group
+    tokens: int
+    work: float
 
 
 @dataclass(eq=False)
 class BatchPlan:
     """The rows of every rank in every step of an epoch.
 
-    Rows are given to ranks by their work: tokens, and crops of the vision tower at ``crop_cost``.
+    Ranks get equal work: operations of the decoder, of attention within records and groups, and of the vision part.
 
     Args:
         lengths: of the records.
@@ -62,9 +65,10 @@ class BatchPlan:
         pack_tokens: tokens of a packed row at most, unless one record has more.
         shared_image_max: records of a group at most, when the pages are cut. Two groups of a page that chance brings
             into one step become one.
-        crop_cost: what a crop costs, in tokens (`ModelShape.crop_cost`).
+        costs: what ranks are balanced by (`ModelShape.training_costs`); by default tokens.
         world_size: ranks.
         order: of the records in each epoch; by default all of them, shuffled by ``seed``.
+        homes: (n,) the rank that is to compute each record where work allows it, as it has its images at hand.
     """
 
     lengths: RecordLengths
@@ -75,23 +79,15 @@ class BatchPlan:
     batch_tokens: int | None = None
     pack_tokens: int = 0
     shared_image_max: int = 1
-    crop_cost: float = 0.0
+    costs: Costs = BY_TOKENS
     world_size: int = 1
     seed: int = 0
     order: Order | None = None
+    homes: Ints | None = None
 
     def __post_init__(self) -> None:
-        # Plain numbers: one at a time they are looked up far faster than out of an array.
-        lengths = self.lengths
-        self._order = self.order or Shuffled(len(lengths), self.seed)
-        self._tokens: list[int] = lengths.tokens.tolist()
-        self._prefix: list[int] = lengths.prefix.tolist()
-        self._own_prefix: list[int] = lengths.own_prefix.tolist()
-        self._below: list[int] = lengths.below.tolist()
-        self._answers: list[int] = lengths.answers.tolist()
-        self._longest: list[int] = lengths.longest.tolist()
-        self._page: list[int] = lengths.page.tolist()
-        self._crops: list[int] = lengths.crops.tolist()
+        self._work = RecordWork(self.lengths, self.costs)
+        self._order = self.order or Shuffled(len(self.lengths), self.seed)
         self.num_steps = -(-len(self) // self.batch_size)
         if self.batch_tokens is not None:
             self.num_steps = min(max(1, round(self.epoch_tokens() / self.batch_tokens)), len(self))
@@ -106,130 +102,218 @@ class BatchPlan:
 
     def tokens(self, group: Group) -> int:
         """Tokens that a group has in a row."""
+        lengths, first = self.lengths, group[0]
         if len(group) == 1:
-            return self._tokens[group[0]]
-        return self._prefix[group[0]] + sum(self._below[index] for index in group)
+            return int(lengths.tokens[first])
+        return int(lengths.prefix[first] + lengths.below[list(group)].sum())
 
     def work(self, row: Row) -> float:
-        """What a row costs, in tokens."""
-        crops = self.crop_cost * sum(self._crops[group[0]] for group in row)
+        """Operations of a row; those of the vision part once for each page."""
+        firsts = {int(self.lengths.page[group[0]]): group[0] for group in row}
+        work = float(self._work.vision[list(firsts.values())].sum())
         if self.is_packed:
-            return crops + sum(self.tokens(group) for group in row)
-        records = [index for group in row for index in group]
-        samples = sum(self._answers[index] for index in records)
-        return crops + samples * max(self._longest[index] for index in records)
+            return work + sum(map(self._work.group, row))
+        records = np.array([index for group in row for index in group])
+        return work + float(self._work.padded(records, np.zeros(1, dtype=np.int64))[0])
 
     def branch_pairs(self, row: Row) -> int:
         """Queries of branches times the keys of their group, in all groups of a row that share a prefix."""
         pairs = 0
         for group in row:
-            if prefix := (self._prefix if len(group) > 1 else self._own_prefix)[group[0]]:
+            if prefix := int((self.lengths.prefix if len(group) > 1 else self.lengths.own_prefix)[group[0]]):
                 tokens = self.tokens(group)
                 pairs += (tokens - prefix) * tokens
         return pairs
 
     def epoch_tokens(self) -> int:
         """Tokens of the first epoch, but for groups that the end of a step cuts; others differ a little."""
-        return int(self._added_tokens(self._chunks(0)).sum())
+        return int(self._added_tokens(self.chunks(0)).sum())
 
-    def steps(self, epoch: int, first: int = 0) -> Iterator[Step]:
-        """The steps of an epoch in order, from the ``first``. A rank may have no row in one with few records."""
-        chunks = self._chunks(epoch)
-        order = list(chain.from_iterable(chunks))
-        chunk_of = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
-        for start, end in islice(zip(*self._bounds(chunks), strict=True), first, None):
-            pieces = groupby(range(start, end), key=lambda place: chunk_of[place])
-            groups = [tuple(order[place] for place in places) for _, places in pieces]
-            yield self._pack(groups) if self.is_packed else self._pad(groups)
+    def steps(self, epoch: int, first: int = 0, *, equal: bool = False) -> Iterator[Step]:
+        """The steps of an epoch in order, from the ``first``. A rank may have no row in one with few records.
 
-    def _chunks(self, epoch: int) -> list[Group]:
+        Args:
+            equal: ranks meet in every row, so they have equally many, as far as their groups go, and the rows that
+                they compute at the same time are alike.
+        """
+        chunks = self.chunks(epoch)
+        starts = self._starts(chunks)[first:].tolist()
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
+            records = chunks.records[start:end]
+            yield self._pack(records, equal) if self.is_packed else self._pad(records, equal)
+
+    def chunks(self, epoch: int) -> Chunks:
         """All records in the order of the epoch; those of a page in chunks that come together."""
-        order = self._order.of_epoch(epoch).tolist()
+        records, count = self._order.of_epoch(epoch), len(self)
         if self.packing != "shared-image":
-            return [(index,) for index in order]
-        pages: dict[int, list[int]] = {}
-        for index in order:
-            pages.setdefault(self._page[index], []).append(index)
-        chunks = [chunk for records in pages.values() for chunk in self._cut(records, even=True)]
+            return Chunks(records, np.arange(count))
+        by_page = np.argsort(self._keys(records), kind="stable")
+        sorted_records = records[by_page]
+        starts = np.flatnonzero(self._cut_evenly(sorted_records, self._keys(records)[by_page]))
+        sizes = np.diff(starts, append=count)
         # By the place of the record with the lowest index: so a page of many comes no earlier than others.
-        place = {index: at for at, index in enumerate(order)}
-        return sorted(chunks, key=lambda chunk: place[min(chunk)])
+        lowest = np.repeat(np.minimum.reduceat(sorted_records, starts), sizes)
+        places = np.minimum.reduceat(np.where(sorted_records == lowest, by_page, count), starts)
+        order = np.argsort(places)
+        sizes, moved = sizes[order], starts[order]
+        starts = np.cumsum(sizes) - sizes
+        return Chunks(sorted_records[np.repeat(moved - starts, sizes) + np.arange(count)], starts)
 
-    def _cut(self, records: Sequence[int], *, even: bool = False) -> list[Group]:
-        """Records of one page in groups that fit into a row and, with ``even``, have about equally many."""
-        limit = len(records)
-        if even:
-            limit = math.ceil(len(records) / math.ceil(len(records) / self.shared_image_max))
-        groups: list[list[int]] = []
+    def _keys(self, records: Ints) -> Ints:
+        """Equal for records that may be in one group. A record that shares nothing is alone, also if drawn twice."""
+        shares = self.lengths.prefix[records] > 0
+        page = self.lengths.page[records]
+        return np.where(shares, page, page.max(initial=0) + 1 + np.arange(len(records)))
+
+    def _cut_evenly(self, records: Ints, keys: Ints) -> npt.NDArray[np.bool_]:
+        """Where chunks start among records sorted by page: they fit into a row and have about equally many."""
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        sizes = np.diff(first, append=len(records))
+        limits = -(-sizes // -(-sizes // self.shared_image_max))
+        cuts = (np.arange(len(records)) - np.repeat(first, sizes)) % np.repeat(limits, sizes) == 0
+        starts = np.flatnonzero(cuts)
+        tokens = self.lengths.prefix[records[starts]] + np.add.reduceat(self.lengths.below[records], starts)
+        too_long = (tokens > self.pack_tokens) & (np.diff(starts, append=len(records)) > 1)
+        page_of = np.repeat(np.arange(len(first)), sizes)
+        for page in np.unique(page_of[starts[too_long]]):
+            start, end = first[page], first[page] + sizes[page]
+            below = self.lengths.below[records[start:end]].tolist()
+            fitting = self._cut(int(self.lengths.prefix[records[start]]), below, int(limits[page]))
+            cuts[start:end] = False
+            cuts[start + np.cumsum([0, *fitting[:-1]])] = True
+        return cuts
+
+    def _cut(self, prefix: int, below: Sequence[int], limit: int) -> list[int]:
+        """Sizes of groups of at most ``limit`` records of a page that fit into a row."""
+        sizes: list[int] = []
         tokens = 0
-        for index in records:
-            branch = self._below[index]
-            if groups and len(groups[-1]) < limit and tokens + branch <= self.pack_tokens:
-                groups[-1].append(index)
+        for branch in below:
+            if sizes and sizes[-1] < limit and tokens + branch <= self.pack_tokens:
+                sizes[-1] += 1
                 tokens += branch
             else:
-                groups.append([index])
-                tokens = self._prefix[index] + branch
-        return [tuple(group) for group in groups]
+                sizes.append(1)
+                tokens = prefix + branch
+        return sizes
 
-    def _added_tokens(self, chunks: Sequence[Group]) -> npt.NDArray[np.int64]:
+    def _added_tokens(self, chunks: Chunks) -> Ints:
         """Tokens that each record adds, in the order of ``chunks``."""
-        order, sizes = list(chain.from_iterable(chunks)), np.array([len(chunk) for chunk in chunks])
-        lengths, starts = self.lengths, np.cumsum(sizes) - sizes
-        added = lengths.below[order]
-        first = np.array(order)[starts]
-        added[starts] = np.where(sizes == 1, lengths.tokens[first], lengths.prefix[first] + lengths.below[first])
+        records, starts = chunks
+        lengths = self.lengths
+        added = lengths.below[records]
+        first = records[starts]
+        alone = np.diff(starts, append=len(records)) == 1
+        added[starts] = np.where(alone, lengths.tokens[first], lengths.prefix[first] + lengths.below[first])
         return added
 
-    def _bounds(self, chunks: Sequence[Group]) -> tuple[list[int], list[int]]:
-        """Where each step starts and ends among the records in their order."""
+    def _starts(self, chunks: Chunks) -> Ints:
+        """Where each step starts among the records in their order."""
+        places = np.arange(self.num_steps)
         if self.batch_tokens is None:
-            starts = [step * self.batch_size for step in range(self.num_steps)]
-        else:
-            reached = np.cumsum(self._added_tokens(chunks))
-            wanted = reached[-1] / self.num_steps * np.arange(self.num_steps)
-            places = np.arange(self.num_steps)
-            # At least one record a step, from the front and from the back.
-            front = np.maximum.accumulate(np.searchsorted(reached, wanted, side="right") - places) + places
-            starts = np.minimum(front, len(self) - places[::-1] - 1).tolist()
-        return starts, [*starts[1:], len(self)]
+            return places * self.batch_size
+        reached = np.cumsum(self._added_tokens(chunks))
+        wanted = reached[-1] / self.num_steps * places
+        # At least one record a step, from the front and from the back.
+        front = np.maximum.accumulate(np.searchsorted(reached, wanted, side="right") - places) + places
+        return np.minimum(front, len(self) - places[::-1] - 1)
 
-    def _pad(self, groups: list[Group]) -> Step:
+    def _pad(self, records: Ints, equal: bool) -> Step:
         """Padded rows of a step, as evenly many on each rank as can be."""
-        size = self.micro_batch_size
-        rows: list[Row] = [tuple(groups[start : start + size]) for start in range(0, len(groups), size)]
-        return self._assign(rows, math.ceil(len(rows) / self.world_size))
+        starts = np.arange(0, len(records), self.micro_batch_size)
+        work = (np.add.reduceat(self._work.vision[records], starts) + self._work.padded(records, starts)).tolist()
+        groups: list[Group] = [(index,) for index in records.tolist()]
+        rows = [tuple(groups[start : start + self.micro_batch_size]) for start in starts.tolist()]
+        homes = self._homes(records[starts].tolist())
+        assigned = assign_to_ranks(work, self.world_size, math.ceil(len(rows) / self.world_size), homes)
+        ranks = by_rank(assigned, self.world_size)
+        if equal:
+            ranks = [sorted(places, key=lambda place: -work[place]) for places in ranks]
+        return [[rows[place] for place in places] for places in ranks]
 
-    def _pack(self, groups: list[Group]) -> Step:
+    def _pack(self, records: Ints, equal: bool) -> Step:
         """The groups of a step to the ranks, then into rows."""
-        if self.packing == "shared-image":
-            pages: dict[int, list[int]] = {}
-            for group in groups:
-                pages.setdefault(self._page[group[0]], []).extend(group)
-            groups = [group for records in pages.values() for group in self._cut(records)]
-        while len(groups) < self.world_size and len(largest := max(groups, key=len)) > 1:
-            groups.remove(largest)
-            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        return [self._fill([group for (group,) in rows]) for rows in self._assign([(group,) for group in groups])]
+        groups = self._groups(records)
+        while len(groups) < self.world_size and len((most := max(groups, key=lambda g: len(g.records))).records) > 1:
+            groups.remove(most)
+            groups += self._halves(most)
+        assigned = self._assign(groups)
+        while (halved := self._halve_one(groups, assigned)) is not None:
+            groups, assigned = halved
+        ranks = [[groups[place] for place in places] for places in by_rank(assigned, self.world_size)]
+        filled = [fill_rows([group.tokens for group in own], self.pack_tokens) for own in ranks]
+        if equal:
+            rows = max(map(len, filled))
+            for rank, own in enumerate(ranks):
+                work, tokens = [group.work for group in own], [group.tokens for group in own]
+                filled[rank] = even_rows(work, tokens, self.pack_tokens, rows) or filled[rank]
+        return [
+            [tuple(own[place].records for place in row) for row in rows]
+            for own, rows in zip(ranks, filled, strict=True)
+        ]
 
-    def _assign(self, rows: Sequence[Row], most: int | None = None) -> Step:
-        ranks = assign_to_ranks([self.work(row) for row in rows], self.world_size, most)
-        return [[row for row, at in zip(rows, ranks, strict=True) if at == rank] for rank in range(self.world_size)]
+    def _assign(self, groups: Sequence[_Group]) -> list[int]:
+        homes = self._homes([group.records[0] for group in groups])
+        return assign_to_ranks([group.work for group in groups], self.world_size, preferred=homes)
 
-    def _fill(self, groups: Sequence[Group]) -> list[Row]:
-        """Groups into rows by best fit, the largest first: each goes where it leaves the least room."""
-        rows: list[list[Group]] = []
-        room: list[int] = []
-        for tokens, group in sorted(((self.tokens(group), group) for group in groups), key=lambda sized: -sized[0]):
-            fits = [place for place, left in enumerate(room) if left >= tokens]
-            if fits:
-                place = min(fits, key=lambda place: room[place])
-                rows[place].append(group)
-                room[place] -= tokens
-            else:
-                rows.append([group])
-                room.append(self.pack_tokens - tokens)
-        return [tuple(row) for row in rows]
+    def _homes(self, records: list[int]) -> list[int] | None:
+        return None if self.homes is None else self.homes[records].tolist()
+
+    def _groups(self, records: Ints) -> list[_Group]:
+        """The records of a step; those of a page together, as far as they fit into a row."""
+        singles = zip(
+            records.tolist(),
+            self.lengths.tokens[records].tolist(),
+            (self._work.vision[records] + self._work.single[records]).tolist(),
+            strict=True,
+        )
+        alone = [_Group((index,), tokens, work) for index, tokens, work in singles]
+        if self.packing == "samples":
+            return alone
+        pages: dict[int, list[int]] = {}
+        for place, key in enumerate(self._keys(records).tolist()):
+            pages.setdefault(key, []).append(place)
+        prefix, below = self.lengths.prefix[records].tolist(), self.lengths.below[records].tolist()
+        page_work = (self._work.vision[records] + self._work.prefix[records]).tolist()
+        branch_work = self._work.branch[records].tolist()
+        groups: list[_Group] = []
+        for places in pages.values():
+            end = 0
+            first = places[0]
+            for size in self._cut(prefix[first], [below[place] for place in places], len(places)):
+                own, end = places[end : end + size], end + size
+                if size == 1:
+                    groups.append(alone[own[0]])
+                else:
+                    tokens = prefix[first] + sum(below[place] for place in own)
+                    work = page_work[own[0]] + sum(branch_work[place] for place in own)
+                    groups.append(_Group(tuple(alone[place].records[0] for place in own), tokens, work))
+        return groups
+
+    def _halves(self, group: _Group) -> list[_Group]:
+        middle = len(group.records) // 2
+        halves = group.records[:middle], group.records[middle:]
+        vision = float(self._work.vision[group.records[0]])
+        return [_Group(half, self.tokens(half), vision + self._work.group(half)) for half in halves]
+
+    def _halve_one(self, groups: list[_Group], assigned: list[int]) -> tuple[list[_Group], list[int]] | None:
+        """With the largest group of the rank that has the most work cut in two, where that pays in spite of the prefix
+        that is computed twice.
+        """
+        loads = np.bincount(assigned, [group.work for group in groups], self.world_size)
+        most = float(loads.max())
+        if most <= UNEVEN * loads.mean():
+            return None
+        worst = int(loads.argmax())
+        own = [group for group, rank in zip(groups, assigned, strict=True) if rank == worst and len(group.records) > 1]
+        if not own:
+            return None
+        largest = max(own, key=lambda group: group.work)
+        halves = self._halves(largest)
+        if loads.sum() - largest.work + sum(half.work for half in halves) > 0.99 * most * self.world_size:
+            return None  # even shared out equally it is no less
+        others = [group for group in groups if group is not largest] + halves
+        again = self._assign(others)
+        return (others, again) if np.bincount(again, [g.work for g in others]).max() < 0.99 * most else None
 
 
 @dataclass(frozen=True)
@@ -251,11 +335,11 @@ def rows_of_rank(
     Args:
         equal: all ranks have equally many rows a step. Those with fewer run their smallest again, to no effect.
     """
-    for step in plan.steps(epoch, first_step):
+    for step in plan.steps(epoch, first_step, equal=equal):
         own = step[rank]
-        smallest = min(own or [row for rows in step for row in rows], key=plan.work)
-        missing = max(map(len, step)) - len(own) if equal else int(not own)
         rows = [RowPlan(row, ends_step=False) for row in own]
-        rows[-1:-1] = [RowPlan(smallest, ends_step=False, fills=True)] * missing
+        if missing := max(map(len, step)) - len(own) if equal else int(not own):
+            smallest = min(own or [row for rows in step for row in rows], key=plan.work)
+            rows[-1:-1] = [RowPlan(smallest, ends_step=False, fills=True)] * missing
         yield from rows[:-1]
         yield replace(rows[-1], ends_step=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from phi3v.data.batches import assign_to_ranks
+from phi3v.data.balance import assign_to_ranks
 from phi3v.data.collate import QuestionDataset, Sample, stack_images
 from phi3v.data.lengths import measure_table
 from phi3v.processing.hd_transform import image_runs

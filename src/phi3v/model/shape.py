@@ -1,4 +1,4 @@
-"""The sizes of a model that memory and time depend on."""
+"""The sizes of a model that memory and time depend on, and what a step costs that follows from them."""
 
 from __future__ import annotations
 
@@ -68,12 +68,70 @@ class ModelShape:
         products = 2 * self.tower_layers * self.patches * self.tower_layer_parameters
         return products, 4 * self.tower_layers * self.patches**2 * self.tower_width
 
-    def crop_cost(self, *, tower_trained: bool = True, adapters: bool = False) -> float:
-        """What a crop costs in a training step, in tokens: about 50 for the released models, if the tower is trained.
+    @property
+    def forward_costs(self) -> Costs:
+        """Of a forward pass."""
+        return Costs(
+            token=self.token_flops,
+            pair=2 * self.layers * self.hidden,
+            crop=sum(self.crop_flops),
+            image_token=2 * (4 * self.tower_width * self.hidden + self.hidden**2),
+            target=2 * self.hidden * self.vocabulary,
+        )
+
+    def training_costs(
+        self,
+        *,
+        tower_trained: bool = True,
+        adapters: bool = False,
+        features_kept: bool = False,
+        decoder_again: bool = False,
+        tower_again: bool = False,
+    ) -> Costs:
+        """Of a forward and a backward pass.
+
+        The backward pass of a trained layer is two more forward passes, of a frozen one that gradients pass through one
+        more; attention has no weights, so its backward pass is always two.
 
         Args:
             adapters: the weights of products need no gradients.
+            features_kept: what the frozen vision part makes of images is not computed again.
+            decoder_again, tower_again: what is computed a second time for the backward pass (checkpointing).
         """
-        forward = sum(self.crop_flops) / self.token_flops
-        # The decoder runs forward, back to its inputs and, but for adapters, back to its weights.
-        return forward if tower_trained else forward / (2 if adapters else 3)
+        forward, products = self.forward_costs, 2 if adapters else 3
+        crop, image_token = float(not features_kept) * forward.crop, float(not features_kept) * forward.image_token
+        if tower_trained:
+            linear, attention = self.crop_flops
+            crop = (products + tower_again) * linear + (3 + tower_again) * attention
+            image_token *= products
+        return Costs(
+            token=(products + decoder_again) * forward.token,
+            pair=(3 + decoder_again) * forward.pair,
+            crop=crop,
+            image_token=image_token,
+            target=products * forward.target,
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Operations that one more of each costs; a product of (m, k) by (k, n) is 2·m·k·n.
+
+    Attributes:
+        token: through the decoder's products with weights.
+        pair: of attention. T tokens that see each other causally are T² pairs, of which half are computed.
+        crop: through the tower.
+        image_token: through the projector.
+        target: a token whose logits are computed.
+    """
+
+    token: float = 1.0
+    pair: float = 0.0
+    crop: float = 0.0
+    image_token: float = 0.0
+    target: float = 0.0
+
+    def of(self, *, tokens: float, pairs: float, crops: float, image_tokens: float, targets: float) -> float:
+        """Of so many of each."""
+        decoder = self.token * tokens + self.pair * pairs + self.target * targets
+        return decoder + self.crop * crops + self.image_token * image_tokens

@@ -202,7 +202,7 @@ class Planner:
         """The rows of a packed set-up."""
         key = (setup.num_crops, setup.packing, setup.pack_tokens, setup.gpus)
         if key not in self._rows:
-            self._rows[key] = pack_workload(self.workload, setup, self.config, self.shape.crop_cost())
+            self._rows[key] = pack_workload(self.workload, setup, self.config, self.shape.training_costs())
         return self._rows[key]
 
     def rows_or_none(self, setup: TrainSetup) -> PackedRows | None:

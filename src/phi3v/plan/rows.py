@@ -10,6 +10,7 @@ import numpy as np
 from phi3v.config import RunConfig
 from phi3v.data.batches import BatchPlan, Row
 from phi3v.data.lengths import RecordLengths
+from phi3v.model.shape import Costs
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import SampleWork
 from phi3v.plan.workload import Workload
@@ -39,7 +40,7 @@ class PackedRows:
     steps: int
 
 
-def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig, crop_cost: float) -> PackedRows:
+def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig, costs: Costs) -> PackedRows:
     """The rows of a dataset as ``setup`` packs it."""
     lengths = workload.at(setup.num_crops).lengths
     if workload.is_assumed:
@@ -51,7 +52,7 @@ def pack_workload(workload: Workload, setup: TrainSetup, config: RunConfig, crop
         batch_tokens=config.training.batch_tokens,
         pack_tokens=setup.pack_tokens,
         shared_image_max=config.data.shared_image_max,
-        crop_cost=crop_cost,
+        costs=costs,
         world_size=setup.gpus,
         seed=config.training.seed,
     )

@@ -1,14 +1,10 @@
-"""Floating-point operations of a sample, and the speed they allow.
-
-A product of (m, k) by (k, n) is 2·m·k·n operations. The backward pass of a trained layer is two more forward passes, of
-a frozen one that gradients pass through one more; attention has no weights, so its backward pass is always two.
-"""
+"""Floating-point operations of a sample, and the speed they allow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi3v.model.shape import ModelShape
+from phi3v.model.shape import Costs, ModelShape
 from phi3v.plan.hardware import Machine
 from phi3v.plan.inputs import TrainSetup
 from phi3v.train.compute.activations import RECOMPUTES_ALL
@@ -34,6 +30,16 @@ class SampleWork:
     crops: float
     answer_tokens: float
 
+    def at(self, costs: Costs) -> float:
+        """Operations."""
+        return costs.of(
+            tokens=self.tokens,
+            pairs=self.tokens_squared,
+            crops=self.crops,
+            image_tokens=self.image_tokens,
+            targets=self.answer_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -58,25 +64,16 @@ def training_flops(
     Args:
         extra_forwards: forward passes of a step beside that of the loss.
     """
-    linear = shape.token_flops * work.tokens
-    attention = 2 * shape.layers * work.tokens_squared * shape.hidden  # causal: half of 4·T²·H
-    head = 2 * work.answer_tokens * shape.hidden * shape.vocabulary
-    tower_linear, tower_attention = (work.crops * flops for flops in shape.crop_flops)
-    projector = 2 * work.image_tokens * (4 * shape.tower_width * shape.hidden + shape.hidden**2)
-    decoder_forward, tower_forward = linear + attention + head, tower_linear + tower_attention + projector
-
-    weights = 0 if setup.is_adapter else 1  # one more forward's worth for gradients of weights
-    model = decoder_forward + (1 + weights) * (linear + head) + 2 * attention + tower_forward
-    if tower_trained:
-        model += (1 + weights) * (tower_linear + projector) + 2 * tower_attention
-    recomputed = 0.0
-    if setup.checkpointing in RECOMPUTES_ALL:
-        recomputed += linear + attention
-    if setup.checkpointing != "none" and tower_trained:
-        recomputed += tower_linear + tower_attention
-    forward = decoder_forward + tower_forward
-    model += extra_forwards * forward
-    return Flops(model, model + recomputed, forward)
+    again = {
+        "decoder_again": setup.checkpointing in RECOMPUTES_ALL,
+        "tower_again": setup.checkpointing != "none" and tower_trained,
+    }
+    model, hardware = (
+        work.at(shape.training_costs(tower_trained=tower_trained, adapters=setup.is_adapter, **recomputed))
+        for recomputed in ({}, again)
+    )
+    forward = work.at(shape.forward_costs)
+    return Flops(model + extra_forwards * forward, hardware + extra_forwards * forward, forward)
 
 
 @dataclass(frozen=True)

@@ -385,8 +385,15 @@ def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: Re
         model: without weights, and no method applied to it.
     """
     tower_trained = "vision" in Case(config, runtime, model).trained
-    adapters = config.method.uses_adapters
-    cost = ModelShape.of(model.config).crop_cost(tower_trained=tower_trained, adapters=adapters)
+    again = "full" if config.training.lean else config.training.activation_checkpointing
+    costs = ModelShape.of(model.config).training_costs(
+        tower_trained=tower_trained,
+        adapters=config.method.uses_adapters,
+        features_kept=config.training.feature_cache != "off",
+        # What `auto` will choose is not known yet, and may differ between machines.
+        decoder_again=again == "full",
+        tower_again=tower_trained and again not in ("none", "auto"),
+    )
     return BatchPlan(
         lengths,
         config.data.packing,
@@ -395,7 +402,7 @@ def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: Re
         batch_tokens=config.training.batch_tokens,
         pack_tokens=config.data.pack_tokens,
         shared_image_max=config.data.shared_image_max,
-        crop_cost=cost if config.training.feature_cache == "off" else 0.0,
+        costs=costs,
         world_size=runtime.world_size,
         seed=config.training.seed,
     )
