@@ -15,6 +15,7 @@ from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.lengths import measure_table
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
+from phi3v.model.shape import Costs
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
 from phi3v.plan.options import planned_recipe
@@ -58,7 +59,7 @@ def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: s
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
     workload = read_workload(data, config.data, processor, progress=False)
     setup = TrainSetup(packing=config.data.packing, pack_tokens=1500, num_crops=4)
-    rows = pack_workload(workload, setup, config, 53.0)
+    rows = pack_workload(workload, setup, config, Costs())
     table = open_table(data)
     plan = BatchPlan(
         measure_table(table, processor).at(4),
