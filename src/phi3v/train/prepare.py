@@ -38,6 +38,7 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.train.checks import Case, require_possible
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.activations import (
+    RECOMPUTES_ALL,
     Activations,
     Gradients,
     MicroBatch,
@@ -391,7 +392,7 @@ def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: Re
         adapters=config.method.uses_adapters,
         features_kept=config.training.feature_cache != "off",
         # What `auto` will choose is not known yet, and may differ between machines.
-        decoder_again=again == "full",
+        decoder_again=again in RECOMPUTES_ALL,
         tower_again=tower_trained and again not in ("none", "auto"),
     )
     return BatchPlan(
