@@ -14,11 +14,14 @@ from run_helpers import Train, read_metrics
 from torch.nn import functional
 
 from phi3v.config import RunConfig
-from phi3v.model import attention
+from phi3v.model import attention, loss
 from phi3v.model.attention import SegmentBackend
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.train.compute import offload
 from phi3v.train.compute.fast_paths import FastPaths
+from phi3v.train.compute.offload import HostCopies
 from phi3v.train.device import RuntimeDevice
+from phi3v.train.methods import optimizers
 from phi3v.train.selfcheck import check
 from phi3v.train.selfcheck.examine import CheckCase, examine
 from phi3v.train.selfcheck.process import examine_apart
@@ -76,7 +79,8 @@ def test_a_faulty_kernel_is_not_used(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     monkeypatch.setitem(attention.BACKENDS, "packed_segments", of_segments(FAULTS[fault]))
-    code, folder = train(*PACKED, "training.self_check", "always")
+    keep = ("training.activation_checkpointing", "none")  # which leaves less to look at
+    code, folder = train(*PACKED, *keep, "training.self_check", "always")
     shown = capsys.readouterr()
     assert code == 0, shown.err
     line = next(line for line in shown.out.splitlines() if line.startswith("warn self-check"))
@@ -96,6 +100,58 @@ def test_a_faulty_kernel_is_not_used(
     assert read_metrics(folder)[0]["loss"] > 0
 
 
+def test_other_faulty_paths_are_not_used(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that forgets a chunk, and layer inputs that come back from the host as others."""
+    real = loss.checkpoint
+
+    def forgetful(function: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        result: torch.Tensor = real(function, *arguments, **options)
+        return 0 * result if len(arguments[1]) < 5 else result
+
+    class Swapped(HostCopies):
+        def start(self, target: torch.Tensor, source: torch.Tensor) -> None:
+            target.copy_(source.roll(1))
+
+    monkeypatch.setattr(loss, "checkpoint", forgetful)
+    monkeypatch.setattr(offload, "HostCopies", Swapped)
+    code, folder = train(*PACKED, "training.self_check", "always")
+    shown = capsys.readouterr().out
+    assert code == 0
+    lines = [line for line in shown.splitlines() if line.startswith("warn self-check")]
+    assert ["loss chunked" in line and line.endswith("goes on with whole") for line in lines] == [True, False]
+    assert lines[1].endswith("the run goes on without checkpointing offload")
+    assert json.loads((folder / "environment.json").read_text())["self_check"]["used"]["loss"] == "whole"
+
+
+def test_what_has_no_plain_way_ends_the_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Moments that are rounded to other numbers, and half precision that overflows."""
+    half = ("training.self_check", "always", "training.precision", "bf16")
+    real = optimizers.round_stochastically
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizers, "round_stochastically", lambda *given: 1.1 * real(*given))
+        code, folder = train(*PACKED, *half, "training.optimizer", "adamw_bf16")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "training.optimizer: on the CPU, optimizer adamw_bf16: the update of a " in error
+    assert "is off by" in error
+    assert "→ use adamw;" in error
+    assert not folder.exists()
+    sdpa = attention._sdpa
+
+    def overflowing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: Any, **how: Any) -> Any:
+        result = sdpa(query, key, value, *given, **how)
+        return result / 0 if value.dtype == torch.bfloat16 else result
+
+    monkeypatch.setattr(attention, "_sdpa", overflowing)
+    assert train(*PACKED, *half)[0] == 2
+    error = capsys.readouterr().err
+    assert "training.precision: on the CPU, precision bf16: the loss is not finite or missing" in error
+
+
 def test_a_run_is_the_same_with_and_without(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit: the check changes no weight and draws no number of the run's."""
     lora = ("method.name", "lora", "method.lora.dropout", 0.1)
@@ -107,7 +163,8 @@ def test_a_run_is_the_same_with_and_without(train: Train, capsys: pytest.Capture
         assert ("self_check" in json.loads((folder / "environment.json").read_text())) == (how == "always")
     assert results[0] == results[1]
     shown = capsys.readouterr().out
-    assert "attention packed_segments, loss chunked agree with the plain path" in shown
+    checked = "attention packed_segments, loss chunked, checkpointing offload, checkpointing selective, optimizer adamw"
+    assert f"self-check: {checked} agree with the plain path" in shown
     assert "warn self-check" not in shown
 
 
@@ -158,7 +215,7 @@ def test_a_kernel_that_takes_its_process_along_has_failed(
     row = {"input_ids": torch.ones(1, 2, dtype=torch.int64), "layout": ((0, 2),)}
     case = CheckCase(RunConfig(), model, torch.float32, runtime, FastPaths("packed_segments"), row)
     command = (sys.executable, "-S", "-c", CHILD.replace("FAULT", fault))
-    found, loss = examine_apart(case, seconds=2, command=command)
+    found, rest = examine_apart(case, seconds=2, command=command)
     assert (found.path, found.value, found.state) == ("attention", "packed_segments", state)
     assert why in found.what
-    assert (loss.path, loss.state) == ("loss", "passed")
+    assert (rest.path, rest.state) == ("loss", "passed")

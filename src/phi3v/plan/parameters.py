@@ -17,7 +17,7 @@ from phi3v.config import LoraConfig, MethodConfig, torch_dtype
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.plan.inputs import Optimizer
 from phi3v.train.compute.activations import Gradients
-from phi3v.train.methods.loading import make_skeleton
+from phi3v.train.methods.loading import loaded_dtype, make_skeleton
 from phi3v.train.methods.strategies import PART_MODULES, VISION, TrainablePart, apply_method, summarize
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes' 4-bit block)
@@ -94,11 +94,7 @@ def meta_model(config: Phi3VConfig, method: MethodConfig, precision: str) -> nn.
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     model = make_skeleton(config)
     with torch.device("meta"):
-        # As `load_for_training` chooses it.
-        if precision == "fp32" or method.name == "full":
-            dtype = torch.float32
-        else:
-            dtype = stored if method.name == "frozen-vision" else torch_dtype(precision)
+        dtype = loaded_dtype(method, stored, torch_dtype(precision))
         wrapped: nn.Module = apply_method(model.to(dtype), method)
     return wrapped
 

@@ -56,14 +56,15 @@ class FastPaths:
         exact = ["packed_segments", "packed_mask"] if self.attention in BACKENDS else ["sdpa", "eager"]
         if self.attention in exact:
             exact = exact[exact.index(self.attention) + 1 :]
-        plain: dict[str, list[Any]] = {"attention": exact, "loss": ["whole"], "kernels": ["torch"]}
-        if self.checkpointing not in ("auto", "none", "vision"):
-            plain["checkpointing"] = ["full"]
-        plain |= {"compile": [False], "fp8": [False]}
-        chosen = {name: getattr(self, name) for name in plain}
-        return {
-            name: [chosen[name], *others] for name, others in plain.items() if others and chosen[name] != others[-1]
+        values: dict[str, list[Any]] = {
+            "attention": [self.attention, *exact],
+            "loss": [self.loss, "whole"],
+            "kernels": [self.kernels, "torch"],
+            "checkpointing": [*self.recomputing, "full"],
+            "compile": [self.compile, False],
+            "fp8": [self.fp8, False],
         }
+        return {name: each for name, each in values.items() if each[0] != each[-1]}
 
     def plain(self) -> FastPaths:
         """The plain way to compute the same."""

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from phi3v.config import Attention, LoraConfig, RunConfig
+from phi3v.config import Attention, LoraConfig, MethodConfig, RunConfig
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.machine import Accelerator
@@ -184,15 +184,26 @@ def weight_dtypes(config: RunConfig, stored: torch.dtype, runtime: RuntimeDevice
     Args:
         stored: of the checkpoint.
     """
-    method = config.method.name
     trained = torch.bfloat16 if keeps_bf16_weights(config.training) else torch.float32
-    if trained == torch.bfloat16 and method == "full":
+    if trained == torch.bfloat16 and config.method.name == "full":
         return stored, trained  # what never trains is saved as it was
-    if runtime.autocast_dtype is None or method == "full":
+    return loaded_dtype(config.method, stored, runtime.dtype), trained
+
+
+def loaded_dtype(method: MethodConfig, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """What weights are loaded in where those that are trained are held in float32.
+
+    Args:
+        stored: of the checkpoint.
+        computed: of the run's precision.
+    """
+    if computed == torch.float32 or method.name == "full":
         # Full training updates what it computes with, and half precision would round small updates away.
-        return torch.float32, trained
-    # Frozen weights that are saved again must stay what they were; those under adapters may be rounded.
-    return stored if method == "frozen-vision" else runtime.dtype, trained
+        return torch.float32
+    if method.name != "frozen-vision":
+        return computed  # frozen weights under adapters may be rounded
+    # Frozen weights that are saved again must stay what they were; autocast mixes no two kinds of half precision.
+    return stored if stored in (torch.float32, computed) else torch.float32
 
 
 def load_weights(path: str, **kwargs: Any) -> Phi3VForCausalLM:

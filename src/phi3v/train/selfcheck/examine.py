@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
+import phi3v.model.loss as loss_module
 from phi3v.config import LoraConfig, MethodConfig, RunConfig
 from phi3v.model.configuration import CLIP_VIT_L_14_336, Phi3VConfig
 from phi3v.model.loss import find_targets
@@ -32,14 +34,15 @@ from phi3v.train.methods.gradient_check import FP16_SCALES, ZERO_BY_NATURE
 from phi3v.train.methods.loading import weight_dtypes
 from phi3v.train.methods.strategies import apply_method
 from phi3v.train.objectives import make_objective
+from phi3v.train.selfcheck.small_parts import UPDATE_OFF, four_bit_products, updates
 from phi3v.train.selfcheck.verdict import Verdict
 
 LAYERS = 2  # of the decoder, whose last one is computed otherwise than the others; of the tower, those that run
 # Flash attention's own tests allow its gradients 3 times the error of the plain computation in the same dtype.
 TIMES = 3.0
-# The plain path itself: 32 units of rounding, of which two layers of each part take 2 to 10.
-MOST_UNITS = 32.0
-MOST = 0.5  # in any case: what is zero in place of its value is off by 1
+# In any case, and of the plain path in half precision, beside which there is none: what is zero is off by 1. Sums of
+# bfloat16 that a device does not take in float32 are off by a third.
+MOST = 0.5
 # e4m3 has 3 bits of mantissa where bfloat16 has 7, and rounds to 1/16 where that rounds to 1/256.
 FLOAT8_UNITS = 16.0
 SMALL_GRADIENT = 1e-4  # of the norm of all: a smaller one is compared with this
@@ -108,7 +111,7 @@ def examine(case: CheckCase, known: Mapping[tuple[str, Any], Verdict] | None = N
     except Exception as error:  # without it nothing can be said of the others
         yield Verdict("precision", case.runtime.precision, "unchecked", in_short(error))
         return
-    most = dict.fromkeys(plain, MOST_UNITS * case.unit)
+    most = dict.fromkeys(plain, MOST)
     if case.runtime.autocast_dtype is not None:
         yield _judged("precision", case.runtime.precision, plain, None, most)
     for name, (*fast, _plain) in case.paths.alternatives().items():
@@ -122,20 +125,53 @@ def examine(case: CheckCase, known: Mapping[tuple[str, Any], Verdict] | None = N
                 used = replace(used, **{name: value})
                 if name != "checkpointing":
                     break
+    for name, value, work in _parts(case):
+        verdict = known.get((name, value))
+        if verdict is None:
+            yield Verdict(name, value, "trying")
+            verdict = _caught(name, value, functools.partial(work, case))
+        yield verdict
 
 
 def _try(
     case: CheckCase, paths: FastPaths, name: str, value: Any, plain: Mapping[str, float], exact: Outcome
 ) -> Verdict:
     unit = FLOAT8_UNITS if paths.fp8 else 1.0
+    allowed = {part: min(TIMES * unit * max(distance, case.unit), MOST) for part, distance in plain.items()}
+    return _caught(name, value, lambda: _judged(name, value, compute(case, paths).distances(exact), plain, allowed))
+
+
+def _caught(name: str, value: Any, work: Callable[[], Verdict]) -> Verdict:
     try:
-        off = compute(case, paths).distances(exact)
+        return work()
     except torch.OutOfMemoryError as error:
         return Verdict(name, value, "unchecked", in_short(error))
     except Exception as error:  # whatever a kernel may raise
         return Verdict(name, value, "failed", in_short(error))
-    allowed = {part: min(TIMES * unit * max(distance, case.unit), MOST) for part, distance in plain.items()}
-    return _judged(name, value, off, plain, allowed)
+
+
+def _parts(case: CheckCase) -> Iterator[tuple[str, Any, Callable[[CheckCase], Verdict]]]:
+    """What is examined without the model."""
+    yield "optimizer", case.config.training.optimizer, _optimizer
+    if case.config.method.name == "qlora":
+        yield "four_bit", "nf4", _four_bit
+
+
+def _optimizer(case: CheckCase) -> Verdict:
+    name = case.config.training.optimizer
+    off = {
+        f"the update of a {'matrix' if exact.dim() > 1 else 'vector'}": _distance(found, exact)
+        for _, found, exact in updates(case.config, case.runtime.device)
+    }
+    return _judged("optimizer", name, off, None, dict.fromkeys(off, UPDATE_OFF[name]))
+
+
+def _four_bit(case: CheckCase) -> Verdict:
+    found = four_bit_products(case.config, case.runtime, case.model.hidden_size)
+    off = {part: _distance(kernel, exact) for part, (kernel, _, exact) in found.items()}
+    plain = {part: _distance(own, exact) for part, (_, own, exact) in found.items()}
+    allowed = {part: TIMES * max(distance, case.unit) for part, distance in plain.items()}
+    return _judged("four_bit", "nf4", off, plain, allowed)
 
 
 def _judged(
@@ -174,7 +210,7 @@ def compute(case: CheckCase, paths: FastPaths, *, exact: bool = False) -> Outcom
         for scale in FP16_SCALES if dtype == torch.float16 else (1.0,):  # what is too large the scaler lowers
             kept.clear()
             model.zero_grad(set_to_none=True)
-            with autocast:
+            with autocast, _small_chunks(base.config.vocab_size):
                 loss = objective.probe_loss(lambda inputs: model(**inputs), row)
             (loss * scale).backward()
             gradients = {
@@ -192,6 +228,17 @@ def compute(case: CheckCase, paths: FastPaths, *, exact: bool = False) -> Outcom
         with torch.no_grad(), autocast:
             logits = base.lm_head(states.to(next(base.lm_head.parameters()).dtype)).float()
     return Outcome(loss.detach().float(), logits, gradients)
+
+
+@contextlib.contextmanager
+def _small_chunks(vocabulary: int) -> Iterator[None]:
+    """Let a small row have several chunks in the loss, four tokens each."""
+    before = loss_module.LOGITS_PER_CHUNK
+    loss_module.LOGITS_PER_CHUNK = 4 * vocabulary
+    try:
+        yield
+    finally:
+        loss_module.LOGITS_PER_CHUNK = before
 
 
 def make_model(case: CheckCase, attention: str, *, exact: bool = False) -> Any:

@@ -6,13 +6,17 @@ import copy
 from typing import Any
 
 import numpy as np
+import torch
 
-from phi3v.config import RunConfig
+from phi3v.config import Packing, RunConfig
 from phi3v.data.batches import Row, RowPlan
+from phi3v.data.collate import Collator, Page, Sample, pack_row
 from phi3v.data.lengths import RecordLengths
 from phi3v.data.preferences import Preferences
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable
+from phi3v.processing.conversation import IGNORE_INDEX
+from phi3v.processing.hd_transform import CROP_SIZE
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -58,3 +62,29 @@ def smallest_groups(lengths: RecordLengths, *, shared: bool) -> Row:
     if not len(others):  # all are about one page
         others = order[~np.isin(order, first)]
     return (first, (int(others[0]),)) if len(others) else (first,)
+
+
+def drawn_row(vocabulary: int, packing: Packing) -> dict[str, Any]:
+    """As `small_row` where there is no data: drawn tokens about two drawn images of one crop, two questions about one.
+
+    Args:
+        vocabulary: tokens are from its first 1,000.
+    """
+    generator = torch.Generator().manual_seed(0)
+    side = (CROP_SIZE, CROP_SIZE)
+    pages = [
+        Page(f"drawn {number}", side, torch.randint(256, (*side, 3), generator=generator, dtype=torch.uint8))
+        for number in range(2)
+    ]
+
+    def sample(page: Page, length: int) -> Sample:
+        text: list[int] = torch.randint(3, min(vocabulary, 1000), (length,), generator=generator).tolist()
+        prompt = [1, *[-1] * page.num_img_tokens, *text]
+        return Sample([*prompt, *text[:8]], [IGNORE_INDEX] * len(prompt) + text[:8], [page])
+
+    first, second, third = (sample(page, length) for page, length in zip((*pages, pages[0]), (50, 81, 37), strict=True))
+    if packing == "none":
+        row = Collator(0)([first, second])
+    else:
+        row = pack_row([[first, third], [second]] if packing == "shared-image" else [[first], [second]])
+    return {name: value for name, value in row.items() if name != "counts"}
