@@ -91,7 +91,11 @@ def free_bytes(model: nn.Module, device: torch.device, ranks: int, state_bytes: 
         ranks: processes of this machine, which share its memory where the device is the CPU.
         state_bytes: of a trained parameter: its gradient and the optimizer's moments.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available // ranks
+    free = psutil.virtual_memory().available // ranks
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        limit = torch.cuda.get_per_process_memory_fraction(device) * total
+        free = min(free, int(limit) - torch.cuda.memory_allocated(device))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return int(free) - trained * state_bytes
 
