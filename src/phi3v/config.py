@@ -465,11 +465,17 @@ class DistributedConfig:
     adapters."""
     offload_optimizer: bool = False
     """zero1, zero2, zero3: keep the optimizer state in host memory."""
+    replicas: int = 1
+    """fsdp2: copies of the model, each sharded over an equal part of the ranks (HSDP); with the number of machines,
+    only gradients travel between them."""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision in which gradients are summed over the ranks: bf16 halves what is sent and rounds each gradient; auto:
+    zero1 to zero3 as training.precision, otherwise that of the weights, usually fp32."""
     timeout_minutes: float = 30.0
     """How long a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        _require(self, "distributed", above_0="timeout_minutes")
+        _require(self, "distributed", above_0="timeout_minutes", at_least_1="replicas")
 
 
 @dataclass

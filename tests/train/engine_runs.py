@@ -20,16 +20,17 @@ from phi3v.train.run import run_training
 from phi3v.train.state import Observer, TrainState
 
 
-def settings(engine: str, model: Path, data: Path, out: Path) -> RunConfig:
+def settings(engine: str, model: Path, data: Path, out: Path, *, replicas: int = 1) -> RunConfig:
     values = {
         "model.path": model,
         "data.train": data / "train.jsonl",
         "data.num_workers": 0,
         "training.output_dir": out,
         "training.max_steps": 3,
-        "training.batch_size": 2,
+        "training.batch_size": 2 * replicas,
         "training.learning_rate": 2e-3,
         "distributed.engine": engine,
+        "distributed.replicas": replicas,
     }
     return load_config(None, [part for name, value in values.items() for part in (f"--{name}", str(value))])
 
@@ -73,7 +74,7 @@ class SaveAndLoad(Observer):
             self.compared += 1
 
 
-def save_and_load(engine: str, model: Path, data: Path, out: Path) -> None:
+def save_and_load(engine: str, replicas: int, model: Path, data: Path, out: Path) -> None:
     observer = SaveAndLoad(out.with_name("state"))
     make = preparation.make_engine
 
@@ -82,7 +83,8 @@ def save_and_load(engine: str, model: Path, data: Path, out: Path) -> None:
         return observer.engine
 
     with mock.patch.object(preparation, "make_engine", make_and_keep):
-        run_training(settings(engine, model, data, out), Console(quiet=True), observers=[observer])
+        config = settings(engine, model, data, out, replicas=replicas)
+        run_training(config, Console(quiet=True), observers=[observer])
     assert observer.compared == 1
 
 

@@ -28,6 +28,8 @@ from phi3v.train.engines.data_parallel import DataParallel
 
 OFFLOAD = {"distributed.offload_optimizer": "true"}
 RECOMPUTE = {"training.activation_checkpointing": "full"}
+OFFLOADED = {"training.activation_checkpointing": "offload"}
+REPLICAS = {"distributed.replicas": 2}
 PACKED = {"data.packing": "shared-image", "data.pack_tokens": 900}
 # name: (method, engine, more settings)
 MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -38,9 +40,18 @@ MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full-zero2-offload": ("full", "zero2", OFFLOAD),
     "full-zero3-offload": ("full", "zero3", OFFLOAD),
     "full-fsdp2": ("full", "fsdp2", {}),
+    "full-hsdp": ("full", "fsdp2", REPLICAS),
+    "full-hsdp-packed": ("full", "fsdp2", REPLICAS | PACKED),
+    "lora-hsdp": ("lora", "fsdp2", REPLICAS),
+    "qlora-hsdp": ("qlora", "fsdp2", REPLICAS),
     "full-zero2-recomputed": ("full", "zero2", RECOMPUTE),
     "full-zero3-recomputed": ("full", "zero3", RECOMPUTE),
     "full-fsdp2-recomputed": ("full", "fsdp2", RECOMPUTE),
+    "full-ddp-offloaded": ("full", "ddp", OFFLOADED),
+    "full-zero2-offloaded": ("full", "zero2", OFFLOADED),
+    "full-zero3-offloaded": ("full", "zero3", OFFLOADED),
+    "full-fsdp2-offloaded": ("full", "fsdp2", OFFLOADED),
+    "full-hsdp-offloaded-packed": ("full", "fsdp2", OFFLOADED | REPLICAS | PACKED),
     "full-zero1-packed": ("full", "zero1", PACKED),
     "full-zero2-packed": ("full", "zero2", PACKED),
     "full-zero3-packed": ("full", "zero3", PACKED),
@@ -56,7 +67,7 @@ MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qlora-zero2": ("qlora", "zero2", {}),
     "qlora-fsdp2": ("qlora", "fsdp2", {}),
 }
-DEFAULT = ("full-zero2", "lora-zero2", "full-zero3-packed", "full-fsdp2")
+DEFAULT = ("full-zero2", "lora-zero2", "full-zero3-packed", "full-fsdp2-offloaded")
 
 Alone = Any  # what one process came to, by its settings
 
@@ -109,7 +120,7 @@ def test_an_engine_agrees_with_one_process(
     # What an engine has settings for makes no difference to one process; packed rows do, in the order of the data.
     reference = alone(**settings, **(more if "data.packing" in more else {}))
     shown = train(2, small_model_dir, easy_vqa, tmp_path / "run", **settings, **{"distributed.engine": engine}, **more)
-    assert f"engine: {engine} (as configured)" in shown
+    assert f"engine: {engine} (as configured" in shown
     one, two = read_metrics(reference), read_metrics(tmp_path / "run")
     assert len(one) == len(two) == steps
     worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True))
@@ -143,6 +154,47 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_replicas_of_shards_agree_with_one_process(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, alone: Alone, packed: bool
+) -> None:
+    """Four ranks are two by two; float32 sums in another order, as of every engine."""
+    more = PACKED if packed else {}
+    reference = alone(**more)
+    settings = {"distributed.engine": "fsdp2", **REPLICAS, **more}
+    shown = train(4, small_model_dir, easy_vqa, tmp_path / "run", **settings)
+    assert "2 replicas, each sharded over 2 ranks" in shown
+    one, four = read_metrics(reference), read_metrics(tmp_path / "run")
+    assert [line["loss"] for line in four] == pytest.approx([line["loss"] for line in one], abs=1e-5)
+    assert [line["grad_norm"] for line in four] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
+    trained_alone, trained = (weights(folder / "final") for folder in (reference, tmp_path / "run"))
+    assert max(float((trained[key] - trained_alone[key]).abs().max()) for key in trained_alone) < 1e-4
+    # Evaluated by copies of the whole model, of which every rank has one.
+    scores = [json.loads((folder / "eval_after.json").read_text()) for folder in (reference, tmp_path / "run")]
+    assert scores[0]["scores"] == scores[1]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [
+        ("ddp", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2")),
+        pytest.param("fsdp2", REPLICAS, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_summed_in_bf16(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, alone: Alone, engine: str, more: dict[str, Any]
+) -> None:
+    """bf16 has 8 bits: every rank's part of a gradient and their sum are off by at most 1/512 of themselves."""
+    reference = alone()
+    settings = {"distributed.engine": engine, "distributed.reduce_dtype": "bf16", **more}
+    train(2, small_model_dir, easy_vqa, tmp_path / "run", **settings)
+    one, two = (read_metrics(folder)[0]["grad_norm"] for folder in (reference, tmp_path / "run"))
+    assert 2e-6 < abs(two / one - 1) < 1 / 256  # above what float32 sums differ by
+    losses = ([line["loss"] for line in read_metrics(folder)] for folder in (reference, tmp_path / "run"))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-3)
 
 
 @pytest.mark.slow
@@ -191,11 +243,20 @@ def test_a_divided_model_is_measured_and_the_best_kept(
     assert all(torch.equal(best[name], final[name]) for name in best)
 
 
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize(
+    ("engine", "replicas"),
+    [
+        ("zero2", 1),
+        pytest.param("zero3", 1, marks=pytest.mark.slow),
+        ("fsdp2", 1),
+        pytest.param("fsdp2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_and_optimizer_go_out_and_come_back(
-    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str, replicas: int
 ) -> None:
-    run_ranks(2, save_and_load, engine, small_model_dir, easy_vqa, tmp_path / "run", folder=tmp_path / "printed")
+    places = (small_model_dir, easy_vqa, tmp_path / "run")
+    run_ranks(2 * replicas, save_and_load, engine, replicas, *places, folder=tmp_path / "printed")
 
 
 @pytest.mark.parametrize(
@@ -270,10 +331,37 @@ def test_the_default_respects_the_optimizer() -> None:
         (("distributed.engine", "zero3", "training.kernels", "liger"), "Liger's loss.*zero2"),
         (("distributed.engine", "fsdp2", "training.feature_cache", "memory"), "cached features.*zero2"),
         (("distributed.engine", "ddp", "distributed.offload_optimizer", "true"), "not ddp.*zero2"),
+        (("distributed.engine", "zero3", "distributed.replicas", "2"), "the engine is zero3.*fsdp2"),
+        (("distributed.engine", "fsdp2", "distributed.replicas", "3"), "2 ranks cannot be split into 3"),
+        (
+            (*("distributed.engine", "ddp", "distributed.reduce_dtype", "fp32"), "training.optimizer", "adamw_bf16"),
+            "bf16.*leave it at auto",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_does(overrides: tuple[object, ...], message: str) -> None:
     assert re.search(f"(?s){message}", refused(2, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "node_ranks", "expected"),
+    [
+        (1, 8, ""),
+        (2, 8, "; 2 replicas, each sharded over 4 ranks"),
+        (2, 4, "; 2 replicas, each sharded over 4 ranks"),
+        (8, 4, "; 8 replicas, each sharded over 1 rank"),
+        (
+            *(1, 4),
+            "; every layer is gathered over the network between machines, which distributed.replicas 2 would keep "
+            "within one if a copy fits",
+        ),
+    ],
+)
+def test_layers_that_are_gathered_over_the_network_are_told(replicas: int, node_ranks: int, expected: str) -> None:
+    eight = RuntimeDevice(torch.device("cpu"), "fp32", "", 0, 8, node_ranks)
+    choice = choose_engine(config("distributed.engine", "fsdp2", "distributed.replicas", replicas), eight)
+    assert choice.reason == f"as configured{expected}"
+    assert choice.state_bytes(16, 8) == 16 * replicas // 8
 
 
 def test_one_process_has_nothing_to_divide() -> None:

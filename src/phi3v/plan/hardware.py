@@ -15,6 +15,8 @@ from phi3v.grammar import suggestion
 from phi3v.machine import CPU, Accelerator, abilities, accelerator_of, available_cores
 
 GIB = 2**30
+# 16 lanes, one way, by generation: 8, 16 and 32 GT/s a lane with 128b/130b coding.
+PCIE_GB_S = {3: 15.75, 4: 31.5, 5: 63.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Gpu(Accelerator):
         memory_bytes: what a process may have of it.
         bandwidth_gb_s: memory bandwidth in 10**9 bytes a second; 0 where unknown.
         tflops: dense rate of half-precision products, in 10**12 operations a second (of a CPU: float32).
+        host_gb_s: nominal rate of copies to the host, one way, in 10**9 bytes a second; 0 where unknown.
         source: where the figures are from.
     """
 
@@ -34,6 +37,7 @@ class Gpu(Accelerator):
     bandwidth_gb_s: float
     tflops: float
     source: str
+    host_gb_s: float = 0.0
 
     @property
     def is_cpu(self) -> bool:
@@ -113,6 +117,7 @@ def _gpu(key: str, entry: dict[str, Any]) -> Gpu:
         bandwidth_gb_s=float(entry["bandwidth_gb_s"]),
         tflops=float(entry["tflops"]),
         source=entry["source"],
+        host_gb_s=PCIE_GB_S[entry["pcie"]],
         **{ability: entry.get(ability, value) for ability, value in able.items()},
     )
 
@@ -164,6 +169,7 @@ def this_machine() -> Machine:
         memory_bytes=found.total_memory,
         bandwidth_gb_s=known.bandwidth_gb_s if known else 0.0,
         tflops=known.tflops if known else 0.0,
+        host_gb_s=known.host_gb_s if known else 0.0,
         source=f"this machine; rates: {known.source}" if known else "this machine; its rates are not in the table",
     )
     return Machine(gpu, torch.cuda.device_count())

@@ -32,6 +32,8 @@ class TrainSetup:
     Attributes:
         gpus: data-parallel ranks.
         offload_optimizer: the optimizer's state lies in the host's memory (ZeRO).
+        replicas: of the model that fsdp2 shards, each over an equal part of the ranks.
+        reduces_bf16: gradients are summed over the ranks in bf16.
         pack_tokens: tokens of a packed row at most, which a rank computes at a time.
         micro_batch: samples that a rank computes at a time, where they are not packed.
         accumulates: gradients are kept over several micro-batches.
@@ -48,6 +50,8 @@ class TrainSetup:
     checkpointing: Checkpointing = "full"
     optimizer: Optimizer = "adamw"
     offload_optimizer: bool = False
+    replicas: int = 1
+    reduces_bf16: bool = False
     packing: Packing = "none"
     pack_tokens: int = 8192
     micro_batch: int = 1
@@ -113,6 +117,8 @@ def setup_from_config(config: RunConfig, machine: Machine, num_crops: int) -> Tr
         method=config.method,
         engine=engine_of(config, machine, config.method.name),
         offload_optimizer=config.distributed.offload_optimizer,
+        replicas=config.distributed.replicas,
+        reduces_bf16=config.distributed.reduce_dtype == "bf16",
         gpus=machine.gpus,
         precision=runtime.precision,
         attention=kind_of_attention(choose_attention(config, runtime)[0]),
@@ -142,4 +148,5 @@ def recipe_changes(setup: TrainSetup) -> dict[str, Any]:
         "training.optimizer": setup.optimizer,
         "distributed.engine": setup.engine if setup.gpus > 1 else "auto",
         "distributed.offload_optimizer": setup.offload_optimizer,
+        "distributed.replicas": setup.replicas,
     }

@@ -32,10 +32,12 @@ class Memory:
     Attributes:
         parts: bytes of each part at the peak.
         moment: when that is.
+        pinned: bytes of the host's memory beside them.
     """
 
     parts: dict[str, int]
     moment: str
+    pinned: int = 0
 
     @property
     def peak(self) -> int:
@@ -62,6 +64,8 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
         cpu: the device is a CPU, with the process's own memory in place of a GPU's context.
     """
     a, policy = setup.compute_bytes, setup.checkpointing
+    if cpu and policy == "offload":  # from the host to the host
+        policy = "full"
     static = _static(shape, counts, setup)
     activations = activations_of(shape, counts, setup)
     pages = activations.pages(batch)
@@ -116,7 +120,8 @@ def predict_memory(shape: ModelShape, counts: Parameters, setup: TrainSetup, bat
     else:
         coming = sum(moments[best].values()) - moments[best].get("gradients", 0)
         parts["overhead"] = CUDA_CONTEXT + FRAGMENTATION * coming + (COLLECTIVES if setup.gpus > 1 else 0)
-    return Memory({name: int(size) for name, size in parts.items() if size}, best)
+    pinned = activations.pinned(batch) if policy == "offload" else 0
+    return Memory({name: int(size) for name, size in parts.items() if size}, best, pinned)
 
 
 def _optimizer_work(counts: Parameters, setup: TrainSetup) -> float:
@@ -151,11 +156,12 @@ def _static(shape: ModelShape, counts: Parameters, setup: TrainSetup) -> dict[st
     if engine == "fsdp2":
         # Two layers are gathered at a time, the head and the embeddings as groups of their own.
         gathered = a * (2 * shape.layer_parameters + 2 * shape.hidden * shape.vocabulary)
+        shards = n // setup.replicas
         return {
-            "weights": (frozen + weight * trained) / n,
-            "gradients": gradient * trained / n,
-            "optimizer": moments / n,
-            "communication": gathered + 4 * shape.layer_parameters,
+            "weights": (frozen + weight * trained) / shards,
+            "gradients": gradient * trained / shards,
+            "optimizer": moments / shards,
+            "communication": gathered + (2 if setup.reduces_bf16 else 4) * shape.layer_parameters,
         }
     masters = 0 if setup.precision == "fp32" else 4 * trained
     sharded_gradients = engine in ("zero2", "zero3")

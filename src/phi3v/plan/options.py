@@ -15,6 +15,7 @@ from phi3v.plan.published import PublishedRow
 from phi3v.plan.rows import PackedRows
 from phi3v.plan.throughput import Speed
 from phi3v.plan.workload import Workload
+from phi3v.train.compute.activations import RECOMPUTES_ALL
 
 # Settings of a setup that ``--json`` shows under their own names.
 _SETUP_KEYS = (
@@ -25,6 +26,7 @@ _SETUP_KEYS = (
     "optimizer",
     "lean",
     "offload_optimizer",
+    "replicas",
     "packing",
     "num_crops",
 )
@@ -75,6 +77,7 @@ class Option:
             "peak_gib": round(memory.peak / GIB, 2) if memory else None,
             "peak_at": memory.moment if memory else None,
             "memory_bytes": memory.parts if memory else None,
+            "pinned_host_bytes": memory.pinned if memory else None,
             "samples_per_second": round(speed.samples_per_second, 3) if speed else None,
             "speed_basis": speed.basis if speed else None,
         }
@@ -165,26 +168,34 @@ def refused(setup: TrainSetup, why: UserError) -> Option:
 
 
 def on_engine(setup: TrainSetup, engine: Engine) -> TrainSetup:
-    """The same on another engine; only ZeRO keeps the optimizer's state in the host's memory."""
-    return replace(setup, engine=engine, offload_optimizer=setup.offload_optimizer and engine.startswith("zero"))
+    """The same on another engine: only ZeRO keeps the optimizer's state on the host, and only fsdp2 has replicas."""
+    offload_optimizer = setup.offload_optimizer and engine.startswith("zero")
+    replicas = setup.replicas if engine == "fsdp2" else 1
+    return replace(setup, engine=engine, offload_optimizer=offload_optimizer, replicas=replicas)
 
 
-def relaxations(setup: TrainSetup) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
+def relaxations(setup: TrainSetup, *, on_host: bool) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
     """A set-up as it is, then with ever more changes that save memory.
 
     What costs only time comes before what costs detail. Not every one of them can run.
+
+    Args:
+        on_host: it is computed in the host's memory, so that nothing can be moved there.
     """
     yield setup, ()
     current = setup
     words: tuple[str, ...] = ()
-    if setup.micro_batch > 1:
+    if setup.micro_batch > 1 and not setup.lean:  # whose micro-batch is the step
         current, words = replace(current, micro_batch=1, accumulates=True), (*words, "micro_batch_size 1")
         yield current, words
     if setup.packing != "none" and setup.pack_tokens > 4096:
         current, words = replace(current, pack_tokens=4096), (*words, "pack_tokens 4096")
         yield current, words
-    if setup.checkpointing != "full":
+    if setup.checkpointing not in RECOMPUTES_ALL:
         current, words = replace(current, checkpointing="full"), (*words, "everything recomputed")
+        yield current, words
+    if setup.checkpointing != "offload" and not on_host:
+        current, words = replace(current, checkpointing="offload"), (*words, "activation_checkpointing offload")
         yield current, words
     fewer = [crops for crops in (9, 4) if crops < setup.num_crops]
     for crops in fewer:

@@ -25,7 +25,7 @@ from phi3v.plan.inputs import (
     recipe_changes,
     setup_from_config,
 )
-from phi3v.plan.memory import Memory, predict_memory
+from phi3v.plan.memory import Memory, activations_of, predict_memory
 from phi3v.plan.options import Option, Plan, gib, on_engine, refused, relaxations
 from phi3v.plan.parameters import Parameters, count_model, meta_model
 from phi3v.plan.published import assumed_utilisation, published_row
@@ -124,7 +124,7 @@ class Planner:
         first = self.memory(setup, machine)
         best, best_memory = setup, first
         changes: tuple[str, ...] = ()
-        for changed, words in relaxations(setup):
+        for changed, words in relaxations(setup, on_host=machine.gpu.is_cpu):
             if self._refusal(changed, machine) is not None:
                 continue
             memory = self.memory(changed, machine)
@@ -186,7 +186,11 @@ class Planner:
         utilisation, basis = assumed_utilisation(machine, setup.method.name)
         if setup.float8:
             basis += "; what fp8 gains has not been measured and is not counted"
-        return predict_speed(flops, machine, utilisation, basis)
+        moved = 0.0
+        if setup.checkpointing == "offload":
+            mean = MicroBatch(1, round(work.tokens), round(work.image_tokens), round(work.crops), 0)
+            moved = activations_of(self.shape, self.counts(setup), setup).moved(mean)
+        return predict_speed(flops, machine, utilisation, basis, moved=moved)
 
     def _mean_sample(self, num_crops: int) -> SampleWork:
         lengths = self.workload.at(num_crops).lengths

@@ -126,6 +126,8 @@ def _show_memory(console: Console, option: Option) -> None:
         return
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in option.memory.parts.items())
     say(console, f"memory at the peak ({option.memory.moment}), GiB: {parts}")
+    if option.memory.pinned:
+        say(console, f"  and {option.memory.pinned / GIB:.2f} GiB of the host's memory a GPU, pinned")
 
 
 def _show_time(console: Console, plan: Plan, option: Option) -> None:

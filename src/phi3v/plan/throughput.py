@@ -93,10 +93,24 @@ class Speed:
     forward_share: float = 0.0
 
 
-def predict_speed(flops: Flops, machine: Machine, hardware_utilisation: float, basis: str) -> Speed:
-    """Samples a second, where the hardware does ``hardware_utilisation`` of its rate, recomputing included."""
+def predict_speed(
+    flops: Flops, machine: Machine, hardware_utilisation: float, basis: str, *, moved: float = 0.0
+) -> Speed:
+    """Samples a second, where the hardware does ``hardware_utilisation`` of its rate, recomputing included.
+
+    Args:
+        moved: bytes of a sample that go to the host and come back while others are computed.
+    """
     rate = machine.gpu.tflops * 1e12 * machine.gpus
     if not rate:
         return Speed(0.0, 0.0, "the rate of this device is not in the table")
     samples = rate * hardware_utilisation / flops.hardware
+    if moved and machine.gpu.host_gb_s:
+        copying = 2 * moved / (machine.gpu.host_gb_s * 1e9)
+        computing = machine.gpus / samples
+        samples = machine.gpus / max(computing, copying)
+        basis += (
+            f"; copies to the host and back: an estimated {copying:.2g} s a sample at PCIe's nominal "
+            f"{machine.gpu.host_gb_s:g} GB/s, beside {computing:.2g} s of computing"
+        )
     return Speed(samples, samples * flops.model / rate, basis, flops.forward / flops.hardware)

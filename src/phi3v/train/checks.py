@@ -158,6 +158,34 @@ def checkpoint_format(case: Case) -> Iterator[UserError]:
         yield UserError("adapters, and moments but adamw's, are saved whole", where=where, hint="leave it at auto")
 
 
+def replicas(case: Case) -> Iterator[UserError]:
+    wanted, ranks, where = case.config.distributed.replicas, case.runtime.world_size, "distributed.replicas"
+    if wanted == 1:
+        return
+    if case.engine.name != "fsdp2":
+        yield UserError(
+            f"replicas of a sharded model are fsdp2's, and the engine is {case.engine.name}",
+            where=where,
+            hint="set distributed.engine to fsdp2, or leave it at 1",
+        )
+    elif ranks % wanted:
+        yield UserError(
+            f"{ranks} ranks cannot be split into {wanted} equal replicas",
+            where=where,
+            hint="use the number of machines, or another divisor of the number of ranks",
+        )
+
+
+def reduce_dtype(case: Case) -> Iterator[UserError]:
+    wanted = case.config.distributed.reduce_dtype
+    if wanted == "fp32" and case.engine.name == "ddp" and keeps_bf16_weights(case.config.training):
+        yield UserError(
+            "ddp sums gradients in the dtype of the weights, which is bf16",
+            where="distributed.reduce_dtype",
+            hint="leave it at auto, or use training.optimizer adamw or adamw_8bit, which keep float32 weights",
+        )
+
+
 def batch(case: Case) -> Iterator[UserError]:
     yield from _raised(lambda: case.config.accumulation_steps(case.runtime.world_size))
 
@@ -377,6 +405,8 @@ CHECKS: tuple[Check, ...] = (
     deepspeed,
     fsdp,
     checkpoint_format,
+    replicas,
+    reduce_dtype,
     batch,
     optimizer,
     lean,

@@ -15,10 +15,15 @@ DIVIDED_OPTIMIZER = "adamw"  # whose state the engines that divide one know how 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine, and the reason for it."""
+    """An engine, and the reason for it.
+
+    Attributes:
+        replicas: of the model, each of them divided over an equal part of the ranks.
+    """
 
     name: Name
     reason: str
+    replicas: int = 1
 
     @property
     def is_zero(self) -> bool:
@@ -42,7 +47,7 @@ class EngineChoice:
         if self.name in ("none", "ddp"):
             return whole
         gradient = 4 if self.name == "zero1" else 0
-        return gradient + -(-(whole - gradient) // ranks)
+        return gradient + -(-(whole - gradient) // (ranks // self.replicas))
 
 
 def choose_engine(config: RunConfig, runtime: RuntimeDevice) -> EngineChoice:
@@ -50,7 +55,23 @@ def choose_engine(config: RunConfig, runtime: RuntimeDevice) -> EngineChoice:
     wanted = config.distributed.engine
     if runtime.world_size == 1:
         return EngineChoice("none", "one process")
-    return _auto(config, runtime) if wanted == "auto" else EngineChoice(wanted, "as configured")
+    if wanted == "auto":
+        return _auto(config, runtime)
+    if wanted == "fsdp2":
+        return _fsdp(config.distributed.replicas, runtime)
+    return EngineChoice(wanted, "as configured")
+
+
+def _fsdp(replicas: int, runtime: RuntimeDevice) -> EngineChoice:
+    shards, nodes = runtime.world_size // replicas, -(-runtime.world_size // runtime.node_ranks)
+    reason = "as configured"
+    if replicas > 1:
+        reason += f"; {replicas} replicas, each sharded over {shards} rank{'s' * (shards > 1)}"
+    if nodes > 1 and runtime.node_ranks % max(1, shards):
+        reason += "; every layer is gathered over the network between machines"
+        if runtime.world_size % nodes == 0:
+            reason += f", which distributed.replicas {nodes} would keep within one if a copy fits"
+    return EngineChoice("fsdp2", reason, replicas)
 
 
 def _auto(config: RunConfig, runtime: RuntimeDevice) -> EngineChoice:

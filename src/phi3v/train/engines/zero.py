@@ -62,8 +62,10 @@ class ZeroEngine(ShardedEngine):
             zero["stage3_param_persistence_threshold"] = 10 * self._skeleton.config.hidden_size
         if self.config.distributed.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        reduce = self.config.distributed.reduce_dtype
         return {
             "train_micro_batch_size_per_gpu": 1,
+            "communication_data_type": None if reduce == "auto" else reduce,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.config.training.max_grad_norm,
             "zero_optimization": zero,
