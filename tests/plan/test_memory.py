@@ -111,7 +111,7 @@ def test_each_policy_and_optimizer_saves_what_it_promises(
     for method in METHODS:
         by_policy = [
             peak(real, real_counts, setup_of(method, checkpointing=policy))
-            for policy in ("full", "selective", "vision", "none")
+            for policy in ("offload", "full", "selective", "vision", "none")
         ]
         assert by_policy == sorted(by_policy), method
         by_rows = [
@@ -125,12 +125,32 @@ def test_each_policy_and_optimizer_saves_what_it_promises(
     assert one[2] < 45
 
 
+def test_what_waits_in_the_hosts_memory_is_counted_there(
+    real: tuple[Phi3VConfig, ModelShape], real_counts: dict[str, Parameters]
+) -> None:
+    """On a CPU the host's memory is the device's, so nothing is saved."""
+    for method, layers in (("full", 32 + 23), ("frozen-vision", 32)):
+        full, offload = (setup_of(method, checkpointing=policy) for policy in ("full", "offload"))  # type: ignore[arg-type]
+        one, two = (predict_memory(real[1], real_counts[method], s, PAGE, cpu=False) for s in (full, offload))
+        moved = activations_of(real[1], real_counts[method], offload).moved(PAGE)
+        assert one.pinned == 0
+        assert moved <= two.pinned < 2 * moved
+        assert 0.85 * moved < one.peak - two.peak < 1.05 * moved, layers  # two inputs stay
+        on_cpu = [predict_memory(real[1], real_counts[method], s, PAGE, cpu=True) for s in (full, offload)]
+        assert on_cpu[0] == on_cpu[1]
+
+
 def test_sharding_divides_what_it_says(
     real: tuple[Phi3VConfig, ModelShape], real_counts: dict[str, Parameters]
 ) -> None:
     by_engine = {engine: peak(real, real_counts, setup_of("full", engine=engine, gpus=8)) for engine in ENGINES}
     assert by_engine["ddp"] > by_engine["zero1"] > by_engine["zero2"] > by_engine["zero3"]
     assert by_engine["fsdp2"] < by_engine["zero2"]
+    copies = {n: setup_of("full", engine="fsdp2", gpus=8, replicas=n) for n in (1, 2, 8)}
+    memory = {n: predict_memory(real[1], real_counts["full"], setup, PAGE, cpu=False) for n, setup in copies.items()}
+    assert memory[1].parts["weights"] == pytest.approx(memory[2].parts["weights"] / 2, rel=1e-6)
+    assert memory[8].parts["optimizer"] == int(real_counts["full"].optimizer_bytes("adamw"))
+    assert peak(real, real_counts, replace(copies[2], reduces_bf16=True)) < peak(real, real_counts, copies[2])
     few, many = (peak(real, real_counts, setup_of("full", engine="zero2", gpus=n)) for n in (8, 32))
     assert few > many
 

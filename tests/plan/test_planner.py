@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,24 @@ def test_published_speed_is_met_where_it_is_the_basis(plans: dict[str, Plan]) ->
         assert option.speed is not None
         assert "Microsoft" in option.speed.basis
         assert option.speed.samples_per_second == pytest.approx(row.images_per_second, rel=0.05)
+
+
+def test_layer_inputs_in_host_memory_let_24_gb_train_everything() -> None:
+    """Four pages at a time in lean mode; the time of the copies is told, and hidden."""
+    lean = {"lean": True, "optimizer": "adamw_8bit", "max_grad_norm": 0.0, "precision": "bf16"}
+    keys = {f"training.{key}": value for key, value in (lean | {"batch_size": 4, "micro_batch_size": 4}).items()}
+    config = load_config(None, keys | {"model.num_crops": 16})
+    planner, machine = Planner(config, progress=False), find_machine("rtx-4090", None)
+    own = planner.plan(machine).own
+    assert own.verdict == "fits with activation_checkpointing offload"
+    assert own.memory is not None
+    assert own.memory.pinned > 4 * GIB
+    assert own.speed is not None
+    assert "copies to the host and back: an estimated" in own.speed.basis
+    full = planner.option(replace(own.setup, checkpointing="full", micro_batch=2), machine)
+    assert full.speed is None or full.speed.samples_per_second == own.speed.samples_per_second
+    slow = replace(machine, gpu=replace(machine.gpu, host_gb_s=0.5))
+    assert planner.speed(own.setup, slow).samples_per_second < own.speed.samples_per_second / 2
 
 
 def test_float8_on_a_card_that_has_it() -> None:
