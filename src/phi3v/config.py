@@ -150,14 +150,84 @@ class ModelConfig:
         _require(self, "model", at_least_1="num_crops")
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """One of several data files; takes one of ``weight``, ``epochs`` and ``max_records`` at most.
+
+    Attributes:
+        path: of the file.
+        name: in logs and reports; default: the file's name without its ending.
+        weight: its share of an epoch's records, in proportion to the weights of the others.
+        epochs: how often an epoch takes each record; default: once.
+        max_records: how many records an epoch takes, others each time.
+    """
+
+    path: str
+    name: str = ""
+    weight: float | None = None
+    epochs: float | None = None
+    max_records: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or Path(self.path).stem)
+
+
+Sources = str | list[DataSource] | None
+AMOUNTS = ("weight", "epochs", "max_records")
+SOURCES_HINT = "'[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'"
+# What all trackers take in the name of a metric.
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9_.-]+( [A-Za-z0-9_.-]+)*")
+
+
+def _list_sources(value: Sources) -> list[DataSource]:
+    return [DataSource(value)] if isinstance(value, str) else list(value or ())
+
+
+def _check_sources(sources: Sequence[DataSource], where: str, amounts: Sequence[str]) -> None:
+    """Refuse sources that contradict themselves or each other."""
+    if not sources:
+        raise UserError("lists no source", where=where, hint=f"give a file, or a list such as {SOURCES_HINT}")
+    named: dict[str, int] = {}
+    for index, source in enumerate(sources):
+        here = f"{where}[{index}]"
+        _require(source, here, above_0="weight epochs", at_least_1="max_records")
+        given = [name for name in AMOUNTS if getattr(source, name) is not None]
+        for name in given:
+            if name not in amounts:
+                hint = f"leave it out; an evaluation source takes {', '.join(amounts)}"
+                raise UserError("an evaluation asks every question once", where=f"{here}.{name}", hint=hint)
+        if len(given) > 1:
+            what = f"{' and '.join(given)} each say how much of a source an epoch takes"
+            raise UserError(what, where=here, hint="give one of them")
+        if not _SOURCE_NAME.fullmatch(source.name):
+            what = f"{source.name!r} has characters that trackers do not take in a name"
+            raise UserError(what, where=f"{here}.name", hint="give it one of letters, digits and . _ -")
+        if source.name in named:
+            what = f"{source.name!r} is the name of {where}[{named[source.name]}] too"
+            raise UserError(what, where=f"{here}.name", hint="give each source a name of its own, e.g. name: receipts")
+        named[source.name] = index
+    weighted = [index for index, source in enumerate(sources) if source.weight is not None]
+    if len(weighted) == 1:
+        raise UserError(
+            "it is the only source with a weight, and a weight says how much of it there is beside the others",
+            where=f"{where}[{weighted[0]}].weight",
+            hint="give the others weights too, or use epochs or max_records",
+        )
+
+
 @dataclass
 class DataConfig:
     """The data files, and how they are read."""
 
-    train: str | None = None
-    """JSONL file to train on; its images are in the folder images/ next to it."""
-    eval: str | None = None
-    """JSONL file to evaluate on before and after training; none: no evaluation."""
+    train: Sources = None
+    """JSONL file to train on; its images are in the folder images/ next to it. Or several as a list, each with one of
+    weight, epochs, max_records, and a name: '[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'."""
+    eval: Sources = None
+    """JSONL file to evaluate on before and after training; none: no evaluation. Or several as a list, each with
+    max_records and a name, which get a score each."""
+    mixture_ends: Literal["first", "all"] = "first"
+    """Where sources have weights, an epoch ends when the first of them has been seen whole, or when all have, for which
+    the smaller ones repeat."""
     image_check: Literal["decode", "header", "off"] = "decode"
     """How images are checked before the model loads: decoded in full (finds truncated files), header only, or not."""
     max_image_pixels: int = DEFAULT_MAX_PIXELS
@@ -186,6 +256,26 @@ class DataConfig:
     def __post_init__(self) -> None:
         counts = "max_image_pixels pack_tokens shared_image_max shuffle_window"
         _require(self, "data", at_least_1=counts, at_least_0="num_workers cache_limit")
+        if isinstance(self.train, list):
+            _check_sources(self.train, "data.train", AMOUNTS)
+        if isinstance(self.eval, list):
+            _check_sources(self.eval, "data.eval", ("max_records",))
+        if self.mixture_ends != "first" and not any(source.weight for source in self.train_sources):
+            raise UserError(
+                "no source has a weight, so an epoch ends when it has taken what each source says",
+                where="data.mixture_ends",
+                hint="give the sources of data.train weights, or leave it out",
+            )
+
+    @property
+    def train_sources(self) -> list[DataSource]:
+        """The files to train on; none if there is none."""
+        return _list_sources(self.train)
+
+    @property
+    def eval_sources(self) -> list[DataSource]:
+        """The files to evaluate on; none if there is none."""
+        return _list_sources(self.eval)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -617,11 +707,16 @@ class RunConfig:
 
     def with_paths(self, change: Callable[[str], str]) -> RunConfig:
         """A copy with ``change`` applied to the paths of model and data."""
-        train, evaluated = (change(path) if path else path for path in (self.data.train, self.data.eval))
+
+        def changed(data: Sources) -> Sources:
+            if isinstance(data, list):
+                return [dataclasses.replace(source, path=change(source.path)) for source in data]
+            return change(data) if data else data
+
         return dataclasses.replace(
             self,
             model=dataclasses.replace(self.model, path=change(self.model.path)),
-            data=dataclasses.replace(self.data, train=train, eval=evaluated),
+            data=dataclasses.replace(self.data, train=changed(self.data.train), eval=changed(self.data.eval)),
         )
 
     def absolute(self) -> RunConfig:
@@ -806,6 +901,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     is_none = value is None or value in ("none", "null", ["none"], ["null"])
     if is_none and _may_be_none(kind):
         return None
+    if kind == Sources:
+        return _typed_sources(value, where)
     kind = _required(kind)
     if typing.get_origin(kind) is list:
         if is_none:
@@ -835,6 +932,36 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
         raise UserError(f"must be {wanted}, got {value!r}", where=where)
     return value
+
+
+def _typed_sources(value: Any, where: str) -> str | list[DataSource]:
+    """A path, or a list of paths and mappings; on the command line as YAML."""
+    if isinstance(value, str) and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
+        try:
+            value = read_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"cannot be read as a list: {value}", where=where, hint=f"write {SOURCES_HINT}") from None
+    if isinstance(value, dict):
+        raise UserError(f"must be a path or a list, got {value!r}", where=where, hint=f"e.g. {SOURCES_HINT}")
+    if not isinstance(value, list | tuple):
+        path: str = _typed(value, str, where)
+        return path
+    return [_typed_source(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
+
+
+def _typed_source(entry: Any, where: str) -> DataSource:
+    if isinstance(entry, DataSource):
+        return entry
+    kinds = dict(_fields(DataSource))
+    given = entry if isinstance(entry, dict) else {"path": entry}
+    for name in given:
+        if name not in kinds:
+            known = f"a source has the keys {', '.join(kinds)}"
+            raise UserError(f"unknown key {name}", where=where, hint=suggestion(str(name), kinds, known))
+    if given.get("path") is None:
+        raise UserError("has no path", where=where, hint="name its file: {path: a.jsonl}")
+    values = {name: _typed(value, kinds[name], f"{where}.{name}") for name, value in given.items() if value is not None}
+    return DataSource(**values)
 
 
 def _read_recipe(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,27 @@ def causal_lm_loss(
     Returns:
         A float32 scalar.
     """
+    total, _, weights = target_losses(
+        hidden_states, lm_head, labels, loss_weights, kernel=kernel, targets=targets, selected=selected
+    )
+    return total / (weights.sum() if normalizer is None else normalizer)
+
+
+def target_losses(
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor | None = None,
+    *,
+    kernel: LossKernel = "chunked",
+    targets: torch.Tensor | None = None,
+    selected: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted sum of the losses of `causal_lm_loss`, whose arguments these are, and what it is made of.
+
+    Returns:
+        A float32 scalar; and without a gradient (n,) the weighted loss of each target, and its weight.
+    """
     if targets is None:
         targets = find_targets(labels)
     states = hidden_states.flatten(0, 1)  # [B * T, H]
@@ -65,18 +86,30 @@ def causal_lm_loss(
     weights = torch.ones(len(wanted), device=states.device)
     if loss_weights is not None:
         weights = loss_weights.flatten()[targets].to(weights)
-    if normalizer is None:
-        normalizer = weights.sum()
     if kernel == "liger" and type(lm_head) is nn.Linear:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         each = LigerFusedLinearCrossEntropyLoss(reduction="none")(lm_head.weight, states, wanted)  # [n]
-        return (each.float() * weights).sum() / normalizer
+        each = each.float() * weights
+        return each.sum(), each.detach(), weights
     size = max(1, len(wanted) if kernel == "whole" else LOGITS_PER_CHUNK // vocabulary_size(lm_head))
     # Without a target there is still one chunk, of no tokens: every rank must reduce the same tensors.
     chunks = zip(states.split(size), wanted.split(size), weights.split(size), strict=True)
-    losses = [checkpoint(_weighted_sum, lm_head, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum() / normalizer
+    sums, losses = zip(
+        *(checkpoint(_weighted_sum, lm_head, *chunk, use_reentrant=False) for chunk in chunks), strict=True
+    )
+    return torch.stack(sums).sum(), torch.cat(losses), weights
+
+
+def group_sums(losses: torch.Tensor, weights: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """(2, G) the sums of the losses and of the weights of each group.
+
+    Args:
+        losses, weights: (n,) of each target.
+        groups: (G, n) bool, which targets a group has.
+    """
+    # Sums over a mask: adding into places by index would not be repeatable on a GPU.
+    return (groups * torch.stack([losses, weights])[:, None]).sum(-1)
 
 
 def answer_log_probs(
@@ -131,8 +164,9 @@ def vocabulary_size(lm_head: nn.Module) -> int:
 
 def _weighted_sum(
     lm_head: nn.Module, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    return (_losses(lm_head, states, targets) * weights).sum()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    losses = _losses(lm_head, states, targets) * weights
+    return losses.sum(), losses.detach()
 
 
 def _losses(lm_head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

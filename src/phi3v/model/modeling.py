@@ -23,7 +23,7 @@ from phi3v.model.attention import BACKENDS, Layout, OutputBackend, Phi3VRotaryEm
 from phi3v.model.checkpoint import EMBEDDING, embedding_key_mapping
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.generation import CACHE_NAMES, IMAGE_INPUTS, Phi3VGenerationMixin
-from phi3v.model.loss import LossKernel, answer_log_probs, causal_lm_loss
+from phi3v.model.loss import LossKernel, answer_log_probs, causal_lm_loss, group_sums, target_losses
 from phi3v.model.vision import Phi3VImageEmbedding, real_crops
 from phi3v.processing.hd_transform import (
     CROP_SIZE,
@@ -271,6 +271,13 @@ class AnswersOutput(CausalLMOutputWithPast):
     answer_log_probs: torch.Tensor | None = None
 
 
+@dataclass
+class GroupsOutput(CausalLMOutputWithPast):
+    """The output where ``target_groups`` are given: beside the loss `group_sums` of the targets, (2, G) float32."""
+
+    group_sums: torch.Tensor | None = None
+
+
 class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
     """Phi-3-vision and Phi-3.5-vision.
 
@@ -335,6 +342,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
         logits_to_keep: int | None = 0,
         target_positions: Sequence[int] | None = None,
         answer_tokens: Sequence[int] | None = None,
+        target_groups: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given.
@@ -354,6 +362,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
             target_positions: places of the targets in (B, T) laid out flat (``loss.find_targets``), as plain numbers.
             answer_tokens: the number of labels of each answer, in the order in which they stand: the log-probability of
                 each answer is wanted in place of the loss (`AnswersOutput`).
+            target_groups: (G, targets) bool, the targets of each of some groups, whose shares of the loss are wanted
+                beside it (`GroupsOutput`).
             kwargs: what our own batches give beside or in place of the above, so that nothing is read from the device:
 
                 * ``pages``: (P, 3) uint8 in place of ``pixel_values``, distinct pages one after the other, each row by
@@ -389,7 +399,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        loss = log_probs = None
+        loss = log_probs = of_groups = None
         if labels is not None:
             how: dict[str, Any] = {"kernel": self.loss_kernel, "targets": None, "selected": selected}
             if target_positions is not None:
@@ -398,10 +408,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, Phi3VGenerationMixin):
                 log_probs = answer_log_probs(hidden_states, self.lm_head, labels, answer_tokens, **how)
             else:
                 normalizer = num_items_in_batch if loss_normalizer is None else loss_normalizer
-                loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, normalizer, **how)
+                if target_groups is None:
+                    loss = causal_lm_loss(hidden_states, self.lm_head, labels, loss_weights, normalizer, **how)
+                else:
+                    loss, each, weights = target_losses(hidden_states, self.lm_head, labels, loss_weights, **how)
+                    loss = loss / (weights.sum() if normalizer is None else normalizer)
+                    of_groups = group_sums(each, weights, target_groups)
         logits = None if logits_to_keep is None else self.lm_head(hidden_states[:, -logits_to_keep:])
         # Whatever else the decoder returned (the cache under its present name, hidden states) passes through.
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if log_probs is not None:
             return AnswersOutput(logits=logits, answer_log_probs=log_probs, **rest)
+        if of_groups is not None:
+            return GroupsOutput(loss=loss, logits=logits, group_sums=of_groups, **rest)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
