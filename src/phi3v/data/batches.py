@@ -22,7 +22,7 @@ import numpy.typing as npt
 from phi3v.config import Packing
 from phi3v.data.balance import assign_to_ranks, by_rank, even_rows, fill_rows
 from phi3v.data.lengths import Ints, RecordLengths
-from phi3v.data.order import Order, Shuffled
+from phi3v.data.order import Order, Shuffled, earlier_draws
 from phi3v.data.work import RecordWork
 from phi3v.model.shape import Costs
 
@@ -147,9 +147,12 @@ class BatchPlan:
         records, count = self._order.of_epoch(epoch), len(self)
         if self.packing != "shared-image":
             return Chunks(records, np.arange(count))
-        by_page = np.argsort(self._keys(records), kind="stable")
+        # What is drawn again comes again: in the same chunk it would be the same step with another weight.
+        times = earlier_draws(records)
+        keys = self._keys(records) * (int(times.max(initial=0)) + 1) + times
+        by_page = np.argsort(keys, kind="stable")
         sorted_records = records[by_page]
-        starts = np.flatnonzero(self._cut_evenly(sorted_records, self._keys(records)[by_page]))
+        starts = np.flatnonzero(self._cut_evenly(sorted_records, keys[by_page]))
         sizes = np.diff(starts, append=count)
         # By the place of the record with the lowest index: so a page of many comes no earlier than others.
         lowest = np.repeat(np.minimum.reduceat(sorted_records, starts), sizes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from phi3v.config import DataSource
 
 
 class Order(Protocol):
@@ -85,3 +88,69 @@ class ShardWindows:
         # Shards without records are nobody's.
         order = Shuffled(len(self.shards), self.seed).of_epoch(epoch).tolist()
         return [shard for shard in order if self.shards[shard]]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """So many records of each of several sources, which stand one after the other, shuffled together.
+
+    A source of ``n`` records of which an epoch takes ``k`` gives each of them ``k // n`` times, and the rest of ``k``
+    once more: the next ones of a fixed shuffled round, so that over the epochs all come equally often.
+
+    Attributes:
+        sizes: records of each source.
+        counts: how many an epoch takes of each.
+    """
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        starts = np.cumsum([0, *self.sizes])
+        drawn = np.concatenate([start + self._of_source(place, epoch) for place, start in enumerate(starts[:-1])])
+        taken: npt.NDArray[np.int64] = drawn[Shuffled(len(drawn), self.seed).of_epoch(epoch)]
+        return taken
+
+    def _of_source(self, place: int, epoch: int) -> npt.NDArray[np.int64]:
+        size = self.sizes[place]
+        whole, rest = divmod(self.counts[place], size)
+        taken = [np.arange(size)] * whole
+        if rest:
+            around = np.random.default_rng([self.seed, place]).permutation(size)
+            taken.append(around[(epoch * rest + np.arange(rest)) % size])
+        return np.concatenate(taken)
+
+
+def earlier_draws(order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(n,) how often each index stands in ``order`` before that place."""
+    by_index = np.argsort(order, kind="stable")
+    _, first, counts = np.unique(order[by_index], return_index=True, return_counts=True)
+    times = np.empty_like(order)
+    times[by_index] = np.arange(len(order)) - np.repeat(first, counts)
+    return times
+
+
+def epoch_counts(sources: Sequence[DataSource], sizes: Sequence[int], ends: Literal["first", "all"]) -> list[int]:
+    """How many records of each source an epoch takes; at least one.
+
+    Args:
+        sizes: records of each source.
+        ends: of sources with weights, whether an epoch takes each record of the one that runs out first, or of the one
+            that runs out last, exactly once.
+    """
+    pairs = list(zip(sources, sizes, strict=True))
+    whole = [size / source.weight for source, size in pairs if source.weight is not None]
+    records_per_weight = (min if ends == "first" else max)(whole, default=0.0)
+
+    def count(source: DataSource, size: int) -> int:
+        if source.weight is not None:
+            return round(source.weight * records_per_weight)
+        if source.epochs is not None:
+            return round(source.epochs * size)
+        return min(size, source.max_records or size)
+
+    return [max(1, count(source, size)) for source, size in pairs]

@@ -11,6 +11,7 @@ is asked: that of the record before it in the file (of the first, the last one's
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -114,9 +115,13 @@ class Preferences:
             ``counts`` with the weight of the row.
         """
         lengths = [sum(label != IGNORE_INDEX for label in sample.labels) for sample in samples]
-        of_record: dict[int, list[int]] = {}
+        # A record that is drawn twice in an epoch may be twice in a row, and then counts twice.
+        times: Counter[tuple[int, int]] = Counter()
+        of_record: dict[tuple[int, int], list[int]] = {}
         for at, sample in enumerate(samples):
-            of_record.setdefault(sample.index, []).append(at)
+            time = times[sample.index, sample.place]
+            times[sample.index, sample.place] += 1
+            of_record.setdefault((sample.index, time), []).append(at)
         pairs, pair_weights = [], []
         weights = [1.0] * len(samples)
         for own in of_record.values():
@@ -142,7 +147,10 @@ class Preferences:
             "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
             "pair_weights": torch.tensor(pair_weights, dtype=torch.float32),
             "counts": counts._replace(
-                weight=weight, samples=len(of_record), questions=len(of_record), records=tuple(of_record)
+                weight=weight,
+                samples=len(of_record),
+                questions=len(of_record),
+                records=tuple(index for index, _ in of_record),
             ),
         }
         if self.reference is not None:

@@ -1,0 +1,116 @@
+"""What an epoch takes of several sources: as much of each as configured, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phi3v.config import DataSource
+from phi3v.data.batches import BatchPlan
+from phi3v.data.lengths import RecordLengths
+from phi3v.data.order import Mixed, Shuffled, earlier_draws, epoch_counts
+
+
+def counts(sizes: list[int], *amounts: dict[str, Any], ends: Any = "first") -> list[int]:
+    sources = [DataSource(f"{k}.jsonl", **amount) for k, amount in enumerate(amounts)]
+    return epoch_counts(sources, sizes, ends)
+
+
+def test_what_an_epoch_takes() -> None:
+    assert counts([10, 20], {}, {}) == [10, 20]
+    assert counts([10, 20, 30], {"epochs": 2.5}, {"max_records": 7}, {"max_records": 99}) == [25, 7, 30]
+    # 1:3. The second source has 20 records for its weight of 3, the first would have 10 for 1.
+    assert counts([10, 20], {"weight": 1}, {"weight": 3}) == [7, 20]
+    assert counts([10, 20], {"weight": 1}, {"weight": 3}, ends="all") == [10, 30]
+    assert counts([10, 20, 5], {"weight": 1}, {"weight": 3}, {}, ends="all") == [10, 30, 5]
+    assert counts([10, 1000], {"weight": 1000}, {"weight": 1}) == [10, 1], "no source is left out altogether"
+    assert counts([3], {"epochs": 0.1}) == [1]
+
+
+def test_sources_without_a_word_are_as_one_file() -> None:
+    mixed, whole = Mixed((3, 4, 5), (3, 4, 5), seed=7), Shuffled(12, 7)
+    for epoch in range(3):
+        np.testing.assert_array_equal(mixed.of_epoch(epoch), whole.of_epoch(epoch))
+
+
+def test_every_record_comes_as_often_as_configured() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(50):
+        sizes = tuple(map(int, rng.integers(1, 40, size=3)))
+        taken = tuple(map(int, rng.integers(1, 90, size=3)))
+        order = Mixed(sizes, taken, seed)
+        starts = np.cumsum([0, *sizes])
+        total: Counter[int] = Counter()
+        for epoch in range(8):
+            seen = Counter(order.of_epoch(epoch).tolist())
+            assert sum(seen.values()) == len(order) == sum(taken)
+            total += seen
+            for start, size, count in zip(starts, sizes, taken, strict=False):
+                times = [seen[index] for index in range(start, start + size)]
+                assert sum(times) == count
+                assert set(times) <= {count // size, -(-count // size)}
+        for start, size, count in zip(starts, sizes, taken, strict=False):
+            times = [total[index] for index in range(start, start + size)]
+            assert max(times) - min(times) <= 1, "over the epochs all come equally often"
+            assert sum(times) == 8 * count
+
+
+def test_an_epoch_takes_others_than_the_one_before() -> None:
+    order = Mixed((100,), (30,), seed=0)
+    first, second = (set(order.of_epoch(epoch).tolist()) for epoch in (0, 1))
+    assert not first & second
+    assert set(Mixed((100,), (30,), seed=1).of_epoch(0).tolist()) != first
+
+
+def test_earlier_draws() -> None:
+    assert earlier_draws(np.array([4, 1, 4, 4, 0, 1])).tolist() == [0, 0, 1, 2, 0, 1]
+
+
+def plan(packing: Any, world: int, order: Mixed) -> BatchPlan:
+    """Pages of four records, two of each source."""
+    count = sum(order.sizes)
+    page = np.arange(count) % (count // 4)
+    zeros = np.zeros_like(page)
+    lengths = RecordLengths(np.full(count, 90) + np.arange(count) % 7, zeros, zeros, zeros, np.full(count, 60), page)
+    return BatchPlan(
+        lengths,
+        packing,
+        batch_size=12,
+        pack_tokens=400,
+        micro_batch_size=1 if packing != "none" else 2,
+        shared_image_max=4,
+        world_size=world,
+        order=order,
+    )
+
+
+@pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
+def test_ranks_share_the_same_records_of_each_step(packing: Any) -> None:
+    order = Mixed((16, 24), (40, 9), seed=3)
+    steps_of: list[list[Counter[int]]] = []
+    for world in (1, 2, 3):
+        steps = list(plan(packing, world, order).steps(1))
+        steps_of.append(
+            [Counter(chain.from_iterable(g for rows in step for row in rows for g in row)) for step in steps]
+        )
+        assert list(plan(packing, world, order).steps(1, first=3)) == steps[3:], "any step can be made again"
+        drawn = sum(steps_of[-1], Counter())
+        assert drawn == Counter(order.of_epoch(1).tolist())
+        assert max(drawn.values()) == 3
+    assert steps_of[0] == steps_of[1] == steps_of[2]
+
+
+def test_what_comes_again_comes_in_another_step() -> None:
+    """A page with one record that an epoch takes four times is no group of four."""
+    order = Mixed((20,), (80,), seed=0)
+    zeros = np.zeros(20, dtype=np.int64)
+    lengths = RecordLengths(np.full(20, 90), zeros, zeros, zeros, np.full(20, 60), np.arange(20))
+    steps = list(
+        BatchPlan(lengths, "shared-image", batch_size=8, pack_tokens=400, shared_image_max=4, order=order).steps(0)
+    )
+    together = sum(len(group) for (rows,) in steps for row in rows for group in row if len(group) > 1)
+    assert together < 40, "by chance alone"
