@@ -268,6 +268,17 @@ class DataConfig:
             )
 
     @property
+    def paths(self) -> list[tuple[str, str]]:
+        """The key and the path of every data file, those to train on first."""
+        found = []
+        for key, data in (("data.train", self.train), ("data.eval", self.eval)):
+            if isinstance(data, str):
+                found.append((key, data))
+            elif data is not None:
+                found += [(f"{key}[{index}]", source.path) for index, source in enumerate(data)]
+        return found
+
+    @property
     def train_sources(self) -> list[DataSource]:
         """The files to train on; none if there is none."""
         return _list_sources(self.train)

@@ -57,7 +57,7 @@ def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: s
     """Against the rows themselves: within the few tokens after a picture that questions have in common."""
     config = config_of(data, tiny_model_dir, packing=packing, pack_tokens=1500)
     processor = Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4)
-    workload = read_workload(data, config.data, processor, progress=False)
+    workload = read_workload(config.data, processor, progress=False)
     setup = TrainSetup(packing=config.data.packing, pack_tokens=1500, num_crops=4)
     rows = pack_workload(workload, setup, config, Costs())
     table = open_table(data)

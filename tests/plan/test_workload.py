@@ -42,7 +42,7 @@ def write(folder: Path, records: list[list[tuple[list[str], str, str]]], name: s
 
 
 def read(path: Path, processor: Phi3VProcessor | None) -> Workload:
-    return read_workload(path, DataConfig(), processor, progress=False)
+    return read_workload(DataConfig(train=str(path)), processor, progress=False)
 
 
 def test_tokens_and_crops_are_those_of_the_samples(folder: Path, tiny_model_dir: Path) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from packaging.requirements import Requirement
 
 import phi3v
 from phi3v.azure.account import Account, explained, require_extra
-from phi3v.config import RunConfig
+from phi3v.config import DataSource, RunConfig
 from phi3v.errors import UserError
 from phi3v.paths import find_model, is_hub_id
 from phi3v.plan.hardware import Machine
@@ -151,25 +153,36 @@ def _inputs(config: RunConfig, settings: JobSettings) -> tuple[dict[str, Any], d
     """The job's inputs, and the recipe's keys that name them there."""
     if config.data.train is None:
         raise UserError("no data to train on", where="data.train", hint="give a JSONL file")
-    train = Path(config.data.train)
-    home = train.parent
-    keys = {"data.train": f"${{{{inputs.data}}}}/{train.name}"}
-    if config.data.eval is not None:
-        try:
-            inner = Path(config.data.eval).relative_to(home)
-        except ValueError:
+    # Of one file its folder, and of several the folder that has them all.
+    home = Path(os.path.commonpath([Path(source.path).parent for source in config.data.train_sources]))
+    for key, path in config.data.paths:
+        if not Path(path).is_relative_to(home):
             raise UserError(
                 f"lies outside of {home}, which is what the job gets",
-                where=f"data.eval {config.data.eval}",
-                hint="put both files beside one images/ folder",
-            ) from None
-        keys["data.eval"] = f"${{{{inputs.data}}}}/{inner.as_posix()}"
+                where=f"{key} {path}",
+                hint="put all files into one folder, or into folders below it",
+            )
+    places = {path: f"${{{{inputs.data}}}}/{Path(path).relative_to(home).as_posix()}" for _, path in config.data.paths}
+    keys = {}
+    for key, data in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if data is not None:
+            keys[key] = places[data] if isinstance(data, str) else _listed(data, places)
     inputs = {"data": _folder_input(settings.data or str(home), "--data")}
     model = settings.model or find_model(config.model.path, f"model.path {config.model.path}")
     if not is_hub_id(model):
         inputs["model"] = _folder_input(model, "--model")
         keys["model.path"] = "${{inputs.model}}"
     return inputs, keys
+
+
+def _listed(sources: Sequence[DataSource], places: Mapping[str, str]) -> str:
+    """Sources at other places, as a word of a command line in which the shell may still fill in the places."""
+    entries = []
+    for source in sources:
+        given = {name: value for name, value in asdict(source).items() if value is not None}
+        fields = [f"{name}: {value!r}" for name, value in (given | {"path": places[source.path]}).items()]
+        entries.append("{" + ", ".join(fields) + "}")
+    return f'"[{", ".join(entries)}]"'
 
 
 def _folder_input(place: str, where: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -142,6 +141,7 @@ class Counts(NamedTuple):
         samples, questions, tokens: how many, padding left out.
         records: the index of every sample's record.
         skipped: index and reason of records that could not be read.
+        of_sources: of a mixture, the samples of each source, then the tokens of each.
     """
 
     weight: float
@@ -150,6 +150,7 @@ class Counts(NamedTuple):
     tokens: int
     records: tuple[int, ...] = ()
     skipped: tuple[tuple[int, str], ...] = ()
+    of_sources: tuple[int, ...] = ()
 
 
 def make_sample(
@@ -168,18 +169,18 @@ def make_sample(
     pages = reader.pages(record)
     counts = [page.num_img_tokens for page in pages]
     stream = encode_record(record, processor, counts, question=question)
-    check_placeholders(stream.input_ids, pages, record, reader.table.path)
+    check_placeholders(stream.input_ids, pages, record, reader.table.where(record))
     return Sample(stream.input_ids, stream.labels, pages, record.num_questions)
 
 
-def check_placeholders(input_ids: Sequence[int], pages: Sequence[Page], record: Record, path: Path) -> None:
+def check_placeholders(input_ids: Sequence[int], pages: Sequence[Page], record: Record, where: str) -> None:
     """Check that every image of a record has its placeholder tokens; the model would have to wait for its device.
 
     Raises:
         ImageAlignmentError: it has not; names the line and the record.
     """
-    where = f"{path}:{record.line} (record {record.id})"
-    check_image_runs(image_runs(input_ids), [page.size for page in pages], where)
+    sizes = [page.size for page in pages]
+    check_image_runs(image_runs(input_ids), sizes, f"{where} (record {record.id})")
 
 
 def upto_question(record: Record, question: int | None) -> Record:
@@ -223,15 +224,24 @@ class QuestionDataset(Dataset[Sample]):
 
     Args:
         limit: take so many questions, drawn by ``seed`` and kept in the order of the file.
+        records: take the questions of these alone.
     """
 
     def __init__(
-        self, table: RecordTable, processor: Phi3VProcessor, *, limit: int | None = None, seed: int = 0
+        self,
+        table: RecordTable,
+        processor: Phi3VProcessor,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        records: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.table = table
         self.processor = processor
         self.reader = PageReader(table, processor.image_processor)
         self.index: npt.NDArray[np.int64] = table.questions()
+        if records is not None:
+            self.index = self.index[np.isin(self.index[:, 0], records)]
         if limit is not None and limit < len(self.index):
             chosen = np.random.default_rng(seed).choice(len(self.index), size=limit, replace=False)
             self.index = self.index[np.sort(chosen)]
@@ -242,16 +252,20 @@ class QuestionDataset(Dataset[Sample]):
     def question(self, index: int) -> Question:
         """What is asked, without the images' content."""
         record_index, turn_index = self.index[index]
-        return question_of(self.table[int(record_index)], int(turn_index))
+        return question_of(self.table.as_written(int(record_index)), int(turn_index))
 
     def questions(self) -> Iterator[Question]:
         """All of them in order, read faster than one by one."""
         turns: dict[int, list[int]] = {}
         for record_index, turn_index in self.index.tolist():
             turns.setdefault(record_index, []).append(turn_index)
-        for record_index, record in enumerate(self.table):
+        for record_index, record in enumerate(self.table.all_as_written()):
             for turn_index in turns.get(record_index, ()):
                 yield question_of(record, turn_index)
+
+    def sources(self) -> list[int]:
+        """Of each question the number of its source, where the table is a mixture."""
+        return self.table.sources_of(self.index[:, 0])
 
     def prompt(self, index: int, num_img_tokens: Sequence[int]) -> list[int]:
         """The token ids of a prompt whose images have so many tokens each."""

@@ -232,7 +232,7 @@ def count_record(record: Record, processor: Phi3VProcessor | None) -> RecordCoun
     targets = sum(label != IGNORE_INDEX for label in stream.labels)
     rejected = [len(tokenize_answer(processor.backend_tokenizer, text)) for text in record.rejected]
     answers = [len(stream.input_ids) - stream.prompts[-1], *rejected]
-    return RecordCount(len(stream.input_ids) - images, targets, prompts, prefixes, _page_keys(record), answers)
+    return RecordCount(len(stream.input_ids) - images, targets, prompts, prefixes, page_keys(record), answers)
 
 
 def _estimate(record: Record) -> RecordCount:
@@ -252,10 +252,10 @@ def _estimate(record: Record) -> RecordCount:
         answers += turn.weight * answer
     last = [3 + len(answer) // CHARACTERS_PER_TOKEN for answer in (record.turns[-1].assistant, *record.rejected)]
     targets = int(answers) + 2 * record.num_questions + 1
-    return RecordCount(int(text), targets, prompts, prefixes, _page_keys(record), last)
+    return RecordCount(int(text), targets, prompts, prefixes, page_keys(record), last)
 
 
-def _page_keys(record: Record) -> list[bytes]:
+def page_keys(record: Record) -> list[bytes]:
     """For each turn a digest of all that its prompt holds up to its last image."""
     digest = hashlib.blake2b(repr(record.system).encode(), digest_size=16)
     keys, key = [], b""
@@ -374,10 +374,11 @@ def require_context(table: RecordTable, context: Context, lengths: RecordLengths
     too_long = (lengths.longest > context.tokens).nonzero()[0].tolist()
     if not too_long:
         return
-    lines = [table[index].line for index in too_long[: 1 + SHOWN_LINES]]
+    records = [table[index] for index in too_long[: 1 + SHOWN_LINES]]
+    lines = [table.line_of(record).removeprefix("line ") for record in records]
     what = context.too_long(int(lengths.longest[too_long[0]]))
     if len(too_long) > 1:
         shown = zip(lines[1:], lengths.longest[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True)
         others = ", ".join(f"{line} ({tokens:,})" for line, tokens in shown)
         what += f"; {len(too_long) - 1} more are too long: line {others}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
-    raise UserError(what, where=f"{table.path}:{lines[0]}", hint=LENGTH_HINT)
+    raise UserError(what, where=table.where(records[0]), hint=LENGTH_HINT)

@@ -34,9 +34,12 @@ class Overlap:
     same_image: int
     first: int
 
-    @property
-    def finding(self) -> Finding | None:
-        """What to say of it, if there is any."""
+    def finding(self, trained: str = "data.train", asked: str = "data.eval") -> Finding | None:
+        """What to say of it, if there is any.
+
+        Args:
+            trained, asked: what the data is called.
+        """
         if not self.same + self.same_image:
             return None
         parts = [
@@ -48,10 +51,26 @@ class Overlap:
         return Finding(
             "overlap",
             "warn",
-            f"data.eval shares records with data.train: of {self.questions:,} questions "
+            f"{asked} shares records with {trained}: of {self.questions:,} questions "
             f"{' and '.join(filter(None, parts))} (first in line {self.first})",
             "memorised answers score well: keep each image in one of the two files",
         )
+
+
+def find_overlaps(train: RecordTable, other: RecordTable) -> list[Finding]:
+    """What to say of the records that ``other`` shares with ``train``, source by source where they have such.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    trained = [(f"data.train {name}", table) for name, table in zip(train.names, train.sources, strict=True)]
+    asked = [(f"data.eval {name}", table) for name, table in zip(other.names, other.sources, strict=True)]
+    found = [
+        find_overlap(table, questions).finding(name, questions_name)
+        for name, table in trained or [("data.train", train)]
+        for questions_name, questions in asked or [("data.eval", other)]
+    ]
+    return [finding for finding in found if finding is not None]
 
 
 def find_overlap(train: RecordTable, other: RecordTable) -> Overlap:

@@ -31,7 +31,16 @@ Role = Literal["chosen", "rejected", "mismatched"]
 SIGNS: dict[Role, float] = {"chosen": 1.0, "rejected": -1.0, "mismatched": 0.0}
 # What of a row weighs, and what all of it is that the model does not take.
 ANSWER_WEIGHTS = ("answer_weights", "pair_weights")
-ANSWER_FIELDS = (*ANSWER_WEIGHTS, "answer_signs", "answer_lengths", "answer_places", "pairs", "reference")
+ANSWER_FIELDS = (
+    *ANSWER_WEIGHTS,
+    "answer_signs",
+    "answer_lengths",
+    "answer_places",
+    "answer_groups",
+    "pair_groups",
+    "pairs",
+    "reference",
+)
 
 
 @dataclass

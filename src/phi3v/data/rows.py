@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -25,6 +26,7 @@ from phi3v.data.preferences import ANSWER_WEIGHTS, Preferences
 from phi3v.data.readers import Readers
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
+from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -90,7 +92,10 @@ class RowDataset(Dataset[dict[str, Any]]):
             row = pack_row(groups, self.loss_weighting)
         else:
             row = Collator(self.processor.tokenizer.pad_token_id, loss_weighting=self.loss_weighting)(samples)
-        return row if self.preferences is None else self.preferences.complete(row, samples)
+        sources = self.table.sources_of(np.array([sample.index for sample in samples]))
+        if self.preferences is not None:
+            row = self.preferences.complete(row, samples)
+        return with_sources(row, samples, sources, len(self.table.sources)) if sources else row
 
     def samples(self, group: Group) -> list[Sample]:
         """The samples of records about the same images.
@@ -105,7 +110,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         for index in group:
             record = self.table[index]
             stream = encode_record(record, self.processor, counts)
-            check_placeholders(stream.input_ids, pages, record, self.table.path)
+            check_placeholders(stream.input_ids, pages, record, self.table.where(record))
             if self.preferences is not None:
                 samples += self.preferences.samples(record, index, stream, pages, self.processor)
             else:
@@ -120,6 +125,39 @@ class RowDataset(Dataset[dict[str, Any]]):
             except UserError:
                 continue
         raise error
+
+
+def with_sources(row: dict[str, Any], samples: Sequence[Sample], sources: Sequence[int], count: int) -> dict[str, Any]:
+    """A row of a mixture, which tells how much of it is of each source.
+
+    Args:
+        sources: of each sample.
+        count: of sources.
+
+    Returns:
+        Also ``target_groups`` bool (sources, targets), or of answers ``answer_groups`` (sources, A) and ``pair_groups``
+        (sources, P); and the counts of each source, where what samples share counts for the first of them.
+    """
+    all_sources, of_sample = torch.arange(count)[:, None], torch.tensor(sources)
+    if "answer_tokens" in row:
+        groups = {
+            "answer_groups": of_sample == all_sources,
+            "pair_groups": of_sample[row["pairs"][:, 0]] == all_sources,
+        }
+    else:
+        # The first token of a row is no target.
+        targets = torch.tensor([sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in samples])
+        groups = {"target_groups": of_sample.repeat_interleave(targets) == all_sources}
+    layout = row.get("layout")
+    if layout is None:
+        tokens = [len(sample.input_ids) for sample in samples]
+    else:
+        tokens = [part + (prefix if place == 0 else 0) for prefix, *parts in layout for place, part in enumerate(parts)]
+    records, total = [0] * count, [0] * count
+    for sample, source, size in zip(samples, sources, tokens, strict=True):
+        total[source] += size
+        records[source] += getattr(sample, "place", 0) == 0
+    return row | groups | {"counts": row["counts"]._replace(of_sources=(*records, *total))}
 
 
 def without_weight(row: dict[str, Any]) -> dict[str, Any]:

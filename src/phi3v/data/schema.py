@@ -89,6 +89,7 @@ class Record:
         turns: at least one (key ``conversations`` in JSON).
         line: 1-based line in the file.
         system: the system message.
+        file: the data file, where it was read from a table.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Record:
     turns: tuple[Turn, ...]
     line: int
     system: str | None = None
+    file: Path | None = field(default=None, compare=False)
 
     @property
     def images(self) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ class RecordTable:
         sha256: of the file's content, when it was parsed.
         folder: where what is derived from this content is kept.
         shards: of shards, how many records each has; they stand one shard after the other.
+        sources: of a mixture (`mixture.py`), the tables that it is made of; otherwise none.
+        names: of these.
     """
 
     dataset: datasets.Dataset
@@ -91,6 +93,8 @@ class RecordTable:
     sha256: str
     folder: Path
     shards: tuple[int, ...] = ()
+    sources: tuple[RecordTable, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,7 +107,7 @@ class RecordTable:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
-        return _record(self.dataset[int(index)])
+        return _record(self.dataset[int(index)], self.path)
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), 1000):
@@ -112,7 +116,29 @@ class RecordTable:
     def records(self, start: int, stop: int) -> list[Record]:
         """The records of a range, read faster than one by one."""
         rows = self.dataset.with_format("arrow")[start : min(stop, len(self))].to_pylist()
-        return [_record(row) for row in rows]
+        return [_record(row, self.path) for row in rows]
+
+    def as_written(self, index: int) -> Record:
+        """Record ``index`` as its file has it; in a mixture the images of records have other names."""
+        return self[index]
+
+    def line_of(self, record: Record) -> str:
+        """The line of a record, in words; in a mixture with its file."""
+        return self.where(record) if self.sources else f"line {record.line}"
+
+    def all_as_written(self) -> Iterator[Record]:
+        """`as_written` of all records, read faster than one by one."""
+        return iter(self)
+
+    def sources_of(self, indices: npt.NDArray[np.int64]) -> list[int]:
+        """The source of each of some records, where the table is a mixture; otherwise none."""
+        starts = np.cumsum(list(map(len, self.sources)))
+        sources: list[int] = np.searchsorted(starts, indices, side="right").tolist()
+        return sources if self.sources else []
+
+    def where(self, record: Record) -> str:
+        """File and line of a record of this table, for a message."""
+        return f"{record.file or self.path}:{record.line}"
 
     def questions(self) -> npt.NDArray[np.int64]:
         """(questions, 2) record and turn of every turn with a weight, without reading the texts."""
@@ -172,7 +198,7 @@ class RecordTable:
             UserError: as `load_images`.
         """
         settings = {"max_pixels": self.max_pixels, "exif_orientation": self.exif_orientation}
-        return read_images(record, take, path=self.path, store=self.images, **settings)
+        return read_images(record, take, path=record.file or self.path, store=self.images, **settings)
 
     def of_image(self, take: Callable[..., T], name: str) -> T:
         """``take`` of one image, as in `read_images`."""
@@ -383,8 +409,8 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def _record(row: dict[str, Any]) -> Record:
-    return Record(row["id"], row["source"], tuple(map(_turn, row["turns"])), row["line"], row["system"])
+def _record(row: dict[str, Any], file: Path) -> Record:
+    return Record(row["id"], row["source"], tuple(map(_turn, row["turns"])), row["line"], row["system"], file)
 
 
 def _turn(row: dict[str, Any]) -> Turn:

@@ -19,7 +19,7 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import encode_record
 from phi3v.data.faults import DataFaultsError
 from phi3v.data.images import describe_kinds
-from phi3v.data.overlap import find_overlap
+from phi3v.data.overlap import find_overlaps
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -36,7 +36,7 @@ from phi3v.train.checks import Case, refusals
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.data_facts import DataFacts, doubtful_answers
 from phi3v.train.device import RuntimeDevice, choose_device, default_workers
-from phi3v.train.header import describe_objective
+from phi3v.train.header import describe_mixture, describe_objective
 from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.strategies import summarize
@@ -46,6 +46,7 @@ from phi3v.train.prepare import (
     data_files,
     make_plan,
     open_tables,
+    order_of,
     preferences_of,
     probe_index,
     questions_of,
@@ -78,14 +79,17 @@ def diagnose(config: RunConfig, console: Console) -> Report:
     case, table, eval_table = check_data(config, report, case, processor)
     if table is not None and eval_table is not None:
         with report.checking("overlap"):
-            shared = find_overlap(table, eval_table).finding
             none = Finding("overlap", "pass", "data.eval shares no image and no question with data.train")
-            report.add(shared or none)
+            for finding in find_overlaps(table, eval_table) or [none]:
+                report.add(finding)
     if case is not None and facts is not None and processor is not None and table is not None:
         _check_records(config, report, facts, processor, table, eval_table)
         if not report.has_failed("lengths"):
             lengths = require_lengths(config, table, facts, processor, config.objective)
-            plan = make_plan(config, case.runtime, facts.skeleton, lengths)
+            order = order_of(config, table)
+            if order is not None:
+                report.say("mixture", "pass", describe_mixture(order, table.names))
+            plan = make_plan(config, case.runtime, facts.skeleton, lengths, order)
             report.add(describe_schedule(config.training, total_steps(config.training, plan.num_steps)))
     if case is not None and facts is not None and not report.has_failed("lengths") and not refusals(case):
         with report.checking("plan"):
@@ -189,7 +193,9 @@ def check_data(
     table, eval_table = None, None
     with report.checking("data"):
         data_files(config)
-        good = [_check_data_file(config, report, key) for key in ("train", "eval")]
+        good = [_check_data_file(config, report, key, path) for key, path in config.data.paths]
+        if config.data.eval is None:
+            report.say("data.eval", "warn", "none: nothing will be evaluated", "set it to a JSONL file")
         if all(good):
             table, eval_table = open_tables(config, progress=False)
             if case is not None and processor is not None:
@@ -204,11 +210,7 @@ def check_data(
     return case, table, eval_table
 
 
-def _check_data_file(config: RunConfig, report: Report, name: str) -> bool:
-    key, path = f"data.{name}", getattr(config.data, name)
-    if path is None:
-        report.say(key, "warn", "none: nothing will be evaluated", "set it to a JSONL file")
-        return True
+def _check_data_file(config: RunConfig, report: Report, key: str, path: str) -> bool:
     level = config.data.image_check
     level = "header" if level == "decode" else level
     try:
@@ -283,7 +285,7 @@ def _check_labels(report: Report, processor: Phi3VProcessor, table: RecordTable)
     masked = [record for record, labels in labelled if all(label == IGNORE_INDEX for label in labels)]
     if masked:
         what = (
-            f"{len(masked)} of {len(labelled)} sampled records are masked entirely, first line {masked[0].line}: "
+            f"{len(masked)} of {len(labelled)} sampled records are masked entirely, first {table.line_of(masked[0])}: "
             "they would not be trained on"
         )
         report.say("labels", "fail", what, "look at the answers of the data file")
@@ -299,7 +301,7 @@ def _check_labels(report: Report, processor: Phi3VProcessor, table: RecordTable)
     if unended:
         what = (
             f"in {len(unended)} of {len(labelled)} sampled records {' or '.join(END_TOKENS)} is not trained on, "
-            f"first line {unended[0].line}: the model would not learn to stop"
+            f"first {table.line_of(unended[0])}: the model would not learn to stop"
         )
         report.say("end of answers", "fail", what, "the mask must reach to the last token of an answer")
     else:

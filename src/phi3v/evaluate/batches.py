@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from phi3v.data.balance import assign_to_ranks
 from phi3v.data.collate import QuestionDataset, Sample, stack_images
-from phi3v.data.lengths import measure_table
+from phi3v.data.mixture import measure
 from phi3v.processing.hd_transform import image_runs
 
 
@@ -87,7 +87,7 @@ def list_prompts(questions: Questions, long_context_start: int) -> list[Prompt]:
     if isinstance(questions, PreparedQuestions):
         return questions.prompts(long_context_start)
     num_crops = questions.processor.image_processor.num_crops
-    lengths = measure_table(questions.table, questions.processor)
+    lengths = measure(questions.table, questions.processor)
     tokens, prefixes, pages = lengths.prompts_at(questions.index, num_crops, long_context_start)
     values = zip(pages.tolist(), prefixes.tolist(), tokens.tolist(), strict=True)
     return [Prompt(index, *of_prompt) for index, of_prompt in enumerate(values)]

@@ -69,7 +69,7 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         signals.doing = "evaluating; nothing was written"
         result = evaluate_tuned(
             arguments.model,
-            arguments.data,
+            str(arguments.data),
             console,
             base=arguments.base,
             settings={key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class EvaluationResult:
 
     Attributes:
         max_new_tokens: where answers were cut.
+        sources: the source of each question, where they are of several.
+        scores_of: the scores of each source.
     """
 
     scores: list[Score]
@@ -37,6 +40,8 @@ class EvaluationResult:
     generated: list[Generated]
     answer_words: list[str]
     max_new_tokens: int
+    sources: list[str] = field(default_factory=list)
+    scores_of: dict[str, list[Score]] = field(default_factory=dict)
 
     @property
     def primary(self) -> Score:
@@ -55,7 +60,8 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         cut = f", {self.num_cut} of {len(self.generated)} answers cut" if self.num_cut else ""
-        return ", ".join(f"{score.name} {score}" for score in self.scores) + cut
+        each = ", ".join(f"{name} {scores[0]}" for name, scores in self.scores_of.items())
+        return ", ".join(f"{score.name} {score}" for score in self.scores) + f" ({each})" * bool(each) + cut
 
     def write(self, folder: Path, suffix: str = "") -> None:
         """Write ``eval{suffix}.json`` and ``predictions{suffix}.jsonl``.
@@ -87,24 +93,39 @@ class EvaluationResult:
             "num_cut": self.num_cut,
             "most_frequent_answer": self.most_frequent_answer,
             "scores": {score.name: score.to_json_dict() for score in self.scores},
+        } | ({"sources": self.source_summaries()} if self.sources else {})
+
+    def source_summaries(self) -> dict[str, dict[str, Any]]:
+        """For each source its number of questions and its scores."""
+        return {
+            name: {
+                "num_questions": self.sources.count(name),
+                "scores": {score.name: score.to_json_dict() for score in scores},
+            }
+            for name, scores in self.scores_of.items()
         }
 
     def to_json_dict(self) -> dict[str, Any]:
         """As the public recipe's files: answers, generated texts, score; and all scores, and what they belong to."""
-        return self.summary() | {
-            "ids": [question.id for question in self.questions],
-            "questions": [question.text for question in self.questions],
-            "answers": [list(question.references) for question in self.questions],
-            "generated_texts": [answer.text for answer in self.generated],
-            "correct": [line["correct"] for line in self.predictions()],
-        }
+        return (
+            self.summary()
+            | {
+                "ids": [question.id for question in self.questions],
+                "questions": [question.text for question in self.questions],
+                "answers": [list(question.references) for question in self.questions],
+                "generated_texts": [answer.text for answer in self.generated],
+                "correct": [line["correct"] for line in self.predictions()],
+            }
+            | ({"question_sources": self.sources} if self.sources else {})
+        )
 
     def predictions(self) -> Iterator[dict[str, Any]]:
         """One object a question, with its own score under the task's metric."""
         of_answer = METRICS[self.primary.name].of_answer
-        for question, answer in zip(self.questions, self.generated, strict=True):
+        for question, answer, source in zip_longest(self.questions, self.generated, self.sources):
             line = {
                 "id": question.id,
+                **({"source": source} if source is not None else {}),
                 "prompt": question.text,
                 "images": list(question.images),
                 "references": list(question.references),
@@ -157,7 +178,7 @@ def require_good_references(questions: QuestionDataset) -> None:
         record = table[record_index]
         if not record.turns[-1].answers:
             what = "is labelled as a bad answer, and there is no other to score by"
-            where = f"{table.path}:{record.line}: conversations[{turn_index}]"
+            where = f"{table.where(record)}: conversations[{turn_index}]"
             raise UserError(what, where=where, hint='list the right ones in "answers", or leave the record out')
 
 
@@ -193,12 +214,21 @@ def evaluate(
     )
     seconds = time.perf_counter() - start
     asked = list(questions.questions())
-    answers = Answers(
-        [question.text for question in asked],
-        [question.references for question in asked],
-        [answer.text for answer in generated],
-        words,
-        np.array([answer.probabilities for answer in generated]) if words else None,
-    )
-    scores = [score_answers(name, answers) for name in config.metrics]
-    return EvaluationResult(scores, seconds, asked, generated, words, max_new_tokens)
+
+    def score(places: Sequence[int]) -> list[Score]:
+        answers = Answers(
+            [asked[place].text for place in places],
+            [asked[place].references for place in places],
+            [generated[place].text for place in places],
+            words,
+            np.array([generated[place].probabilities for place in places]) if words else None,
+        )
+        return [score_answers(name, answers) for name in config.metrics]
+
+    names, places_of = questions.table.names, dict[str, list[int]]()
+    sources = [names[source] for source in questions.sources()]
+    for place, name in enumerate(sources):
+        places_of.setdefault(name, []).append(place)
+    scores_of = {name: score(places_of[name]) for name in names if name in places_of}
+    scores = score(range(len(asked)))
+    return EvaluationResult(scores, seconds, asked, generated, words, max_new_tokens, sources, scores_of)

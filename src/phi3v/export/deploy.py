@@ -51,6 +51,7 @@ from phi3v.export.make import (
     require_float,
     until_the_disk_is_full,
 )
+from phi3v.export.proof import name_data, own_data
 from phi3v.model.checkpoint import make_weights_readable
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.quantised import decoder_linears
@@ -286,7 +287,7 @@ class _Reference:
             where += f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
         config = model.config
         prompts = own + drawn_prompts(processor, config.long_context_start, config.max_position_embeddings)
-        where = f"{len(own)} questions of {tuned.run.data.eval or tuned.run.data.train} and " * bool(own) + where
+        where = f"{len(own)} questions of {name_data(own_data(tuned))} and " * bool(own) + where
         say(console, f"comparing {len(prompts)} prompts: {where}")
         answers, logits, speed = answer_prompts(
             TorchDecoder(model, processor), prompts, stop_token_ids(processor.backend_tokenizer)
@@ -376,7 +377,7 @@ def _score(tuned: FinetunedModel, folder: Path, questions: int) -> Score | None:
         return None
     settings = {"max_questions": min(questions, run.evaluation.max_questions or questions)}
     return evaluate_tuned(
-        str(folder), Path(run.data.eval), Console(quiet=True), run=run, settings=settings, precision="fp32"
+        str(folder), run.data.eval, Console(quiet=True), run=run, settings=settings, precision="fp32"
     ).primary
 
 

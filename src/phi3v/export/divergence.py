@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
 from phi3v.evaluate.decoding import Decoder, Logits, Pixels, decoder_of
-from phi3v.export.proof import own_probes
+from phi3v.export.proof import own_data, own_probes
 from phi3v.json_files import read_json
 from phi3v.model.quantised import decoder_linears
 from phi3v.processing.conversation import ChatTurn, encode_conversation, tokenize_text
@@ -179,11 +179,10 @@ def own_prompts(tuned: FinetunedModel, processor: Phi3VProcessor, count: int, fo
     Raises:
         UserError: they are there no more, or not as they were.
     """
-    data = tuned.run.data.eval or tuned.run.data.train
-    if data is None or not count:
+    if own_data(tuned) is None or not count:
         return []
     prompts = []
-    for probe in own_probes(tuned, Path(data), count, folder):
+    for probe in own_probes(tuned, count, folder):
         images = [Image.open(path) for path in probe.images]
         ids = processor(probe.prompt, images or None)["input_ids"][0]
         pages = [processor.image_processor.page(image).numpy() for image in images]

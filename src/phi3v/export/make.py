@@ -290,7 +290,7 @@ def check_out(out: Path, tuned: FinetunedModel, overwrite: bool) -> None:
     where, hint = f"--out {out}", "choose another folder"
     sources = [tuned.run_folder, tuned.adapter, Path(tuned.base)]
     folders = [path.resolve() for path in sources if path is not None and path.is_dir()]
-    used = [*folders, *(Path(name).resolve() for name in (tuned.run.data.train, tuned.run.data.eval) if name)]
+    used = [*folders, *(Path(path).resolve() for _, path in tuned.run.data.paths)]
     used += [Path(tuned.run.model.path).resolve()] if os.path.isdir(tuned.run.model.path) else []
     target = out.resolve()
     for path in used:

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from phi3v.data.jsonl import require_file
-from phi3v.data.table import open_table
+from phi3v.config import Sources
+from phi3v.data.mixture import open_sources
 from phi3v.errors import UserError
 from phi3v.processing.conversation import decode_answer, stop_token_ids, user_prompt
 from phi3v.processing.processor import Phi3VProcessor
@@ -94,20 +94,28 @@ def make_probes(tuned: FinetunedModel, count: int, folder: Path) -> tuple[list[P
     Args:
         folder: for their images; must stay until the last use.
     """
-    data = tuned.run.data.eval or tuned.run.data.train
     why = ""
-    if data is not None:
+    if data := own_data(tuned):
         try:
-            return own_probes(tuned, Path(data), count, folder), data
+            return own_probes(tuned, count, folder), name_data(data)
         except UserError as error:  # of a file or an image that is there no more, or not as it was
             why = f", as the run's own data cannot be used ({str(error).splitlines()[0]})"
     return [drawn_probe(folder, index) for index in range(count)], f"{DRAWN}{why}"
 
 
-def own_probes(tuned: FinetunedModel, data: Path, count: int, folder: Path) -> list[Probe]:
-    """Questions from all over ``data``; raises as `open_table` and `load_images`."""
-    require_file(data)
-    table = open_table(data, **tuned.run.data.reading, progress=False)
+def own_data(tuned: FinetunedModel) -> Sources:
+    """What the run was evaluated on, else what it was trained on; none of a model that is no run's."""
+    return tuned.run.data.eval or tuned.run.data.train
+
+
+def name_data(data: Sources) -> str:
+    """The files of data, for a message."""
+    return data if isinstance(data, str) else ", ".join(source.path for source in data or ())
+
+
+def own_probes(tuned: FinetunedModel, count: int, folder: Path) -> list[Probe]:
+    """Questions from all over `own_data`; raises as `open_sources` and `load_images`."""
+    table = open_sources(own_data(tuned), **tuned.run.data.reading, progress=False)
     probes = []
     for place in sorted({index * len(table) // count for index in range(count)}):
         record = table[place]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from phi3v.config import METHODS, MethodName, Packing, RunConfig
+from phi3v.config import METHODS, DataSource, MethodName, Packing, RunConfig
 from phi3v.data.lengths import Context, require_context
-from phi3v.data.table import open_table
+from phi3v.data.mixture import measure
+from phi3v.data.preferences import lengths_at
 from phi3v.errors import UserError
 from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
@@ -37,7 +39,7 @@ from phi3v.train.checks import Case, refusals
 from phi3v.train.compute.activations import MicroBatch, kind_of_attention
 from phi3v.train.data_facts import DataFacts
 from phi3v.train.methods.loading import choose_attention, make_skeleton
-from phi3v.train.prepare import open_tables, questions_of
+from phi3v.train.prepare import open_tables, order_of, questions_of
 from phi3v.train.schedule import total_steps
 
 # Where the recipe's method does not fit: the order of Microsoft's published DocVQA scores (83.65, 82.46, 81.85, 79.19).
@@ -71,8 +73,9 @@ class Planner:
     def _require_context(self, context: Context, num_crops: int) -> None:
         """Raise `UserError` for records that are longer than the model reads."""
         if self.config.data.train is not None and not self.workload.is_assumed:
-            table = open_table(Path(self.config.data.train), **self.config.data.reading, progress=False)
-            require_context(table, context, self.workload.at(num_crops).lengths)
+            table, _ = open_tables(self.config.with_keys({"data.eval": None}), progress=False)
+            lengths = lengths_at(measure(table, context.processor), self.config.objective, num_crops)
+            require_context(table, context, lengths)
 
     def plan(self, machine: Machine) -> Plan:
         """The plan for ``machine``.
@@ -341,7 +344,7 @@ def _processor(config: RunConfig) -> Phi3VProcessor | None:
 
 def _data_facts(config: RunConfig, processor: Phi3VProcessor | None) -> DataFacts:
     """What checks ask of the data files that are here."""
-    evaluation_is_here = processor is not None and Path(config.data.eval or "").is_file()
+    evaluation_is_here = processor is not None and _are_here(config.data.eval_sources)
     here = config if evaluation_is_here else config.with_keys({"data.eval": None})
     train_table, eval_table = open_tables(here, progress=False)
     questions = questions_of(config, eval_table, processor) if processor is not None else None
@@ -349,6 +352,11 @@ def _data_facts(config: RunConfig, processor: Phi3VProcessor | None) -> DataFact
 
 
 def _workload(config: RunConfig, processor: Phi3VProcessor | None, *, progress: bool) -> Workload:
-    if config.data.train is None or not Path(config.data.train).is_file():
+    if not _are_here(config.data.train_sources):
         return assumed_workload(objective=config.objective)
-    return read_workload(Path(config.data.train), config.data, processor, config.objective, progress=progress)
+    order = partial(order_of, config)
+    return read_workload(config.data, processor, config.objective, order_of=order, progress=progress)
+
+
+def _are_here(sources: Sequence[DataSource]) -> bool:
+    return bool(sources) and all(Path(source.path).is_file() for source in sources)

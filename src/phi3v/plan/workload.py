@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from phi3v.config import DataConfig, ObjectiveConfig
-from phi3v.data.lengths import CHARACTERS_PER_TOKEN, LONG_CONTEXT, RecordLengths, TableLengths, measure_table
+from phi3v.data.lengths import CHARACTERS_PER_TOKEN, LONG_CONTEXT, RecordLengths, TableLengths
+from phi3v.data.mixture import measure, open_sources, take_lengths
+from phi3v.data.order import Order
 from phi3v.data.preferences import lengths_at
-from phi3v.data.table import open_table
+from phi3v.data.table import RecordTable
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -169,24 +171,29 @@ def assumed_workload(records: int = 1, objective: ObjectiveConfig | None = None)
 
 
 def read_workload(
-    path: Path,
     data: DataConfig,
     processor: Phi3VProcessor | None,
     objective: ObjectiveConfig | None = None,
     *,
+    order_of: Callable[[RecordTable], Order | None] = lambda table: None,
     progress: bool,
 ) -> Workload:
-    """Read a data file's lengths and sizes.
+    """Read the lengths and sizes of the data to train on.
 
     Args:
         processor: with the model's tokenizer; without one texts count a token every four characters.
+        order_of: of a mixture, what an epoch takes of it: the workload is that of an epoch.
 
     Raises:
-        UserError: the file has faults, or an image cannot be read; names the line.
+        UserError: a file has faults, or an image cannot be read; names the line.
     """
-    table = open_table(path, **data.reading, progress=progress)
-    lengths = measure_table(table, processor, progress=progress)
+    table = open_sources(data.train, compare_images=data.packing == "shared-image", **data.reading, progress=progress)
+    lengths, order = measure(table, processor, progress=progress), order_of(table)
     tokens = "the model's tokenizer" if processor is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     images = len(table.distinct_images()[0])
-    basis = f"{len(table):,} records of {path}: {tokens}, the headers of {images:,} images"
+    what = f"{len(table):,} records of {table.path}"
+    if order is not None:
+        lengths = take_lengths(lengths, order.of_epoch(0))
+        what = f"{len(lengths):,} records that an epoch takes of the {what}"
+    basis = f"{what}: {tokens}, the headers of {images:,} images"
     return Workload(lengths, basis, objective=objective or ObjectiveConfig())

@@ -25,15 +25,16 @@ class Example:
 
 def find_examples(tuned: FinetunedModel, most: int = MOST) -> list[Example]:
     """First questions about different images among the run's predictions; none where run or data are missing."""
-    if tuned.run_folder is None or tuned.run.data.eval is None:
+    roots = {source.name: Path(source.path).parent / "images" for source in tuned.run.data.eval_sources}
+    if tuned.run_folder is None or not roots:
         return []
-    root = Path(tuned.run.data.eval).parent / "images"
     found: dict[tuple[str, ...], Example] = {}
     prompts: set[str] = set()
     try:
         with (tuned.run_folder / "predictions_after.jsonl").open(encoding="utf-8") as lines:
             for text in itertools.islice(lines, LINES_READ):
                 line = json.loads(text)
+                root = roots[line.get("source", next(iter(roots)))]
                 images = tuple(line["images"])
                 is_new = images not in found and line["prompt"] not in prompts
                 # A later turn of a conversation makes no sense alone.

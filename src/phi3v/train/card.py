@@ -6,6 +6,7 @@ A card names no local path: neither the base model, nor the data, nor the folder
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from phi3v import __version__
+from phi3v.config import DataSource
 from phi3v.data.sources import OWN_DATA, SOURCES
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
@@ -110,7 +112,7 @@ def write_card(
         tags=["phi3_v", "phi3v", *([method] if method is not None else [])],
         **_of_the_base(base, tuned.origin),
     )
-    trained_on = _datasets(tuned.run.data.train)
+    trained_on = _datasets(tuned.run.data.train_sources)
     if trained_on:
         data.datasets, data.language = trained_on, "en"
     # Merged into weights that are not in 4 bits, it is another model.
@@ -157,15 +159,16 @@ def _of_the_base(base: str | None, origin: str | None) -> dict[str, Any]:
     return {key: found[key] for key in ("license", "license_name", "license_link", "language") if key in found}
 
 
-def _datasets(file: str | None) -> list[str]:
-    """The public datasets whose records a data file holds, where it is still there."""
+def _datasets(files: Sequence[DataSource]) -> list[str]:
+    """The public datasets whose records data files hold, where these are still there."""
     sources = set()
-    try:
-        with open(file or "", encoding="utf-8") as lines:
-            for line in lines:
-                sources.add(json.loads(line).get("source") if line.strip() else None)
-    except (OSError, ValueError, AttributeError):
-        return []
+    for file in files:
+        try:
+            with open(file.path, encoding="utf-8") as lines:
+                for line in lines:
+                    sources.add(json.loads(line).get("source") if line.strip() else None)
+        except (OSError, ValueError, AttributeError):
+            continue
     return [name for name in PUBLIC if name in sources]
 
 
@@ -177,6 +180,11 @@ class _Score:
     low: float
     high: float
     questions: int
+    source: str | None = None  # None: of all
+
+    @property
+    def title(self) -> str:
+        return self.name if self.source is None else f"{self.name} on {self.source}"
 
 
 def _scores(tuned: FinetunedModel) -> list[_Score]:
@@ -189,10 +197,11 @@ def _scores(tuned: FinetunedModel) -> list[_Score]:
                 continue
             found = read_json(path)
             with content_of(path):
-                for name, score in found["scores"].items():
-                    if score["value"] is not None:  # data may have no such score
-                        value, low, high = (float(score[key]) for key in ("value", "low", "high"))
-                        scores.append(_Score(when, name, value, low, high, found["num_questions"]))
+                for source, part in [(None, found), *found.get("sources", {}).items()]:
+                    for name, score in part["scores"].items():
+                        if score["value"] is not None:  # data may have no such score
+                            value, low, high = (float(score[key]) for key in ("value", "low", "high"))
+                            scores.append(_Score(when, name, value, low, high, part["num_questions"], source))
     return scores
 
 
@@ -203,7 +212,7 @@ def score_table(tuned: FinetunedModel) -> str:
         UserError: the file that holds them is damaged.
     """
     lines = [
-        f"| {score.when} training | {score.name} | {100 * score.value:.2f} % "
+        f"| {score.when} training | {score.title} | {100 * score.value:.2f} % "
         f"| {100 * score.low:.2f} – {100 * score.high:.2f} % | {score.questions} |\n"
         for score in _scores(tuned)
     ]
@@ -216,21 +225,25 @@ def score_table(tuned: FinetunedModel) -> str:
 
 def _model_index(tuned: FinetunedModel) -> list[EvalResult]:
     """The scores after training as the hub lists them; their intervals stand in the name and among the arguments."""
-    file = tuned.run.data.eval
-    if file is None:
-        return []
-    dataset = next(iter(_datasets(file)), Path(file).stem)
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=Path(file).stem,
-            metric_type=score.name,
-            metric_name=f"{score.name}, 95 % interval {score.low:.4f} – {score.high:.4f}",
-            metric_value=round(score.value, 4),
-            metric_args={"interval_95": [round(score.low, 4), round(score.high, 4)], "questions": score.questions},
+    files = {source.name: source for source in tuned.run.data.eval_sources}
+    # Of several files the scores of each: all of them together are no dataset that others know.
+    only = next(iter(files)) if isinstance(tuned.run.data.eval, str) else None
+    results = []
+    for score in _scores(tuned):
+        file = files.get(only or score.source or "")
+        if score.when != "after" or file is None:
+            continue
+        dataset = next(iter(_datasets([file])), file.name)
+        results.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=Path(file.path).stem,
+                metric_type=score.name,
+                metric_name=f"{score.name}, 95 % interval {score.low:.4f} – {score.high:.4f}",
+                metric_value=round(score.value, 4),
+                metric_args={"interval_95": [round(score.low, 4), round(score.high, 4)], "questions": score.questions},
+            )
         )
-        for score in _scores(tuned)
-        if score.when == "after"
-    ]
+    return results

@@ -351,7 +351,7 @@ def objective(case: Case) -> Iterator[UserError]:
         if data is not None and data.bad_answer is not None:
             yield UserError(
                 "its answer is labelled bad, and sft would teach it",
-                where=f"{data.where}:{data.bad_answer}",
+                where=data.bad_answer,
                 hint="set objective.name to kto, which learns from labels, or leave such records out",
             )
         return
@@ -368,7 +368,7 @@ def objective(case: Case) -> Iterator[UserError]:
         missing = data.records - data.pairs
         yield UserError(
             f"{name} learns from pairs of answers, and {missing:,} of {data.records:,} records have no rejected one",
-            where=f"{data.where}:{data.no_pair}",
+            where=data.no_pair,
             hint=f"give each {pairs}" + ("; or set objective.name to kto, which takes labels" if data.labels else ""),
         )
     if name == "kto" and data.no_judgement is not None:
@@ -376,7 +376,7 @@ def objective(case: Case) -> Iterator[UserError]:
         yield UserError(
             f"kto learns from good and bad answers, and {missing:,} of {data.records:,} records have neither a label "
             "nor a rejected answer",
-            where=f"{data.where}:{data.no_judgement}",
+            where=data.no_judgement,
             hint=f'give each "label": true or false, or {pairs}',
         )
     if name == "kto" and data.records == 1:

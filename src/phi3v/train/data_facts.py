@@ -24,9 +24,9 @@ class DataFacts:
         records: in it.
         pairs: records with a rejected answer.
         labels, bad: records whose answer is labelled good or bad, and bad.
-        no_pair: line of the first record without a rejected answer.
-        no_judgement: line of the first record without a rejected answer and without a label.
-        bad_answer: line of the first record whose answer is labelled bad.
+        no_pair: file and line of the first record without a rejected answer.
+        no_judgement: of the first record without a rejected answer and without a label.
+        bad_answer: of the first record whose answer is labelled bad.
         unusable: why the metrics cannot be computed on the evaluation data.
     """
 
@@ -37,16 +37,16 @@ class DataFacts:
     pairs: int = 0
     labels: int = 0
     bad: int = 0
-    no_pair: int | None = None
-    no_judgement: int | None = None
-    bad_answer: int | None = None
+    no_pair: str | None = None
+    no_judgement: str | None = None
+    bad_answer: str | None = None
 
     @classmethod
     def of(cls, table: RecordTable, questions: QuestionDataset | None, evaluation: EvaluationConfig) -> DataFacts:
         """Those of open files."""
 
-        def first_line(wrong: npt.NDArray[np.bool_]) -> int | None:
-            return table[int(wrong.argmax())].line if wrong.any() else None
+        def first(wrong: npt.NDArray[np.bool_]) -> str | None:
+            return table.where(table[int(wrong.argmax())]) if wrong.any() else None
 
         unusable = None
         try:
@@ -63,9 +63,9 @@ class DataFacts:
             int(is_pair.sum()),
             int(is_labelled.sum()),
             int((table.labels() == 0).sum()),
-            first_line(~is_pair),
-            first_line(~is_pair & ~is_labelled),
-            first_line(table.labels() == 0),
+            first(~is_pair),
+            first(~is_pair & ~is_labelled),
+            first(table.labels() == 0),
         )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from phi3v.config import Precision, RunConfig
+from phi3v.config import DataSource, Precision, RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
-from phi3v.data.lengths import Context, measure_table, require_context
-from phi3v.data.table import RecordTable, open_table
+from phi3v.data.lengths import Context, require_context
+from phi3v.data.mixture import measure, open_sources
+from phi3v.data.table import RecordTable
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
 from phi3v.evaluate.submission import find_benchmark, require_new_file, submission_config, write_submission
@@ -24,16 +25,19 @@ from phi3v.train.finetuned import FinetunedModel, Inspected, described, inspect_
 from phi3v.train.observers.evaluating import evaluate_model, show_scores
 
 
-def open_data(tuned: FinetunedModel, data: Path) -> RecordTable:
-    """The records of ``data``, checked, as the model's run read its own; one rank reads, the others find it done.
+def open_data(tuned: FinetunedModel, data: str | list[DataSource]) -> RecordTable:
+    """The records of a file, or of several, checked, as the model's run read its own; one rank reads, the others find
+    it done.
 
     Raises:
         UserError: there are faults, or the file cannot be read.
     """
     reading = tuned.run.data.reading
     with PartialState().main_process_first():
-        checked = ensure_checked(data, **reading, image_level=tuned.run.data.image_check)
-        return open_table(data, **reading, sha256=checked.sha256)
+        paths = [data] if isinstance(data, str) else [source.path for source in data]
+        level = tuned.run.data.image_check
+        hashes = [ensure_checked(Path(path), **reading, image_level=level).sha256 for path in paths]
+        return open_sources(data, hashes, **reading)
 
 
 def open_questions(table: RecordTable, inspected: Inspected, *, limit: int | None, seed: int) -> QuestionDataset:
@@ -45,14 +49,14 @@ def open_questions(table: RecordTable, inspected: Inspected, *, limit: int | Non
     processor = inspected.processor
     questions = QuestionDataset(table, processor, limit=limit, seed=seed)
     with PartialState().main_process_first():
-        lengths = measure_table(table, processor, progress=True).at(processor.image_processor.num_crops)
+        lengths = measure(table, processor, progress=True).at(processor.image_processor.num_crops)
     require_context(table, Context(inspected.facts.context, processor), lengths)
     return questions
 
 
 def evaluate_tuned(
     name: str,
-    data: Path,
+    data: str | list[DataSource],
     console: Console,
     *,
     base: str | None = None,
@@ -67,6 +71,7 @@ def evaluate_tuned(
 
     Args:
         name: a model folder, a hub id, an adapter or a run folder.
+        data: a file, or several.
         base: the model that it was tuned from, where that has moved.
         run: how it was tuned, where its folder does not tell, as that of an export.
         settings: fields of ``EvaluationConfig`` in place of the run's own, or of the defaults.
@@ -78,7 +83,8 @@ def evaluate_tuned(
     Raises:
         UserError: the model, the data or a setting is wrong.
     """
-    require_file(data)
+    for path in [data] if isinstance(data, str) else [source.path for source in data]:
+        require_file(Path(path))
     tuned = resolve_model(name, base)
     if run is not None:
         tuned = dataclasses.replace(tuned, run=run)
@@ -88,7 +94,7 @@ def evaluate_tuned(
     benchmark = None
     if submission is not None:
         require_new_file(submission, "--submission")
-        benchmark = find_benchmark(open_table(data, special_text=tuned.run.data.special_text))
+        benchmark = find_benchmark(open_sources(data, special_text=tuned.run.data.special_text))
         config = submission_config(config, benchmark, all_questions="max_questions" not in settings)
     runtime = choose_device(precision or tuned.run.training.precision)
     table = open_data(tuned, data)
@@ -104,7 +110,7 @@ def evaluate_tuned(
     for line in (
         f"[bold]evaluating[/bold] {tuned.base}{adapter}{bits}",
         f"{described(tuned, runtime)}, {runtime.world_size} ranks",
-        f"data: {len(questions)} questions of {data}",
+        f"data: {len(questions)} questions of {table.path}",
         f"answers: {limit}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

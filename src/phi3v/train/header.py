@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from phi3v.config import ObjectiveConfig, RunConfig
+from phi3v.data.order import Mixed
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.prepare import PreparedRun
 from phi3v.train.schedule import describe_schedule, total_steps
@@ -34,9 +35,10 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
     schedule = describe_schedule(config.training, steps)
     # With what is recomputed here: where memory is free, `auto` keeps more than the least that a plan asks for.
     chosen = config.with_keys({"training.activation_checkpointing": setup.checkpointing.split()[0]})
-    planned = forecast(chosen, len(train_table), runtime.world_size) if forecast and runtime.rank == 0 else None
+    planned = forecast(chosen, len(setup.plan), runtime.world_size) if forecast and runtime.rank == 0 else None
     for line in (
         f"objective: {describe_objective(config.objective)}" if config.objective.is_preference else None,
+        f"mixture: {describe_mixture(setup.mixture, train_table.names)}" if setup.mixture is not None else None,
         f"data: {len(train_table)} records, {_learned(setup)} to train on"
         + (f", {len(questions)} questions to evaluate on" if questions is not None else ""),
         f"answers: {setup.limit}" if setup.limit is not None else None,
@@ -68,6 +70,15 @@ def _learned(setup: PreparedRun) -> str:
     return f"{len(table) + int(table.rejected_counts().sum())} answers"
 
 
+def describe_mixture(order: Mixed, names: Sequence[str]) -> str:
+    """What an epoch takes of each source."""
+    parts = [
+        f"{count:,} of {size:,} records of {name} ({count / len(order):.1%})"
+        for name, size, count in zip(names, order.sizes, order.counts, strict=True)
+    ]
+    return f"an epoch takes {', '.join(parts)}"
+
+
 def describe_objective(objective: ObjectiveConfig) -> str:
     """An objective and its settings in words."""
     told = [f"beta {objective.scale:g}"]
@@ -88,7 +99,9 @@ def _step_line(setup: PreparedRun) -> str:
             f"{config.training.batch_size} samples = {ranks} ranks × {config.training.micro_batch_size} at a time × "
             f"{setup.accumulation} accumulated"
         )
-    tokens, separate = setup.plan.epoch_tokens(), int(setup.plan.lengths.separate.sum())
+    of_records = setup.plan.lengths.separate
+    drawn = of_records if setup.mixture is None else of_records[setup.mixture.of_epoch(0)]
+    tokens, separate = setup.plan.epoch_tokens(), int(drawn.sum())
     wanted = config.training.batch_tokens
     size = f"{config.training.batch_size} samples" if wanted is None else f"about {wanted} tokens"
     shared = (

@@ -67,7 +67,9 @@ class TrainingLoop:
         loss, statistics = (
             torch.zeros(size, device=run.runtime.device) for size in ((), len(run.objective.statistics))
         )
-        self.state = TrainState(run.plan.num_steps, max_steps, loss=loss, statistics=statistics)
+        self.state = TrainState(
+            run.plan.num_steps, max_steps, loss=loss, statistics=statistics, sources=run.train_table.names
+        )
 
     def run(self, point: ResumePoint | None = None) -> TrainState:
         """Train to the end, or until an observer stops it.
@@ -144,8 +146,10 @@ class TrainingLoop:
         return rows, totals[0] or 1.0  # of a step in which no record could be read every loss is 0
 
     def count(self, rows: Sequence[Row]) -> list[float]:
-        """Weight, samples, questions and tokens of this rank's rows."""
-        return [sum(row["counts"][index] for row in rows) for index in range(4)]
+        """Of this rank's rows what `TrainState.counts` has."""
+        own: list[float] = [sum(row["counts"][index] for row in rows) for index in range(4)]
+        of_rows = [row["counts"].of_sources for row in rows if row["counts"].of_sources]  # not of those that fill
+        return own + [sum(counts[index] for counts in of_rows) for index in range(2 * len(self.state.sources))]
 
     def _compute(self, rows: Sequence[Row], weight: float) -> torch.Tensor:
         """The gradients of a step; gives their norm."""
@@ -195,7 +199,7 @@ class TrainingLoop:
     def _log(self, norm: torch.Tensor, rates: dict[str, float]) -> None:
         sums = dict(zip(self.objective.statistics, self.state.take_statistics(self.collectives), strict=True))
         values = {"loss": self.state.take_loss(self.collectives), **self.objective.shown(sums)}
-        values |= {"grad_norm": norm.item(), **rates}
+        values |= {"grad_norm": norm.item(), **rates, **self.state.seen_of_sources}
         for observer in self.observers:
             observer.on_log(self.state, values)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +27,17 @@ TRAINING = {"logits_to_keep": None, "use_cache": False}
 class Objective:
     """Supervised learning: the model's own loss.
 
+    Args:
+        sources: names of the sources of a mixture, whose losses are told apart.
+
     Attributes:
         statistics: names of what is summed beside the loss.
     """
 
-    statistics: tuple[str, ...] = ()
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self.sources = sources
+        # The weighted loss of each source, then the weight of each.
+        self.statistics = tuple(f"source/{name}/{what}" for what in ("loss", "weight") for name in sources)
 
     def begin_step(self, forward: Forward, rows: Iterable[Mapping[str, Any]], collectives: HostCollectives) -> None:
         """Before the rows of a step are computed; a collective, as every method of an objective that asks for one.
@@ -48,11 +55,13 @@ class Objective:
             normalizer: what the weighted sum is divided by.
             at_start: the model is its own reference, as before the first step.
         """
-        return forward({**row, "loss_normalizer": normalizer, **TRAINING}).loss, None
+        output = forward({**row, "loss_normalizer": normalizer, **TRAINING})
+        return output.loss, output.group_sums.flatten() if self.sources else None
 
     def shown(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What to log, from the sums over rows and ranks."""
-        return {}
+        """What to log, from the sums over rows and ranks: the mean loss of each source that was there."""
+        keys = [f"source/{name}" for name in self.sources]
+        return {f"{key}/loss": sums[f"{key}/loss"] / sums[f"{key}/weight"] for key in keys if sums[f"{key}/weight"]}
 
     def probe_loss(self, forward: Forward, row: Mapping[str, Any]) -> torch.Tensor:
         """The loss of a row before training, for the gradient check."""
@@ -63,9 +72,9 @@ class Objective:
 class PreferenceObjective(Objective):
     """Learning from preferences; see ``model/preference_loss.py``."""
 
-    statistics = STATISTICS
-
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: ObjectiveConfig, sources: Sequence[str] = ()) -> None:
+        super().__init__(sources)
+        self.statistics = (*STATISTICS, *self.statistics)
         self.config = config
         self.drift = 0.0  # of KTO, of the step that is computed
 
@@ -83,10 +92,24 @@ class PreferenceObjective(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         answers = self.answers(forward, row, at_start=at_start)
         loss = preference_loss(self.config, answers, self.drift) / normalizer
-        return loss, answer_statistics(self.config, answers)
+        statistics = answer_statistics(self.config, answers)
+        if self.sources:
+            statistics = torch.cat([statistics, self._of_sources(answers, row)])
+        return loss, statistics
 
     def shown(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return means(self.config, sums)
+        return means(self.config, sums) | super().shown(sums)
+
+    @torch.no_grad()
+    def _of_sources(self, answers: Answers, row: Mapping[str, Any]) -> torch.Tensor:
+        """The sums of the losses of the sources, then those of their weights: those of a row that has nothing else."""
+        losses, weights = [], []
+        for own, own_pairs in zip(row["answer_groups"], row["pair_groups"], strict=True):
+            part = replace(answers, weights=answers.weights * own, pair_weights=answers.pair_weights * own_pairs)
+            losses.append(preference_loss(self.config, part, self.drift))
+            judged = part.weights * (part.signs != 0)
+            weights.append(part.pair_weights.sum() if self.config.takes_pairs else judged.sum())
+        return torch.stack([*losses, *weights])
 
     def answers(self, forward: Forward, row: Mapping[str, Any], *, at_start: bool = False) -> Answers:
         """The answers of a row with the model's log-probabilities."""
@@ -106,6 +129,6 @@ class PreferenceObjective(Objective):
         )
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that is configured."""
-    return PreferenceObjective(config) if config.is_preference else Objective()
+def make_objective(config: ObjectiveConfig, sources: Sequence[str] = ()) -> Objective:
+    """The objective that is configured; ``sources`` as of `Objective`."""
+    return PreferenceObjective(config, sources) if config.is_preference else Objective(sources)

@@ -127,7 +127,7 @@ def make_pairs(
     if (out / PAIRS).exists():
         hint = f"remove it to make pairs anew of the answers in {ANSWERS}, or name another folder"
         raise UserError("exists already", where=str(out / PAIRS), hint=hint)
-    table = open_data(tuned, data)
+    table = open_data(tuned, str(data))
     inspected = inspect_tuned(tuned, runtime, num_crops=options.num_crops)
     questions = open_questions(table, inspected, limit=options.max_questions, seed=options.seed)
     require_good_references(questions)

@@ -23,11 +23,13 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.features import FeatureStore
 from phi3v.data.jsonl import require_file
-from phi3v.data.lengths import Context, RecordLengths, measure_table, require_context
-from phi3v.data.overlap import find_overlap
+from phi3v.data.lengths import Context, RecordLengths, require_context
+from phi3v.data.mixture import measure, open_sources
+from phi3v.data.order import Mixed, Order, epoch_counts
+from phi3v.data.overlap import find_overlaps
 from phi3v.data.preferences import Preferences, lengths_at
 from phi3v.data.rows import RowDataset
-from phi3v.data.table import RecordTable, open_table
+from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
 from phi3v.findings import Finding
@@ -84,7 +86,12 @@ class PreparedRun:
 
     @cached_property
     def objective(self) -> Objective:
-        return make_objective(self.config.objective)
+        return make_objective(self.config.objective, self.train_table.names)
+
+    @property
+    def mixture(self) -> Mixed | None:
+        """Of a mixture, what an epoch takes of it."""
+        return self.plan.order if isinstance(self.plan.order, Mixed) else None
 
     @property
     def model(self) -> Any:
@@ -164,7 +171,7 @@ def prepare(
     processor = load_processor(config)
     with PartialState().main_process_first():  # one rank reads and checks, the others find it done
         train_table, eval_table = open_data(config)
-        shared = find_overlap(train_table, eval_table) if eval_table is not None else None
+        shared = find_overlaps(train_table, eval_table) if eval_table is not None else []
         lengths = require_lengths(config, train_table, facts, processor, config.objective)
         if eval_table is not None:
             require_lengths(config, eval_table, facts, processor)
@@ -178,7 +185,7 @@ def prepare(
     facts = facts.with_attention(checked.paths.attention)
     set_seed(config.training.seed)
     model = load_for_training(config, facts, runtime)
-    plan = make_plan(config, runtime, facts.skeleton, lengths)
+    plan = make_plan(config, runtime, facts.skeleton, lengths, order_of(config, train_table))
     checkpointing, reason = _choose_checkpointing(config, checked, model, facts, plan, runtime, collectives, choice)
     apply_fast_paths(model, replace(checked.paths, checkpointing=checkpointing))
     engine = make_engine(model, choice, config, runtime)
@@ -200,7 +207,8 @@ def prepare(
         checked,
         (
             *checked.findings,
-            *(said.finding for said in (shared, limit) if said is not None and said.finding is not None),
+            *shared,
+            *([limit.finding] if limit is not None and limit.finding is not None else []),
             *([doubtful] if doubtful is not None else []),
         ),
     )
@@ -313,28 +321,36 @@ def open_tables(
     """The data files, of which only the records are looked at.
 
     Args:
-        hashes: SHA-256 of each, where they were checked.
+        hashes: SHA-256 of each of `data_files`, where they were checked.
 
     Raises:
         UserError: no data, or faults in it.
     """
-    data, files = config.data, data_files(config)
-    tables = [
-        open_table(path, **data.reading, sha256=known, progress=progress)
-        for path, known in zip(files, hashes or (None, None), strict=False)
-    ]
-    return tables[0], tables[1] if len(tables) > 1 else None
+    data = config.data
+    data_files(config)
+    known = hashes or [None] * len(data.paths)
+    split = len(data.train_sources)
+    table = open_sources(
+        data.train,
+        known[:split],
+        compare_images=data.packing == "shared-image",
+        **data.reading,
+        progress=progress,
+    )
+    if data.eval is None:
+        return table, None
+    return table, open_sources(data.eval, known[split:], **data.reading, progress=progress)
 
 
 def data_files(config: RunConfig) -> list[Path]:
-    """The file to train on and, where there is one, the file to evaluate on.
+    """The files to train on and, where there are such, those to evaluate on.
 
     Raises:
         UserError: there is none to train on, or one does not exist.
     """
     if config.data.train is None:
         raise UserError("no training data", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
-    files = [Path(name) for name in (config.data.train, config.data.eval) if name is not None]
+    files = [Path(path) for _, path in config.data.paths]
     for file in files:
         require_file(file)
     return files
@@ -362,7 +378,7 @@ def require_lengths(
         UserError: one is; or the header of an image cannot be read, and such records are not to be left out.
     """
     skip = config.data.on_bad_sample == "skip"
-    measured = measure_table(table, processor, skip_unreadable=skip, progress=config.training.progress_bar)
+    measured = measure(table, processor, skip_unreadable=skip, progress=config.training.progress_bar)
     long_context_start = facts.skeleton.config.long_context_start
     objective = objective or ObjectiveConfig()
     lengths = lengths_at(measured, objective, processor.image_processor.num_crops, long_context_start)
@@ -379,11 +395,23 @@ def preferences_of(
     return Preferences(table, config.objective, facts.skeleton.config.long_context_start, reference)
 
 
-def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: RecordLengths) -> BatchPlan:
+def order_of(config: RunConfig, table: RecordTable) -> Mixed | None:
+    """What an epoch takes of the sources of a mixture; of one file all records."""
+    if not table.sources:
+        return None
+    sizes = tuple(map(len, table.sources))
+    counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
+    return Mixed(sizes, tuple(counts), config.training.seed)
+
+
+def make_plan(
+    config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: RecordLengths, order: Order | None = None
+) -> BatchPlan:
     """Which records each rank computes in which step.
 
     Args:
         model: without weights, and no method applied to it.
+        order: of `order_of`.
     """
     tower_trained = "vision" in Case(config, runtime, model).trained
     again = "full" if config.training.lean else config.training.activation_checkpointing
@@ -406,6 +434,7 @@ def make_plan(config: RunConfig, runtime: RuntimeDevice, model: Any, lengths: Re
         costs=costs,
         world_size=runtime.world_size,
         seed=config.training.seed,
+        order=order,
     )
 
 
@@ -416,4 +445,8 @@ def questions_of(
     if table is None:
         return None
     limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]
-    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=config.training.seed)
+    seed, records = config.training.seed, None
+    if table.sources:
+        sizes = tuple(map(len, table.sources))
+        records = Mixed(sizes, tuple(epoch_counts(config.data.eval_sources, sizes, "first")), seed).of_epoch(0)
+    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=seed, records=records)

@@ -126,7 +126,7 @@ def _rounds(run: PreparedRun, missing: npt.NDArray[np.bool_], starts: list[int])
 
     They are the same on any number of ranks.
     """
-    plan = replace(run.plan, batch_size=CHUNK, batch_tokens=None, world_size=1, seed=0)
+    plan = replace(run.plan, batch_size=CHUNK, batch_tokens=None, world_size=1, seed=0, order=None)
     steps = [
         rows
         for (rows,) in plan.steps(0)

@@ -157,12 +157,11 @@ def check_run_folder(config: RunConfig, *, resume: bool = False) -> Path:
         )
     for key, needed in (
         ("model.path", config.model.path),
-        ("data.train", config.data.train),
-        ("data.eval", config.data.eval),
+        *config.data.paths,
     ):
         for name in (*RUN_FILES, *RUN_FOLDERS, *saved):
             replaced = (folder / name).resolve()
-            if needed is not None and replaced.exists() and Path(needed).resolve().is_relative_to(replaced):
+            if replaced.exists() and Path(needed).resolve().is_relative_to(replaced):
                 raise UserError(
                     f"{key} is {needed}, which this run would replace",
                     where=str(folder),

@@ -18,7 +18,9 @@ class TrainState:
     Attributes:
         steps_per_epoch, max_steps: of the run as it is planned.
         step: optimizer steps taken.
-        counts: weight, samples, questions and tokens of all ranks so far.
+        counts: weight, samples, questions and tokens of all ranks so far; then, of a mixture, the samples of each
+            source and the tokens of each.
+        sources: their names.
         skipped: records that were left out, and why.
         should_stop: after this step.
         loss: this rank's part of the losses of the steps that are not logged yet; on the device.
@@ -37,6 +39,10 @@ class TrainState:
     logged_to: int = 0
     logged: tuple[float, int] = (0.0, 0)
     statistics: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.counts += [0.0] * (2 * len(self.sources))
 
     @property
     def epoch(self) -> float:
@@ -50,7 +56,13 @@ class TrainState:
     @property
     def seen(self) -> dict[str, int]:
         """Samples, questions and tokens that all ranks have taken since the start."""
-        return dict(zip(("samples", "questions", "tokens"), map(int, self.counts[1:]), strict=True))
+        return dict(zip(("samples", "questions", "tokens"), map(int, self.counts[1:4]), strict=True))
+
+    @property
+    def seen_of_sources(self) -> dict[str, int]:
+        """Samples and tokens of each source, likewise."""
+        names = [f"source/{name}/{what}" for what in ("samples", "tokens") for name in self.sources]
+        return dict(zip(names, map(int, self.counts[4:]), strict=True))
 
     def take_loss(self, collectives: HostCollectives) -> float:
         """The mean loss of the steps since it was last taken; a collective, which waits for the device."""

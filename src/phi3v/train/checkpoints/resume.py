@@ -279,17 +279,32 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                 hint=f"leave {key} at {old}, or start another run; docs/resume.md lists what may change",
             )
     for key, name in MOVABLE.items():
-        path, saved, old = now[key], state["data"].get(name), before.get(key)
-        if path is None or old is None:
+        saved, value, old = state["data"].get(name), now[key], before.get(key)
+        if value is None or old is None:
             continue
-        old = now_at(old, before["training.output_dir"], Path(config.training.output_dir))
-        if saved is None and path != old:  # of an older version, which did not look into it
-            raise UserError(f"{key} was {old} when it was saved and is {path} now", where=where, hint=f"leave {key}")
-        if path != old:
-            lines.append(f"{key}: {old} → {path}")
-        if saved is not None and _content_of(name, path) != saved:
-            raise _other_content(key, path, where)
+        if _besides_paths(value) != _besides_paths(old):
+            what = f"{key} was {old} when it was saved and is {value} now"
+            raise UserError(what, where=where, hint="its files may be at other places, and nothing else may differ")
+        contents = saved.split() if saved is not None else None
+        for place, (path, old_path) in enumerate(zip(_paths(value), _paths(old), strict=True)):
+            old_path = now_at(old_path, before["training.output_dir"], Path(config.training.output_dir))
+            if contents is None and path != old_path:  # of an older version, which did not look into it
+                what = f"{key} was {old_path} when it was saved and is {path} now"
+                raise UserError(what, where=where, hint=f"leave {key}")
+            if path != old_path:
+                lines.append(f"{key}: {old_path} → {path}")
+            if contents is not None and _content_of(name, path) != contents[place]:
+                raise _other_content(key, path, where)
     return lines
+
+
+def _paths(value: str | list[dict[str, Any]]) -> list[str]:
+    """The paths of a key that names one, or a list of sources."""
+    return [value] if isinstance(value, str) else [source["path"] for source in value]
+
+
+def _besides_paths(value: str | list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    return None if isinstance(value, str) else [{**source, "path": None} for source in value]
 
 
 def _group(key: str) -> str:

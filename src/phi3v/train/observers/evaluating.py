@@ -57,6 +57,10 @@ def show_scores(console: Console, result: EvaluationResult, when: str = "") -> N
         if score.most_frequent is not None:
             line += f"; {always(result)} scores {100 * score.most_frequent:.2f} %"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for name, scores in result.scores_of.items():
+            of_source = next(each for each in scores if each.name == score.name)
+            asked = result.sources.count(name)
+            console.print(f"  {name}: {of_source} on {asked} questions", highlight=False, markup=False, soft_wrap=True)
     console.print(f"  {count / max(result.seconds, 1e-9):.1f} questions/s", highlight=False)
     if result.num_cut:
         what = (

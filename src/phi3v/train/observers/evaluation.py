@@ -157,14 +157,24 @@ class EvaluationObserver(Observer):
             "step": state.step,
             "epoch": round(state.epoch, 4),
             "eval": {score.name: score.summary() for score in result.scores},
+            **(
+                {
+                    "eval_sources": {
+                        name: {s.name: s.summary() for s in scores} for name, scores in result.scores_of.items()
+                    }
+                }
+                if result.sources
+                else {}
+            ),
             "num_cut": result.num_cut,
             "best": improved,
             "eval_seconds": round(seconds, 2),
         }
         self.progress.write(line)
-        self.trackers.log(
-            {f"eval/{score.name}": score.value for score in result.scores if score.value is not None}, state.step
-        )
+        tracked = {f"eval/{score.name}": score.value for score in result.scores}
+        for name, scores in result.scores_of.items():
+            tracked |= {f"eval/{name}/{score.name}": score.value for score in scores}
+        self.trackers.log({name: value for name, value in tracked.items() if value is not None}, state.step)
         self.run.console.print(
             f"step {state.step}/{state.max_steps}  {result}{'  best so far' if improved else ''}",
             highlight=False,

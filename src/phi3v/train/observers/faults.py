@@ -121,7 +121,7 @@ class StepFaults:
 
     def _name(self, index: int) -> str:
         record = self.run.train_table[index]
-        return f"{record.id} (line {record.line})"
+        return f"{record.id} ({self.run.train_table.line_of(record)})"
 
 
 def poison(loss: torch.Tensor) -> torch.Tensor:
