@@ -34,12 +34,13 @@ class Overlap:
     same_image: int
     first: int
 
-    def finding(self, trained: str = "data.train", asked: str = "data.eval") -> Finding | None:
-        """What to say of it, if there is any.
+    @property
+    def finding(self) -> Finding | None:
+        """What to say of it, if there is any."""
+        return self.finding_of("data.train", "data.eval")
 
-        Args:
-            trained, asked: what the data is called.
-        """
+    def finding_of(self, trained: str, asked: str) -> Finding | None:
+        """`finding` of data that is called so."""
         if not self.same + self.same_image:
             return None
         parts = [
@@ -66,7 +67,7 @@ def find_overlaps(train: RecordTable, other: RecordTable) -> list[Finding]:
     trained = [(f"data.train {name}", table) for name, table in zip(train.names, train.sources, strict=True)]
     asked = [(f"data.eval {name}", table) for name, table in zip(other.names, other.sources, strict=True)]
     found = [
-        find_overlap(table, questions).finding(name, questions_name)
+        find_overlap(table, questions).finding_of(name, questions_name)
         for name, table in trained or [("data.train", train)]
         for questions_name, questions in asked or [("data.eval", other)]
     ]

@@ -1,0 +1,325 @@
+"""Training on several data files: what each step learns, and what is told of each source."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mixture_data import two_sources
+from one_step import KeepGradients
+from ranks import command, run_ranks
+from resume_helpers import assert_same_run, interrupted_copy, lines
+from rich.console import Console
+from run_helpers import Train, read_metrics
+from safetensors.torch import load_file, save_file
+
+from phi3v.cli import main
+from phi3v.config import DataSource, ObjectiveName, Packing, RunConfig
+from phi3v.data.batches import RowPlan
+from phi3v.data.readers import Readers
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import choose_device
+from phi3v.train.loop import TrainingLoop
+from phi3v.train.observers.faults import StepFaults
+from phi3v.train.prepare import PreparedRun, prepare
+from phi3v.train.reference import reference_log_probs
+
+SHARED = ("data.packing", "shared-image", "data.pack_tokens", 700, "training.micro_batch_size", 1)
+# 18 of the first source's 12 records, 12 of the second's 20: an epoch has five steps of six records.
+AMOUNTS: tuple[dict[str, Any], dict[str, Any]] = ({"epochs": 1.5}, {"max_records": 12})
+COMMON = (
+    *("evaluation.before", "false", "evaluation.after", "false", "data.eval", "null", "checkpoint.save_steps", 4),
+    *("checkpoint.keep_last", 20, "training.warmup_steps", 3, "training.logging_steps", 2, "training.max_steps", 9),
+    *("training.batch_size", 6, *SHARED),
+)
+
+
+def listed(*files: Path, amounts: Sequence[dict[str, Any]] = AMOUNTS) -> str:
+    return json.dumps([{"path": str(file)} | amount for file, amount in zip(files, amounts, strict=True)])
+
+
+def mixed_run(
+    model: Path, files: Sequence[Path], out: Path, *, packing: Packing, objective: ObjectiveName, workers: int = 0
+) -> PreparedRun:
+    config = RunConfig()
+    config.model.path, config.objective.name = str(model), objective
+    sources = [DataSource(str(file), **amount) for file, amount in zip(files, AMOUNTS, strict=True)]
+    config.data = replace(config.data, train=sources, packing=packing, pack_tokens=700, num_workers=workers)
+    training = config.training
+    training.batch_size, training.max_steps, training.max_grad_norm = 6, 1, 0.0
+    training.output_dir = str(out / "run")
+    config.distributed.engine = "ddp"
+    runtime = choose_device("fp32")
+    run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
+    return replace(run, engine=KeepGradients(run.model, run.engine.choice, config, runtime))
+
+
+def mixed_step(
+    model: Path, files: Sequence[Path], out: Path, packing: Packing, objective: ObjectiveName, workers: int
+) -> int:
+    """One step on a mixture; writes its gradients and what is logged of it."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have readers
+    run = mixed_run(model, files, out, packing=packing, objective=objective, workers=workers)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    reference = reference_log_probs(run) if run.config.objective.needs_reference else None
+    told: dict[str, float] = {}
+
+    class Told:
+        def on_log(self, state: Any, values: dict[str, float]) -> None:
+            told.update(values)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: None
+
+    with Readers(run.dataset(reference=reference).__getitem__, workers) as readers:
+        TrainingLoop(run, readers, StepFaults(run), observers=[Told()]).run()  # type: ignore[list-item]
+    if run.runtime.rank == 0:
+        save_file(run.engine.gradients, out / "gradients.safetensors")  # type: ignore[attr-defined]
+        (out / "told.json").write_text(json.dumps(told))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("packing", "objective", "ranks"),
+    [
+        ("shared-image", "sft", 2),
+        pytest.param("none", "sft", 2, marks=pytest.mark.slow),
+        pytest.param("shared-image", "sft", 4, marks=pytest.mark.slow),
+        pytest.param("samples", "sft", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_learn_a_mixture_as_one_process_does(
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, packing: Packing, objective: ObjectiveName, ranks: int
+) -> None:
+    """With two readers each; gradients, and the loss of each source, up to the order of float32 sums."""
+    files = two_sources(easy_vqa, tmp_path)
+    found = []
+    for world, workers in ((1, 0), (ranks, 2)):
+        out = tmp_path / str(world)
+        out.mkdir()
+        run_ranks(world, mixed_step, small_model_dir, files, out, packing, objective, workers, folder=out)
+        found.append((load_file(out / "gradients.safetensors"), json.loads((out / "told.json").read_text())))
+    (alone, told), (together, told_together) = found
+    assert alone.keys() == together.keys()
+    for name, gradient in alone.items():
+        assert torch.allclose(gradient, together[name], atol=1e-6), name
+    assert told.keys() == told_together.keys() >= {"source/a/loss", "source/b/loss"}
+    assert told_together == pytest.approx(told, rel=1e-5)
+    assert told["source/a/samples"] + told["source/b/samples"] == 6
+
+
+@pytest.mark.parametrize(
+    ("packing", "objective", "weighting"),
+    [
+        ("shared-image", "sft", "sample"),
+        ("none", "sft", "token"),
+        ("shared-image", "dpo", "sample"),
+        ("shared-image", "kto", "sample"),
+    ],
+)
+def test_the_loss_of_a_source_is_that_of_its_records(
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, packing: Packing, objective: ObjectiveName, weighting: Any
+) -> None:
+    """Against each record computed alone, by its weight."""
+    files = two_sources(easy_vqa, tmp_path)
+    if objective != "sft":
+        for file in files:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            for place, record in enumerate(records):
+                record["conversations"][-1]["rejected"] = ["a circle", "none"][: 1 + place % 2]
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = mixed_run(small_model_dir, files, tmp_path, packing=packing, objective=objective)
+    run.folder.mkdir()
+    run.config.training.loss_weighting = weighting
+    reference = reference_log_probs(run) + 0.5 if run.config.objective.needs_reference else None
+    dataset, goal = run.dataset(reference=reference), run.objective
+    if objective == "kto":
+        goal.drift = 0.3  # type: ignore[attr-defined]
+    run.model.eval()
+
+    def sums(plan: RowPlan) -> dict[str, float]:
+        row = dataset[plan]
+        row = {name: value for name, value in row.items() if name not in ("counts", "ends_step")}
+        with torch.no_grad():
+            _, statistics = goal.loss(lambda inputs: run.model(**inputs), row, 1.0)
+        assert statistics is not None
+        return dict(zip(goal.statistics, statistics.tolist(), strict=True))
+
+    rows = list(chain.from_iterable(chain.from_iterable(run.plan.steps(0))))
+    indices = [index for row in rows for group in row for index in group]
+    assert len(indices) == 30
+    whole = [sums(RowPlan(row, ends_step=True)) for row in rows]
+    each = {index: sums(RowPlan(((index,),), ends_step=True)) for index in set(indices)}
+    for name in goal.statistics:
+        expected = sum(each[index][name] for index in indices)
+        assert sum(of_row[name] for of_row in whole) == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+    for place, name in enumerate(("a", "b")):
+        own = [index for index in indices if (index >= 12) == bool(place)]
+        assert all(each[index][f"source/{'ba'[place]}/weight"] == 0 for index in own)
+        if weighting == "sample" and objective != "kto":
+            assert sum(each[index][f"source/{name}/weight"] for index in own) == pytest.approx(len(own))
+
+
+def test_the_same_page_of_two_sources_is_one_page(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:
+    """Groups of a page have records of both, though the images are below two folders."""
+    run = mixed_run(small_model_dir, two_sources(easy_vqa, tmp_path), tmp_path, packing="shared-image", objective="sft")
+    groups = [group for step in run.plan.steps(0) for rows in step for row in rows for group in row]
+    both = [group for group in groups if min(group) < 12 <= max(group)]
+    assert both
+    row = run.dataset()[RowPlan((both[0],), ends_step=True)]
+    assert len(row["image_sizes"]) == 1
+    assert row["layout"][0][0] > 0
+    samples = row["counts"].of_sources[:2]
+    assert samples == (sum(index < 12 for index in both[0]), sum(index >= 12 for index in both[0]))
+
+
+def test_a_mixture_resumes_as_if_it_had_not_stopped(
+    train: Train, tmp_path: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second epoch too, whose sample of a source is another one."""
+    files = two_sources(easy_vqa, tmp_path)
+    settings = (*COMMON, "data.train", listed(*files), "data.num_workers", 2)
+    code, whole = train(*settings, out="whole")
+    assert code == 0
+    for step in (4, 8):
+        part = interrupted_copy(whole, step, tmp_path / f"from-{step}")
+        code, _ = train(*settings, out=part.name, resume="auto")
+        assert code == 0
+        assert_same_run(whole, part, 9)
+    logged = read_metrics(whole)
+    assert [line["source/a/samples"] + line["source/b/samples"] for line in logged] == [
+        line["samples"] for line in logged
+    ]
+    at_five = next(line for line in logged if line["step"] == 8)
+    assert at_five["source/a/tokens"] + at_five["source/b/tokens"] == at_five["tokens"]
+    # What differs is refused, and told by its key; files may be at another place.
+    capsys.readouterr()
+    part = interrupted_copy(whole, 4, tmp_path / "other")
+    other = listed(*files, amounts=({"epochs": 2}, {"max_records": 12}))
+    assert train(*settings, "data.train", other, out="other", resume="auto")[0] == 2
+    assert "data.train was" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    (tmp_path / "two").rename(moved)
+    assert train(*settings, "data.train", listed(files[0], moved / "b.jsonl"), out="other", resume="auto")[0] == 0
+    assert f"data.train: {files[1]} → {moved / 'b.jsonl'}" in capsys.readouterr().out
+    assert_same_run_but_paths(whole, part)
+
+
+def assert_same_run_but_paths(whole: Path, part: Path) -> None:
+    assert lines(whole) == lines(part)
+
+
+def command_with_readers(*words: str) -> int:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    return command(*words)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_mixture_goes_on_on_another_number_of_ranks(
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, ranks: int
+) -> None:
+    files = two_sources(easy_vqa, tmp_path)
+    settings = dict(zip(COMMON[::2], COMMON[1::2], strict=True)) | {
+        "model.path": small_model_dir,
+        "data.train": listed(*files),
+        "distributed.engine": "ddp",
+        "training.learning_rate": 2e-3,
+    }
+
+    def words(out: Path) -> list[str]:
+        named = settings | {"training.output_dir": out, "data.num_workers": 2}
+        return ["train", *(part for name, value in named.items() for part in (f"--{name}", str(value)))]
+
+    run_ranks(ranks, command_with_readers, *words(tmp_path / "whole"), folder=tmp_path / "ranks")
+    part = interrupted_copy(tmp_path / "whole", 4, tmp_path / "alone")
+    shown = run_ranks(1, command_with_readers, *words(part), "--resume", folder=tmp_path / "printed")
+    assert f"saved on {ranks} ranks, going on on 1" in shown
+    for a, b in zip(lines(tmp_path / "whole"), lines(part), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.endswith("loss"):  # float32 sums in another order, carried through a few optimizer steps
+                assert a[key] == pytest.approx(b[key], abs=1e-4), key
+            elif key.endswith(("samples", "questions")):
+                assert a[key] == b[key], key
+
+
+def test_the_command_line_from_another_folder(
+    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A recipe's list with relative paths, with weights; scores by name; then report and doctor from elsewhere."""
+    two_sources(easy_vqa, tmp_path)
+    for folder in ("one", "two"):
+        lines_of = (easy_vqa / "test.jsonl").read_text().splitlines()
+        part = lines_of[:6] if folder == "one" else lines_of[20:30]
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(part) + "\n")
+    recipe = {
+        "model": {"path": str(small_model_dir)},
+        "data": {
+            "train": [{"path": "one/a.jsonl", "weight": 1}, {"path": "two/b.jsonl", "weight": 3, "name": "receipts"}],
+            "eval": ["one/test.jsonl", {"path": "two/test.jsonl", "name": "two", "max_records": 3}],
+            "mixture_ends": "all",
+            "num_workers": 0,
+        },
+        "training": {"output_dir": "run", "max_steps": 2, "batch_size": 2, "logging_steps": 1},
+        "evaluation": {"eval_steps": 2, "max_new_tokens": 4},
+    }
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "mixed.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "an epoch takes 12 of 12 records of a (25.0%), 36 of 20 records of receipts (75.0%)" in shown
+    assert "10 questions to evaluate on" not in shown
+    assert "9 questions to evaluate on" in shown
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["train"]
+    assert [source["path"] for source in saved] == [str(tmp_path / name) for name in ("one/a.jsonl", "two/b.jsonl")]
+    evaluation = json.loads((tmp_path / "run" / "eval_after.json").read_text())
+    assert {name: each["num_questions"] for name, each in evaluation["sources"].items()} == {"test": 6, "two": 3}
+    answers = [json.loads(line) for line in (tmp_path / "run" / "predictions_after.jsonl").open()]
+    assert [line["source"] for line in answers] == ["test"] * 6 + ["two"] * 3
+    for line in answers:
+        folder = {"test": "one", "two": "two"}[line["source"]]
+        assert all((tmp_path / folder / "images" / image).is_file() for image in line["images"])
+    for name, each in evaluation["sources"].items():
+        own = [line["score"] for line in answers if line["source"] == name]
+        assert each["scores"]["accuracy"]["value"] == pytest.approx(sum(own) / len(own))
+    (during,) = [line for line in read_metrics(tmp_path / "run") if "eval" in line]
+    assert during["eval_sources"].keys() == {"test", "two"}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = "[{path: ../one/a.jsonl, max_records: 4}, {path: ../two/b.jsonl}]"
+    keys = ["--model.path", str(small_model_dir), "--training.output_dir", "run", "--method.name", "frozen-vision"]
+    assert main(["doctor", *keys, "--data.train", data, "--training.batch_size", "2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "an epoch takes 4 of 12 records of a (16.7%), 20 of 20 records of b (83.3%)" in shown
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("[]", "data.train: lists no source"),
+        ("[{path: one/a.jsonl}, {path: gone/b.jsonl}]", "gone/b.jsonl"),
+        ("[one/a.jsonl, two/a.jsonl]", "data.train[1].name: 'a' is the name of data.train[0] too"),
+        ("[{path: one/a.jsonl, wieght: 2}]", "unknown key wieght\n  → did you mean weight?"),
+        ("[{path: one/a.jsonl, weight: 2, epochs: 1}]", "weight and epochs each say"),
+        ("[{path: one/a.jsonl, weight: 2}, two/b.jsonl]", "data.train[0].weight: it is the only source with a weight"),
+        ("[{path: one/a.jsonl, epochs: 0}]", "data.train[0].epochs: must be above 0"),
+        ("[{name: a}]", "data.train[0]: has no path"),
+        ("{path: one/a.jsonl}", "must be a path or a list"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said_first(
+    train: Train, capsys: pytest.CaptureFixture[str], data: str, message: str
+) -> None:
+    code, folder = train("data.train", data)
+    assert code == 2
+    assert not folder.exists()
+    assert message in capsys.readouterr().err
