@@ -25,6 +25,8 @@ from phi3v.cli import main
 from phi3v.config import DataSource, ObjectiveName, Packing, RunConfig
 from phi3v.data.batches import RowPlan
 from phi3v.data.readers import Readers
+from phi3v.report.gallery import Thumbnails, gallery
+from phi3v.report.run_files import read_run
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
 from phi3v.train.loop import TrainingLoop
@@ -299,6 +301,13 @@ def test_the_command_line_from_another_folder(
     assert main(["doctor", *keys, "--data.train", data, "--training.batch_size", "2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "an epoch takes 4 of 12 records of a (16.7%), 20 of 20 records of b (83.3%)" in shown
+    run = read_run(tmp_path / "run")
+    assert len(run.curves.values["source/receipts/loss"]) == 2
+    assert run.curves.evaluations[0]["sources"]["two"]["accuracy"]["n"] == 3
+    assert run.evaluations["after"]["sources"]["two"]["num_questions"] == 3
+    drawn = gallery(run, Thumbnails(10**6))
+    assert drawn is not None
+    assert all(place >= 0 for places in drawn["images"] for place in places), "each from its source's folder"
     assert main(["report", str(tmp_path / "run")]) == 0
 
 
@@ -306,7 +315,7 @@ def test_the_command_line_from_another_folder(
     ("data", "message"),
     [
         ("[]", "data.train: lists no source"),
-        ("[{path: one/a.jsonl}, {path: gone/b.jsonl}]", "gone/b.jsonl"),
+        ("[{path: gone/b.jsonl}, {path: one/a.jsonl}]", "gone/b.jsonl: no such file"),
         ("[one/a.jsonl, two/a.jsonl]", "data.train[1].name: 'a' is the name of data.train[0] too"),
         ("[{path: one/a.jsonl, wieght: 2}]", "unknown key wieght\n  → did you mean weight?"),
         ("[{path: one/a.jsonl, weight: 2, epochs: 1}]", "weight and epochs each say"),

@@ -96,10 +96,14 @@ class EvaluationResult:
         } | ({"sources": self.source_summaries()} if self.sources else {})
 
     def source_summaries(self) -> dict[str, dict[str, Any]]:
-        """For each source its number of questions and its scores."""
+        """For each source its number of questions, its most frequent answer and its scores."""
+        references: dict[str, list[tuple[str, ...]]] = {}
+        for name, question in zip(self.sources, self.questions, strict=True):
+            references.setdefault(name, []).append(question.references)
         return {
             name: {
-                "num_questions": self.sources.count(name),
+                "num_questions": len(references[name]),
+                "most_frequent_answer": most_frequent_answer(references[name]),
                 "scores": {score.name: score.to_json_dict() for score in scores},
             }
             for name, scores in self.scores_of.items()

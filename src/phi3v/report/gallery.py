@@ -10,6 +10,7 @@ from typing import Any
 
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import load_image
+from phi3v.data.mixture import MixtureStore
 from phi3v.errors import UserError
 from phi3v.evaluate.metrics import confusion_matrix
 from phi3v.evaluate.text_scores import normalize_answer
@@ -107,12 +108,12 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
     lines = run.predictions.get("after") or run.predictions.get("before")
     if not lines:
         return None
-    earlier = {line.get("id"): line for line in run.predictions.get("before", [])}
+    earlier = {(line.get("source"), line.get("id")): line for line in run.predictions.get("before", [])}
     has_before = "after" in run.predictions and bool(earlier)
     texts = _Texts()
     rows = []
     for line in lines:
-        before = earlier.get(line.get("id"), {}) if has_before else {}
+        before = earlier.get((line.get("source"), line.get("id")), {}) if has_before else {}
         rows.append(
             {
                 "ids": texts.number(line.get("id")),
@@ -131,18 +132,16 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     shares = {index: line.get("probabilities") for index, line in enumerate(lines)}
     store = image_store(run)
+    stored = [_stored_names(run, line) for line in lines]
     complete = store is not None and _draw(
         columns,
-        texts.all,
+        stored,
         store,
         thumbnails,
         seed,
         exif_orientation=run.setting("data", "exif_orientation") is not False,
     )
-    images = [
-        [thumbnails.place(store, texts.all[name]) if store is not None else -1 for name in files]
-        for files in columns["files"]
-    ]
+    images = [[thumbnails.place(store, name) if store is not None else -1 for name in files] for files in stored]
     return {
         "when": "after" if "after" in run.predictions else "before",
         "has_before": has_before,
@@ -158,16 +157,35 @@ def gallery(run: RunFiles, thumbnails: Thumbnails, seed: int = 0) -> dict[str, A
 def image_store(run: RunFiles) -> ImageStore | None:
     """The images that the run was evaluated on, if they are still there."""
     data = run.setting("data", "eval")
-    if not isinstance(data, str):
-        return None
-    file = Path(now_at(data, str(run.setting("training", "output_dir") or run.folder), run.folder))
-    store = FolderStore.beside(file)
-    return store if store.root.is_dir() else None
+    written_in = str(run.setting("training", "output_dir") or run.folder)
+
+    def beside(path: Any) -> FolderStore:
+        return FolderStore.beside(Path(now_at(str(path), written_in, run.folder)))
+
+    if isinstance(data, str):
+        store = beside(data)
+        return store if store.root.is_dir() else None
+    stores = tuple(beside(source.get("path")) for source in _sources(data))
+    return MixtureStore(stores) if any(store.root.is_dir() for store in stores) else None
+
+
+def _sources(data: Any) -> list[dict[str, Any]]:
+    return [source for source in data if isinstance(source, dict)] if isinstance(data, list) else []
+
+
+def _stored_names(run: RunFiles, line: dict[str, Any]) -> list[str]:
+    """The images of a prediction by their names in `image_store`."""
+    images = _texts(line.get("images"))[:MAX_IMAGES]
+    sources = [source.get("name") for source in _sources(run.setting("data", "eval"))]
+    if not sources:
+        return images
+    place = sources.index(line.get("source")) if line.get("source") in sources else 0
+    return [f"{place}/{name}" for name in images]
 
 
 def _draw(
     columns: dict[str, list[Any]],
-    texts: Sequence[str],
+    stored: Sequence[list[str]],
     store: ImageStore,
     thumbnails: Thumbnails,
     seed: int,
@@ -186,8 +204,7 @@ def _draw(
         for kind in kinds.values():
             if not kind:
                 continue
-            names = [texts[name] for name in columns["files"][kind.pop()]]
-            if not thumbnails.add(store, names, exif_orientation=exif_orientation):
+            if not thumbnails.add(store, stored[kind.pop()], exif_orientation=exif_orientation):
                 return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ CURVES = (
     "tokens/rejected",
     "kl",
 )
+_SOURCE_LOSS = re.compile(r"source/.+/loss")
 TOLD_BY = ("metrics.jsonl", "eval_before.json", "eval_after.json", "config.yaml")
 # The files of a finished run, and what is not shown without them.
 EXPECTED = {
@@ -54,8 +56,10 @@ class Curves:
 
     Attributes:
         steps, seconds: of each point; seconds of training, without evaluations in between.
-        values: of each name in `CURVES` that was logged; None where a line has no number.
-        evaluations: during training: ``{"step", "seconds", "best", "scores": {name: {value, low, high, n}}}``.
+        values: of each name in `CURVES` that was logged, and of the loss of each source (``source/NAME/loss``); None
+            where a line has no number.
+        evaluations: during training: ``{"step", "seconds", "best", "scores": {name: {value, low, high, n}}}``, and of
+            several sources ``"sources": {source: scores}``.
         resumed: steps after which the run was taken up again.
         averaged: logged lines that one point stands for.
     """
@@ -152,7 +156,8 @@ def _read_evaluation(run: RunFiles, when: str, with_predictions: bool) -> None:
             "metric": metric if isinstance(metric, str) else None,
             "most_frequent_answer": frequent if isinstance(frequent, str) else None,
         }
-        run.evaluations[when] = _plain(kept | {"scores": scores})
+        sources = {name: _object(source) for name, source in _object(summary.get("sources")).items()}
+        run.evaluations[when] = _plain(kept | {"scores": scores} | ({"sources": sources} if sources else {}))
     elif _expects(run, when) and not summary:
         run.missing.append(f"eval_{when}.json is missing: there are no scores from {when} training")
     if not with_predictions:
@@ -186,17 +191,19 @@ def _read_curves(run: RunFiles) -> Curves:
             last_seconds = seconds + offset
         last_step = step
         if "loss" in line:
-            values = {name: _number(line[name]) for name in CURVES if name in line}
+            values = {name: _number(line[name]) for name in line if name in CURVES or _SOURCE_LOSS.fullmatch(name)}
             lines.append({"step": step, "seconds": last_seconds, **values})
         if isinstance(line.get("eval"), dict):
             scores = {str(name): _plain(score) for name, score in line["eval"].items() if isinstance(score, dict)}
             evaluated = {"step": step, "seconds": last_seconds, "best": line.get("best") is True, "scores": scores}
+            if sources := _object(line.get("eval_sources")):
+                evaluated["sources"] = {name: _object(source) for name, source in sources.items()}
             curves.evaluations.append(evaluated)
     curves.averaged = max(1, math.ceil(len(lines) / MAX_POINTS))
     groups = [lines[start : start + curves.averaged] for start in range(0, len(lines), curves.averaged)]
     curves.steps = [group[-1]["step"] for group in groups]
     curves.seconds = [group[-1]["seconds"] for group in groups]
-    for name in CURVES:
+    for name in [*CURVES, *sorted({name for line in lines for name in line} - {*CURVES, "step", "seconds"})]:
         column = [_mean([line.get(name) for line in group]) for group in groups]
         if any(value is not None for value in column):
             curves.values[name] = column

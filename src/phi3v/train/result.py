@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from phi3v.evaluate.evaluation import EvaluationResult
-from phi3v.evaluate.metrics import Score
 from phi3v.train.observers.evaluating import always
 from phi3v.train.observers.evaluation import Best
 from phi3v.train.observers.progress import peak_memory_gb
@@ -85,11 +84,6 @@ def print_result(console: Console, result: RunResult) -> None:
         console.print(f"  {escape(command)}  [dim]# {purpose}[/dim]", highlight=False, soft_wrap=True)
 
 
-def _constant(score: Score) -> str:
-    """What the most frequent answer scores."""
-    return "" if score.most_frequent is None else f"{100 * score.most_frequent:.2f} %"
-
-
 def _print_scores(console: Console, result: RunResult) -> None:
     """A row a metric: before and after, with their intervals."""
     evaluated = [(when, of) for when, of in (("before", result.before), ("after", result.after)) if of is not None]
@@ -102,10 +96,11 @@ def _print_scores(console: Console, result: RunResult) -> None:
     table.add_column(escape(always(evaluated[-1][1])), justify="right")
     for place, score in enumerate(evaluated[-1][1].scores):
         shown = [escape(str(of.scores[place])) for _, of in evaluated]
-        table.add_row(score.name, *shown, _constant(score))
-        for name, scores in evaluated[-1][1].scores_of.items():
+        constant = "" if score.most_frequent is None else f"{100 * score.most_frequent:.2f} %"
+        table.add_row(score.name, *shown, constant)
+        for name in evaluated[-1][1].scores_of:
             of_source = [of.scores_of[name][place] for _, of in evaluated]
-            table.add_row(f"  {escape(name)}", *(escape(str(each)) for each in of_source), _constant(scores[place]))
+            table.add_row(f"  {escape(name)}", *(escape(str(each)) for each in of_source), "")
     if any(of.num_cut for _, of in evaluated):
         table.add_row("answers cut", *(f"{of.num_cut:,} of {len(of.generated):,}" for _, of in evaluated), "")
     console.print(table)

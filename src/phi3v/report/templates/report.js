@@ -74,7 +74,7 @@ function tiles(run) {
   const scored = f.metric && (isNumber(f.after) || isNumber(f.before));
   const interval = isNumber(f.score?.low) ? `[${(100 * f.score.low).toFixed(1)}, ${(100 * f.score.high).toFixed(1)}] on ${figure(f.questions)} questions` : '';
   return [
-    make('p', {}, statusMark(run), ' ', make('strong', {}, shown(run.config['method.name'])), ' training of ', make('span', { class: 'mono' }, shown(run.config['model.path'])), ' on ', make('span', { class: 'mono' }, shown(run.config['data.train']))),
+    make('p', {}, statusMark(run), ' ', make('strong', {}, shown(run.config['method.name'])), ' training of ', make('span', { class: 'mono' }, shown(run.config['model.path'])), ' on ', make('span', { class: 'mono' }, Array.isArray(run.config['data.train']) ? run.config['data.train'].map((source) => source.name).join(', ') : shown(run.config['data.train']))),
     make('div', { class: 'tiles' },
       scored ? tile(`${words(f.metric)} ${isNumber(f.after) ? 'after' : 'before'}`, percent(f.after ?? f.before), interval) : null,
       isNumber(f.after) && isNumber(f.before) ? tile(`${words(f.metric)} before`, percent(f.before), `${f.after >= f.before ? '+' : '−'}${(100 * Math.abs(f.after - f.before)).toFixed(1)} points since`) : null,
@@ -102,8 +102,12 @@ function curves(runs) {
   const charts = make('div', { class: 'charts' });
   const add = (options) => { if (options.series.length) charts.append(new Chart(view, options).node); };
   add({ title: 'loss', series: series('loss'), canLog: true, noisy: true });
+  // Of mixtures: all sources of each run in one chart.
+  const sources = runs.flatMap((run, i) => sourceNames(run).map((source) => ({ run, source, i })));
+  const ofSource = (run, source) => runs.length > 1 ? `${run.name}, ${source}` : source;
+  add({ title: 'loss by source', canLog: true, noisy: true, series: sources.map(({ run, source }, k) => ({ name: ofSource(run, source), run: run.name, colour: colour(runs.length + k), steps: run.curves.steps, seconds: run.curves.seconds, values: run.curves.values[`source/${source}/loss`] || [], marks: run.curves.resumed })).filter((s) => s.values.length) });
   const measured = [...new Set(runs.flatMap((run) => run.curves.evaluations.flatMap((e) => Object.keys(e.scores))))];
-  for (const name of measured) add({ title: `${words(name)} while it trained`, points: true, format: (v) => `${Number((100 * v).toFixed(1))} %`, series: runs.map((run, i) => during(run, name, colour(i))).filter((s) => s.values.length) });
+  for (const name of measured) add({ title: `${words(name)} while it trained`, points: true, format: (v) => `${Number((100 * v).toFixed(1))} %`, series: [...runs.map((run, i) => during(run, name, colour(i))), ...sources.map(({ run, source }, k) => ({ ...during(run, name, colour(runs.length + k), source), name: ofSource(run, source), run: run.name }))].filter((s) => s.values.length) });
   // Of preferences: both sides of each run in one chart.
   const sides = (key) => runs.flatMap((run, i) => [['chosen', colour(i)], ['rejected', colour(i + runs.length)]].map(([side, shade]) => ({ name: runs.length > 1 ? `${run.name}, ${side}` : side, run: run.name, colour: shade, steps: run.curves.steps, seconds: run.curves.seconds, values: run.curves.values[`${key}/${side}`] || [], marks: run.curves.resumed }))).filter((s) => s.values.length);
   add({ title: 'rewards', series: sides('rewards'), noisy: true });
@@ -139,10 +143,15 @@ function curves(runs) {
     make('p', { class: 'soft small', css: { margin: '0.8rem 0 0' } }, 'Drag over a chart to zoom all of them, double-click for everything. With the keyboard: arrows read values, + and − zoom, 0 shows all.')];
 }
 
+// Sources of the data that was trained or evaluated on, if it has several.
+const sourceNames = (run) => [...new Set(['data.train', 'data.eval'].flatMap((key) => Array.isArray(run.config[key]) ? run.config[key].map((source) => source.name) : []))];
+
 // Mid-run measurements, with those before and after at the ends; the best is a larger dot.
-function during(run, name, colour) {
-  const points = run.curves.evaluations.filter((e) => isNumber(e.scores[name]?.value)).map((e) => [e.step, e.seconds, e.scores[name], e.best]);
-  if (points.length && isNumber(run.evaluations.before?.scores?.[name]?.value)) points.unshift([0, 0, run.evaluations.before.scores[name], false]);
+function during(run, name, colour, source) {
+  const of = (scores, sources) => (source === undefined ? scores : sources?.[source]?.scores ?? sources?.[source])?.[name];
+  const points = run.curves.evaluations.map((e) => [e.step, e.seconds, of(e.scores, e.sources), source === undefined && e.best]).filter((p) => isNumber(p[2]?.value));
+  const before = of(run.evaluations.before?.scores, run.evaluations.before?.sources);
+  if (points.length && isNumber(before?.value)) points.unshift([0, 0, before, false]);
   const best = points.findLastIndex((p) => p[3]);
   return { name: run.name, colour, steps: points.map((p) => p[0]), seconds: points.map((p) => p[1]), values: points.map((p) => p[2].value), low: points.map((p) => p[2].low), high: points.map((p) => p[2].high), best: points.map((_, i) => i === best) };
 }

@@ -37,11 +37,11 @@ function scoreSection(runs) {
   return [
     ...runs.flatMap((run) => ['before', 'after'].map((when) => [when, run.evaluations[when]]).filter(([, e]) => e?.num_cut).map(([when, e]) =>
       make('div', { class: 'note' }, `${runs.length > 1 ? run.name + ': ' : ''}${figure(e.num_cut)} of ${figure(e.num_questions)} answers ${when} training were cut at ${figure(e.max_new_tokens)} tokens, before their end, and are scored as they are.`))),
-    ...scoreNames(runs).map((name) => intervals(name, runs.map((run, i) => [
-      runs.length > 1 ? run.name : 'this run', COLOURS[i % COLOURS.length],
-      ['before', 'after'].map((when) => [when, run.evaluations[when]?.scores?.[name]]).filter(([, score]) => score),
-      brief((run.evaluations.after || run.evaluations.before)?.most_frequent_answer),
-    ]))),
+    ...scoreNames(runs).map((name) => intervals(name, runs.flatMap((run, i) => {
+      const row = (who, of) => [who, COLOURS[i % COLOURS.length], ['before', 'after'].map((when) => [when, of(run.evaluations[when])?.scores?.[name]]).filter(([, score]) => score), brief(of(run.evaluations.after || run.evaluations.before)?.most_frequent_answer)];
+      const sources = Object.keys((run.evaluations.after || run.evaluations.before)?.sources || {});
+      return [row(runs.length > 1 ? run.name : 'this run', (e) => e), ...sources.map((source) => row(runs.length > 1 ? `${run.name}, ${source}` : source, (e) => e?.sources?.[source]))];
+    }))),
   ];
 }
 
