@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from arm import SUBSCRIPTION, Answer, Arm, error
 from phi3v.azure.account import Account
 from phi3v.azure.job import JobSettings, load_job_file, send_job, write_job
 from phi3v.cli import main
-from phi3v.config import RunConfig, load_config
+from phi3v.config import DataSource, RunConfig, load_config
 from phi3v.errors import UserError
 from phi3v.grammar import RECIPES
 from phi3v.plan.hardware import find_machine
@@ -93,6 +95,25 @@ def test_data_and_models_of_other_places(config: RunConfig, tmp_path: Path, tiny
     again = load_job_file(write_job(config, settings(model=place, datastore="store"), tmp_path / "job"))
     assert again.inputs["model"].path == place
     assert again.outputs["run"].path == "azureml://datastores/store/paths/phi3v/docvqa"
+
+
+def test_several_data_files(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job gets the folder that has them all; its shell may still have to fill in where that is."""
+    for name in ("one", "two"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+    one, two = (str(tmp_path / "all" / name / "train.jsonl") for name in ("one", "two"))
+    config.data.train = [DataSource(one, name="one", weight=2.0), DataSource(two, name="two", weight=1.0)]
+    config.data.eval = [DataSource(two, name="eval", max_records=5)]
+    job = load_job_file(write_job(config, settings(), tmp_path / "job"))
+    assert job.inputs["data"].path == str(tmp_path / "all")
+    keys = job.command[job.command.index("--data.train") : job.command.index("--training.output_dir")]
+    monkeypatch.setenv("PLACE", "/mnt/data")
+    line = f"printf '%s\\n' {keys.replace('${{inputs.data}}', '$PLACE')}"
+    words = subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.splitlines()
+    there = load_config(None, words[:4]).data
+    moved = [each.path.replace(f"{tmp_path}/all", "/mnt/data") for each in config.data.train]
+    assert there.train == [replace(each, path=path) for each, path in zip(config.data.train, moved, strict=True)]
+    assert there.eval == [DataSource("/mnt/data/two/train.jsonl", name="eval", max_records=5)]
 
 
 @pytest.mark.parametrize(

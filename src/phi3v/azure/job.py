@@ -28,7 +28,7 @@ import phi3v
 from phi3v.azure.account import Account, explained, require_extra
 from phi3v.config import DataSource, RunConfig
 from phi3v.errors import UserError
-from phi3v.paths import find_model, is_hub_id
+from phi3v.paths import absolute, find_model, is_hub_id
 from phi3v.plan.hardware import Machine
 
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/commandJob.schema.json"
@@ -154,15 +154,17 @@ def _inputs(config: RunConfig, settings: JobSettings) -> tuple[dict[str, Any], d
     if config.data.train is None:
         raise UserError("no data to train on", where="data.train", hint="give a JSONL file")
     # Of one file its folder, and of several the folder that has them all.
-    home = Path(os.path.commonpath([Path(source.path).parent for source in config.data.train_sources]))
+    home = Path(os.path.commonpath([absolute(source.path).parent for source in config.data.train_sources]))
     for key, path in config.data.paths:
-        if not Path(path).is_relative_to(home):
+        if not absolute(path).is_relative_to(home):
             raise UserError(
                 f"lies outside of {home}, which is what the job gets",
                 where=f"{key} {path}",
                 hint="put all files into one folder, or into folders below it",
             )
-    places = {path: f"${{{{inputs.data}}}}/{Path(path).relative_to(home).as_posix()}" for _, path in config.data.paths}
+    places = {
+        path: f"${{{{inputs.data}}}}/{absolute(path).relative_to(home).as_posix()}" for _, path in config.data.paths
+    }
     keys = {}
     for key, data in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if data is not None:

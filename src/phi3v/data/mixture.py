@@ -27,6 +27,7 @@ from phi3v.config import Sources
 from phi3v.data.cache import cache_root, cannot_write, recall, remember
 from phi3v.data.image_store import THREADS, ImageStore
 from phi3v.data.lengths import TableLengths, measure_table, page_keys
+from phi3v.data.order import earlier_draws
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
@@ -190,11 +191,13 @@ def measure(table: RecordTable, processor: Phi3VProcessor | None, **settings: An
 
 
 def take_lengths(lengths: TableLengths, records: Ints) -> TableLengths:
-    """Those of some records, in that order; one may come several times."""
+    """Those of some records, in that order; one that comes again shares no page with itself, as in `BatchPlan`."""
     turns = _runs(lengths.turns, records)
+    times = np.repeat(earlier_draws(records), lengths.turns[records])
     images, answers = _runs(lengths.images, turns), _runs(lengths.alternatives, records)
     of_records = {name: getattr(lengths, name)[records] for name in ("text", "targets", "turns", "alternatives")}
     of_turns = {name: getattr(lengths, name)[turns] for name in ("prompts", "prefixes", "pages", "images")}
+    of_turns["pages"] = of_turns["pages"] + times * (int(lengths.pages.max(initial=0)) + 1)
     return TableLengths(**of_records, **of_turns, answers=lengths.answers[answers], sizes=lengths.sizes[images])
 
 
