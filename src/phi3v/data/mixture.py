@@ -255,10 +255,10 @@ def mix_tables(tables: Sequence[RecordTable], names: Sequence[str], *, compare_i
         first.exif_orientation,
         " ".join(table.sha256 for table in tables),
         folder,
-        tuple(tables),
-        tuple(names),
-        homes,
-        _same_images(tables, homes, store, folder / "same-images.json") if compare_images else {},
+        sources=tuple(tables),
+        names=tuple(names),
+        homes=homes,
+        same=_same_images(tables, homes, store, folder / "same-images.json") if compare_images else {},
     )
 
 
