@@ -41,15 +41,11 @@ from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.strategies import summarize
 from phi3v.train.objectives import make_objective
+from phi3v.train.open_data import data_files, open_tables, order_of, probe_index, questions_of
 from phi3v.train.prepare import (
     check_fast_paths,
-    data_files,
     make_plan,
-    open_tables,
-    order_of,
     preferences_of,
-    probe_index,
-    questions_of,
     require_lengths,
 )
 from phi3v.train.run_folder import HINT, check_run_folder, environment

@@ -39,7 +39,7 @@ from phi3v.train.checks import Case, refusals
 from phi3v.train.compute.activations import MicroBatch, kind_of_attention
 from phi3v.train.data_facts import DataFacts
 from phi3v.train.methods.loading import choose_attention, make_skeleton
-from phi3v.train.prepare import open_tables, order_of, questions_of
+from phi3v.train.open_data import open_tables, order_of, questions_of
 from phi3v.train.schedule import total_steps
 
 # Where the recipe's method does not fit: the order of Microsoft's published DocVQA scores (83.65, 82.46, 81.85, 79.19).

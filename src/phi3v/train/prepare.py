@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -19,18 +18,15 @@ from transformers import set_seed
 from phi3v.config import EvaluationConfig, ObjectiveConfig, RunConfig
 from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.cache import CACHE_HINT, cache_root
-from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.features import FeatureStore
-from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, RecordLengths, require_context
-from phi3v.data.mixture import measure, open_sources
-from phi3v.data.order import Mixed, Order, epoch_counts
+from phi3v.data.mixture import measure
+from phi3v.data.order import Mixed, Order
 from phi3v.data.overlap import find_overlaps
 from phi3v.data.preferences import Preferences, lengths_at
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable
-from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import AnswerLimit, answer_limit
 from phi3v.findings import Finding
 from phi3v.model.checkpoint import model_content
@@ -58,6 +54,7 @@ from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.optimizers import state_bytes
 from phi3v.train.objectives import Objective, make_objective
+from phi3v.train.open_data import data_files, open_data, order_of, probe_index, questions_of
 from phi3v.train.run_folder import check_run_folder
 from phi3v.train.selfcheck.check import SelfCheck, self_check
 from phi3v.train.selfcheck.small_row import small_row
@@ -297,71 +294,6 @@ def _largest_batch(plan: BatchPlan, *, masks: bool) -> MicroBatch:
     )
 
 
-def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
-    """The checked data files.
-
-    Raises:
-        UserError: no data, or faults in it.
-    """
-    hashes = [
-        ensure_checked(
-            path,
-            **config.data.reading,
-            image_level=config.data.image_check,
-            progress=config.training.progress_bar,
-        ).sha256
-        for path in data_files(config)
-    ]
-    return open_tables(config, hashes, progress=config.training.progress_bar)
-
-
-def open_tables(
-    config: RunConfig, hashes: Sequence[str | None] = (), *, progress: bool
-) -> tuple[RecordTable, RecordTable | None]:
-    """The data files, of which only the records are looked at.
-
-    Args:
-        hashes: SHA-256 of each of `data_files`, where they were checked.
-
-    Raises:
-        UserError: no data, or faults in it.
-    """
-    data = config.data
-    data_files(config)
-    known = hashes or [None] * len(data.paths)
-    split = len(data.train_sources)
-    table = open_sources(
-        data.train,
-        known[:split],
-        compare_images=data.packing == "shared-image",
-        **data.reading,
-        progress=progress,
-    )
-    if data.eval is None:
-        return table, None
-    return table, open_sources(data.eval, known[split:], **data.reading, progress=progress)
-
-
-def data_files(config: RunConfig) -> list[Path]:
-    """The files to train on and, where there are such, those to evaluate on.
-
-    Raises:
-        UserError: there is none to train on, or one does not exist.
-    """
-    if config.data.train is None:
-        raise UserError("no training data", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
-    files = [Path(path) for _, path in config.data.paths]
-    for file in files:
-        require_file(file)
-    return files
-
-
-def probe_index(table: RecordTable) -> int:
-    """A record for the gradient check: the first one with an image, or the first."""
-    with_images = table.image_counts().nonzero()[0]
-    return int(with_images[0]) if len(with_images) else 0
-
-
 def require_lengths(
     config: RunConfig,
     table: RecordTable,
@@ -393,15 +325,6 @@ def preferences_of(
     if not config.objective.is_preference:
         return None
     return Preferences(table, config.objective, facts.skeleton.config.long_context_start, reference)
-
-
-def order_of(config: RunConfig, table: RecordTable) -> Mixed | None:
-    """What an epoch takes of the sources of a mixture; of one file all records."""
-    if not table.sources:
-        return None
-    sizes = tuple(map(len, table.sources))
-    counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
-    return Mixed(sizes, tuple(counts), config.training.seed)
 
 
 def make_plan(
@@ -436,17 +359,3 @@ def make_plan(
         seed=config.training.seed,
         order=order,
     )
-
-
-def questions_of(
-    config: RunConfig, table: RecordTable | None, processor: Phi3VProcessor, at_most: int | None = None
-) -> QuestionDataset | None:
-    """The questions to evaluate on: as many as configured, and ``at_most`` so many."""
-    if table is None:
-        return None
-    limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]
-    seed, records = config.training.seed, None
-    if table.sources:
-        sizes = tuple(map(len, table.sources))
-        records = Mixed(sizes, tuple(epoch_counts(config.data.eval_sources, sizes, "first")), seed).of_epoch(0)
-    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=seed, records=records)

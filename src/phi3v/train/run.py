@@ -47,7 +47,8 @@ from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_mem
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
 from phi3v.train.observers.tracking import Trackers, prepare_trackers
-from phi3v.train.prepare import PreparedRun, prepare, questions_of
+from phi3v.train.open_data import questions_of
+from phi3v.train.prepare import PreparedRun, prepare
 from phi3v.train.reference import reference_log_probs
 from phi3v.train.result import RunResult, print_result
 from phi3v.train.run_folder import claim_run_folder, describe_again, hold_run_folder

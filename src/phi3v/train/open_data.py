@@ -1,0 +1,104 @@
+"""The data of a run, opened: its tables, what an epoch takes of them, and the questions to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from phi3v.config import RunConfig
+from phi3v.data.check import ensure_checked
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.jsonl import require_file
+from phi3v.data.mixture import open_sources
+from phi3v.data.order import Mixed, epoch_counts
+from phi3v.data.table import RecordTable
+from phi3v.errors import UserError
+from phi3v.processing.processor import Phi3VProcessor
+
+
+def open_data(config: RunConfig) -> tuple[RecordTable, RecordTable | None]:
+    """The checked data files.
+
+    Raises:
+        UserError: no data, or faults in it.
+    """
+    hashes = [
+        ensure_checked(
+            path,
+            **config.data.reading,
+            image_level=config.data.image_check,
+            progress=config.training.progress_bar,
+        ).sha256
+        for path in data_files(config)
+    ]
+    return open_tables(config, hashes, progress=config.training.progress_bar)
+
+
+def open_tables(
+    config: RunConfig, hashes: Sequence[str | None] = (), *, progress: bool
+) -> tuple[RecordTable, RecordTable | None]:
+    """The data files, of which only the records are looked at.
+
+    Args:
+        hashes: SHA-256 of each of `data_files`, where they were checked.
+
+    Raises:
+        UserError: no data, or faults in it.
+    """
+    data = config.data
+    data_files(config)
+    known = hashes or [None] * len(data.paths)
+    split = len(data.train_sources)
+    table = open_sources(
+        data.train,
+        known[:split],
+        compare_images=data.packing == "shared-image",
+        **data.reading,
+        progress=progress,
+    )
+    if data.eval is None:
+        return table, None
+    return table, open_sources(data.eval, known[split:], **data.reading, progress=progress)
+
+
+def data_files(config: RunConfig) -> list[Path]:
+    """The files to train on and, where there are such, those to evaluate on.
+
+    Raises:
+        UserError: there is none to train on, or one does not exist.
+    """
+    if config.data.train is None:
+        raise UserError("no training data", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
+    files = [Path(path) for _, path in config.data.paths]
+    for file in files:
+        require_file(file)
+    return files
+
+
+def order_of(config: RunConfig, table: RecordTable) -> Mixed | None:
+    """What an epoch takes of the sources of a mixture; of one file all records."""
+    if not table.sources:
+        return None
+    sizes = tuple(map(len, table.sources))
+    counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
+    return Mixed(sizes, tuple(counts), config.training.seed)
+
+
+def questions_of(
+    config: RunConfig, table: RecordTable | None, processor: Phi3VProcessor, at_most: int | None = None
+) -> QuestionDataset | None:
+    """The questions to evaluate on: as many as configured, and ``at_most`` so many."""
+    if table is None:
+        return None
+    limits = [limit for limit in (config.evaluation.max_questions, at_most) if limit is not None]
+    seed, records = config.training.seed, None
+    if table.sources:
+        sizes = tuple(map(len, table.sources))
+        records = Mixed(sizes, tuple(epoch_counts(config.data.eval_sources, sizes, "first")), seed).of_epoch(0)
+    return QuestionDataset(table, processor, limit=min(limits, default=None), seed=seed, records=records)
+
+
+def probe_index(table: RecordTable) -> int:
+    """A record for the gradient check: the first one with an image, or the first."""
+    with_images = table.image_counts().nonzero()[0]
+    return int(with_images[0]) if len(with_images) else 0
