@@ -180,7 +180,7 @@ def test_best_weights_on_a_full_disk(
 
     saved: list[Path] = []
     scores = iter((0.25, 0.5, 0.4))
-    result = SimpleNamespace(summary=dict, scores=[], questions=[], num_cut=0)
+    result = SimpleNamespace(summary=dict, scores=[], questions=[], num_cut=0, sources=[], scores_of={})
     monkeypatch.setattr(evaluation_callback, "save_replacing", full)
     monkeypatch.setattr(
         evaluation_callback,
