@@ -74,6 +74,7 @@ TRAIN = [
     "checkpoints",
     "observers",
     "prepare",
+    "open_data",
     "selfcheck",
     "checks",
     "data_facts",
