@@ -12,7 +12,7 @@ import pytest
 from phi3v.config import DataSource
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
-from phi3v.data.order import Mixed, Shuffled, earlier_draws, epoch_counts
+from phi3v.data.order import Mixed, ShardWindows, Shuffled, earlier_draws, epoch_counts
 
 
 def counts(sizes: list[int], *amounts: dict[str, Any], ends: Any = "first") -> list[int]:
@@ -64,6 +64,20 @@ def test_an_epoch_takes_others_than_the_one_before() -> None:
     first, second = (set(order.of_epoch(epoch).tolist()) for epoch in (0, 1))
     assert not first & second
     assert set(Mixed((100,), (30,), seed=1).of_epoch(0).tolist()) != first
+
+
+def test_a_source_in_shards_keeps_its_windows() -> None:
+    """Its records come as often as without, and those of few shards at a time."""
+    shards = ShardWindows((7, 5, 9, 3, 6), window=2, seed=0)
+    order = Mixed((20, 30), (20, 75), 0, (None, shards))
+    for epoch in (0, 1):
+        drawn = order.of_epoch(epoch)
+        assert Counter(drawn.tolist()) == Counter(Mixed((20, 30), (20, 75), 0).of_epoch(epoch).tolist())
+        of_source = drawn[drawn >= 20] - 20
+        for time in range(2):  # two whole passes, and half of one
+            np.testing.assert_array_equal(of_source[30 * time : 30 * time + 30], shards.of_epoch(3 * epoch + time))
+        mixed = (drawn[:40] >= 20).sum()
+        assert 20 < mixed < 40, "between those of the other source"
 
 
 def test_earlier_draws() -> None:

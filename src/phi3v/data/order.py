@@ -95,16 +95,19 @@ class Mixed:
     """So many records of each of several sources, which stand one after the other, shuffled together.
 
     A source of ``n`` records of which an epoch takes ``k`` gives each of them ``k // n`` times, and the rest of ``k``
-    once more: the next ones of a fixed shuffled round, so that over the epochs all come equally often.
+    once more: the next ones of a fixed shuffled round, so that over the epochs all come equally often. Records of a
+    source that is in shards come in the order of its windows, between those of the others.
 
     Attributes:
         sizes: records of each source.
         counts: how many an epoch takes of each.
+        windows_of: the order of each source that is in shards.
     """
 
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
     seed: int
+    windows_of: tuple[ShardWindows | None, ...] = ()
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -113,6 +116,11 @@ class Mixed:
         starts = np.cumsum([0, *self.sizes])
         drawn = np.concatenate([start + self._of_source(place, epoch) for place, start in enumerate(starts[:-1])])
         taken: npt.NDArray[np.int64] = drawn[Shuffled(len(drawn), self.seed).of_epoch(epoch)]
+        for place, windows in enumerate(self.windows_of):
+            if windows is not None:
+                start = starts[place]
+                own = (taken >= start) & (taken < starts[place + 1])
+                taken[own] = start + self._in_windows(windows, taken[own] - start, epoch)
         return taken
 
     def _of_source(self, place: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -123,6 +131,17 @@ class Mixed:
             around = np.random.default_rng([self.seed, place]).permutation(size)
             taken.append(around[(epoch * rest + np.arange(rest)) % size])
         return np.concatenate(taken)
+
+    @staticmethod
+    def _in_windows(windows: ShardWindows, records: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
+        """Draws of a source in the order of its windows, one pass after the other."""
+        times = earlier_draws(records)
+        passes = int(times.max(initial=-1)) + 1
+        ordered = []
+        for time in range(passes):
+            order = windows.of_epoch(epoch * passes + time)
+            ordered.append(order[np.isin(order, records[times == time])])
+        return np.concatenate(ordered) if ordered else records
 
 
 def earlier_draws(order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.jsonl import require_file
 from phi3v.data.mixture import open_sources
-from phi3v.data.order import Mixed, epoch_counts
+from phi3v.data.order import Mixed, ShardWindows, epoch_counts
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
@@ -81,7 +81,9 @@ def order_of(config: RunConfig, table: RecordTable) -> Mixed | None:
         return None
     sizes = tuple(map(len, table.sources))
     counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
-    return Mixed(sizes, tuple(counts), config.training.seed)
+    seed, window = config.training.seed, config.data.shuffle_window
+    shards = tuple(ShardWindows(each.shards, window, seed) if each.shards else None for each in table.sources)
+    return Mixed(sizes, tuple(counts), seed, shards)
 
 
 def questions_of(
