@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from run_helpers import Train, read_metrics
 from torch.nn import functional
 
-from phi3v.config import RunConfig
+from phi3v.cli import main
+from phi3v.config import RunConfig, TrainingConfig, load_config
 from phi3v.model import attention, loss
 from phi3v.model.attention import SegmentBackend
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.train.compute import offload
+from phi3v.train.compute import fast_paths, offload
 from phi3v.train.compute.fast_paths import FastPaths
 from phi3v.train.compute.offload import HostCopies
 from phi3v.train.device import RuntimeDevice
@@ -25,6 +28,7 @@ from phi3v.train.methods import optimizers
 from phi3v.train.selfcheck import check
 from phi3v.train.selfcheck.examine import CheckCase, examine
 from phi3v.train.selfcheck.process import examine_apart
+from phi3v.train.selfcheck.small_row import drawn_row
 from phi3v.train.selfcheck.verdict import Verdict
 
 QUICK = ("training.max_steps", 1, "data.eval", "null", "training.micro_batch_size", 1)
@@ -152,6 +156,79 @@ def test_what_has_no_plain_way_ends_the_run(
     assert "training.precision: on the CPU, precision bf16: the loss is not finite or missing" in error
 
 
+def verdicts(model: Path, paths: FastPaths, precision: str = "fp32", **keys: str) -> dict[str, Verdict]:
+    """Those on a drawn row, by path."""
+    config = load_config(None, {name.replace("__", "."): value for name, value in keys.items()})
+    runtime = RuntimeDevice(torch.device("cpu"), precision, "", 0, 1)
+    shape = Phi3VConfig.from_pretrained(model)
+    row = drawn_row(shape.vocab_size, config.data.packing)
+    found = examine(CheckCase(config, shape, torch.bfloat16, runtime, paths, row))
+    return {verdict.path: verdict for verdict in found if verdict.state != "trying"}
+
+
+def grown(model: Any) -> None:
+    """One layer gives 5 % more than it should."""
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp.down_proj"))
+    layer.register_forward_hook(lambda module, given, output: 1.05 * output)
+
+
+@pytest.mark.parametrize("path", ["kernels", "compile"])
+def test_faulty_layers_are_found(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Of Liger or the compiler, neither of which runs here: stand-ins that are right and then wrong."""
+    for is_faulty in (False, True):
+
+        def stand_in(model: Any, training: TrainingConfig, is_faulty: bool = is_faulty) -> None:
+            if is_faulty and (training.compile or training.kernels == "liger"):
+                grown(model)
+
+        monkeypatch.setattr(fast_paths, "apply_kernels", stand_in)
+        paths = FastPaths("packed_mask", "whole", compile=path == "compile", checkpointing="none")
+        paths = replace(paths, kernels="liger") if path == "kernels" else paths
+        found = verdicts(small_model_dir, paths, data__packing="samples", method__name="frozen-vision")
+        assert found[path].state == ("failed" if is_faulty else "passed")
+
+
+def test_float8_is_held_to_its_own_rounding(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated. It may be off by 16 times what bfloat16 may be, and never by half: a lost scale is more than that."""
+    pytest.importorskip("torchao.float8")
+    paths = FastPaths("sdpa", "whole", fp8=True, checkpointing="none")
+    found = verdicts(small_model_dir, paths, "bf16", method__name="frozen-vision")["fp8"]
+    assert found.state == "passed"
+    assert found.off is not None
+    assert found.plain_off is not None
+    assert 2 * found.plain_off < found.off < 0.4
+    real = fast_paths.apply_float8
+
+    def unscaled(model: Any, **how: Any) -> int:
+        count = real(model, **how)
+        for name, module in model.named_modules():
+            if name.endswith(("qkv_proj", "down_proj")):
+                module.register_forward_hook(lambda module, given, output: output / 8)
+        return count
+
+    monkeypatch.setattr(fast_paths, "apply_float8", unscaled)
+    assert verdicts(small_model_dir, paths, "bf16", method__name="frozen-vision")["fp8"].state == "failed"
+
+
+def test_half_precision_with_its_loss_scale(small_model_dir: Path) -> None:
+    """Frozen weights that are stored in the other half precision too."""
+    paths = FastPaths("packed_segments", checkpointing="none")
+    keys = {"data__packing": "shared-image", "method__name": "frozen-vision"}
+    found = verdicts(small_model_dir, paths, "fp16", **keys)
+    assert {verdict.state for verdict in found.values()} == {"passed"}
+    assert found["precision"].off is not None
+    assert found["precision"].off < 8 * torch.finfo(torch.float16).eps
+
+
+def test_four_bit_products(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = FastPaths("sdpa", "whole", checkpointing="none")
+    keys = {"method__name": "qlora", "method__lora__rank": "4"}
+    assert verdicts(small_model_dir, paths, "bf16", **keys)["four_bit"].state == "passed"
+    real = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda self, given: 1.05 * real(self, given))
+    assert verdicts(small_model_dir, paths, "bf16", **keys)["four_bit"].state == "failed"
+
+
 def test_a_run_is_the_same_with_and_without(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit: the check changes no weight and draws no number of the run's."""
     lora = ("method.name", "lora", "method.lora.dropout", 0.1)
@@ -219,3 +296,35 @@ def test_a_kernel_that_takes_its_process_along_has_failed(
     assert (found.path, found.value, found.state) == ("attention", "packed_segments", state)
     assert why in found.what
     assert (rest.path, rest.state) == ("loss", "passed")
+
+
+def test_the_doctor_shows_it(
+    tmp_path: Path,
+    easy_vqa: Path,
+    small_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A pass with both figures; a fault is a warning, as the run would go on without."""
+    (tmp_path / "recipe.yaml").write_text("")
+    keys = {
+        "model.path": small_model_dir,
+        "data.train": easy_vqa / "train.jsonl",
+        "data.packing": "shared-image",
+        "training.output_dir": tmp_path / "run",
+        "training.activation_checkpointing": "none",
+    }
+
+    def shown(*options: str) -> list[str]:
+        given = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+        assert main(["doctor", str(tmp_path / "recipe.yaml"), "--json", *given, *options]) == 0
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        return [f"{each['verdict']} {each['what']}" for each in findings if each["check"] == "self-check"]
+
+    assert shown() == ["pass not made: no GPU"]
+    monkeypatch.setitem(attention.BACKENDS, "packed_segments", of_segments(FAULTS["scale"]))
+    fault, passed, optimizer = sorted(shown("--training.self_check", "always"), reverse=True)
+    assert fault.startswith("warn on the CPU, attention packed_segments: the gradient of")
+    assert fault.endswith("; the run goes on with packed_mask")
+    assert "pass optimizer adamw" in passed
+    assert "pass loss chunked" in optimizer

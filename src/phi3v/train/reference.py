@@ -106,7 +106,7 @@ def _facts(run: PreparedRun) -> dict[str, Any]:
         "mismatched": config.objective.name == "kto",
         "precision": run.runtime.precision,
         "dtypes": sorted({str(parameter.dtype) for parameter in run.model.parameters()}),
-        "fp8": config.training.fp8,
+        "fp8": run.checked.paths.fp8,
         "four_bits": [config.method.lora.double_quant] if config.method.name == "qlora" else None,
     }
 

@@ -56,6 +56,7 @@ CHANGEABLE = (
     "training.output_dir",
     "training.overwrite",
     "training.progress_bar",
+    "training.self_check",
 )
 # These may grow.
 EXTENDABLE = ("training.epochs", "training.max_steps")
