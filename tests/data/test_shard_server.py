@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 from file_server import FileServer, serving
+from filelock import FileLock
 from PIL import Image
 
 from phi3v.data.check import check_file, ensure_checked
@@ -209,6 +211,55 @@ def test_a_shard_that_died_with_its_process_is_fetched_again(server: FileServer)
     assert store.fetch(0)
     assert not left.exists()
     assert server.whole() == ["00000.tar"]
+
+
+def test_what_killed_processes_left_takes_no_room(server: FileServer, made: Path) -> None:
+    size = (made / "00000.tar").stat().st_size
+    store = store_of(open_table(server.url, cache_limit=1.5 * size / 1e9))
+    folder = store.cache.folder
+    folder.mkdir(parents=True)
+    keys = [shard.sha256 for shard in store.index.shards]
+    left = [folder / f".{keys[1]}.{size}.1.part", folder / f".{keys[1]}.{size}.1.part.images"]
+    for file in left:
+        file.touch()
+    with FileLock(folder / f"{keys[1]}.lock"):  # as long as it is being fetched, it counts
+        assert not store.fetch(0)
+    assert store.fetch(0)
+    assert not any(file.exists() for file in left)
+
+
+def test_a_shard_that_was_damaged_in_the_cache_is_fetched_again(server: FileServer) -> None:
+    store = store_of(open_table(server.url))
+    assert store.fetch(0)
+    kept = store.cache.folder / store.index.shards[0].sha256
+    content = kept.read_bytes()
+    kept.write_bytes(content[:1000])  # as after a power cut
+    table = open_table(server.url)
+    assert table.load_images(table[0])[0].size == (40, 40)
+    table.assign_shards([[0]])
+    assert table.load_images(table[1])[0].size == (40, 40)
+    assert kept.read_bytes() == content
+
+
+def test_a_full_disk_is_told_at_once(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[0]])
+    monkeypatch.setattr(remote.Location, "fetch", lambda *_: remote.attempt(_full, "there"))
+    monkeypatch.setattr(remote.time, "sleep", None)
+    with pytest.raises(UserError, match="no room for a shard") as caught:
+        table.load_images(table[0])
+    assert "data.cache_limit" in str(caught.value.hint)
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@host/shards", "https://host/shards?sv=1&sig=secret"])
+def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UserError, match="has credentials in it") as caught:
+        open_table(Path(url))
+    assert "secret" not in str(caught.value)
 
 
 def _read_all(url: str, start: int, results: Any) -> None:

@@ -77,7 +77,7 @@ class ShardCache:
             raise cannot_write(self.folder, error) from None
 
     def _fetch(self, sha256: str, size: int, write: Callable[[Path], None]) -> bool:
-        for left in self.folder.glob(f".{sha256}.*.part"):  # of a process that was killed: the lock is ours
+        for left in self.folder.glob(f".{sha256}.*"):  # of a process that was killed: the lock is ours
             left.unlink(missing_ok=True)
         with self._room(sha256, size) as part:
             if part is None:
@@ -92,9 +92,7 @@ class ShardCache:
         part = self.folder / f".{sha256}.{size}.{os.getpid()}.part"
         with FileLock(self.folder / "room.lock"):
             kept = self._kept()
-            # Of a part counts what it will be.
-            parts = [_PART.fullmatch(entry.name) for entry in os.scandir(self.folder)]
-            used = sum(kept.values()) + sum(int(found[2]) for found in parts if found)
+            used = sum(kept.values()) + self._being_fetched()
             for file in kept:
                 if used + size <= self.limit:
                     break
@@ -112,6 +110,27 @@ class ShardCache:
             raise
         finally:
             part.unlink(missing_ok=True)
+
+    def _being_fetched(self) -> int:
+        """The bytes that shards will have which others are fetching; what a killed process left is deleted."""
+        size = 0
+        for found in filter(None, (_PART.fullmatch(entry.name) for entry in os.scandir(self.folder))):
+            lock = FileLock(self.folder / f"{found[1]}.lock", blocking=False)
+            try:
+                lock.acquire()
+            except TimeoutError:
+                size += int(found[2])
+                continue
+            try:
+                for left in self.folder.glob(f".{found[1]}.*"):
+                    left.unlink(missing_ok=True)
+            finally:
+                lock.release()
+        return size
+
+    def discard(self, sha256: str) -> None:
+        """Delete a shard that is not what it was."""
+        (self.folder / sha256).unlink(missing_ok=True)
 
     def _kept(self) -> dict[Path, int]:
         """The shards and their bytes, the one used longest ago first."""

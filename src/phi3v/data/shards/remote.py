@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from phi3v.errors import UserError
-from phi3v.paths import url_of
+from phi3v.paths import is_out_of_room, url_of
 
 T = TypeVar("T")
 
@@ -28,7 +29,9 @@ EXTRAS = {
     "abfss": "abfs",
     "az": "abfs",
 }
-_REFUSED = (401, 403, 404, 410)
+_REFUSED = (401, 403)
+# A password, or the query of a signed URL.
+_SECRET = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?")
 
 
 class FetchError(Exception):
@@ -53,7 +56,12 @@ class Location:
     @classmethod
     def of(cls, path: str | Path) -> Location:
         url = url_of(path)
-        return cls(url.rstrip("/") if url is not None else str(Path(path).absolute()))
+        if url is None:
+            return cls(str(Path(path).absolute()))
+        if secret := _SECRET.search(url):
+            hint = "set them in the environment, where the driver looks for them: URLs are written into logs"
+            raise UserError("has credentials in it", where=f"{url[: secret.start()]}…", hint=hint)
+        return cls(url.rstrip("/"))
 
     @property
     def is_remote(self) -> bool:
@@ -136,6 +144,7 @@ def attempt(work: Callable[[], T], place: str) -> T:
 
     Raises:
         FetchError: it failed `ATTEMPTS` times, or will not work another time either.
+        OSError: the disk is full.
     """
     for number in range(ATTEMPTS):
         try:
@@ -143,6 +152,8 @@ def attempt(work: Callable[[], T], place: str) -> T:
         except UserError:
             raise
         except Exception as error:  # each driver has errors of its own
+            if is_out_of_room(error):
+                raise
             status = getattr(error, "status", None)
             if isinstance(error, FileNotFoundError) or status in (404, 410):
                 raise FetchError(f"is not there: {place}", "was it moved or deleted? Look at the address") from None

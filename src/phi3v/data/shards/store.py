@@ -60,6 +60,7 @@ class ShardStore(ImageStore):
         self._positions[:] = UNASSIGNED
         self._asked = np.zeros(count, dtype=np.int64)
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._discarded: set[int] = set()
         self._lock = threading.Lock()
         self._ahead = (0, 0)  # the assignment and the window after which the next one is being fetched
         self._process = os.getpid()
@@ -132,17 +133,31 @@ class ShardStore(ImageStore):
         shards = [int(self._places["shard"][row]) for row in rows]
         best = min(range(len(rows)), key=lambda at: self._distance(shards[at]))
         row, shard = rows[best], shards[best]
+        place = int(self._places["offset"][row]), int(self._places["size"][row])
+        expected = self.index.images.sha256(row)
         try:
-            data = self._read(shard, int(self._places["offset"][row]), int(self._places["size"][row]))
+            data = self._read(shard, *place)
+            if hashlib.sha256(data).digest() != expected and self._discard(shard):
+                data = self._read(shard, *place)
         except FetchError as error:
             raise ImageFaultError(f"{quote(name)} cannot be had: the shard {error.what}", error.hint) from None
         except UserError as error:
             what = f"{quote(name)} cannot be had: {error.what} ({error.where})"
             raise ImageFaultError(what, error.hint or "") from None
-        if hashlib.sha256(data).digest() != self.index.images.sha256(row):
+        if hashlib.sha256(data).digest() != expected:
             what = f"has other bytes than the index says: {quote(name)} in {self.index.place(shard)}"
             raise ImageFaultError(what, _CHANGED)
         return data
+
+    def _discard(self, shard: int) -> bool:
+        """Have a damaged shard out of the cache, once, so that it is fetched again; whether it was there."""
+        with self._lock:
+            if self._is_in_place(shard) or shard in self._discarded or shard not in self._files:
+                return False
+            self._discarded.add(shard)
+            self._files.pop(shard).close()
+        self.cache.discard(self._key(shard))
+        return True
 
     def assign(self, own: Sequence[Sequence[int]]) -> None:
         """Say which shards are this rank's, window by window; the others are others'."""
