@@ -25,10 +25,13 @@ from phi3v.cli import main
 from phi3v.config import DataSource, ObjectiveName, Packing, RunConfig
 from phi3v.data.batches import RowPlan
 from phi3v.data.readers import Readers
+from phi3v.export.proof import make_probes
 from phi3v.report.gallery import Thumbnails, gallery
 from phi3v.report.run_files import read_run
+from phi3v.serve.examples import find_examples
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
+from phi3v.train.finetuned import resolve_model
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.prepare import PreparedRun, prepare
@@ -294,6 +297,13 @@ def test_the_command_line_from_another_folder(
         assert each["scores"]["accuracy"]["value"] == pytest.approx(sum(own) / len(own))
     (during,) = [line for line in read_metrics(tmp_path / "run") if "eval" in line]
     assert during["eval_sources"].keys() == {"test", "two"}
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert card.count("accuracy on two, 95 %") == 1
+    tuned = resolve_model(str(tmp_path / "run"))
+    probes, where = make_probes(tuned, 4, tmp_path)
+    assert len(probes) == 4
+    assert where == ", ".join(str(tmp_path / name / "test.jsonl") for name in ("one", "two"))
+    assert {example.root.parent.name for example in find_examples(tuned)} <= {"one", "two"}
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     data = "[{path: ../one/a.jsonl, max_records: 4}, {path: ../two/b.jsonl}]"

@@ -120,7 +120,7 @@ def write_card(
         data.eval_results = _model_index(tuned) or None
     if data.eval_results:
         data.model_name = name
-        data.metrics = [result.metric_type for result in data.eval_results]
+        data.metrics = list(dict.fromkeys(result.metric_type for result in data.eval_results))
     text = CARD.format(
         title=name,
         what=what or ("A LoRA adapter in PEFT's layout" if is_adapter else "A model in the official layout"),
@@ -241,7 +241,7 @@ def _model_index(tuned: FinetunedModel) -> list[EvalResult]:
                 dataset_name=dataset,
                 dataset_split=Path(file.path).stem,
                 metric_type=score.name,
-                metric_name=f"{score.name}, 95 % interval {score.low:.4f} – {score.high:.4f}",
+                metric_name=f"{score.title}, 95 % interval {score.low:.4f} – {score.high:.4f}",
                 metric_value=round(score.value, 4),
                 metric_args={"interval_95": [round(score.low, 4), round(score.high, 4)], "questions": score.questions},
             )
