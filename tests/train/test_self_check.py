@@ -279,6 +279,7 @@ say("loss", "chunked", "passed")
     [
         ("os.abort()", "failed", "its process ended with code -6"),
         ("sys.exit('CUDA error: an illegal memory access')", "failed", "code 1: CUDA error: an illegal memory access"),
+        ("say('attention', 'packed_segments', 'failed'); sys.exit('and its context is broken')", "failed", ""),
         ("time.sleep(60)", "failed", "its process gave no answer within 2 s"),
         ("os.kill(os.getpid(), 9)", "unchecked", "its process was ended by signal 9"),
     ],

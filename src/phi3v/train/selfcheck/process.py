@@ -52,7 +52,7 @@ def examine_apart(case: CheckCase, *, seconds: float = SECONDS, command: Sequenc
         while True:
             (folder / "known.json").write_text(json.dumps([asdict(verdict) for verdict in known.values()]))
             trying: Verdict | None = None
-            why = "says nothing"
+            why, before = "", len(known)
             for answer in _answers([*command, str(folder)], folder, seconds):
                 if isinstance(answer, str):
                     why = answer
@@ -63,16 +63,16 @@ def examine_apart(case: CheckCase, *, seconds: float = SECONDS, command: Sequenc
                     yield answer
             else:
                 return
-            if trying is None:
+            if trying is None and len(known) > before:
+                continue  # a kernel that raised has broken its context
+            if trying is None or (trying.path, trying.value) in known:
                 trying = Verdict("precision", case.runtime.precision, "trying")
             is_kernel = trying.path != "precision" and not why.startswith("was ended")
             lost = Verdict(trying.path, trying.value, "failed" if is_kernel else "unchecked", f"its process {why}")
-            if (lost.path, lost.value) in known:  # it died after a verdict, and again without another
-                return
             known[lost.path, lost.value] = lost
             yield lost
             if lost.path == "precision":
-                return
+                return  # without the plain path nothing can be said of the others
 
 
 def _write(case: CheckCase, folder: Path) -> None:
