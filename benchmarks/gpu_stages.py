@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,18 +135,62 @@ def gpu_tests(_place: Place) -> dict[str, Any]:
     return {"tests": counts}
 
 
+def small_inputs(place: Place) -> tuple[Path, Path]:
+    """The tiny model, and a few small pages."""
+    from phi3v.bench.pages import write_pages
+    from phi3v.model.presets import init_model
+
+    model = place.folder / "tiny"
+    if not (model / "complete").is_file():
+        shutil.rmtree(model, ignore_errors=True)
+        init_model("tiny", model)
+        (model / "complete").touch()
+    return model, write_pages(place.folder / "small-pages", 8, sizes=((336, 300),))
+
+
+def self_check(variant: Any, precision: Any) -> Part:
+    """The self-check of a run of LoRA, at the real widths and heads: a few layers, without the weights of the model.
+
+    What it finds the rows that follow know.
+    """
+
+    def part(place: Place) -> dict[str, Any]:
+        import torch
+
+        from phi3v.bench.rows import row_config
+        from phi3v.bench.settings import BenchSettings, Row
+        from phi3v.data.table import open_table
+        from phi3v.model.presets import planned_config, preset_config
+        from phi3v.train.collectives import HostCollectives
+        from phi3v.train.device import choose_device
+        from phi3v.train.methods.loading import ModelFacts, choose_attention, load_processor, make_skeleton
+        from phi3v.train.prepare import check_fast_paths, require_lengths
+
+        if precision == "fp16" and not on_gpu():
+            raise NotThereError("fp16 needs a GPU")
+        tiny, data = small_inputs(place)
+        folder = place.model or (tiny if place.preset == "tiny" else None)
+        model = preset_config(place.preset) if folder is None else planned_config(str(folder))[0]
+        settings = BenchSettings(**place.sizes, precision=precision)
+        config = row_config(Row("lora", variant), settings, tiny, data, place.folder / "runs" / "self-check")
+        config.training.self_check = "always"
+        runtime = choose_device(precision)
+        attention = choose_attention(config, runtime)
+        facts = ModelFacts(make_skeleton(model), torch.bfloat16, *attention, model.max_position_embeddings)
+        processor, table = load_processor(config), open_table(data, progress=False)
+        lengths = require_lengths(config, table, facts, processor, config.objective)
+        checked = check_fast_paths(config, facts, runtime, HostCollectives(1), table, lengths, processor, None)
+        wrong = [str(verdict) for verdict in checked.verdicts if verdict.state != "passed"]
+        return checked.to_json_dict() | {"asked": attention[0], "wrong": wrong}
+
+    return part
+
+
 def train_command(run: str, *options: str, resume: bool = False) -> Part:
     """``phi3v train`` with readers, from its command line to its exit code."""
 
     def part(place: Place) -> dict[str, Any]:
-        from phi3v.bench.pages import write_pages
-        from phi3v.model.presets import init_model
-
-        model = place.folder / "tiny"
-        if not (model / "complete").is_file():
-            init_model("tiny", model)
-            (model / "complete").touch()
-        data = write_pages(place.folder / "small-pages", 8, sizes=((336, 300),))
+        model, data = small_inputs(place)
         keys = {
             "model.path": model,
             "model.num_crops": 1,
@@ -250,6 +295,16 @@ LEAN = ("--method.name", "full", "--training.lean", "true", "--training.optimize
 LEAN += ("--training.max_grad_norm", "0", "--training.precision", "bf16", "--training.micro_batch_size", "4")
 
 STAGES = (
+    Stage(
+        "self-check",
+        "fast paths beside the plain one, at the real widths",
+        80,
+        {
+            f"{variant}, {precision}": self_check(variant, precision)
+            for precision in ("bf16", "fp16")
+            for variant in ("samples", "shared-image")
+        },
+    ),
     Stage("gpu-tests", "the tests that need a GPU", 60, {"pytest -m gpu": gpu_tests}),
     Stage(
         "train-command",

@@ -51,7 +51,8 @@ def speed(part: dict[str, Any]) -> str:
     mfu = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%}"
     peak = f"{figures['peak_gb']} GB"
     planned = figures.get("planned_peak_gb")
-    return f"{figures['samples_per_second']} samples/s{mfu}, {peak}" + (f" (planned {planned})" if planned else "")
+    words = f"{figures['samples_per_second']} samples/s{mfu}, {peak}" + (f" (planned {planned})" if planned else "")
+    return escaped("; ".join([words, *(f"not as asked: {what}" for what in figures.get("not_as_asked", ()))]))
 
 
 def ratio(stage: str, part: str, base: str) -> Figure:
@@ -122,8 +123,13 @@ def tables(results: list[Result]) -> str:
 
 
 CHECKS = (
+    *(
+        ("self-check", f"{variant}, {precision}", f"self-check, `{variant}`, {precision}")
+        for precision in ("bf16", "fp16")
+        for variant in ("samples", "shared-image")
+    ),
     ("gpu-tests", "pytest -m gpu", "`pytest -m gpu`"),
-    *(("train-command", part, f"`phi3v train`, tiny: {part}") for part in ("lora", "resume", "full", "fp16")),
+    *(("train-command", part, f"`phi3v train`, tiny: {part}") for part in ("lora", "resume", "full", "fp16", "lean")),
 )
 
 
@@ -146,6 +152,9 @@ def profile(part: dict[str, Any]) -> str:
 
 def check(part: dict[str, Any]) -> str:
     figures = part["figures"]
+    if "wrong" in figures:
+        right = sum(text.startswith("passed") for text in figures.get("verdicts", {}).values())
+        return escaped("; ".join([f"{right} agree with the plain path", *figures["wrong"]]))
     return ", ".join(f"{n} {word}" for word, n in figures["tests"].items()) if "tests" in figures else "passes"
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,64 @@ def test_liger_agrees(small_model_dir: Path) -> None:
     assert loss == pytest.approx(expected, rel=1e-4)
     for name, gradient in plain.items():
         torch.testing.assert_close(fused[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-9, rtol=0)
+
+
+INTERPRETED = """
+import sys
+
+import numpy
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from phi3v import Phi3VForCausalLM
+from phi3v.config import TrainingConfig
+from phi3v.train.compute.kernels import apply_kernels
+
+whole = interpreter._implicit_cvt
+
+
+def as_compiled(argument):
+    # A compiled kernel gets a float as float32; the interpreter leaves it Python's.
+    if not isinstance(argument, float):
+        return whole(argument)
+    return tl.tensor(interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32), tl.float32)
+
+
+interpreter._implicit_cvt = as_compiled
+model = Phi3VForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).train()
+ids = torch.arange(3, 40)[None]
+found = []
+for kernels in ("torch", "liger"):
+    model.zero_grad(set_to_none=True)
+    if kernels == "liger":
+        apply_kernels(model, TrainingConfig(kernels=kernels))
+        import liger_kernel.ops.rms_norm
+
+        liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)  # CUDA's library has no interpreter
+    loss = model(input_ids=ids, labels=ids, logits_to_keep=None, use_cache=False).loss
+    loss.backward()
+    found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+(expected, plain), (got, fused) = found
+assert model.loss_kernel == "liger"
+torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+assert fused.keys() == plain.keys()
+for name, gradient in plain.items():
+    atol = 1e-5 * float(gradient.abs().max()) + 1e-9
+    torch.testing.assert_close(fused[name], gradient, atol=atol, rtol=0, msg=name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: see `pytest -m gpu`")
+@pytest.mark.skipif(not find_spec("liger_kernel"), reason="needs liger-kernel and triton 3.9")
+def test_liger_agrees_interpreted(small_model_dir: Path) -> None:
+    """Its kernels forward and backward, by Triton's interpreter, which has to know before anything imports it.
+
+    float32; 1e-5 of the largest entry, for other orders of sums.
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED, str(small_model_dir)], check=True, env=environment)
 
 
 def test_liger_is_refused_where_it_cannot_run(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

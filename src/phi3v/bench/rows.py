@@ -61,7 +61,7 @@ def row_config(row: Row, settings: BenchSettings, model: Path, data: Path, folde
     auto: Any = in_fewer_bits if trained_whole and torch.cuda.is_available() else "adamw"
     training.optimizer = auto if settings.optimizer == "auto" else settings.optimizer
     if row.variant in BASELINES:
-        training.activation_checkpointing = "full"
+        training.activation_checkpointing, training.self_check = "full", "off"
         return config
     training.kernels, training.fp8, training.compile = settings.kernels, settings.fp8, settings.compile
     if row.variant == "padded":
@@ -88,7 +88,7 @@ def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> d
     """Measure a row; where it cannot run, ``error`` says why.
 
     Returns:
-        ``attention`` and ``checkpointing`` as chosen; ``batch_size``; ``steps`` that were timed;
+        ``attention`` and ``checkpointing`` as chosen; what the self-check found ``not_as_asked``; ``batch_size``; ``steps`` that were timed;
         ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went through the tower) and
         ``tokens_per_second`` of all devices; ``samples_per_second_range``, the slowest and the fastest step;
         ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the device's rate (None where the rate is
@@ -159,6 +159,7 @@ def _measure(config: RunConfig, row: Row, settings: BenchSettings) -> dict[str, 
     return {
         "attention": setup.facts.attention,
         "checkpointing": setup.checkpointing.split(" ")[0],
+        "not_as_asked": [finding.what for finding in setup.checked.findings],
         "optimizer": config.training.optimizer,
         "gpus": setup.runtime.world_size if setup.runtime.device.type == "cuda" else 0,
         "precision": setup.runtime.precision,
