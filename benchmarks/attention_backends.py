@@ -59,6 +59,8 @@ def compare_attention(
                 row["milliseconds"] = _milliseconds(backend, [tensor.to(dtype) for tensor in exact], repeats)
             except torch.OutOfMemoryError:
                 row["error"] = "out of memory"
+            except Exception as error:  # whatever a kernel may raise; the others are still worth knowing
+                row |= {"agrees": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     return rows
 
 

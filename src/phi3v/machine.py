@@ -54,7 +54,7 @@ def accelerator_of(device: Any) -> Accelerator:
         return CPU
     import torch
 
-    capability = torch.cuda.get_device_capability(device)
+    capability = torch.cuda.get_device_capability(device)  # needs a card: the driver tells
     able = abilities(capability, is_amd=torch.version.hip is not None)
     return Accelerator(type="cuda", name=torch.cuda.get_device_name(device), **able)
 

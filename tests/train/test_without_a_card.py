@@ -2,8 +2,8 @@
 
 On fake tensors "on" a GPU no number is computed, but every operation checks that its tensors lie on one device and
 that shapes and dtypes fit, and every kernel's arguments are those of its registration. The backward pass cannot run
-so: torch's engine asks the driver for contexts and streams. Pinning is a copy here. What is the same code on any device
-is in ``test_on_a_card.py``.
+so: torch's engine asks the driver for contexts and streams. Pinning is a copy here. Where not even that is possible the
+code says why: "needs a card". What is the same code on any device is in ``test_on_a_card.py``.
 """
 
 from __future__ import annotations

@@ -88,8 +88,9 @@ def measure_row(row: Row, settings: BenchSettings, model: Path, data: Path) -> d
     """Measure a row; where it cannot run, ``error`` says why.
 
     Returns:
-        ``attention`` and ``checkpointing`` as chosen; what the self-check found ``not_as_asked``; ``batch_size``; ``steps`` that were timed;
-        ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went through the tower) and
+        ``attention`` and ``checkpointing`` as chosen; ``not_as_asked``, what the self-check found; ``batch_size``;
+        ``steps`` that were timed; ``samples_per_second``, ``questions_per_second``, ``pages_per_second`` (as they went
+        through the tower) and
         ``tokens_per_second`` of all devices; ``samples_per_second_range``, the slowest and the fastest step;
         ``tokens_per_sample``; ``tflop_per_sample`` and ``mfu``, the share of the device's rate (None where the rate is
         not known, and on a CPU); ``peak_gb`` (10**9 bytes of a device; on a CPU the process's so far) and

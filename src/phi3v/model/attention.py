@@ -248,7 +248,8 @@ class FlexBackend:
 def _flex_attention(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Rows differ in length. On the CPU it is for comparison only and runs uncompiled.
+    # Rows differ in length. On the CPU it is for comparison only and runs uncompiled. Needs a card: there is no
+    # backward pass elsewhere, and the kernel is the compiler's own, in Triton, made for a card that it can ask.
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
@@ -303,12 +304,13 @@ def _torch_varlen(*arguments: Any, scale: float | None, dropout: float) -> torch
         raise ValueError("torch's variable-length attention has no dropout")
     query, key, *_ = arguments
     fewer: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    # A window without a right side is torch's way to say causal.
+    # A window without a right side is torch's way to say causal. Needs a card: there is no kernel for the CPU.
     output: Any = varlen_attn(*arguments, window_size=(-1, 0), scale=scale, **fewer)
     return output  # a tensor, as nothing else is asked for
 
 
 def _flash_attn_varlen(*arguments: Any, scale: float | None, dropout: float) -> torch.Tensor:
+    # Needs a card: the package has no kernel for the CPU, and cannot be installed without CUDA.
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     return flash_attn_varlen_func(*arguments, softmax_scale=scale, dropout_p=dropout, causal=True)

@@ -19,7 +19,8 @@ def random_state() -> dict[str, Any]:
         "python": torch.tensor(own_words, dtype=torch.int64),
     }
     if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()  # of this rank's device; the others' would cost memory there
+        # Of this rank's device; the others' would cost memory there. Needs a card: the generator is the driver's.
+        tensors["cuda"] = torch.cuda.get_rng_state()
     plain = {"numpy": [name, position, has_gauss, gauss], "python": [version, own_gauss]}
     return {"tensors": tensors, "plain": plain}
 

@@ -25,7 +25,7 @@ def apply_float8(model: Any, *, emulate: bool = False) -> int:
     """Exchange the decoder's linear layers, those under adapters too; the adapters themselves stay as they are.
 
     Args:
-        emulate: round to float8 but multiply in float32, on any device; for tests.
+        emulate: round to float8 but multiply in float32, on any device; for tests. The products themselves need a card.
 
     Returns:
         How many layers were exchanged.

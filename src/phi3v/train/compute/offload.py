@@ -33,7 +33,7 @@ class SideStream:
 
     The allocators know nothing of them: device memory belongs to the stream that computes, and whoever starts a copy
     keeps its tensors until that stream waits for its end. Pinned memory is kept by torch until copies from or to it
-    have ended.
+    have ended. Needs a card: streams are the driver's.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -36,7 +36,7 @@ class DataParallel(Engine):
         if self.runtime.world_size > 1:
             self.wrapped = DistributedDataParallel(
                 self.model,
-                device_ids=[device] if device.type == "cuda" else None,
+                device_ids=[device] if device.type == "cuda" else None,  # needs two cards, and NCCL
                 broadcast_buffers=False,  # they are constants
             )
             if self.config.distributed.reduce_dtype == "bf16":

@@ -33,6 +33,7 @@ class FsdpEngine(ShardedEngine):
     def wrap(self) -> None:
         # Layers run in autocast's dtype, so they can be sent in it; not on the CPU, whose layer norm takes no half-
         # precision weights with float32 input. The rest may be needed in float32.
+        # Needs two cards: with one nothing is divided.
         dtype = self.runtime.autocast_dtype if self.runtime.device.type == "cuda" else None
         wanted = self.config.distributed.reduce_dtype
         reduce = torch.float32 if wanted == "auto" else torch_dtype(wanted)

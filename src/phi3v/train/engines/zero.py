@@ -45,7 +45,7 @@ class ZeroEngine(ShardedEngine):
 
     def settings(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
-        on_gpu = self.runtime.device.type == "cuda"
+        on_gpu = self.runtime.device.type == "cuda"  # needs two cards: side streams and pinning are DeepSpeed's own
         zero: dict[str, Any] = {
             "stage": self.stage,
             "contiguous_gradients": True,

@@ -171,7 +171,8 @@ def load_for_training(config: RunConfig, facts: ModelFacts, runtime: RuntimeDevi
     if method.name == "qlora":
         kwargs["quantization_config"] = quantization(method.lora, runtime.dtype)
     if method.name == "qlora" or runtime.device.type == "cuda":
-        kwargs["device_map"] = {"": runtime.device}  # straight to the device, not through the host's memory
+        # Straight to the device, not through the host's memory. With qlora a CPU takes this way too.
+        kwargs["device_map"] = {"": runtime.device}
     model = load_weights(config.model.path, **kwargs)
     if method.name == "qlora":
         keep_trainable_layout(model)

@@ -25,6 +25,7 @@ class Readback:
     def __init__(self, values: Sequence[torch.Tensor]) -> None:
         # In lean mode the norm is that of no gradients, which torch has on the CPU.
         stacked = torch.stack([value.detach().to(values[0].device, torch.float32) for value in values])
+        # To pinned memory, as torch has it for such a copy. Needs a card: pinning and events are the driver's.
         self._host = stacked.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if stacked.is_cuda else None
         if self._arrived is not None:

@@ -20,7 +20,7 @@ from phi3v.train.state import Observer, TrainState
 def peak_memory_gb() -> float:
     """Highest memory so far in GB (10**9 bytes): the allocator's on a GPU, the process's on the CPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated() / 1e9  # needs a card: its allocator counts
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
