@@ -88,17 +88,27 @@ def run_settings(model: Path, data: Path, out: Path) -> dict[str, object]:
     }
 
 
+def descendants(pid: int) -> list[int]:
+    """A process and all below it; torchrun's have sessions of their own."""
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [pid, *(each for child in below for each in descendants(int(child)))]
+
+
 @contextlib.contextmanager
 def started(words: list[Any], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A job in a process group of its own, all of which is gone afterwards."""
+    """A job in a process group of its own, which is taken away afterwards with all below it, as with its machine."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with log.open("ab") as file:
         job = subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
         yield job
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        for pid in descendants(job.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         job.wait()
 
 

@@ -140,7 +140,7 @@ def _out_of_memory(config: RunConfig, signals: Signals, error: BaseException) ->
         f"out of memory while {signals.doing.split(';')[0]}: {' '.join(str(error).split())[:200]}",
         where=config.training.output_dir,
         hint=f"{newest}; lower training.micro_batch_size, data.pack_tokens or model.num_crops, or set "
-        "training.activation_checkpointing to full (`phi3v plan` tells what fits)",
+        "training.activation_checkpointing to full or offload (`phi3v plan` tells what fits)",
     )
     said.one_rank = True
     return said
