@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -114,6 +115,31 @@ def test_several_data_files(config: RunConfig, tmp_path: Path, monkeypatch: pyte
     moved = [each.path.replace(f"{tmp_path}/all", "/mnt/data") for each in config.data.train]
     assert there.train == [replace(each, path=path) for each, path in zip(config.data.train, moved, strict=True)]
     assert there.eval == [DataSource("/mnt/data/two/train.jsonl", name="eval", max_records=5)]
+
+
+def test_data_at_a_url_is_read_from_there(
+    config: RunConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = ['fsspec[http]>=2025.9; extra == "http"', 's3fs>=2025.9; extra == "s3"']
+    monkeypatch.setattr("phi3v.azure.job.metadata.requires", lambda _name: extras)
+    config.data.train = "https://host/shards/train"
+    written = write_job(config, settings(), tmp_path / "job")
+    job = load_job_file(written)
+    assert "--data.train https://host/shards/train --data.eval ${{inputs.data}}/val.jsonl" in job.command
+    assert job.inputs["data"].path == str(data)
+    assert _packages(written) == ["fsspec"]
+    config.data.eval = "s3://bucket/val"
+    written = write_job(config, settings(), tmp_path / "job")
+    job = load_job_file(written)
+    assert "data" not in job.inputs
+    assert "--data.eval s3://bucket/val" in job.command
+    assert _packages(written) == ["fsspec", "s3fs"]
+
+
+def _packages(job: Path) -> list[str]:
+    """The names of what the job's machines install."""
+    environment = yaml.safe_load((job.parent / "environment.yaml").read_text())
+    return [re.split(r"[\[=>]", line)[0] for line in environment["dependencies"][-1]["pip"]]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from packaging.requirements import Requirement
 import phi3v
 from phi3v.azure.account import Account, explained, require_extra
 from phi3v.config import DataSource, RunConfig
+from phi3v.data.shards.remote import EXTRAS
 from phi3v.errors import UserError
-from phi3v.paths import absolute, find_model, is_hub_id
+from phi3v.paths import absolute, find_model, is_hub_id, url_of
 from phi3v.plan.hardware import Machine
 
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/commandJob.schema.json"
@@ -153,23 +154,27 @@ def _inputs(config: RunConfig, settings: JobSettings) -> tuple[dict[str, Any], d
     """The job's inputs, and the recipe's keys that name them there."""
     if config.data.train is None:
         raise UserError("no data to train on", where="data.train", hint="give a JSONL file")
-    # Of one file its folder, and of several the folder that has them all.
-    home = Path(os.path.commonpath([absolute(source.path).parent for source in config.data.train_sources]))
-    for key, path in config.data.paths:
-        if not absolute(path).is_relative_to(home):
-            raise UserError(
-                f"lies outside of {home}, which is what the job gets",
-                where=f"{key} {path}",
-                hint="put all files into one folder, or into folders below it",
-            )
-    places = {
-        path: f"${{{{inputs.data}}}}/{absolute(path).relative_to(home).as_posix()}" for _, path in config.data.paths
-    }
+    paths = config.data.paths
+    local = {path: absolute(path) for _, path in paths if url_of(path) is None}
+    places = {path: path for _, path in paths}  # what is at a URL is read from there
+    inputs = {}
+    if local:
+        # Of one file its folder, and of several the folder that has them all.
+        trained = [local[source.path].parent for source in config.data.train_sources if source.path in local]
+        home = Path(os.path.commonpath(trained or [path.parent for path in local.values()]))
+        for key, path in paths:
+            if path in local and not local[path].is_relative_to(home):
+                raise UserError(
+                    f"lies outside of {home}, which is what the job gets",
+                    where=f"{key} {path}",
+                    hint="put all files into one folder, or into folders below it",
+                )
+        places |= {path: f"${{{{inputs.data}}}}/{at.relative_to(home).as_posix()}" for path, at in local.items()}
+        inputs["data"] = _folder_input(settings.data or str(home), "--data")
     keys = {}
     for key, data in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if data is not None:
             keys[key] = places[data] if isinstance(data, str) else _listed(data, places)
-    inputs = {"data": _folder_input(settings.data or str(home), "--data")}
     model = settings.model or find_model(config.model.path, f"model.path {config.model.path}")
     if not is_hub_id(model):
         inputs["model"] = _folder_input(model, "--model")
@@ -213,7 +218,8 @@ def _environment(config: RunConfig) -> dict[str, Any]:
         "deepspeed": config.distributed.engine.startswith("zero")
         or (config.distributed.engine == "auto" and config.method.name in ("full", "frozen-vision")),
     }
-    extras = ["", *(extra for extra, needed in wanted.items() if needed)]
+    drivers = {EXTRAS.get((url_of(path) or "").partition(":")[0], "") for _, path in config.data.paths}
+    extras = ["", *(extra for extra, needed in wanted.items() if needed), *sorted(drivers - {""})]
     pip = []
     for line in metadata.requires("phi3v") or []:
         requirement = Requirement(line)
