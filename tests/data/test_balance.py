@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from phi3v.data.balance import assign_to_ranks, even_rows, fill_rows
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
+from phi3v.data.order import Shuffled
 from phi3v.model.attention import visible
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import Costs, ModelShape
@@ -59,8 +61,24 @@ def test_what_prefers_a_rank_leaves_it_only_to_even_the_work_out() -> None:
     assigned = assign_to_ranks(work.tolist(), 16, preferred=preferred.tolist())
     assert loads(work, assigned, 16).max() < 1.04 * work.sum() / 16
     assert (np.array(assigned) == preferred).mean() > 0.6
+    # All at one rank, as at the end of an epoch.
+    assigned = assign_to_ranks(work.tolist(), 16, preferred=[3] * 160)
+    assert loads(work, assigned, 16).max() < 1.04 * work.sum() / 16
     # Of one rank too many: the surplus goes elsewhere.
     assert assign_to_ranks([1, 1, 1, 1], 2, most=2, preferred=[0, 0, 0, 1]) == [0, 0, 1, 1]
+
+
+@dataclass(frozen=True)
+class AtHome(Shuffled):
+    """Records with a rank that has their images."""
+
+    homes: Any = None
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        return []
+
+    def slots(self, epoch: int) -> Any:
+        return self.homes
 
 
 @pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
@@ -68,7 +86,7 @@ def test_records_are_computed_where_their_images_are(packing: Any) -> None:
     lengths = pages_of(np.random.default_rng(6), 400, 2)
     homes = lengths.page % 4
     settings: dict[str, Any] = {"batch_size": 64, "pack_tokens": 8192, "shared_image_max": 4, "world_size": 4}
-    plan = BatchPlan(lengths, packing, costs=COSTS, homes=homes, **settings)
+    plan = BatchPlan(lengths, packing, costs=COSTS, order=AtHome(len(lengths), 0, homes), **settings)
     at_home = [
         homes[index] == rank
         for step in plan.steps(0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 GOOD = 1.005  # the most work of a rank over the mean, below which nothing is moved any more
 GOOD_AT_HOME = 1.03  # the same of items that prefer a rank
+TOO_MANY_AT_HOME = 1.2  # the same, above which those that come are not given to it in the first place
 ROUNDS = 12  # of moving, at most
 
 
@@ -34,8 +35,9 @@ def _largest_first(work: Sequence[float], ranks: int, most: int | None, preferre
     items: Sequence[int] = range(len(work))
     if preferred is not None:
         homeless = []
+        limit = TOO_MANY_AT_HOME * sum(work) / ranks
         for item, rank in enumerate(preferred):
-            if counts[rank] == most:
+            if counts[rank] == most or (counts[rank] and at[rank] + work[item] > limit):
                 homeless.append(item)
                 continue
             assigned[item] = rank

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from phi3v.config import Packing
 from phi3v.data.balance import assign_to_ranks, by_rank, even_rows, fill_rows
 from phi3v.data.lengths import Ints, RecordLengths
-from phi3v.data.order import Order, Shuffled, earlier_draws
+from phi3v.data.order import Order, ShardOrder, Shuffled, earlier_draws
 from phi3v.data.work import RecordWork
 from phi3v.model.shape import Costs
 
@@ -68,7 +68,6 @@ class BatchPlan:
         costs: what ranks are balanced by (`ModelShape.training_costs`); by default tokens.
         world_size: ranks.
         order: of the records in each epoch; by default all of them, shuffled by ``seed``.
-        homes: (n,) the rank that is to compute each record where work allows it, as it has its images at hand.
     """
 
     lengths: RecordLengths
@@ -83,7 +82,6 @@ class BatchPlan:
     world_size: int = 1
     seed: int = 0
     order: Order | None = None
-    homes: Ints | None = None
 
     def __post_init__(self) -> None:
         self._work = RecordWork(self.lengths, self.costs)
@@ -125,6 +123,11 @@ class BatchPlan:
                 pairs += (tokens - prefix) * tokens
         return pairs
 
+    def own_shards(self, rank: int, epoch: int) -> list[list[int]]:
+        """Of records in shards, the shards of each window that are the rank's."""
+        windows = self._order.windows(epoch) if isinstance(self._order, ShardOrder) else []
+        return [window[rank :: self.world_size] for window in windows]
+
     def epoch_tokens(self) -> int:
         """Tokens of the first epoch, but for groups that the end of a step cuts; others differ a little."""
         return int(self._added_tokens(self.chunks(0)).sum())
@@ -137,10 +140,12 @@ class BatchPlan:
                 they compute at the same time are alike.
         """
         chunks = self.chunks(epoch)
+        # Of each record the rank that has its images at hand, and is to compute it where work allows that.
+        homes = self._order.slots(epoch) % self.world_size if isinstance(self._order, ShardOrder) else None
         starts = self._starts(chunks)[first:].tolist()
         for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
             records = chunks.records[start:end]
-            yield self._pack(records, equal) if self.is_packed else self._pad(records, equal)
+            yield self._pack(records, equal, homes) if self.is_packed else self._pad(records, equal, homes)
 
     def chunks(self, epoch: int) -> Chunks:
         """All records in the order of the epoch; those of a page in chunks that come together."""
@@ -220,27 +225,29 @@ class BatchPlan:
         front = np.maximum.accumulate(np.searchsorted(reached, wanted, side="right") - places) + places
         return np.minimum(front, len(self) - places[::-1] - 1)
 
-    def _pad(self, records: Ints, equal: bool) -> Step:
+    def _pad(self, records: Ints, equal: bool, homes: Ints | None) -> Step:
         """Padded rows of a step, as evenly many on each rank as can be."""
+        if homes is not None:
+            records = records[np.argsort(homes[records], kind="stable")]
         starts = np.arange(0, len(records), self.micro_batch_size)
         work = (np.add.reduceat(self._work.vision[records], starts) + self._work.padded(records, starts)).tolist()
         groups: list[Group] = [(index,) for index in records.tolist()]
         rows = [tuple(groups[start : start + self.micro_batch_size]) for start in starts.tolist()]
-        homes = self._homes(records[starts].tolist())
-        assigned = assign_to_ranks(work, self.world_size, math.ceil(len(rows) / self.world_size), homes)
+        preferred = None if homes is None else homes[records[starts]].tolist()
+        assigned = assign_to_ranks(work, self.world_size, math.ceil(len(rows) / self.world_size), preferred)
         ranks = by_rank(assigned, self.world_size)
         if equal:
             ranks = [sorted(places, key=lambda place: -work[place]) for places in ranks]
         return [[rows[place] for place in places] for places in ranks]
 
-    def _pack(self, records: Ints, equal: bool) -> Step:
+    def _pack(self, records: Ints, equal: bool, homes: Ints | None) -> Step:
         """The groups of a step to the ranks, then into rows."""
         groups = self._groups(records)
         while len(groups) < self.world_size and len((most := max(groups, key=lambda g: len(g.records))).records) > 1:
             groups.remove(most)
             groups += self._halves(most)
-        assigned = self._assign(groups)
-        while (halved := self._halve_one(groups, assigned)) is not None:
+        assigned = self._assign(groups, homes)
+        while (halved := self._halve_one(groups, assigned, homes)) is not None:
             groups, assigned = halved
         ranks = [[groups[place] for place in places] for places in by_rank(assigned, self.world_size)]
         filled = [fill_rows([group.tokens for group in own], self.pack_tokens) for own in ranks]
@@ -254,12 +261,9 @@ class BatchPlan:
             for own, rows in zip(ranks, filled, strict=True)
         ]
 
-    def _assign(self, groups: Sequence[_Group]) -> list[int]:
-        homes = self._homes([group.records[0] for group in groups])
-        return assign_to_ranks([group.work for group in groups], self.world_size, preferred=homes)
-
-    def _homes(self, records: list[int]) -> list[int] | None:
-        return None if self.homes is None else self.homes[records].tolist()
+    def _assign(self, groups: Sequence[_Group], homes: Ints | None) -> list[int]:
+        preferred = None if homes is None else homes[[group.records[0] for group in groups]].tolist()
+        return assign_to_ranks([group.work for group in groups], self.world_size, preferred=preferred)
 
     def _groups(self, records: Ints) -> list[_Group]:
         """The records of a step; those of a page together, as far as they fit into a row."""
@@ -298,7 +302,9 @@ class BatchPlan:
         vision = float(self._work.vision[group.records[0]])
         return [_Group(half, self.tokens(half), vision + self._work.group(half)) for half in halves]
 
-    def _halve_one(self, groups: list[_Group], assigned: list[int]) -> tuple[list[_Group], list[int]] | None:
+    def _halve_one(
+        self, groups: list[_Group], assigned: list[int], homes: Ints | None
+    ) -> tuple[list[_Group], list[int]] | None:
         """With the largest group of the rank that has the most work cut in two, where that pays in spite of the prefix
         that is computed twice.
         """
@@ -315,7 +321,7 @@ class BatchPlan:
         if loads.sum() - largest.work + sum(half.work for half in halves) > 0.99 * most * self.world_size:
             return None  # even shared out equally it is no less
         others = [group for group in groups if group is not largest] + halves
-        again = self._assign(others)
+        again = self._assign(others, homes)
         return (others, again) if np.bincount(again, [g.work for g in others]).max() < 0.99 * most else None
 
 

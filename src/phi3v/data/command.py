@@ -74,7 +74,8 @@ def _add_shard(group: Parser) -> None:
     command = group.add_command(
         "shard",
         shard,
-        "cut JSONL files and their images into tar files (WebDataset) with an index, for data.train at any URL",
+        "cut JSONL files and their images into tar files (WebDataset) with an index, for data.train at any URL; or "
+        "write the index alone of tar or parquet files that are there already",
         "phi3v data shard data/train.jsonl --out shards/train",
         brief="cut data into tar files, for training from a URL",
     )
@@ -82,13 +83,21 @@ def _add_shard(group: Parser) -> None:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="JSONL files",
+        help="JSONL files; with --index-only tar or parquet files, a folder of these, or their URLs",
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards and the index")
     command.add_argument(
         "--shard-size", type=_size, default=500_000_000, metavar="SIZE", help="size of a shard, e.g. 500MB or 1GB"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order of the pages")
+    command.add_argument(
+        "--index-only",
+        action="store_true",
+        help="write only the index of tar or parquet files, which stay where they are",
+    )
+    command.add_argument(
+        "--question", metavar="TEXT", help="--index-only: the question of samples that have only a text, e.g. a caption"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="shards at a time (default: one per core, at most 4)")
     command.add_argument("--max-pixels", **MAX_PIXELS)
     command.add_argument("--special-text", **SPECIAL_TEXT)
@@ -112,13 +121,19 @@ def shard(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         special_text=arguments.special_text,
         max_pixels=arguments.max_pixels,
         workers=arguments.workers,
+        question=arguments.question,
     )
     processor = None
     if "model.path" in arguments.overrides:
         from phi3v.train.methods.loading import load_processor
 
         processor = load_processor(load_config(None, arguments.overrides))
-    told = shard_data([Path(name) for name in arguments.source], arguments.out, options, processor=processor)
+    if arguments.index_only:
+        from phi3v.data.shards.existing import index_existing
+
+        told = index_existing(arguments.source, arguments.out, options, processor=processor)
+    else:
+        told = shard_data([Path(name) for name in arguments.source], arguments.out, options, processor=processor)
     say(
         console,
         f"{told['records']:,} records in {told['shards']:,} shards, {told['bytes'] / 1e6:,.1f} MB: {told['out']}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,17 @@ class Order(Protocol):
 
     def of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """(len,) the indices of the records."""
+
+
+@runtime_checkable
+class ShardOrder(Order, Protocol):
+    """An order of records that are in shards, of which ranks take those of a window in turn."""
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """The shards that are read at the same time, one such window after the other."""
+
+    def slots(self, epoch: int) -> npt.NDArray[np.int64]:
+        """(records,) the place of each record's shard in its window."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,6 @@ class ShardWindows:
         return sum(self.shards)
 
     def windows(self, epoch: int) -> list[list[int]]:
-        """The shards of each window, in order."""
         shards = self._shuffled(epoch)
         return [shards[start : start + self.window] for start in range(0, len(shards), self.window)]
 
@@ -78,7 +88,6 @@ class ShardWindows:
         return np.concatenate(order) if order else np.empty(0, dtype=np.int64)
 
     def slots(self, epoch: int) -> npt.NDArray[np.int64]:
-        """(len,) of each record the place of its shard in its window: ranks take these in turn."""
         slots = np.zeros(len(self.shards), dtype=np.int64)
         for window in self.windows(epoch):
             slots[window] = np.arange(len(window))

@@ -295,7 +295,12 @@ def _open_shards(
         raise UserError("holds no record", where=str(path), hint="were the shards made of the right files?")
     store = ShardStore(index, cache_limit=round(cache_limit * 1e9), window=window)
     counts = tuple(shard.records for shard in index.shards)
-    return RecordTable(dataset, path, store, max_pixels, exif_orientation, index.sha256, index.cache, counts)
+    return RecordTable(dataset, path, store, max_pixels, exif_orientation, index.sha256, index.cache, shards=counts)
+
+
+def images_of(path: Path) -> ImageStore:
+    """The images of a data file, or of shards."""
+    return open_table(path).images if is_shards(path) else FolderStore.beside(path)
 
 
 def open_cached(folder: Path) -> datasets.Dataset | None:

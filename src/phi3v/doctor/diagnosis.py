@@ -83,7 +83,7 @@ def diagnose(config: RunConfig, console: Console) -> Report:
         if not report.has_failed("lengths"):
             lengths = require_lengths(config, table, facts, processor, config.objective)
             order = order_of(config, table)
-            if order is not None:
+            if isinstance(order, Mixed):
                 report.say("mixture", "pass", describe_mixture(order, table.names))
             plan = make_plan(config, case.runtime, facts.skeleton, lengths, order)
             report.add(describe_schedule(config.training, total_steps(config.training, plan.num_steps)))

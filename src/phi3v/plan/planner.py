@@ -14,6 +14,7 @@ from phi3v.config import METHODS, DataSource, MethodName, Packing, RunConfig
 from phi3v.data.lengths import Context, require_context
 from phi3v.data.mixture import measure
 from phi3v.data.preferences import lengths_at
+from phi3v.data.shards.index import is_shards
 from phi3v.errors import UserError
 from phi3v.model.presets import planned_config
 from phi3v.model.shape import ModelShape
@@ -359,4 +360,4 @@ def _workload(config: RunConfig, processor: Phi3VProcessor | None, *, progress: 
 
 
 def _are_here(sources: Sequence[DataSource]) -> bool:
-    return bool(sources) and all(Path(source.path).is_file() for source in sources)
+    return bool(sources) and all(is_shards(source.path) or Path(source.path).is_file() for source in sources)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from phi3v.config import DataConfig, ObjectiveConfig
 from phi3v.data.lengths import CHARACTERS_PER_TOKEN, LONG_CONTEXT, RecordLengths, TableLengths
 from phi3v.data.mixture import measure, open_sources, take_lengths
-from phi3v.data.order import Order
+from phi3v.data.order import Mixed, Order
 from phi3v.data.preferences import lengths_at
 from phi3v.data.table import RecordTable
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
@@ -192,7 +192,7 @@ def read_workload(
     tokens = "the model's tokenizer" if processor is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     images = len(table.distinct_images()[0])
     what = f"{len(table):,} records of {table.path}"
-    if order is not None:
+    if isinstance(order, Mixed):
         lengths = take_lengths(lengths, order.of_epoch(0))
         what = f"{len(lengths):,} records that an epoch takes of the {what}"
     basis = f"{what}: {tokens}, the headers of {images:,} images"

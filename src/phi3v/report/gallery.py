@@ -11,10 +11,11 @@ from typing import Any
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import load_image
 from phi3v.data.mixture import MixtureStore
+from phi3v.data.table import images_of
 from phi3v.errors import UserError
 from phi3v.evaluate.metrics import confusion_matrix
 from phi3v.evaluate.text_scores import normalize_answer
-from phi3v.paths import now_at
+from phi3v.paths import now_at, url_of
 from phi3v.report.page import webp
 from phi3v.report.run_files import RunFiles
 
@@ -159,14 +160,21 @@ def image_store(run: RunFiles) -> ImageStore | None:
     data = run.setting("data", "eval")
     written_in = str(run.setting("training", "output_dir") or run.folder)
 
-    def beside(path: Any) -> FolderStore:
-        return FolderStore.beside(Path(now_at(str(path), written_in, run.folder)))
+    def beside(path: Any) -> ImageStore:
+        file = Path(now_at(str(path), written_in, run.folder))
+        try:
+            return images_of(file) if url_of(file) is None else FolderStore.beside(file)  # nothing is fetched
+        except UserError:
+            return FolderStore.beside(file)
+
+    def is_here(store: ImageStore) -> bool:
+        return not isinstance(store, FolderStore) or store.root.is_dir()
 
     if isinstance(data, str):
         store = beside(data)
-        return store if store.root.is_dir() else None
+        return store if is_here(store) else None
     stores = tuple(beside(source.get("path")) for source in _sources(data))
-    return MixtureStore(stores) if any(store.root.is_dir() for store in stores) else None
+    return MixtureStore(stores) if any(map(is_here, stores)) else None
 
 
 def _sources(data: Any) -> list[dict[str, Any]]:

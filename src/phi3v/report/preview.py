@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from phi3v import __version__
 from phi3v.config import ModelConfig, RunConfig
 from phi3v.data.check import CheckReport, check_file
-from phi3v.data.image_store import FolderStore, ImageStore
+from phi3v.data.image_store import ImageStore
 from phi3v.data.images import describe_kinds, image_size
 from phi3v.data.lengths import LONG_CONTEXT, count_record
 from phi3v.data.schema import Record, SpecialText
-from phi3v.data.table import read_images
+from phi3v.data.table import images_of, read_images
 from phi3v.errors import UserError
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
@@ -105,7 +105,7 @@ def preview(
     if samples < 1:
         raise UserError(f"must be at least 1, got {samples}", where="--samples")
     processor, told, applied = _processor(model, num_crops)
-    contents, store = Contents(Random(seed)), FolderStore.beside(file)
+    contents, store = Contents(Random(seed)), images_of(file)
     check = check_file(
         file,
         max_errors=None,

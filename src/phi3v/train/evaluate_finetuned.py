@@ -12,9 +12,9 @@ from rich.console import Console
 from phi3v.config import DataSource, Precision, RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
-from phi3v.data.jsonl import require_file
 from phi3v.data.lengths import Context, require_context
 from phi3v.data.mixture import measure, open_sources
+from phi3v.data.shards.index import require_data
 from phi3v.data.table import RecordTable
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import EvaluationResult, check_references
@@ -84,7 +84,7 @@ def evaluate_tuned(
         UserError: the model, the data or a setting is wrong.
     """
     for path in [data] if isinstance(data, str) else [source.path for source in data]:
-        require_file(Path(path))
+        require_data(path)
     tuned = resolve_model(name, base)
     if run is not None:
         tuned = dataclasses.replace(tuned, run=run)

@@ -56,6 +56,7 @@ class TrainingLoop:
         self.config = run.config
         self.engine = run.engine
         self.plan = run.plan
+        self.table = run.train_table
         self.runtime = run.runtime
         self.collectives = run.collectives
         self.readers = readers
@@ -111,6 +112,7 @@ class TrainingLoop:
         """This rank's rows of every step from here on, epoch after epoch."""
         epoch, first_step = divmod(self.state.step, self.plan.num_steps)
         while True:
+            self.table.assign_shards(self.plan.own_shards(self.runtime.rank, epoch))
             yield from read_steps(
                 self.plan,
                 self.runtime.rank,

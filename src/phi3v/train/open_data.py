@@ -8,9 +8,9 @@ from pathlib import Path
 from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
-from phi3v.data.jsonl import require_file
 from phi3v.data.mixture import open_sources
-from phi3v.data.order import Mixed, ShardWindows, epoch_counts
+from phi3v.data.order import Mixed, Order, ShardWindows, epoch_counts
+from phi3v.data.shards.index import require_data
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.processing.processor import Phi3VProcessor
@@ -71,12 +71,14 @@ def data_files(config: RunConfig) -> list[Path]:
         raise UserError("no training data", where="data.train", hint="give a JSONL file: --data.train FILE.jsonl")
     files = [Path(path) for _, path in config.data.paths]
     for file in files:
-        require_file(file)
+        require_data(file)
     return files
 
 
-def order_of(config: RunConfig, table: RecordTable) -> Mixed | None:
-    """What an epoch takes of the sources of a mixture; of one file all records."""
+def order_of(config: RunConfig, table: RecordTable) -> Order | None:
+    """What an epoch takes of the sources of a mixture, or in which order of shards; of one file all records."""
+    if table.shards:
+        return ShardWindows(table.shards, config.data.shuffle_window, config.training.seed)
     if not table.sources:
         return None
     sizes = tuple(map(len, table.sources))

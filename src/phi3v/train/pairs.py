@@ -22,8 +22,9 @@ from rich.console import Console
 from phi3v.config import Precision
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.image_store import FolderStore, ImageStore
-from phi3v.data.jsonl import replacing, require_file, write_jsonl
+from phi3v.data.jsonl import replacing, write_jsonl
 from phi3v.data.schema import Record, Turn
+from phi3v.data.shards.index import require_data
 from phi3v.errors import UserError
 from phi3v.evaluate.answer_limit import answer_limit
 from phi3v.evaluate.evaluation import require_good_references
@@ -114,7 +115,7 @@ def make_pairs(
     Raises:
         UserError: the model, the data or an option is wrong, ``out`` holds something else, or there is no pair.
     """
-    require_file(data)
+    require_data(data)
     tuned = resolve_model(name, base)
     if tuned.graphs is not None:
         hint = "name the model that it was made of"

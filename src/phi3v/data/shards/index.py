@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from phi3v.data.cache import cache_folder, cannot_write
+from phi3v.data.cache import cache_folder, cannot_write, content_hash
 from phi3v.data.image_paths import image_path_fault
-from phi3v.data.jsonl import replacing
+from phi3v.data.jsonl import replacing, require_file
 from phi3v.data.shards.remote import FetchError, Location
 from phi3v.errors import UserError
 from phi3v.paths import file_hash, url_of
@@ -243,6 +243,21 @@ def write_index(folder: Path, shards: Sequence[Shard], made_of: Sequence[str], e
 def is_shards(path: Path | str) -> bool:
     """Whether a data path is that of shards: a URL, or a folder with an index."""
     return url_of(path) is not None or (Path(path) / INDEX).is_file()
+
+
+def require_data(path: Path | str) -> None:
+    """Raise `UserError` unless ``path`` is a data file that can be read, or that of shards."""
+    if not is_shards(path):
+        require_file(Path(path))
+
+
+def data_hash(path: Path | str) -> str:
+    """What tells the content of a data file, or of shards, from others; of these, the SHA-256 of the index.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return open_index(path).sha256 if is_shards(path) else content_hash(Path(path))
 
 
 def open_index(path: Path | str) -> ShardIndex:

@@ -123,7 +123,7 @@ def shard_data(
     _require_own_ids(sources)
     settings = {"files": checked, **asdict(options)}
     settings.pop("workers")
-    with _folder_of(out, settings):
+    with open_folder(out, settings):
         plan = _cut(sources, options)
         names = _image_names(sources)
         shards = _write_shards(sources, plan, names, out, options.workers, progress)
@@ -140,11 +140,11 @@ def shard_data(
 
 
 @contextmanager
-def _folder_of(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+def open_folder(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """The folder is this command's: empty, or with what the same command has begun."""
-    if (out / INDEX).exists():
-        raise UserError("has shards already", where=str(out), hint="remove it, or name another folder")
     marker = out / PARTS / "settings.json"
+    if (out / INDEX).exists() and not marker.exists():
+        raise UserError("has shards already", where=str(out), hint="remove it, or name another folder")
     try:
         if not marker.exists() and out.exists() and any(entry.name != PARTS for entry in out.iterdir()):
             raise UserError("is not empty", where=str(out), hint="name a new folder")
@@ -240,7 +240,8 @@ def _write_shards(
     def write(number: int) -> Shard:
         file = out / f"{number:0{digits}d}.tar"
         part = out / PARTS / file.name
-        if (known := _read_part(part, file)) is not None:
+        known = read_part(part)
+        if known is not None and file.is_file() and file.stat().st_size == known.bytes:
             return known
         records = [(sources[place], names[place], index) for place, index in plan[number]]
         shard, rows = _write_tar(records, starts[number], number, file)
@@ -260,12 +261,11 @@ def _write_shards(
     return shards
 
 
-def _read_part(part: Path, file: Path) -> Shard | None:
+def read_part(part: Path) -> Shard | None:
     """A shard that an earlier command finished."""
     try:
         known = json.loads(part.with_suffix(".json").read_text())
-        shard = Shard(**known | {"images": tuple(known["images"])})
-        return shard if file.stat().st_size == shard.bytes and part.with_suffix(".arrow").is_file() else None
+        return Shard(**known | {"images": tuple(known["images"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -369,11 +369,14 @@ def _finish(
             add(renamed(sources[place].table[index], names[place], line))
     parts = [ImageTable.open((out / PARTS / shard.file).with_suffix(".arrow")) for shard in shards]
     write_images(out / IMAGES, [row for part in parts for row in part.rows()])
-    extra = []
+    write_index(out, shards, made_of)
     if processor is not None:
-        write_index(out, shards, made_of)
-        extra.append(tokens_file(processor))
-        table = open_table(out)
-        measure_table(table, processor, progress=progress)
-        shutil.copyfile(table.folder / extra[0], out / extra[0])
-    write_index(out, shards, made_of, extra)
+        write_index(out, shards, made_of, [count_tokens(out, processor, progress)])
+
+
+def count_tokens(out: Path, processor: Phi3VProcessor, progress: bool) -> str:
+    """Count the tokens of all records into a file beside the index, and return its name."""
+    name, table = tokens_file(processor), open_table(out)
+    measure_table(table, processor, progress=progress)
+    shutil.copyfile(table.folder / name, out / name)
+    return name

@@ -107,11 +107,11 @@ def convert(source: str, options: OwnDataOptions) -> ConversionResult:
     else:
         files = split_files(path, (*JSON_SUFFIXES, ".parquet", ".arrow"))
         rows = {split: json_rows(of_split) for split, of_split in files.items()}
-    make_record = partial(_record, image_root=root)
+    make_record = partial(record_of_chat, image_root=root)
     return convert_rows(source, options, rows, make_record, image_root=root, eval_share=options.eval_share)
 
 
-def _record(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
+def record_of_chat(row: Row, notes: Counter[str], *, image_root: Path) -> RawRecord:
     """The raw record of one that holds a conversation, and its media beside it in ``image`` and ``video``.
 
     Args:

@@ -93,16 +93,7 @@ def convert(options: OwnDataOptions) -> ConversionResult:
     columns, notes = _choose(names, options, source)
 
     def make_record(row: Row, _: Counter[str]) -> RawRecord:
-        cells = ((name, cell.strip() if isinstance(cell := row[name], str) else cell) for name in columns.images)
-        media = tuple(medium_of(cell, "image", name) for name, cell in cells if cell is not None and cell != "")
-        question = options.question or ("" if columns.question is None else _text(row[columns.question]))
-        name = None if columns.id is None else id_of(row, columns.id)
-        rejected = tuple(text for column in columns.rejected for text in _texts(row[column]))
-        answer = _text(row[columns.answer])
-        if rejected and not options.rejected_columns:
-            _refuse_mark(rejected, answer, columns.rejected[0])
-        label = None if columns.label is None else _truth(row[columns.label], columns.label)
-        return RawRecord(name, (RawTurn(question, answer, media, rejected=rejected, label=label),))
+        return _record(row, columns, options)
 
     def split_of(row: Row) -> str:
         assert columns.split is not None
@@ -123,6 +114,28 @@ def convert(options: OwnDataOptions) -> ConversionResult:
         split_of=split_of if columns.split is not None else None,
         notes=notes,
     )
+
+
+def _record(row: Row, columns: _Columns, options: OwnDataOptions) -> RawRecord:
+    cells = ((name, cell.strip() if isinstance(cell := row[name], str) else cell) for name in columns.images)
+    media = tuple(medium_of(cell, "image", name) for name, cell in cells if cell is not None and cell != "")
+    question = options.question or ("" if columns.question is None else _text(row[columns.question]))
+    name = None if columns.id is None else id_of(row, columns.id)
+    rejected = tuple(text for column in columns.rejected for text in _texts(row[column]))
+    answer = _text(row[columns.answer])
+    if rejected and not options.rejected_columns:
+        _refuse_mark(rejected, answer, columns.rejected[0])
+    label = None if columns.label is None else _truth(row[columns.label], columns.label)
+    return RawRecord(name, (RawTurn(question, answer, media, rejected=rejected, label=label),))
+
+
+def record_of_row(row: Row, options: OwnDataOptions) -> RawRecord:
+    """The record of a row by itself, whose columns are guessed by their names.
+
+    Raises:
+        UserError: one cannot be guessed, or the row is bad.
+    """
+    return _record(row, _choose(tuple(row), options, Path(options.source or ""))[0], options)
 
 
 def _open(source: Path) -> tuple[tuple[str, ...], dict[str, Rows]]:

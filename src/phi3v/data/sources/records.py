@@ -157,35 +157,9 @@ class RecordWriter:
         return Unit(place, work, amount)
 
     def _record(self, raw: RawRecord, added: dict[Medium, list[str]]) -> JsonRecord:
-        plain: Callable[[str], str] = escape_special_text if self._escape else str
-        turns: list[JsonRecord] = []
         for turn in raw.turns:
             added |= {medium: self._add(medium) for medium in turn.media if medium not in added}
-            made: JsonRecord = {}
-            if turn.media:
-                made["images"] = [name for medium in turn.media for name in added[medium]]
-            if turn.places is not None:
-                made["image_offsets"] = [
-                    shift_by_escapes(turn.user, place) if self._escape else place
-                    for place, medium in zip(turn.places, turn.media, strict=True)
-                    for _ in added[medium]
-                ]
-            made |= {"user": plain(turn.user), "assistant": plain(turn.assistant)}
-            if turn.weight != 1:
-                made["weight"] = turn.weight
-            if len(turn.answers) > 1:
-                made["answers"] = list(turn.answers)
-            if turn.rejected:
-                made["rejected"] = [plain(text) for text in turn.rejected]
-            if turn.scores:
-                made["scores"] = list(turn.scores)
-            if turn.label is not None:
-                made["label"] = turn.label
-            turns.append(made)
-        record: JsonRecord = {"id": raw.id, "source": self._source}
-        if raw.system is not None:
-            record["system"] = plain(raw.system)
-        return record | {"conversations": turns}
+        return json_record(raw, added, self._source, escape=self._escape)
 
     def _add(self, medium: Medium) -> list[str]:
         """The paths of an image, or of the frames of a clip, below ``images/``."""
@@ -205,6 +179,45 @@ class RecordWriter:
             return [images.copy_file(path, root=root)]
         # The ending stays in the name: a.mp4 and a.avi may lie side by side.
         return images.add_frames(path, root / path, self._conversion.options.num_frames)
+
+
+def json_record(
+    raw: RawRecord, names: Mapping[Medium, list[str]], source: str | None, *, escape: bool = False
+) -> JsonRecord:
+    """A raw record as a line of the data format.
+
+    Args:
+        names: the images of each medium.
+        source, escape: as of `RecordWriter`.
+    """
+    plain: Callable[[str], str] = escape_special_text if escape else str
+    turns: list[JsonRecord] = []
+    for turn in raw.turns:
+        made: JsonRecord = {}
+        if turn.media:
+            made["images"] = [name for medium in turn.media for name in names[medium]]
+        if turn.places is not None:
+            made["image_offsets"] = [
+                shift_by_escapes(turn.user, place) if escape else place
+                for place, medium in zip(turn.places, turn.media, strict=True)
+                for _ in names[medium]
+            ]
+        made |= {"user": plain(turn.user), "assistant": plain(turn.assistant)}
+        if turn.weight != 1:
+            made["weight"] = turn.weight
+        if len(turn.answers) > 1:
+            made["answers"] = list(turn.answers)
+        if turn.rejected:
+            made["rejected"] = [plain(text) for text in turn.rejected]
+        if turn.scores:
+            made["scores"] = list(turn.scores)
+        if turn.label is not None:
+            made["label"] = turn.label
+        turns.append(made)
+    record: JsonRecord = {"id": raw.id, "source": source}
+    if raw.system is not None:
+        record["system"] = plain(raw.system)
+    return record | {"conversations": turns}
 
 
 Row = Mapping[str, Any]

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from phi3v.config import LATER_GROUPS, RunConfig, load_config
-from phi3v.data.cache import content_hash
+from phi3v.data.shards.index import data_hash
 from phi3v.errors import UserError
 from phi3v.model.checkpoint import model_content
 from phi3v.paths import find_model, now_at
@@ -40,6 +40,7 @@ from phi3v.train.engines.choice import choose_engine
 # Keys that may be others on resume, by name, or by group with a dot at the end: none changes what a step computes.
 CHANGEABLE = (
     "checkpoint.",
+    "data.cache_limit",
     "data.image_check",
     "data.num_workers",
     "data.on_bad_sample",
@@ -313,7 +314,7 @@ def _group(key: str) -> str:
 
 
 def _content_of(name: str, path: str) -> str:
-    return model_content(find_model(path, f"model.path {path}")) if name == "model" else content_hash(Path(path))
+    return model_content(find_model(path, f"model.path {path}")) if name == "model" else data_hash(path)
 
 
 def _other_content(key: str, path: str, where: str) -> UserError:

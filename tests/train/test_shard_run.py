@@ -1,0 +1,163 @@
+"""Training on shards at a URL: the same as on the file they were made of, on any number of ranks, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from file_server import FileServer, serving
+from ranks import run_ranks
+from resume_helpers import assert_same_run, assert_same_weights, lines
+from run_helpers import read_metrics
+
+from phi3v.cli import main
+from phi3v.data.batches import BatchPlan
+from phi3v.data.lengths import RecordLengths
+from phi3v.data.order import ShardWindows
+from phi3v.data.shards.write import ShardOptions, shard_data
+from phi3v.data.table import open_table
+from phi3v.train import prepare
+
+WINDOW = 4
+
+
+@pytest.fixture(scope="module")
+def shards(easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    shard_data([easy_vqa / "train.jsonl"], folder, ShardOptions(shard_size=10_000))
+    assert len(open_table(folder).shards) > WINDOW + 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_order(shards: Path, easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of the shards, in their order, as a file beside its images."""
+    folder = tmp_path_factory.mktemp("in-order")
+    (folder / "images").symlink_to(easy_vqa / "images")
+    texts = {json.loads(line)["id"]: line for line in (easy_vqa / "train.jsonl").read_text().splitlines()}
+    (folder / "train.jsonl").write_text("".join(texts[record.id] + "\n" for record in open_table(shards)))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[FileServer]:
+    with serving(shards) as server:
+        yield server
+
+
+def arguments(model: Path, data: object, out: Path, **others: object) -> list[str]:
+    settings = {
+        "model.path": model,
+        "data.train": data,
+        "data.num_workers": 2,
+        "data.shuffle_window": WINDOW,
+        "training.output_dir": out,
+        "training.epochs": 1,
+        "training.batch_size": 4,
+        "training.learning_rate": 2e-3,
+        "training.logging_steps": 1,
+    } | {name.replace("__", "."): value for name, value in others.items()}
+    return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def _train(words: list[str], cache: Path, shards: tuple[int, ...] = (), kill_at: tuple[int, Path] | None = None) -> int:
+    """A rank with readers and a disk of its own; of a file, its records come in the order of shards."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have readers
+    os.environ["PHI3V_CACHE"] = f"{cache}-{os.environ.get('RANK', '')}"
+    if shards:
+        prepare.order_of = lambda config, _: ShardWindows(shards, WINDOW, config.training.seed)
+    if kill_at is not None:
+        threading.Thread(target=_kill, args=kill_at, daemon=True).start()
+    return main(words)
+
+
+def _kill(step: int, metrics: Path) -> None:
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_ranks_read_shards_of_their_own_and_train_as_on_the_file(
+    tmp_path: Path, small_model_dir: Path, server: FileServer, shards: Path, in_order: Path
+) -> None:
+    remote = arguments(small_model_dir, server.url, tmp_path / "remote")
+    run_ranks(2, _train, remote, tmp_path / "disk", folder=tmp_path / "printed-1")
+    whole, singles = server.whole(), [name for name, start in server.requests if start is not None]
+    counts = open_table(shards).shards
+    assert sorted(whole) == sorted(f"{number:05d}.tar" for number in range(len(counts)))
+    # What the other rank computes to balance a step comes as single images: of some shards, and less than all of it.
+    images = sum(len(record.images) for record in open_table(shards))
+    assert len(singles) < images / 2
+    local = arguments(small_model_dir, in_order, tmp_path / "local")
+    run_ranks(2, _train, local, tmp_path / "file", counts, folder=tmp_path / "printed-2")
+    assert lines(tmp_path / "remote") == lines(tmp_path / "local")
+    assert_same_weights(tmp_path / "remote" / "final", tmp_path / "local" / "final")
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_records(
+    tmp_path: Path, small_model_dir: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"checkpoint__save_steps": 2, "training__epochs": 2, "data__num_workers": 1}
+    whole = arguments(small_model_dir, server.url, tmp_path / "whole", **settings)
+    run_ranks(1, _train, whole, tmp_path / "disk", folder=tmp_path / "printed-1")
+    steps = read_metrics(tmp_path / "whole")[-1]["step"]
+    killed = arguments(small_model_dir, server.url, tmp_path / "killed", **settings)
+    at = (steps // 2 + 2, tmp_path / "killed" / "metrics.jsonl")
+    run_ranks(1, _train, killed, tmp_path / "other", (), at, folder=tmp_path / "printed-2", codes=(-signal.SIGKILL,))
+    assert not (tmp_path / "killed" / "final").exists()
+    run_ranks(1, _train, [*killed, "--resume", "auto"], tmp_path / "third", folder=tmp_path / "printed-3")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", steps - steps % 2)
+
+
+def random_lengths(records: int, seed: int) -> RecordLengths:
+    random = np.random.default_rng(seed)
+    tokens = random.integers(200, 2000, records)
+    crops = random.integers(2, 17, records)
+    prefix = tokens // 2
+    return RecordLengths(tokens, prefix, tokens // 10, crops, prefix, np.arange(records) // 3)
+
+
+@pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
+def test_every_record_comes_once_and_mostly_from_a_rank_s_own_shards(packing: Any) -> None:
+    counts = (60, 61, 62, 63, 58, 59, 57, 60, 30)
+    order, lengths = ShardWindows(counts, 4, 7), random_lengths(sum(counts), 3)
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    steps: dict[int, list[list[int]]] = {}
+    for ranks in (1, 2, 4):
+        plan = BatchPlan(
+            lengths,
+            packing,
+            batch_size=64,
+            micro_batch_size=2,
+            pack_tokens=8192,
+            shared_image_max=4,
+            world_size=ranks,
+            order=order,
+        )
+        own = [{shard for window in plan.own_shards(rank, 1) for shard in window} for rank in range(ranks)]
+        assert sorted(shard for shards in own for shard in shards) == list(range(len(counts)))
+        seen: Counter[int] = Counter()
+        at_home = 0
+        steps[ranks] = []
+        for step in plan.steps(1):
+            for rank, rows in enumerate(step):
+                records = [index for row in rows for group in row for index in group]
+                seen.update(records)
+                at_home += sum(int(shard_of[index]) in own[rank] for index in records)
+            steps[ranks].append(sorted(index for rows in step for row in rows for group in row for index in group))
+        assert seen == Counter(range(sum(counts)))
+        # The last window has one shard, so its 30 records are one rank's own.
+        assert at_home / sum(counts) > {1: 0.99, 2: 0.75, 4: 0.65}[ranks]
+        work = np.array([[sum(map(plan.work, rows)) for rows in step] for step in plan.steps(1)])
+        assert (work.max(axis=1) / work.mean(axis=1)).mean() < 1.05
+    assert steps[1] == steps[2] == steps[4]
