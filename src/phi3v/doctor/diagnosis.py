@@ -19,6 +19,7 @@ from phi3v.data.check import ensure_checked
 from phi3v.data.collate import encode_record
 from phi3v.data.faults import DataFaultsError
 from phi3v.data.images import describe_kinds
+from phi3v.data.order import Mixed
 from phi3v.data.overlap import find_overlaps
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import RecordTable
