@@ -221,8 +221,8 @@ class DataConfig:
 
     train: Sources = None
     """JSONL file to train on; its images are in the folder images/ next to it. Or a folder or URL of shards
-    (`phi3v data shard`). Or several as a list, each with one of
-    weight, epochs, max_records, and a name: '[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'."""
+    (`phi3v data shard`). Or several as a list, each with one of weight, epochs, max_records, and a name:
+    '[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'."""
     eval: Sources = None
     """JSONL file to evaluate on before and after training; none: no evaluation. Or several as a list, each with
     max_records and a name, which get a score each."""
