@@ -104,6 +104,7 @@ def test_two_ranks_read_shards_of_their_own_and_train_as_on_the_file(
     assert_same_weights(tmp_path / "remote" / "final", tmp_path / "local" / "final")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_same_records(
     tmp_path: Path, small_model_dir: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
