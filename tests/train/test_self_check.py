@@ -78,7 +78,10 @@ FAULTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("scale", "not finite"))) for name in FAULTS],
+)
 def test_a_faulty_kernel_is_not_used(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
@@ -172,7 +175,7 @@ def grown(model: Any) -> None:
     layer.register_forward_hook(lambda module, given, output: 1.05 * output)
 
 
-@pytest.mark.parametrize("path", ["kernels", "compile"])
+@pytest.mark.parametrize("path", [pytest.param("kernels", marks=pytest.mark.slow), "compile"])
 def test_faulty_layers_are_found(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """Of Liger or the compiler, neither of which runs here: stand-ins that are right and then wrong."""
     for is_faulty in (False, True):
@@ -220,6 +223,7 @@ def test_half_precision_with_its_loss_scale(small_model_dir: Path) -> None:
     assert found["precision"].off < 8 * torch.finfo(torch.float16).eps
 
 
+@pytest.mark.slow  # a run of qlora says whether they run at all
 def test_four_bit_products(small_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = FastPaths("sdpa", "whole", checkpointing="none")
     keys = {"method__name": "qlora", "method__lora__rank": "4"}
