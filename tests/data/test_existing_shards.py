@@ -18,7 +18,7 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.data.shards.existing import index_existing
-from phi3v.data.shards.write import ShardOptions
+from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
 from phi3v.errors import UserError
 
@@ -119,6 +119,7 @@ def test_shards_of_ours_need_no_index_to_be_indexed(tmp_path: Path, root: Path, 
     ("members", "message"),
     [
         ([("a.png", b"no image"), ("a.json", {"question": "?", "answer": "y"})], "is not an image that can be read"),
+        ([("a.png", image(1)[:-60]), ("a.json", {"question": "?", "answer": "y"})], "is truncated"),
         ([("a.png", image(1)), ("a.json", b"{")], "is no JSON"),
         ([("a.png", image(1)), ("a.json", {"question": "?"})], "no column looks like the answer"),
         ([("a.png", image(1)), ("a.json", {"question": "?", "answer": "<|end|>"})], "special token"),
@@ -130,6 +131,33 @@ def test_a_bad_sample_is_named(tmp_path: Path, members: Any, message: str) -> No
         index_existing([str(file)], tmp_path / "index", ShardOptions())
     assert f"{file}: a" in str(caught.value)
     assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_a_name_of_two_images_or_an_id_of_two_records_is_refused(tmp_path: Path) -> None:
+    for place in (0, 1):
+        folder = tmp_path / str(place)
+        (folder / "images").mkdir(parents=True)
+        (folder / "images" / "p.png").write_bytes(image(place))
+        turn = {"images": ["p.png"], "user": "?", "assistant": "y"}
+        (folder / "a.jsonl").write_text(json.dumps({"id": str(place), "conversations": [turn]}) + "\n")
+        shard_data([folder / "a.jsonl"], folder / "out", ShardOptions())
+    folders = [str(tmp_path / name / "out") for name in "01"]
+    with pytest.raises(
+        UserError, match=r"'p.png' stands for two images, this one and one in .*0/out/00000.tar"
+    ) as caught:
+        index_existing(folders, tmp_path / "index", ShardOptions())
+    assert caught.value.where == f"{folders[1]}/00000.tar"
+    with pytest.raises(UserError, match="the id '0' is there twice"):
+        index_existing([folders[0], folders[0]], tmp_path / "twice", ShardOptions())
+    again: list[tuple[str, Any]] = [
+        ("x.png", image(1)),
+        ("x.json", SIMPLE),
+        ("y.json", SIMPLE),
+        ("x.png", image(2)),
+        ("x.json", SIMPLE),
+    ]
+    with pytest.raises(UserError, match="the id 'a/x' is there twice"):
+        index_existing([str(write_tar(tmp_path / "a.tar", again))], tmp_path / "x", ShardOptions())
 
 
 def test_what_cannot_be_indexed(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_an_interrupted_command_goes_on(
         open_table(out)
     with pytest.raises(UserError, match="begun with other data or options"):
         shard_data([data], out, replace(options, seed=1))
+    changed = data.parent / "images" / "größe" / "11.jpg"
+    before = changed.stat()
+    os.utime(changed, ns=(0, 0))
+    with pytest.raises(UserError, match="begun with other data or options"):
+        shard_data([data], out, options)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     monkeypatch.setattr(write, "_write_tar", lambda *arguments: written.append("new") or original(*arguments))
     shard_data([data], out, options)
     assert written[:2] == ["00000.tar", "00001.tar"]
@@ -178,6 +184,22 @@ def test_several_files_make_one_set_of_shards(data: Path, tmp_path: Path) -> Non
     first, second = (table.image_sizes(records[name]) for name in ("seite 0/0", "b seite 0/0"))
     assert (first, second) == ([(30, 20)], [(9, 9)])  # of the same name
     assert records["seite 1/0"].images == records["b seite 1/0"].images  # the same image
+
+
+def test_a_name_that_an_image_gets_is_nobody_else_s(data: Path, tmp_path: Path) -> None:
+    """The second file's ``p.png`` is another than the first one's, which has a ``1/p.png`` too."""
+    for place, names in enumerate((("p.png", "1/p.png"), ("p.png",))):
+        images = tmp_path / f"from-{place}" / "images"
+        lines = []
+        for number, name in enumerate(names):
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (10 + number + 5 * place, 9)).save(images / name)
+            turn = {"images": [name], "user": "?", "assistant": "y"}
+            lines.append(json.dumps({"id": f"{place}-{number}", "conversations": [turn]}) + "\n")
+        (images.parent / "a.jsonl").write_text("".join(lines))
+    shard_data([tmp_path / f"from-{place}" / "a.jsonl" for place in (0, 1)], tmp_path / "out", ShardOptions())
+    table = open_table(tmp_path / "out")
+    assert {record.id: table.load_images(record)[0].width for record in table} == {"0-0": 10, "0-1": 11, "1-0": 15}
 
 
 def test_the_folder_may_move_and_a_table_may_be_sent(shards: Path, tmp_path: Path) -> None:

@@ -22,11 +22,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phi3v.data.image_paths import image_path_fault
-from phi3v.data.images import UNREADABLE_SUFFIXES, read_header
+from phi3v.data.images import UNREADABLE_SUFFIXES, decode_image, read_header
 from phi3v.data.jsonl import replacing
 from phi3v.data.progress import LateProgress
 from phi3v.data.schema import Record, read_line
-from phi3v.data.shards.index import IMAGES, INDEX, RECORDS, ImageRow, ImageTable, Kind, Shard, write_images, write_index
+from phi3v.data.shards.index import (
+    IMAGES,
+    INDEX,
+    RECORDS,
+    ImageRow,
+    ImageTable,
+    Kind,
+    Shard,
+    require_own_names,
+    write_images,
+    write_index,
+)
 from phi3v.data.shards.parquet import image_columns, images_of, rows_of
 from phi3v.data.shards.remote import FetchError, Location, filesystem
 from phi3v.data.shards.write import PARTS, ShardOptions, count_tokens, open_folder, read_part
@@ -34,7 +45,7 @@ from phi3v.data.sources.chats import record_of_chat
 from phi3v.data.sources.csv_table import record_of_row
 from phi3v.data.sources.media import Medium
 from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, json_record
-from phi3v.data.table import writing_records
+from phi3v.data.table import open_records, writing_records
 from phi3v.errors import UserError
 from phi3v.paths import file_hash, url_of
 from phi3v.processing.processor import Phi3VProcessor
@@ -42,6 +53,7 @@ from phi3v.processing.processor import Phi3VProcessor
 KINDS = (".tar", ".parquet")
 _IMAGES = frozenset((*UNREADABLE_SUFFIXES, ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".img"))
 _CHAT_KEYS = ("conversations", "messages", "chosen", "completion")
+_APART = "if these are two data sets, index each by itself and train on a list of both; otherwise correct the samples"
 _FORMS = "a chat, a question and an answer, or a text for which --question gives the question"
 
 
@@ -94,8 +106,10 @@ def index_existing(
                 bar.advance(1)
         parts = [out / PARTS / f"{number:05d}" for number in range(len(files))]
         _join(parts, out / RECORDS)
-        rows = (row for part in parts for row in ImageTable.open(part.with_suffix(".arrow")).rows())
-        write_images(out / IMAGES, list(rows))
+        _require_own_ids(out / RECORDS, shards)
+        rows = [row for part in parts for row in ImageTable.open(part.with_suffix(".arrow")).rows()]
+        require_own_names(rows, files, _APART)
+        write_images(out / IMAGES, rows)
         write_index(out, shards, files)
         if processor is not None:
             write_index(out, shards, files, [count_tokens(out, processor, progress)])
@@ -173,6 +187,7 @@ def _at_hand(file: str, part: Path) -> Iterator[Path]:
 def _header(data: bytes, name: str, max_pixels: int) -> dict[str, Any]:
     try:
         header = read_header(data, name.rpartition("/")[2], max_pixels=max_pixels)
+        decode_image(data, name.rpartition("/")[2], max_pixels=max_pixels)  # training relies on it
     except UserError as error:
         raise UserError(error.what, where=name, hint=error.hint) from None
     return {"width": header.width, "height": header.height, "turned": header.turned}
@@ -297,6 +312,16 @@ def _raw_records(sample: Sample, options: ShardOptions) -> list[RawRecord]:
     one = {"image": media[0].data} if media else {"image": ""}
     raw = record_of_row({**{key: value for key, value in fields.items() if key != "image"}, **one}, settings)
     return [replace(raw, turns=(replace(raw.turns[0], media=media),))]
+
+
+def _require_own_ids(records: Path, shards: Sequence[Shard]) -> None:
+    """Check that no id is there twice."""
+    seen: dict[str, str] = {}
+    files = (shard.file for shard in shards for _ in range(shard.records))
+    for name, file in zip(open_records(records).data.column("id").to_pylist(), files, strict=True):
+        if name in seen:
+            raise UserError(f"the id {name!r} is there twice, the first time in {seen[name]}", where=file, hint=_APART)
+        seen[name] = file
 
 
 def _join(parts: Sequence[Path], file: Path) -> None:

@@ -202,6 +202,23 @@ def name_keys(names: Sequence[str]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
+def require_own_names(rows: Sequence[ImageRow], files: Sequence[str], hint: str) -> None:
+    """Check that no name stands for two images.
+
+    Args:
+        files: those of the shards.
+
+    Raises:
+        UserError: one does.
+    """
+    first: dict[str, ImageRow] = {}
+    for row in rows:
+        other = first.setdefault(row.name, row)
+        if other.sha256 != row.sha256:
+            what = f"the name {row.name!r} stands for two images, this one and one in {files[other.shard]}"
+            raise UserError(what, where=files[row.shard], hint=hint)
+
+
 def write_images(file: Path, rows: Sequence[ImageRow]) -> None:
     """Write ``images.arrow``."""
     keys = name_keys([row.name for row in rows])

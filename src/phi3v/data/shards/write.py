@@ -40,6 +40,7 @@ from phi3v.data.shards.index import (
     ImageRow,
     ImageTable,
     Shard,
+    require_own_names,
     write_images,
     write_index,
 )
@@ -81,7 +82,9 @@ class Source:
     def __init__(self, table: RecordTable) -> None:
         self.table = table
         self.names, places = table.distinct_images()
-        self.sizes = table.images.stamps(self.names)[:, 0]
+        stamps = table.images.stamps(self.names)
+        self.sizes = stamps[:, 0]
+        self.digest = hashlib.sha256(stamps.tobytes()).hexdigest()  # other images would be cut otherwise
         ends = np.cumsum(table.image_counts())
         self.images = np.split(places, ends[:-1]) if len(ends) else []
 
@@ -121,7 +124,7 @@ def shard_data(
         for file, sha256 in zip(files, checked, strict=True)
     ]
     _require_own_ids(sources)
-    settings = {"files": checked, **asdict(options)}
+    settings = {"files": checked, "images": [source.digest for source in sources], **asdict(options)}
     settings.pop("workers")
     with open_folder(out, settings):
         plan = _cut(sources, options)
@@ -215,13 +218,18 @@ def _image_names(sources: Sequence[Source]) -> list[dict[str, str]]:
     if len(sources) == 1:
         return renamed
     first: dict[str, int] = {}
+    taken = {name for source in sources for name in source.names}
     for number, source in enumerate(sources):
         store = source.table.images
         for name in source.names:
             other = first.setdefault(name, number)
             earlier = sources[other].table.images
             if store != earlier and store.sha256(name) != earlier.sha256(name):
-                renamed[number][name] = f"{number}/{name}"
+                new = f"{number}/{name}"
+                while new in taken:
+                    new = f"{number}/{new}"
+                taken.add(new)
+                renamed[number][name] = new
     return renamed
 
 
@@ -368,7 +376,9 @@ def _finish(
         for line, (place, index) in enumerate((address for shard in plan for address in shard), start=1):
             add(renamed(sources[place].table[index], names[place], line))
     parts = [ImageTable.open((out / PARTS / shard.file).with_suffix(".arrow")) for shard in shards]
-    write_images(out / IMAGES, [row for part in parts for row in part.rows()])
+    rows = [row for part in parts for row in part.rows()]
+    require_own_names(rows, [shard.file for shard in shards], "it was changed meanwhile: name a new folder")
+    write_images(out / IMAGES, rows)
     write_index(out, shards, made_of)
     if processor is not None:
         write_index(out, shards, made_of, [count_tokens(out, processor, progress)])
