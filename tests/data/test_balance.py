@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3v.data.balance import assign_to_ranks, even_rows, fill_rows
+from phi3v.data.balance import abreast, assign_to_ranks, even_rows, fill_rows
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
 from phi3v.data.order import Shuffled
@@ -106,6 +106,8 @@ def test_rows_of_equal_work() -> None:
     assert even_rows([5, 1], [5, 1], 14, 3) == [[0], [1]]
     assert even_rows([1, 1, 9], [4, 4, 4], 8, 2) == [[2], [0, 1]]
     assert even_rows([1, 1, 1], [4, 4, 4], 5, 2) is None
+    assert abreast([1, 5, 3, 4, 2], 2) == [[1, 2, 0], [3, 4]]
+    assert abreast([1, 5, 3, 4, 2], 2, preferred=[1, 1, 1, 1, 0]) == [[3, 4], [1, 2, 0]]
     assert even_rows([1, 1], [9, 9], 5, 2) == [[0], [1]]  # longer than a row: by itself
 
 
@@ -222,5 +224,5 @@ def test_rows_that_ranks_compute_at_the_same_time_are_alike(packing: Any) -> Non
     assert waiting(True) < 1.1
     assert waiting(True) < waiting(False)
     for step, other in zip(plan.steps(1), plan.steps(1, equal=True), strict=True):
-        for rows, same in zip(step, other, strict=True):
-            assert sorted(g for row in rows for g in row) == sorted(g for row in same for g in row)
+        of_steps = [sorted(i for rows in each for row in rows for g in row for i in g) for each in (step, other)]
+        assert of_steps[0] == of_steps[1]

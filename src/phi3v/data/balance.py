@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 GOOD = 1.005  # the most work of a rank over the mean, below which nothing is moved any more
 GOOD_AT_HOME = 1.03  # the same of items that prefer a rank
-TOO_MANY_AT_HOME = 1.2  # the same, above which those that come are not given to it in the first place
 ROUNDS = 12  # of moving, at most
 
 
@@ -32,11 +31,12 @@ def assign_to_ranks(
 
 def _largest_first(work: Sequence[float], ranks: int, most: int | None, preferred: Sequence[int] | None) -> list[int]:
     assigned, counts, at = [0] * len(work), [0] * ranks, [0.0] * ranks
-    items: Sequence[int] = range(len(work))
+    items: Sequence[int] = sorted(range(len(work)), key=lambda item: -work[item])
     if preferred is not None:
+        limit = GOOD_AT_HOME * sum(work) / ranks
         homeless = []
-        limit = TOO_MANY_AT_HOME * sum(work) / ranks
-        for item, rank in enumerate(preferred):
+        for item in items:
+            rank = preferred[item]
             if counts[rank] == most or (counts[rank] and at[rank] + work[item] > limit):
                 homeless.append(item)
                 continue
@@ -46,7 +46,7 @@ def _largest_first(work: Sequence[float], ranks: int, most: int | None, preferre
         items = homeless
     loads = [(load, rank) for rank, load in enumerate(at) if counts[rank] != most]
     heapq.heapify(loads)
-    for item in sorted(items, key=lambda item: -work[item]):
+    for item in items:
         load, rank = heapq.heappop(loads)
         assigned[item] = rank
         counts[rank] += 1
@@ -107,6 +107,24 @@ def by_rank(assigned: Sequence[int], ranks: int) -> list[list[int]]:
     for item, rank in enumerate(assigned):
         items[rank].append(item)
     return items
+
+
+def abreast(work: Sequence[float], ranks: int, preferred: Sequence[int] | None = None) -> list[list[int]]:
+    """The items of each rank where all compute one at the same time: first the largest, then the next largest."""
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    order = sorted(range(len(work)), key=lambda item: -work[item])
+    for start in range(0, len(order), ranks):
+        placed: dict[int, int] = {}
+        left = []
+        for item in order[start : start + ranks]:
+            if preferred is not None and preferred[item] not in placed:
+                placed[preferred[item]] = item
+            else:
+                left.append(item)
+        free = [rank for rank in range(ranks) if rank not in placed]
+        for rank, item in [*placed.items(), *zip(free, left, strict=False)]:
+            rows[rank].append(item)
+    return rows
 
 
 def fill_rows(tokens: Sequence[int], room: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi3v.config import Packing
-from phi3v.data.balance import assign_to_ranks, by_rank, even_rows, fill_rows
+from phi3v.data.balance import abreast, assign_to_ranks, by_rank, even_rows, fill_rows
 from phi3v.data.lengths import Ints, RecordLengths
 from phi3v.data.order import Order, ShardOrder, Shuffled, earlier_draws
 from phi3v.data.work import RecordWork
@@ -234,10 +234,11 @@ class BatchPlan:
         groups: list[Group] = [(index,) for index in records.tolist()]
         rows = [tuple(groups[start : start + self.micro_batch_size]) for start in starts.tolist()]
         preferred = None if homes is None else homes[records[starts]].tolist()
-        assigned = assign_to_ranks(work, self.world_size, math.ceil(len(rows) / self.world_size), preferred)
-        ranks = by_rank(assigned, self.world_size)
         if equal:
-            ranks = [sorted(places, key=lambda place: -work[place]) for places in ranks]
+            ranks = abreast(work, self.world_size, preferred)
+        else:
+            most = math.ceil(len(rows) / self.world_size)
+            ranks = by_rank(assign_to_ranks(work, self.world_size, most, preferred), self.world_size)
         return [[rows[place] for place in places] for places in ranks]
 
     def _pack(self, records: Ints, equal: bool, homes: Ints | None) -> Step:
