@@ -10,6 +10,7 @@ import numpy as np
 from phi3v.config import RunConfig
 from phi3v.data.batches import BatchPlan, Row
 from phi3v.data.lengths import RecordLengths
+from phi3v.data.work import RecordWork
 from phi3v.model.shape import Costs
 from phi3v.plan.inputs import TrainSetup
 from phi3v.plan.throughput import SampleWork
@@ -93,10 +94,11 @@ class _Measures:
         self.lists: dict[str, list[int]] = {
             field.name: getattr(lengths, field.name).tolist() for field in fields(lengths)
         }
+        self.pairs = RecordWork(lengths, Costs(token=0.0, pair=1.0))
 
     def of(self, row: Row) -> tuple[int, int, int, int, int]:
         of, crops = self.lists, dict[int, int]()
-        tokens = images = targets = needed = 0
+        tokens = images = targets = 0
         for group in row:
             first = group[0]
             prefix = of["prefix" if len(group) > 1 else "own_prefix"][first]
@@ -105,7 +107,5 @@ class _Measures:
             images += of["image_tokens"][first]
             crops[of["page"][first]] = of["crops"][first]  # a page of several groups is computed once
             targets += sum(of["targets"][index] for index in group)
-            # The answers of a record as if they were equally long.
-            own = sum(below**2 // of["answers"][index] for below, index in zip(records, group, strict=True))
-            needed += prefix**2 + 2 * prefix * sum(records) + own
+        needed = round(sum(map(self.pairs.group, row)))
         return tokens, images, sum(crops.values()), targets, needed
