@@ -130,11 +130,10 @@ def plan_of(folder: Path, packing: Any, ranks: int, batch: int) -> tuple[BatchPl
     table = open_table(folder, progress=False)
     lengths = measure_table(table, None).at(16)
     order = ShardWindows(table.shards, window=RANKS, seed=0)
-    homes = order.slots(0) % ranks if ranks == RANKS else None
     costs = ModelShape.of(Phi3VConfig()).training_costs()
     size = 2 if packing == "none" else 1
     settings = PACKING | {"batch_size": batch, "micro_batch_size": size, "world_size": ranks, "costs": costs}
-    return BatchPlan(lengths, packing, order=order, homes=homes, **settings), order
+    return BatchPlan(lengths, packing, order=order, **settings), order
 
 
 def measure_plan(folder: Path, packing: str, ranks: int, batch: int) -> dict[str, Any]:
