@@ -71,8 +71,12 @@ def test_opening_and_measuring_fetch_the_index_alone_and_once(server: FileServer
     assert sorted({name for name, _ in server.requests}) == ["images.arrow", "index.json", "records.arrow"]
     assert server.sent["records.arrow"] == (server.folder / "records.arrow").stat().st_size
     server.forget()
-    open_table(server.url)
+    kept = open_table(server.url).folder / "records.arrow"
     assert [name for name, _ in server.requests] == ["index.json"]
+    content = kept.read_bytes()
+    kept.write_bytes(bytes(len(content)))  # as after a power cut
+    open_table(server.url)
+    assert kept.read_bytes() == content
 
 
 def test_an_own_shard_is_fetched_whole_and_one_image_of_others(server: FileServer, made: Path) -> None:

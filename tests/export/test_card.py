@@ -13,8 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from phi3v.cli import main
-from phi3v.config import DataConfig, MethodConfig, ModelConfig, RunConfig
+from phi3v.config import DataConfig, DataSource, MethodConfig, ModelConfig, RunConfig
+from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.serve.conversation import AnswerSettings, Chat, Turn
+from phi3v.train.card import _datasets as datasets_of
 from phi3v.train.card import write_card
 from phi3v.train.device import choose_device
 from phi3v.train.finetuned import FinetunedModel, resolve_model
@@ -60,6 +62,13 @@ def test_metadata(kind: str, run: Path, exports: dict[str, Path]) -> None:
         assert f"| after training | {name} | {100 * score['value']:.2f} %" in text
     assert ("How it was checked" in text) == (kind != "final")
     assert ("vllm serve merged --max-model-len 4096 " in text) == (kind == "merged")
+
+
+def test_shards_tell_their_datasets_too(easy_vqa: Path, tmp_path: Path) -> None:
+    shard_data([easy_vqa / "test.jsonl"], tmp_path / "shards", ShardOptions())
+    assert datasets_of([DataSource(str(tmp_path / "shards"))]) == ["easy-vqa"]
+    (tmp_path / "shards" / "records.arrow").unlink()
+    assert datasets_of([DataSource(str(tmp_path / "shards"))]) == []
 
 
 def test_the_card_is_not_part_of_the_manifest(exports: dict[str, Path], tmp_path: Path) -> None:

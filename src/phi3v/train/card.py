@@ -16,7 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from phi3v import __version__
 from phi3v.config import DataSource
+from phi3v.data.shards.index import is_shards
 from phi3v.data.sources import OWN_DATA, SOURCES
+from phi3v.data.table import open_table
 from phi3v.errors import UserError
 from phi3v.json_files import content_of, read_json
 from phi3v.paths import is_hub_id
@@ -164,10 +166,13 @@ def _datasets(files: Sequence[DataSource]) -> list[str]:
     sources = set()
     for file in files:
         try:
+            if is_shards(file.path):
+                sources |= set(open_table(Path(file.path)).dataset.data.column("source").unique().to_pylist())
+                continue
             with open(file.path, encoding="utf-8") as lines:
                 for line in lines:
                     sources.add(json.loads(line).get("source") if line.strip() else None)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, UserError):
             continue
     return [name for name in PUBLIC if name in sources]
 

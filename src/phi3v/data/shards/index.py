@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -352,8 +353,10 @@ def _leaves(name: str, location: Location) -> bool:
 def _fetch(location: Location, name: str, of_file: dict[str, Any], cache: Path) -> None:
     """Have a file of the index in the cache; what is there is whole."""
     file = cache / name
-    if file.is_file() and file.stat().st_size == of_file["bytes"]:
-        return
+    if file.is_file():
+        with suppress(UserError):  # of a damaged one, which is fetched again
+            _verify(file, of_file)
+            return
     try:
         with replacing(file) as temporary:
             location.fetch(name, temporary)
