@@ -337,6 +337,8 @@ def test_the_default_respects_the_optimizer() -> None:
             (*("distributed.engine", "ddp", "distributed.reduce_dtype", "fp32"), "training.optimizer", "adamw_bf16"),
             "bf16.*leave it at auto",
         ),
+        (("checkpoint.format", "sharded", "method.name", "lora"), "adapters, and moments .* whole.*auto"),
+        (("checkpoint.format", "sharded", "training.optimizer", "adamw_8bit"), "adapters, and moments .* whole.*auto"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_does(overrides: tuple[object, ...], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,13 +19,21 @@ import pytest
 import torch
 from ranks import run_ranks
 from resume_helpers import assert_same, assert_same_weights, interrupted_copy, lines
+from rich.console import Console
 from run_helpers import read_metrics
 from safetensors.torch import load_file
 
 from phi3v.cli import main
+from phi3v.config import CheckpointConfig, RunConfig, TrainingConfig
+from phi3v.errors import UserError
 from phi3v.train.checkpoint_folder import checkpoints, damage, step_of
 from phi3v.train.checkpoints import formats
+from phi3v.train.checkpoints.formats import choose_format
+from phi3v.train.checkpoints.resume import find_resume_point
 from phi3v.train.checkpoints.writer import Checkpointer
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import choose_device
+from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.finetuned import resolve_model
 from phi3v.train.pieces import write_pieces
 
@@ -153,6 +162,48 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def _choose(shared: Path, root: Path) -> int:
+    """The form of checkpoints in a folder of all ranks and in one of each; and what is said of one of rank 0."""
+    runtime = choose_device("fp32")
+    collectives = HostCollectives(runtime.world_size)
+    own = root / f"rank-{runtime.rank}"
+    own.mkdir()
+    for folder, wanted in ((shared, "auto"), (own, "auto"), (shared, "whole"), (own, "sharded")):
+        config = RunConfig(training=TrainingConfig(output_dir=str(folder)), checkpoint=CheckpointConfig(format=wanted))
+        for engine in ("zero2", "ddp"):
+            try:
+                form, why = choose_format(config, EngineChoice(engine, ""), runtime.rank, collectives)
+                said = f"{form.name}: {why}"
+            except UserError as error:
+                said = str(error)
+            print(f"{folder.name} {wanted} {engine} {said}")
+        collectives.broadcast(None)
+        assert not list(folder.iterdir())
+    if runtime.rank == 0:
+        (own / "checkpoint-3" / "shards").mkdir(parents=True)
+    config = RunConfig(training=TrainingConfig(output_dir=str(root / "rank-0")))
+    blind = mock.patch.object(Path, "is_dir", return_value=False) if runtime.rank else contextlib.nullcontext()
+    try:
+        with blind:  # as where the disk is not mounted
+            find_resume_point("auto", config, runtime, collectives, Console(quiet=True))
+    except UserError as error:
+        print(error)
+    return 0
+
+
+def test_ranks_without_a_shared_disk(tmp_path: Path) -> None:
+    """They save whole checkpoints; and where a sharded one is, but not for all, nothing is begun anew over it."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    said = run_ranks(2, _choose, shared, tmp_path, folder=tmp_path / "printed")
+    assert said.count("shared auto zero2 sharded: zero2 divides the state, and the ranks share the run folder") == 2
+    assert said.count("shared auto ddp whole: every rank holds everything") == 2
+    assert "rank-1 auto zero2 whole: the ranks do not share the run folder" in said
+    assert said.count("shared whole zero2 whole: as configured") == 2
+    assert said.count("checkpoint.format is sharded, but not all ranks see this folder") == 4
+    assert said.count("rank-0/checkpoint-3: cannot be seen on ") == 2
+
+
 def _full_disk_on_rank_1(arguments: list[str]) -> int:
     """No file of rank 1 may grow beyond some bytes after step 2, which is how a full disk looks to who writes."""
     save = Checkpointer.save
@@ -208,8 +259,10 @@ def test_a_rank_that_dies_in_a_save_leaves_no_checkpoint(tmp_path: Path, small_m
 def _killed_in_a_save(arguments: list[str], out: str, victims: tuple[int, ...], after: float) -> int:
     """The victims are killed some time after a save has begun."""
 
+    left = set(Path(out).glob(".checkpoint-*.new"))  # of the last kill
+
     def watch() -> None:
-        while not list(Path(out).glob(".checkpoint-*.new")):
+        while not set(Path(out).glob(".checkpoint-*.new")) - left:
             time.sleep(0.001)
         time.sleep(after)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,18 @@ def newest_checkpoint(run_folder: Path) -> str:
     return f"the newest checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
 
 
-def find_checkpoint(run_folder: Path) -> Found:
-    """The newest checkpoint whose files are all there and unchanged."""
+def find_checkpoint(
+    run_folder: Path, folders: Iterable[Path] | None = None, judge: Callable[[Path], str | None] | None = None
+) -> Found:
+    """The newest checkpoint whose files are all there and unchanged.
+
+    Args:
+        folders: look at these, in this order; default: all of the run.
+        judge: what is wrong with one; default: `damage`.
+    """
     skipped: list[tuple[Path, str]] = []
-    for folder in checkpoints(run_folder):
-        wrong = damage(folder)
+    for folder in checkpoints(run_folder) if folders is None else folders:
+        wrong = (judge or damage)(folder)
         if wrong is None:
             return Found(folder, tuple(skipped))
         skipped.append((folder, wrong))

@@ -27,6 +27,7 @@ from phi3v.train.checkpoint_folder import (
     Found,
     checkpoints,
     damage,
+    find_checkpoint,
     is_sharded,
     link_tree,
     read_state,
@@ -141,33 +142,25 @@ def find_resume_point(
             return [_named(Path(wanted), run_folder)]
         return [] if is_finished(run_folder, config) else checkpoints(run_folder)
 
-    found = _newest_sound(collectives.run_on_first(runtime.rank, candidates), runtime.rank, collectives)
+    folders = collectives.run_on_first(runtime.rank, candidates)
+    found = find_checkpoint(run_folder, folders, lambda folder: _damage(folder, runtime.rank, collectives))
     return collectives.run_on_first(runtime.rank, lambda: _choose(wanted, found, config, runtime, console))
 
 
-def _newest_sound(folders: list[Path], rank: int, collectives: HostCollectives) -> Found:
-    """The first of these whose files are all there and unchanged; a collective.
-
-    Args:
-        folders: as rank 0 names them.
+def _damage(folder: Path, rank: int, collectives: HostCollectives) -> str | None:
+    """What is wrong with a checkpoint, or None; a collective.
 
     Raises:
-        UserError: a sharded one is there, but not for all ranks.
+        UserError: it is sharded, and not all ranks see it.
     """
-    skipped: list[tuple[Path, str]] = []
-    for folder in folders:
-        sharded = collectives.broadcast(is_sharded(folder))
-        if sharded:
-            blind = [node for sees, node in collectives.all_gather((folder.is_dir(), platform.node())) if not sees]
-            if blind:
-                hint = "every rank reads its part of a sharded checkpoint: mount the disk there under the same path"
-                raise UserError(f"cannot be seen on {blind[0]}", where=str(folder), hint=hint)
-        wrong = damage(folder, rank, collectives.world_size) if sharded else damage(folder) if rank == 0 else None
-        everywhere = [text for text in collectives.all_gather(wrong) if text is not None]
-        if not everywhere:
-            return Found(folder, tuple(skipped))
-        skipped.append((folder, everywhere[0]))
-    return Found(None, tuple(skipped))
+    sharded = collectives.broadcast(is_sharded(folder))
+    if sharded:
+        blind = [node for sees, node in collectives.all_gather((folder.is_dir(), platform.node())) if not sees]
+        if blind:
+            hint = "every rank reads its part of a sharded checkpoint: mount the disk there under the same path"
+            raise UserError(f"cannot be seen on {blind[0]}", where=str(folder), hint=hint)
+    wrong = damage(folder, rank, collectives.world_size) if sharded else damage(folder) if rank == 0 else None
+    return next((text for text in collectives.all_gather(wrong) if text is not None), None)
 
 
 def _choose(
