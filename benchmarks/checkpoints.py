@@ -1,6 +1,7 @@
 """What a save costs each of several ranks, whole (rank 0 gathers and writes) and sharded (each writes its part).
 
-    python benchmarks/checkpoints.py                # benchmarks/results/checkpoints.json; two minutes on two cores
+    python benchmarks/checkpoints.py                # benchmarks/results/checkpoints.json
+    python benchmarks/checkpoints.py --cases fsdp2:4 zero3:2
     python benchmarks/checkpoints.py --quick        # to see that it works
 
 Processes of a gloo group train a model of some twenty-five million parameters in full and save every few steps. Of each
@@ -181,11 +182,12 @@ def costs(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what whole and sharded saves cost each rank.")
-    parser.add_argument("--quick", action="store_true", help="two ranks, one engine, a tiny model")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
+    parser.add_argument("--cases", nargs="+", default=["zero2:2"], help="ENGINE:RANKS, each whole and sharded")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "checkpoints.json")
     arguments = parser.parse_args()
     _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "deepspeed", "faults"])
-    cases = [(2, "zero2"), (2, "fsdp2"), (4, "fsdp2")][: 1 if arguments.quick else None]
+    cases = [(int(ranks), engine) for engine, ranks in (case.split(":") for case in arguments.cases)]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["PHI3V_CACHE"] = str(work / "cache")
