@@ -34,7 +34,7 @@ from unittest import mock
 
 import torch
 
-from bench_result import ROOT, write_result
+from bench_result import ROOT, write_between_marks, write_result
 from faults import write_data
 from phi3v.cli import main as phi3v
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -44,6 +44,8 @@ from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.loop import TrainingLoop
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+OUT = ROOT / "benchmarks" / "results" / "checkpoints.json"
+MARKS = ("<!-- checkpoints -->", "<!-- /checkpoints -->")
 EVERY = 4  # steps from save to save
 LEAVE_OUT = 2  # steps at the beginning
 
@@ -180,11 +182,39 @@ def costs(steps: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
+def summary(parameters: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the runs."""
+    return {
+        "how": "gloo ranks on one machine that share its cores and its disk, one thread each; full fine-tuning in "
+        f"float32 with adamw, a save every {EVERY} steps, written in a thread; medians; the stall is what a save takes "
+        "of the thread that trains, in steps without a save",
+        "parameters": parameters,
+        "cores": len(os.sched_getaffinity(0)),
+        "runs": runs,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [
+        "| engine, ranks | format | MB written by each rank | stall in steps, CPU time | wall time |",
+        "|---|---|---|---|---|",
+    ]
+    for run in result["runs"]:
+        megabytes = ", ".join(f"{size / 1e6:.1f}" for size in run["bytes_written"])
+        stalls = (
+            ", ".join(f"{rank[key]:.2f}" for rank in run["per_rank"])
+            for key in ("stall_cpu_in_steps", "stall_in_steps")
+        )
+        lines.append(f"| `{run['engine']}`, {run['ranks']} | {run['format']} | {megabytes} | {' | '.join(stalls)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what whole and sharded saves cost each rank.")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--cases", nargs="+", default=["zero2:2"], help="ENGINE:RANKS, each whole and sharded")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "checkpoints.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "deepspeed", "faults"])
     cases = [(int(ranks), engine) for engine, ranks in (case.split(":") for case in arguments.cases)]
@@ -195,15 +225,10 @@ def main() -> int:
         parameters = make_model(work / "model", wide=1 if arguments.quick else 6)
         steps = LEAVE_OUT + EVERY * (3 if arguments.quick else 6)
         runs = [run(work, ranks, engine, form, steps) for ranks, engine in cases for form in ("whole", "sharded")]
-    result = {
-        "how": "gloo ranks on one machine that share its cores and its disk, one thread each; full fine-tuning in "
-        f"float32 with adamw, a save every {EVERY} steps, written in a thread; medians; the stall is what a save takes "
-        "of the thread that trains, in steps without a save",
-        "parameters": parameters,
-        "cores": len(os.sched_getaffinity(0)),
-        "runs": runs,
-    }
+    result = summary(parameters, runs)
     write_result("checkpoints", result, arguments.out)
+    if arguments.out == OUT:
+        write_between_marks(ROOT / "docs" / "resume.md", MARKS, table(result))
     print(json.dumps(result, indent=2))
     return 0
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,8 @@ from phi3v.train.checkpoints.formats import choose_format
 from phi3v.train.checkpoints.resume import find_resume_point
 from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.collectives import HostCollectives
-from phi3v.train.device import choose_device
+from phi3v.train.device import RuntimeDevice, choose_device
+from phi3v.train.engines import DataParallel, ZeroEngine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.finetuned import resolve_model
 from phi3v.train.pieces import write_pieces
@@ -202,6 +204,20 @@ def test_ranks_without_a_shared_disk(tmp_path: Path) -> None:
     assert said.count("shared whole zero2 whole: as configured") == 2
     assert said.count("checkpoint.format is sharded, but not all ranks see this folder") == 4
     assert said.count("rank-0/checkpoint-3: cannot be seen on ") == 2
+
+
+def test_the_scale_of_fp16_goes_to_another_engine() -> None:
+    runtime = RuntimeDevice(torch.device("cpu"), "fp16", "", 0, 1)
+    ours = DataParallel(torch.nn.Linear(1, 1), EngineChoice("none", ""), RunConfig(), runtime)
+    ours.wrap()
+    theirs = SimpleNamespace(cur_scale=1024.0, cur_iter=5, min_scale=1)
+    zero: Any = SimpleNamespace(_engine=SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=theirs)))
+    ours.put_scaler_state(vars(theirs))
+    own = ours.scaler_state()
+    assert own is not None
+    assert own["scale"] == 1024.0
+    ZeroEngine.put_scaler_state(zero, own | {"scale": 512.0})
+    assert vars(theirs) == {"cur_scale": 512.0, "cur_iter": 5, "min_scale": 1}
 
 
 def _full_disk_on_rank_1(arguments: list[str]) -> int:
