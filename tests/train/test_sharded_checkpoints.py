@@ -89,19 +89,21 @@ def assert_same_sharded_run(one: Path, two: Path, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks"),
+    ("engine", "ranks", "replicas"),
     [
-        *(pytest.param(engine, 2, marks=SLOW) for engine in ("ddp", "zero1", "zero2", "fsdp2")),
-        ("zero3", 2),
-        *(pytest.param(engine, 4, marks=SLOW) for engine in ("ddp", "zero1", "zero3", "fsdp2")),
+        *(pytest.param(engine, 2, 1, marks=SLOW) for engine in ("ddp", "zero1", "zero2", "fsdp2")),
+        ("zero3", 2, 1),
+        *(pytest.param(engine, 4, 1, marks=SLOW) for engine in ("ddp", "zero1", "zero3", "fsdp2")),
+        pytest.param("fsdp2", 4, 2, marks=SLOW),
     ],
 )
 def test_an_engine_goes_on_bit_by_bit(
-    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str, ranks: int
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str, ranks: int, replicas: int
 ) -> None:
     """On the same ranks; frozen weights are not written, and are there where the model is read."""
     whole = tmp_path / "whole"
-    method = {"method.name": "frozen-vision", "training.batch_size": 2 * ranks, "training.max_steps": 3}
+    method: dict[str, object] = {"method.name": "frozen-vision", "distributed.replicas": replicas}
+    method |= {"training.batch_size": 2 * ranks, "training.max_steps": 3}
     shown = run(ranks, small_model_dir, easy_vqa, whole, engine, **method)
     assert "checkpoints: sharded" in shown
     part = interrupted_copy(whole, 2, tmp_path / "part")

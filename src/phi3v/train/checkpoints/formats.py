@@ -123,7 +123,7 @@ class WholeFormat(CheckpointFormat):
 
 
 class ShardedFormat(CheckpointFormat):
-    """Each rank writes the pieces that it holds; where all hold everything, each writes a share."""
+    """Each rank writes the pieces that it holds; where several hold the same, each writes a share."""
 
     name = "sharded"
     subfolder = SHARDS
@@ -139,10 +139,10 @@ class ShardedFormat(CheckpointFormat):
         self._sizes = {f"{kind}/{name}": 4 * size for kind in (WEIGHTS, *MOMENTS) for name, size in trained}
 
     def take(self) -> None:
-        self.pieces = list(self.engine.pieces())
-        if not self.engine.choice.divides_state:
-            shares = (piece.share(self.rank, self.run.runtime.world_size) for piece in self.pieces)
-            self.pieces = [piece for piece in shares if len(piece)]
+        ranks, choice = self.run.runtime.world_size, self.engine.choice
+        copies = choice.replicas if choice.divides_state else ranks  # of the state, each on so many ranks in a row
+        shares = (piece.share(self.rank // (ranks // copies), copies) for piece in self.engine.pieces())
+        self.pieces = [piece for piece in shares if len(piece)]
 
     def disk_bytes(self) -> int:
         return sum(self._sizes.values())
