@@ -200,6 +200,10 @@ def _train_and_evaluate(
             state = loop.run(point)
             seconds = progress.seconds
             saves.wait()
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            saves.abandon()
+        raise
     finally:
         saves.join()
         progress.close()

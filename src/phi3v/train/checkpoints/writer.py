@@ -146,7 +146,7 @@ class Checkpointer(Observer):
             return
         write = functools.partial(self._write, unfinished, rest, facts, randoms, started)
         if in_thread:
-            self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint")
+            self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             write()
@@ -174,6 +174,11 @@ class Checkpointer(Observer):
         """As `wait`, without a word about how it went: another error is on its way."""
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
+
+    def abandon(self) -> None:
+        """Wait for no save of several ranks, one of which is lost: others may wait for this process to end."""
+        if self.format.collectives is not None:
             self._thread = None
 
     def _write(
