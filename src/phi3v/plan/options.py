@@ -194,20 +194,25 @@ def relaxations(setup: TrainSetup, *, on_host: bool) -> Iterator[tuple[TrainSetu
     if setup.checkpointing not in RECOMPUTES_ALL:
         current, words = replace(current, checkpointing="full"), (*words, "everything recomputed")
         yield current, words
+    ways = [(current, words)]
     if setup.checkpointing != "offload" and not on_host:
-        current, words = replace(current, checkpointing="offload"), (*words, "activation_checkpointing offload")
-        yield current, words
+        ways.append((replace(current, checkpointing="offload"), (*words, "activation_checkpointing offload")))
+        yield ways[-1]
+
+    def also(*more: str, **changes: Any) -> Iterator[tuple[TrainSetup, tuple[str, ...]]]:
+        return ((replace(changed, **changes), (*said, *more)) for changed, said in ways)
+
     fewer = [crops for crops in (9, 4) if crops < setup.num_crops]
     for crops in fewer:
-        yield replace(current, num_crops=crops), (*words, f"num_crops {crops}")
+        yield from also(f"num_crops {crops}", num_crops=crops)
     if not setup.offload_optimizer:
-        yield replace(current, offload_optimizer=True), (*words, "offload_optimizer")
+        yield from also("offload_optimizer", offload_optimizer=True)
     smaller: tuple[Optimizer, ...] = ("adamw_8bit", "adamw_bf16")
     for optimizer in smaller:
         if optimizer != setup.optimizer:
-            yield replace(current, optimizer=optimizer), (*words, optimizer)
+            yield from also(optimizer, optimizer=optimizer)
     for crops in fewer:
-        yield replace(current, optimizer="adamw_bf16", num_crops=crops), (*words, "adamw_bf16", f"num_crops {crops}")
+        yield from also("adamw_bf16", f"num_crops {crops}", optimizer="adamw_bf16", num_crops=crops)
 
 
 def planned_recipe(plan: Plan) -> str:
