@@ -100,6 +100,18 @@ def test_parquet_with_images_in_it(tmp_path: Path, remote: bool) -> None:
             assert [each.size[1] for each in table.load_images(record)] == [10 + seed for seed in seeds]
 
 
+def test_a_tar_elsewhere_is_fetched_once_as_one_s_own(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", TEXTS)
+    with serving(tmp_path / "in") as server:
+        index_existing([f"{server.url}/a.tar"], tmp_path / "index", ShardOptions(question="What?"))
+        table = open_table(tmp_path / "index")
+        table.assign_shards([[0]])
+        server.forget()
+        assert [image.size[1] for record in table for image in table.load_images(record)] == [13, 14]
+        assert server.requests == [("a.tar", None)]
+
+
 def test_shards_of_ours_need_no_index_to_be_indexed(tmp_path: Path, root: Path, write: Any, record: Any) -> None:
     (root / "train" / "1.png").write_bytes(image(3))
     file = write(record("a"), record("b"), record("c", images=["train/1.png", "train/0.png"], rejected="red"))

@@ -21,12 +21,13 @@ from resume_helpers import assert_same_run, assert_same_weights, interrupted_cop
 from run_helpers import read_metrics
 
 from phi3v.cli import main
+from phi3v.config import RunConfig
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
 from phi3v.data.order import ShardWindows
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
-from phi3v.train import prepare
+from phi3v.train import open_data, prepare
 
 WINDOW = 4
 
@@ -118,6 +119,17 @@ def test_a_run_that_was_killed_goes_on_with_the_same_records(
     assert not (tmp_path / "killed" / "final").exists()
     run_ranks(1, _train, [*killed, "--resume", "auto"], tmp_path / "third", folder=tmp_path / "printed-3")
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps - steps % 2)
+
+
+def test_ranks_without_shards_of_their_own_are_told(server: FileServer, shards: Path) -> None:
+    config = RunConfig()
+    config.data.shuffle_window = 3
+    remote, local = open_table(server.url), open_table(shards)
+    found = open_data.few_shards(config, remote, 4)
+    assert found is not None
+    assert found.what.startswith("of 3 shards at a time, 1 of 4 ranks have none")
+    assert open_data.few_shards(config, remote, 3) is None
+    assert open_data.few_shards(config, local, 4) is None, "what is here is read where it lies"
 
 
 @pytest.mark.slow

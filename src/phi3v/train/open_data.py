@@ -11,8 +11,11 @@ from phi3v.data.collate import QuestionDataset
 from phi3v.data.mixture import open_sources
 from phi3v.data.order import Mixed, Order, ShardWindows, epoch_counts
 from phi3v.data.shards.index import require_data
+from phi3v.data.shards.store import ShardStore
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
+from phi3v.findings import Finding
+from phi3v.paths import url_of
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -100,6 +103,19 @@ def questions_of(
         sizes = tuple(map(len, table.sources))
         records = Mixed(sizes, tuple(epoch_counts(config.data.eval_sources, sizes, "first")), seed).of_epoch(0)
     return QuestionDataset(table, processor, limit=min(limits, default=None), seed=seed, records=records)
+
+
+def few_shards(config: RunConfig, table: RecordTable, ranks: int) -> Finding | None:
+    """What is said where ranks have no shard of their own to fetch."""
+    window = min(config.data.shuffle_window, len(table.shards))
+    if window >= ranks or not isinstance(table.images, ShardStore) or url_of(table.images.index.place(0)) is None:
+        return None
+    return Finding(
+        "shards",
+        "warn",
+        f"of {window} shards at a time, {ranks - window} of {ranks} ranks have none, and ask for images one by one",
+        "raise data.shuffle_window, or make smaller shards (`phi3v data shard --shard-size`)",
+    )
 
 
 def probe_index(table: RecordTable) -> int:

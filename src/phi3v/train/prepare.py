@@ -54,7 +54,7 @@ from phi3v.train.methods.gradient_check import check_gradients
 from phi3v.train.methods.loading import ModelFacts, inspect_model, load_for_training, load_processor
 from phi3v.train.methods.optimizers import state_bytes
 from phi3v.train.objectives import Objective, make_objective
-from phi3v.train.open_data import data_files, open_data, order_of, probe_index, questions_of
+from phi3v.train.open_data import data_files, few_shards, open_data, order_of, probe_index, questions_of
 from phi3v.train.run_folder import check_run_folder
 from phi3v.train.selfcheck.check import SelfCheck, self_check
 from phi3v.train.selfcheck.small_row import small_row
@@ -206,7 +206,7 @@ def prepare(
             *checked.findings,
             *shared,
             *([limit.finding] if limit is not None and limit.finding is not None else []),
-            *([doubtful] if doubtful is not None else []),
+            *(said for said in (doubtful, few_shards(config, train_table, runtime.world_size)) if said is not None),
         ),
     )
 

@@ -28,7 +28,7 @@ from phi3v.data.shards.index import ShardIndex
 from phi3v.data.shards.parquet import write_images_of
 from phi3v.data.shards.remote import FetchError
 from phi3v.errors import UserError
-from phi3v.paths import file_hash
+from phi3v.paths import file_hash, url_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -172,7 +172,7 @@ class ShardStore(ImageStore):
 
     def _is_in_place(self, shard: int) -> bool:
         """Whether a shard is read where it lies."""
-        return not self.index.location.is_remote and self.index.shards[shard].kind == "tar"
+        return self.index.shards[shard].kind == "tar" and url_of(self.index.place(shard)) is None
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         file = self._open(shard)
