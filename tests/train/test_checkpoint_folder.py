@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phi3v.paths import file_hash
 from phi3v.train import checkpoint_folder
 from phi3v.train.checkpoint_folder import (
     checkpoints,
@@ -91,6 +92,22 @@ def test_damage_is_named(tmp_path: Path) -> None:
     newer = save(tmp_path, 4)
     assert damage(newer) is None
     assert find_checkpoint(tmp_path).folder == newer
+
+
+def test_what_others_wrote_is_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a disk that machines share does not list it yet."""
+    unfinished = unfinished_folder(tmp_path, 3, "try")
+    unfinished.mkdir()
+    write_state(unfinished, {"step": 3}, [random_state()])
+    (unfinished / "other").write_text("theirs")
+    listed = checkpoint_folder._files
+    monkeypatch.setattr(
+        checkpoint_folder, "_files", lambda folder: (path for path in listed(folder) if path.name != "other")
+    )
+    folder = publish(unfinished, {"other": (file_hash(unfinished / "other"), 6)})
+    assert damage(folder) is None
+    (folder / "other").unlink()
+    assert damage(folder) == "other is missing"
 
 
 def test_another_format_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

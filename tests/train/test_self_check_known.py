@@ -19,7 +19,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.methods.loading import ModelFacts, make_skeleton
-from phi3v.train.selfcheck import check
+from phi3v.train.selfcheck import check, examine
 from phi3v.train.selfcheck.check import SelfCheck, self_check
 from phi3v.train.selfcheck.verdict import Verdict
 
@@ -42,7 +42,9 @@ def look(small_model_dir: Path, tmp_path: Path, looks: list[str], monkeypatch: p
     """The self-check of a GPU on which FlexAttention is as it is said."""
     monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
 
-    def run(state: Any = "passed", driver: str = "570.1", wanted: Any = "auto", hidden: int | None = None) -> SelfCheck:
+    def run(
+        state: Any = "passed", driver: str = "570.1", wanted: Any = "auto", hidden: int | None = None, **row: Any
+    ) -> SelfCheck:
         def examined(case: Any) -> Iterator[Verdict]:
             looks.append(driver)
             yield Verdict("attention", "packed_flex", "trying")
@@ -54,7 +56,7 @@ def look(small_model_dir: Path, tmp_path: Path, looks: list[str], monkeypatch: p
         facts = facts_of(small_model_dir)
         if hidden is not None:
             facts.skeleton.config.hidden_size = hidden
-        return self_check(config, facts, GPU, HostCollectives(1), dict)
+        return self_check(config, facts, GPU, HostCollectives(1), lambda: row)
 
     return run
 
@@ -76,6 +78,26 @@ def test_another_driver_or_shape_is_looked_at_anew(look: Look, looks: list[str])
     look(driver="580.2")
     look(hidden=64)
     assert looks == ["570.1", "580.2", "570.1"]
+
+
+def test_another_kind_of_row_is_looked_at_anew(look: Look, looks: list[str]) -> None:
+    """A verdict on text says nothing of the tower, and one on a record alone nothing of what it may see of others."""
+    for row in ({"layout": ((0, 9),)}, {"layout": ((0, 9), (0, 7))}, {"layout": ((3, 9, 9), (0, 7))}):
+        look(**row)
+        look(pages=1, **row)
+    assert len(looks) == 6
+    look(layout=((0, 5), (0, 6)), pages=2)
+    assert len(looks) == 6
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_a_full_card_is_no_fault_of_a_kernel(text: str) -> None:
+    """It would be remembered. A library's own allocations fail otherwise than torch's."""
+
+    def work() -> Verdict:
+        raise RuntimeError(text)
+
+    assert examine._caught("loss", "chunked", work).state == "unchecked"
 
 
 def test_what_could_not_be_checked_is_not_remembered(look: Look, looks: list[str]) -> None:

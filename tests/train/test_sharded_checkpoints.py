@@ -116,6 +116,9 @@ def test_an_engine_goes_on_bit_by_bit(
     names = {name for path in files for name in load_file(path)}
     assert not any("vision_embed_tokens.img_processor" in name for name in names)
     assert_same(weights(Path(resolve_model(str(part / "checkpoint-3")).base)), weights(part / "final"))
+    files[-1].unlink()  # what was trained is not to be taken from the base model
+    with pytest.raises(UserError, match=f"shards/{files[-1].name} is missing"):
+        resolve_model(str(whole / "checkpoint-2"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from phi3v.model import attention
 from phi3v.model.attention import BACKENDS, MaskBackend
 from phi3v.plan.hardware import find_gpu
 from phi3v.processing.hd_transform import cut_flat_pages
+from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.compute import checkpointing
 from phi3v.train.compute.checkpointing import apply_checkpointing, free_bytes
 from phi3v.train.device import RuntimeDevice
@@ -229,3 +230,14 @@ def test_memory_that_torch_may_not_take_is_not_free(monkeypatch: pytest.MonkeyPa
     for fraction, free in ((1.0, 90_000), (0.2, 15_000)):
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, fraction=fraction: fraction)
         assert free_bytes(model, CUDA, 1, 16) == free - 1_600
+
+
+def test_a_save_beside_training_stays_on_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread is on the first one, where each rank of a machine would take memory."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    device = torch.device("cuda", 3)
+    saves: Any = SimpleNamespace(run=SimpleNamespace(runtime=SimpleNamespace(device=device)), _error=None)
+    Checkpointer._guarded(saves, lambda: chosen.append("written"))
+    assert saves._error is None
+    assert chosen == [device, "written"]

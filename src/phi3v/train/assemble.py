@@ -18,7 +18,7 @@ from phi3v.model.configuration import Phi3VConfig
 from phi3v.paths import file_hash, find_model
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
-from phi3v.train.checkpoint_folder import MANIFEST, SHARDS
+from phi3v.train.checkpoint_folder import MANIFEST, SHARDS, damage
 from phi3v.train.methods.loading import make_skeleton
 from phi3v.train.methods.weights import save_final
 from phi3v.train.pieces import WEIGHTS, Piece, PieceError, read_pieces, saved_sizes
@@ -54,6 +54,9 @@ def whole_model(checkpoint: Path, base: str) -> Path:
     folder = cache_root() / "checkpoints" / key
     if (folder / MANIFEST).is_file():
         return folder
+    # A tensor of which no file is left would be taken for one that was frozen.
+    if (wrong := damage(checkpoint, within=(f"{SHARDS}/", "model/"))) is not None:
+        raise _damaged(checkpoint, wrong)
     whole = {name: torch.empty(wanted[name].shape, dtype=dtype) for name, dtype in trained.items() if name in wanted}
     pieces = [Piece(f"{WEIGHTS}/{name}", value.view(-1), 0, value.numel()) for name, value in whole.items()]
     say(Console(stderr=True), f"putting the parts of {checkpoint} together in {folder}")
@@ -69,13 +72,14 @@ def whole_model(checkpoint: Path, base: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "model"
             save_final(model, Phi3VProcessor.from_pretrained(str(description)), new, model.state_dict())
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+            if not (folder / MANIFEST).is_file():  # another process may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
     return folder
 
 
-def _damaged(checkpoint: Path, error: Exception) -> UserError:
+def _damaged(checkpoint: Path, error: Exception | str) -> UserError:
     what = " ".join(str(error).split())[:300]
     return UserError(f"cannot be put together: {what}", where=str(checkpoint), hint="take another checkpoint")

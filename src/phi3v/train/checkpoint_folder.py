@@ -104,19 +104,20 @@ def find_checkpoint(
     return Found(None, tuple(skipped))
 
 
-def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+def damage(folder: Path, rank: int = 0, ranks: int = 1, within: tuple[str, ...] = ("",)) -> str | None:
     """What is wrong with a checkpoint, or None.
 
     Args:
         rank, ranks: look at one share of the files in so many.
+        within: look at files whose names begin so.
     """
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name, expected in list(hashes.items())[rank::ranks]:
+        for name in [name for name in hashes if name.startswith(within)][rank::ranks]:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if file_hash(path) != expected:
+            if file_hash(path) != hashes[name]:
                 return f"{name} is not what was written (its SHA-256 differs)"
         if unproven := [name for name in (STATE, RANDOM) if name not in hashes]:
             return f"manifest.json does not name {unproven[0]}"
@@ -172,10 +173,12 @@ def publish(unfinished: Path, known: Mapping[str, tuple[str, int]] | None = None
     for name, (_, size) in known.items():
         if (unfinished / name).stat().st_size != size:
             raise OSError(errno.EIO, "another rank's file is not as it was written", str(unfinished / name))
-    own = {path.relative_to(unfinished).as_posix(): path for path in _files(unfinished)}
-    hashes = {name: known[name][0] if name in known else file_hash(path) for name, path in own.items()}
+    # Those of other machines are named by what these said: a list of names may be older than the files.
+    own = {name: path for path in _files(unfinished) if (name := path.relative_to(unfinished).as_posix()) not in known}
+    hashes = {name: sha256 for name, (sha256, _) in known.items()}
+    hashes |= {name: file_hash(path) for name, path in own.items()}
     (unfinished / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-    for path in [*(path for name, path in own.items() if name not in known), unfinished / MANIFEST]:
+    for path in [*own.values(), unfinished / MANIFEST]:
         _flush(path)
     for folder in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _flush(folder)

@@ -124,6 +124,14 @@ def _own_environment() -> str:
     return "; ".join(words)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a device or of the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")  # of the host, CUDA and its libraries
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def default_workers(runtime: RuntimeDevice) -> int:
     """Reading processes of a rank: with a GPU its share of the machine's cores less one, at most 8.
 

@@ -35,7 +35,7 @@ from phi3v.train.checkpoints.resume import (
 from phi3v.train.checkpoints.writer import Checkpointer
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.feature_cache import fill_features
-from phi3v.train.device import choose_device
+from phi3v.train.device import choose_device, is_out_of_memory
 from phi3v.train.engines.data_parallel import load_whole
 from phi3v.train.finetuned import resolve_model
 from phi3v.train.header import Forecast, print_header
@@ -43,7 +43,7 @@ from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.weights import read_trained, save_replacing, saved_tensors
 from phi3v.train.observers.evaluating import evaluate_model, show_scores
 from phi3v.train.observers.evaluation import EvaluationObserver
-from phi3v.train.observers.faults import StepFaults, is_lost_rank, is_out_of_memory
+from phi3v.train.observers.faults import StepFaults, is_lost_rank
 from phi3v.train.observers.progress import ProgressObserver
 from phi3v.train.observers.signals import Signals
 from phi3v.train.observers.tracking import Trackers, prepare_trackers

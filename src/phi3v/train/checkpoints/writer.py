@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from phi3v.paths import free_space
 from phi3v.train.checkpoint_folder import (
@@ -216,6 +217,9 @@ class Checkpointer(Observer):
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:
+            device = self.run.runtime.device
+            if device.type == "cuda":  # a new thread's is the first, where DCP would make a context of this rank
+                torch.cuda.set_device(device)
             write()
         except BaseException as error:  # raised again by whoever waits
             self._error = error

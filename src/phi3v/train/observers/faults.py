@@ -137,10 +137,3 @@ def is_lost_rank(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting")
     return isinstance(error, RuntimeError) and any(word in text for word in words)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a device or of the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

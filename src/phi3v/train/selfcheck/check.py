@@ -152,25 +152,35 @@ def _look(
 ) -> tuple[list[Verdict], bool, float]:
     """Verdicts, whether they were known, and the seconds that it took."""
     start = time.monotonic()
-    file = cache_root() / "self_check" / f"{_key(config, facts, runtime, asked, identity)}.json"
+    try:
+        row = make_row()
+    except StoppedError:
+        raise
+    except Exception as error:  # the other ranks wait for an answer, and the run can do without
+        return [_unchecked(runtime, error)], False, 0.0
+    file = cache_root() / "self_check" / f"{_key(config, facts, runtime, asked, identity, row)}.json"
     if config.training.self_check != "always":
         known = _recalled(file)
         if known:
             return known, True, 0.0
     say(f"checking on {identity['device']}, once: {', '.join(asked.alternatives())}")
     try:
-        case = CheckCase(config, facts.skeleton.config, facts.stored_dtype, runtime, asked, make_row())
+        case = CheckCase(config, facts.skeleton.config, facts.stored_dtype, runtime, asked, row)
         found = examine_apart(case) if runtime.device.type == "cuda" else examine(case)
         verdicts = [verdict for verdict in found if verdict.state != "trying"]
     except StoppedError:
         raise
-    except Exception as error:  # the other ranks wait for an answer, and the run can do without
-        verdicts = [Verdict("precision", runtime.precision, "unchecked", in_short(error))]
+    except Exception as error:  # as above
+        verdicts = [_unchecked(runtime, error)]
     if verdicts and all(verdict.state != "unchecked" for verdict in verdicts):
         with contextlib.suppress(UserError, OSError):  # the next run looks again
             file.parent.mkdir(parents=True, exist_ok=True)
             remember(file, {"verdicts": [asdict(verdict) for verdict in verdicts], "identity": identity})
     return verdicts, False, time.monotonic() - start
+
+
+def _unchecked(runtime: RuntimeDevice, error: Exception) -> Verdict:
+    return Verdict("precision", runtime.precision, "unchecked", in_short(error))
 
 
 def _recalled(file: Path) -> list[Verdict]:
@@ -226,9 +236,14 @@ def _driver() -> str:
 
 
 def _key(
-    config: RunConfig, facts: ModelFacts, runtime: RuntimeDevice, asked: FastPaths, identity: dict[str, Any]
+    config: RunConfig,
+    facts: ModelFacts,
+    runtime: RuntimeDevice,
+    asked: FastPaths,
+    identity: dict[str, Any],
+    row: Mapping[str, Any],
 ) -> str:
-    """A name for all that a verdict depends on; data and weights are no part of it."""
+    """A name for all that a verdict depends on; of the data, what kind of row it gives, and of the weights nothing."""
     model = facts.skeleton.config
     shape = {
         name: getattr(model, name)
@@ -243,6 +258,8 @@ def _key(
         "paths": asdict(asked),
         "method": asdict(config.method),
         "packing": config.data.packing,
+        # Without images no tower is looked at; alone nothing can be seen of others; a group may have branches.
+        "row": [sorted(row), len(row.get("lengths", ())), [len(group) > 2 for group in row.get("layout", ())]],
         "objective": asdict(config.objective),
         "optimizer": [training.optimizer, training.lean, training.loss_weighting],
     }

@@ -29,7 +29,7 @@ from phi3v.model.configuration import CLIP_VIT_L_14_336, Phi3VConfig
 from phi3v.model.loss import find_targets
 from phi3v.model.modeling import Phi3VForCausalLM
 from phi3v.train.compute.fast_paths import FastPaths, apply_fast_paths
-from phi3v.train.device import RuntimeDevice
+from phi3v.train.device import RuntimeDevice, is_out_of_memory
 from phi3v.train.methods.gradient_check import FP16_SCALES, ZERO_BY_NATURE
 from phi3v.train.methods.loading import weight_dtypes
 from phi3v.train.methods.strategies import apply_method
@@ -144,10 +144,8 @@ def _try(
 def _caught(name: str, value: Any, work: Callable[[], Verdict]) -> Verdict:
     try:
         return work()
-    except torch.OutOfMemoryError as error:
-        return Verdict(name, value, "unchecked", in_short(error))
     except Exception as error:  # whatever a kernel may raise
-        return Verdict(name, value, "failed", in_short(error))
+        return Verdict(name, value, "unchecked" if is_out_of_memory(error) else "failed", in_short(error))
 
 
 def _parts(case: CheckCase) -> Iterator[tuple[str, Any, Callable[[CheckCase], Verdict]]]:
