@@ -43,6 +43,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes | dict[str, Any]]])
 LLAVA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square"}]
 CHAT = [{"role": "user", "content": "Compare <image> and <image>"}, {"role": "assistant", "content": "Alike"}]
 SIMPLE = {"question": "Q?", "answer": "ja"}
+OWN = {"id": "a", "conversations": [{"user": "?", "assistant": "y"}]}
 ALONE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "y"}]
 TEXTS = [("0.png", image(3)), ("0.txt", b"a cat"), ("1.png", image(4)), ("1.txt", b"a dog")]
 FAR = "d" * 150
@@ -54,6 +55,8 @@ SAMPLES: list[tuple[str, list[tuple[str, Any]], list[Any]]] = [
     ("long names", [(f"{FAR}/k.png", image(5)), (f"{FAR}/k.json", SIMPLE)], [("ja", 1)]),
     ("outside", [("../../k.png", image(5)), ("../../k.json", SIMPLE)], [("ja", 1)]),
     ("no image", [("k.json", {"messages": ALONE})], [("y", 0)]),
+    ("other endings", [("0.jfif", image(1, "JPEG")), ("0.npy", b"x"), ("0.json", SIMPLE)], [("ja", 1)]),
+    ("the same twice", [("ü.0.png", image(1)), ("ü.1.png", image(1)), ("ü.json", {"messages": CHAT})], [("Alike", 2)]),
 ]
 
 
@@ -64,7 +67,7 @@ def test_samples_of_a_tar(tmp_path: Path, members: Any, expected: Any) -> None:
     index_existing([str(file)], tmp_path / "index", ShardOptions(question="What is it?"))
     table = open_table(tmp_path / "index")
     assert [(record.turns[-1].assistant, len(record.images)) for record in table] == expected
-    images = [data for name, data in members if name.endswith(("png", "jpg"))]
+    images = [data for name, data in members if name.endswith(("png", "jpg", "jfif"))]
     loaded = [each for record in table for each in table.load_images(record)]
     opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
     assert all(np.array_equal(one, other) for one, other in zip(loaded, opened, strict=True))
@@ -135,6 +138,8 @@ def test_shards_of_ours_need_no_index_to_be_indexed(tmp_path: Path, root: Path, 
         ([("a.png", image(1)), ("a.json", b"{")], "is no JSON"),
         ([("a.png", image(1)), ("a.json", {"question": "?"})], "no column looks like the answer"),
         ([("a.png", image(1)), ("a.json", {"question": "?", "answer": "<|end|>"})], "special token"),
+        ([("a.png", image(1)), ("a.json", OWN)], "has 1 images, and its records name 0 of them"),
+        ([("a.picture", image(1)), ("a.json", {"question": "?", "answer": "y"})], "a member that is none"),
     ],
 )
 def test_a_bad_sample_is_named(tmp_path: Path, members: Any, message: str) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from phi3v.data.image_paths import image_path_fault
 from phi3v.data.images import UNREADABLE_SUFFIXES, decode_image, read_header
@@ -51,7 +52,8 @@ from phi3v.paths import file_hash, url_of
 from phi3v.processing.processor import Phi3VProcessor
 
 KINDS = (".tar", ".parquet")
-_IMAGES = frozenset((*UNREADABLE_SUFFIXES, ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".img"))
+# What Pillow may know as an image, which then is read or refused; never left out.
+_IMAGES = UNREADABLE_SUFFIXES | {".img", *Image.registered_extensions()} - {".h5", ".hdf", ".mpg", ".mpeg"}
 _CHAT_KEYS = ("conversations", "messages", "chosen", "completion")
 _APART = "if these are two data sets, index each by itself and train on a list of both; otherwise correct the samples"
 _FORMS = "a chat, a question and an answer, or a text for which --question gives the question"
@@ -64,12 +66,14 @@ class Sample:
         key: tells it from others of its shard.
         fields: what it says beside its images.
         images: the rows of its images, with their bytes.
+        others: members that are neither, which are left out.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.fields: dict[str, Any] = {}
         self.images: list[tuple[ImageRow, bytes]] = []
+        self.others: list[str] = []
 
 
 def index_existing(
@@ -156,14 +160,30 @@ def _index_one(file: str, number: int, done: int, part: Path, options: ShardOpti
                 named = replace(row, name=own.get(PurePosixPath(row.name).name, row.name), **header)
                 known[row.name] = named.name
                 rows.append(named)
+            named_by_records: set[str] = set()
             for record in _records(sample, known, file, done + count, options):
+                named_by_records.update(record.images)
                 add(record)
                 count += 1
+            _require_all_images(sample, known, named_by_records, file)
         shard = Shard(file, local.stat().st_size, file_hash(local), count, kind, columns)
     write_images(part.with_suffix(".arrow"), rows)
     with replacing(part.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(asdict(shard)))
     return shard
+
+
+def _require_all_images(sample: Sample, known: Mapping[str, str], named: Collection[str], file: str) -> None:
+    """Check that nothing that may be an image of a sample stays unseen."""
+    contents = {row.sha256 for row, _ in sample.images}  # two of one content have one name
+    seen = {row.sha256 for row, _ in sample.images if known[row.name] in named}
+    if seen != contents:
+        what = f"has {len(contents)} images, and its records name {len(seen)} of them"
+        raise UserError(what, where=f"{file}: {sample.key}", hint='name them in "images", or take them out')
+    if sample.others and not sample.images:
+        what = f"has no image, and a member that is none by its ending: {sample.others[0]}"
+        hint = "give images their usual endings, such as .jpg or .png, or take such members out"
+        raise UserError(what, where=f"{file}: {sample.key}", hint=hint)
 
 
 @contextmanager
@@ -226,6 +246,8 @@ def _tar_samples(local: Path, number: int, file: str) -> Iterator[Sample]:
                 elif suffix in _IMAGES:
                     sample.images.append((_row(member.name, number, place, member.offset_data, data), data))
                     place += 1
+                else:
+                    sample.others.append(member.name)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"cannot be read as a tar file: {error}", where=file, hint="copy it again") from None
     if sample is not None:
