@@ -93,7 +93,8 @@ def assert_same_sharded_run(one: Path, two: Path, last: int) -> None:
     [
         *(pytest.param(engine, 2, 1, marks=SLOW) for engine in ("ddp", "zero1", "zero2", "fsdp2")),
         ("zero3", 2, 1),
-        *(pytest.param(engine, 4, 1, marks=SLOW) for engine in ("ddp", "zero1", "zero3", "fsdp2")),
+        # Not ddp: it lays out its buckets anew after a process's first step, and four ranks sum by the place in them.
+        *(pytest.param(engine, 4, 1, marks=SLOW) for engine in ("zero1", "zero3", "fsdp2")),
         pytest.param("fsdp2", 4, 2, marks=SLOW),
     ],
 )
@@ -296,7 +297,7 @@ def _killed_in_a_save(arguments: list[str], out: str, victims: tuple[int, ...], 
 
 
 @SLOW
-@pytest.mark.parametrize(("engine", "ranks", "kills"), [("fsdp2", 2, 8), ("zero2", 2, 8), ("ddp", 4, 4)])
+@pytest.mark.parametrize(("engine", "ranks", "kills"), [("fsdp2", 2, 8), ("zero2", 2, 8), ("fsdp2", 4, 4)])
 def test_kills_at_random_moments_of_saves(
     tmp_path: Path, small_model_dir: Path, easy_vqa: Path, engine: str, ranks: int, kills: int
 ) -> None:
