@@ -60,7 +60,7 @@ class Stage:
     """Some measurements that belong together.
 
     Attributes:
-        seconds: of the 12 minutes; a longer or shorter call gives every stage more or less in proportion.
+        seconds: beside those of the others; a call divides its minutes in proportion.
     """
 
     name: str

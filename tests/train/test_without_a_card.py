@@ -35,6 +35,7 @@ from phi3v.train.engines.data_parallel import clip_gradients, step_if_finite
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.methods.optimizers import SLICE, StochasticAdamW
 from phi3v.train.observers.faults import Readback
+from phi3v.train.pieces import HostCopies, Piece
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: see `pytest -m gpu`")
 CUDA = torch.device("cuda", 0)
@@ -241,3 +242,11 @@ def test_a_save_beside_training_stays_on_its_own_card(monkeypatch: pytest.Monkey
     Checkpointer._guarded(saves, lambda: chosen.append("written"))
     assert saves._error is None
     assert chosen == [device, "written"]
+
+
+def test_copies_of_a_save_take_what_torch_pins() -> None:
+    """Each tensor rounded up to a power of two."""
+    with FakeTensorMode():
+        pieces = [Piece(str(size), torch.empty(size, device=CUDA), 0, size) for size in (1024, 1025)]
+    assert HostCopies().missing(pieces) == 4 * (1024 + 2048)
+    assert HostCopies().missing([Piece("", torch.empty(1025), 0, 1025)]) == 4 * 1025

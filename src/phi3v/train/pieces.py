@@ -92,7 +92,8 @@ class HostCopies:
 
     def missing(self, pieces: Iterable[Piece]) -> int:
         """Bytes that a copy takes beyond what is taken already."""
-        return sum(piece.bytes for piece in pieces if not self._fits(piece))
+        sizes = ((piece.bytes, piece.values.is_cuda) for piece in pieces if not self._fits(piece))
+        return sum(1 << (size - 1).bit_length() if pinned else size for size, pinned in sizes)  # as torch pins memory
 
     def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
         """What the pieces hold now; until the next call."""
