@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from phi3v.cli import main
 from phi3v.config import CheckpointConfig, RunConfig, TrainingConfig
 from phi3v.errors import UserError
+from phi3v.train import assemble
 from phi3v.train.checkpoint_folder import checkpoints, damage, step_of
 from phi3v.train.checkpoints import formats
 from phi3v.train.checkpoints.formats import choose_format
@@ -116,6 +117,8 @@ def test_an_engine_goes_on_bit_by_bit(
     assert max(path.stat().st_size for path in files) < 1.2 * min(path.stat().st_size for path in files)
     names = {name for path in files for name in load_file(path)}
     assert not any("vision_embed_tokens.img_processor" in name for name in names)
+    shown = run_ranks(2, _resolved, str(part / "checkpoint-3"), folder=tmp_path / "resolved")
+    assert shown.count("putting the parts of") == 1  # for the other rank too
     assert_same(weights(Path(resolve_model(str(part / "checkpoint-3")).base)), weights(part / "final"))
     files[-1].unlink()  # what was trained is not to be taken from the base model
     with pytest.raises(UserError, match=f"shards/{files[-1].name} is missing"):
@@ -164,6 +167,12 @@ def test_engines_go_on_from_each_other(
     assert resolve_model(str(out / f"checkpoint-{last}" / "model")).base == tuned.base
     assert capsys.readouterr().err == ""
     assert main(["export", str(out / f"checkpoint-{last}"), "--out", str(tmp_path / "export")]) == 0
+
+
+def _resolved(checkpoint: str) -> int:
+    with mock.patch.object(assemble, "say", lambda _console, line: print(line)):
+        resolve_model(checkpoint)
+    return 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

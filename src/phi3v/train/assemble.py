@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -54,6 +57,26 @@ def whole_model(checkpoint: Path, base: str) -> Path:
     folder = cache_root() / "checkpoints" / key
     if (folder / MANIFEST).is_file():
         return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{key}.lock")).acquire()  # ranks that evaluate ask for it at once
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    with lock:
+        if not (folder / MANIFEST).is_file():
+            _put_together(checkpoint, model, trained, base_folder, folder)
+    return folder
+
+
+def _put_together(
+    checkpoint: Path, model: Any, trained: Mapping[str, torch.dtype], base_folder: str | None, folder: Path
+) -> None:
+    """Write the model to ``folder``.
+
+    Args:
+        trained: the tensors that the checkpoint holds, and their dtypes.
+    """
+    description, shards, wanted = checkpoint / "model", checkpoint / SHARDS, model.state_dict()
     # A tensor of which no file is left would be taken for one that was frozen.
     if (wrong := damage(checkpoint, within=(f"{SHARDS}/", "model/"))) is not None:
         raise _damaged(checkpoint, wrong)
@@ -63,21 +86,18 @@ def whole_model(checkpoint: Path, base: str) -> Path:
     try:
         read_pieces(shards, pieces, None)
         if base_folder is not None:
-            whole |= {name: tensor for _, name, tensor in stored_tensors(Path(base_folder), frozen)}
+            whole |= {name: tensor for _, name, tensor in stored_tensors(Path(base_folder), wanted.keys() - trained)}
         model.load_state_dict(whole, assign=True)
     except (PieceError, RuntimeError, OSError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "model"
             save_final(model, Phi3VProcessor.from_pretrained(str(description)), new, model.state_dict())
-            if not (folder / MANIFEST).is_file():  # another process may have been faster
-                shutil.rmtree(folder, ignore_errors=True)
-                new.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
-    return folder
 
 
 def _damaged(checkpoint: Path, error: Exception | str) -> UserError:
