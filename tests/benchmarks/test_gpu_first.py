@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 import gpu_first
 import gpu_table
+import ranks  # noqa: F401 - its server has imported what the stages need
 from gpu_first import Process, Start, begin, measure, not_run, run_stage
 from gpu_stages import BY_NAME, STAGES, NotThereError, Place, Stage, end_with, run_parts
 
@@ -66,6 +68,34 @@ def forking(place: Place) -> Start:
         return Forked(pid)
 
     return start
+
+
+class Served:
+    """A process from the server that `ranks` forks from, which has no thread of this one."""
+
+    def __init__(self, stage: str, parts: Sequence[str], place: Place, events: Path, log: Path) -> None:
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_serve, args=(stage, list(parts), place, events, log), daemon=True
+        )
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int:
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def _serve(stage: str, parts: list[str], place: Place, events: Path, log: Path) -> None:
+    os.setpgid(0, 0)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    run_parts(BY_NAME[stage], parts, place, events)
 
 
 def parts_of(stage: Stage, place: Place, seconds: float, earlier: Any = None) -> dict[str, Any]:
@@ -203,14 +233,15 @@ def test_another_machine_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal(small_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three stages with forked processes; the rest has its own test."""
+    """Three stages; the rest has its own test."""
     monkeypatch.setenv("PHI3V_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "result.json"
     given = ["--cpu", "--model", str(small_model_dir), "--out", str(out), "--folder", str(tmp_path)]
     before = signal.getsignal(signal.SIGTERM)
 
     def starting(given: Any, folder: Path) -> Start:
-        return forking(Place(given.preset, folder, is_small=True, model=given.model))
+        place = Place(given.preset, folder, is_small=True, model=given.model)
+        return lambda stage, parts, events, log: Served(stage.name, parts, place, events, log)
 
     try:
         assert gpu_first.main([*given, "--only", "profile", "attention", "preprocess"], starting) == 0
