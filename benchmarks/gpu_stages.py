@@ -213,6 +213,8 @@ def train_command(run: str, *options: str, resume: bool = False) -> Part:
         given = [word if on_gpu() or word != "fp16" else "fp32" for word in options]
         command = [sys.executable, "-m", "phi3v", "train", *(["--resume"] if resume else []), *words, *given]
         began = time.monotonic()
+        if resume and not any((place.folder / "runs" / run).glob("checkpoint-*")):
+            raise RuntimeError("there is no checkpoint to go on from")
         done = subprocess.run([*command, "--json"], cwd=place.folder, stdout=subprocess.PIPE, text=True, check=False)
         seconds = time.monotonic() - began
         if done.returncode:
@@ -294,7 +296,7 @@ STAGES = (
     Stage(
         "self-check",
         "fast paths beside the plain one, at the real widths",
-        80,
+        150,
         {
             f"{variant}, {precision}": self_check(variant, precision)
             for precision in ("bf16", "fp16")
@@ -305,7 +307,7 @@ STAGES = (
     Stage(
         "train-command",
         "phi3v train with readers, tiny, to its exit code",
-        100,
+        140,
         {
             "lora": train_command("lora", "--method.name", "lora", "--data.packing", "shared-image"),
             "resume": train_command("lora", "--method.name", "lora", "--data.packing", "shared-image", resume=True),
@@ -317,7 +319,7 @@ STAGES = (
     Stage(
         "lora",
         "LoRA at full size",
-        130,
+        110,
         {variant: bench_row("lora", variant) for variant in ("samples", "shared-image", "recipe-flash", "recipe")},
     ),
     Stage(
@@ -366,7 +368,7 @@ STAGES = (
     Stage(
         "kernels",
         "Liger, float8, compile",
-        120,
+        100,
         {
             "liger": bench_row(*SAMPLES, "liger_kernel", kernels="liger"),
             "float8": bench_row(*SAMPLES, "torchao", fp8=True),

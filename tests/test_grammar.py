@@ -47,6 +47,11 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
         (["--out", "p.html"], ["--model.path", "m"], ["--model.num_crops", "4"], ["--open"]),
         {"file": Path("d.jsonl"), "open": True, "overrides": {"model.path": "m", "model.num_crops": "4"}},
     ),
+    "data shard": (
+        ["d.jsonl"],
+        (["--out", "s"], ["--shard-size", "1GB"], ["--index-only"], ["--model.path", "m"]),
+        {"source": ["d.jsonl"], "out": Path("s"), "shard_size": 10**9, "index_only": True},
+    ),
     "data pairs": (
         [],
         (["--model", "run"], ["--data", "d.jsonl"], ["--out", "o"], ["--metric", "anls"], ["--min-margin", "0.5"]),

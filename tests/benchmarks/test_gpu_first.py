@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks  # noqa: F401 - its server has imported what the stages need
 
 import gpu_first
 import gpu_table
-import ranks  # noqa: F401 - its server has imported what the stages need
 from gpu_first import Process, Start, begin, measure, not_run, run_stage
 from gpu_stages import BY_NAME, STAGES, NotThereError, Place, Stage, end_with, run_parts
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data import table
+from phi3v.data import lines, table
 from phi3v.data.cache import cache_folder, cache_root, content_hash
 from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
@@ -35,7 +35,7 @@ def no_parser(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_: object, **__: object) -> None:
             raise AssertionError("a line was parsed")
 
-        monkeypatch.setattr(table, "read_line", fail)
+        monkeypatch.setattr(lines, "read_line", fail)
 
     return forbid
 
@@ -222,18 +222,18 @@ def test_an_interrupted_parse_leaves_nothing_that_looks_whole(
     write: Any, record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(record("a"), record("b"))
-    real = table.read_line
+    real = lines.read_line
 
     def interrupted(*args: Any, line: int, **options: Any) -> Any:
         if line == 2:
             raise KeyboardInterrupt
         return real(*args, line=line, **options)
 
-    monkeypatch.setattr(table, "read_line", interrupted)
+    monkeypatch.setattr(lines, "read_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_table(path)
     assert not list(cache_folder(content_hash(path), "refuse").glob("*records*"))
-    monkeypatch.setattr(table, "read_line", real)
+    monkeypatch.setattr(lines, "read_line", real)
     assert len(open_table(path)) == 2
 
 
@@ -267,14 +267,14 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read(write: Any, record: MakeRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(record("a"))
-    real = table.read_line
+    real = lines.read_line
 
     def append(*args: Any, **options: Any) -> Any:
         with path.open("a") as file:
             file.write("\n")
         return real(*args, **options)
 
-    monkeypatch.setattr(table, "read_line", append)
+    monkeypatch.setattr(lines, "read_line", append)
     with pytest.raises(UserError, match="changed while it was read"):
         open_table(path)
 
@@ -324,9 +324,9 @@ def test_two_processes_open_the_same_new_file_at_once(tmp_path: Path, cache: Pat
     path = tmp_path / "many.jsonl"
     write_jsonl(path, conversations(5_000))
     script = (
-        "import sys, pathlib, phi3v.data.table as table\n"
-        "read, parsed = table.read_line, []\n"
-        "table.read_line = lambda *a, **k: parsed.append(1) or read(*a, **k)\n"
+        "import sys, pathlib, phi3v.data.table as table, phi3v.data.lines as lines\n"
+        "read, parsed = lines.read_line, []\n"
+        "lines.read_line = lambda *a, **k: parsed.append(1) or read(*a, **k)\n"
         "opened = table.open_table(pathlib.Path(sys.argv[1]))\n"
         "print(len(parsed), len(opened), hash(tuple(opened)) == hash(tuple(table.open_table(opened.path))))\n"
     )

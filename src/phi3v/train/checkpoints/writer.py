@@ -196,7 +196,6 @@ class Checkpointer(Observer):
             if self.rank == 0:
                 write_state(unfinished, facts, randoms)
                 publish(unfinished, known)
-                remove_older(self.folder, self.config.checkpoint.keep_last)
         except IncompleteSaveError:
             raise
         except WRITE_ERRORS as error:
@@ -214,6 +213,10 @@ class Checkpointer(Observer):
             name = checkpoint_name(facts["step"])
             logger.info("saved %s in %.2f s", self.folder / name, took)
             self.console.print(f"saved {name} ({took:.1f} s)", highlight=False)
+            try:
+                remove_older(self.folder, self.config.checkpoint.keep_last)
+            except OSError as error:  # this one is saved all the same, and the next save tries again
+                logger.warning("older checkpoints could not be removed: %s", error)
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from phi3v.errors import StoppedError, UserError
 from phi3v.findings import Finding
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.compute.fast_paths import FastPaths
-from phi3v.train.device import RuntimeDevice, library_versions
+from phi3v.train.device import ROUNDING, RuntimeDevice, library_versions
 from phi3v.train.methods.loading import ModelFacts
 from phi3v.train.selfcheck.examine import CheckCase, examine, in_short
 from phi3v.train.selfcheck.process import examine_apart
@@ -220,6 +221,7 @@ def device_identity(runtime: RuntimeDevice) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     identity: dict[str, Any] = {"device": runtime.gpu.name, "versions": versions, "cuda": torch.version.cuda}
+    identity["environment"] = {name: os.environ.get(name) for name in (*ROUNDING, "TRITON_INTERPRET")}
     if runtime.device.type == "cuda":
         identity["capability"] = torch.cuda.get_device_capability(runtime.device)
         identity["hip"], identity["cudnn"] = torch.version.hip, torch.backends.cudnn.version()

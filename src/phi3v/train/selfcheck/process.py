@@ -33,6 +33,7 @@ from phi3v.train.selfcheck.examine import CheckCase, examine
 from phi3v.train.selfcheck.verdict import Verdict
 
 SECONDS = 300.0  # without a verdict: torch.compile takes a minute or two
+SECONDS_IN_ALL = 900.0  # the other ranks wait
 # What does not come from a kernel: someone ended it, or the machine ran out of memory.
 ENDED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 COMMAND = (sys.executable, "-m", "phi3v.train.selfcheck.process")
@@ -49,11 +50,16 @@ def examine_apart(case: CheckCase, *, seconds: float = SECONDS, command: Sequenc
     with tempfile.TemporaryDirectory(prefix="phi3v-selfcheck-") as name:
         folder = Path(name)
         _write(case, folder)
+        end = time.monotonic() + SECONDS_IN_ALL
         while True:
+            if (left := end - time.monotonic()) <= 0:
+                what = f"the rest was left out after {SECONDS_IN_ALL / 60:g} minutes"
+                yield Verdict("precision", case.runtime.precision, "unchecked", what)
+                return
             (folder / "known.json").write_text(json.dumps([asdict(verdict) for verdict in known.values()]))
             trying: Verdict | None = None
             why, before = "", len(known)
-            for answer in _answers([*command, str(folder)], folder, seconds):
+            for answer in _answers([*command, str(folder)], folder, min(seconds, left)):
                 if isinstance(answer, str):
                     why = answer
                     break
@@ -136,7 +142,8 @@ def _answers(command: list[str], folder: Path, seconds: float) -> Iterator[Verdi
             last = f": {said[-1][:200]}" if said else ""
             yield f"was ended by signal {-code}" if code in ENDED else f"ended with code {code}{last}"
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # those that compile for it too
         process.wait()
         process.stdout.close()
 
