@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -414,6 +415,20 @@ def test_too_little_room_is_said_before_anything_is_written(
     shown = " ".join(capsys.readouterr().out.split())
     assert "checkpoint of step 1 not saved: it takes 0." in shown
     assert f"MB and 0.0 MB are free in {folder}; there is no checkpoint yet, and training goes on" in shown
+
+
+def test_a_save_stands_though_older_ones_cannot_be_removed(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(run_folder: Path, keep: int) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(checkpointer, "remove_older", busy)
+    code, folder = train(*SETTINGS, "training.max_steps", 2)
+    assert code == 0
+    assert "not saved" not in " ".join(capsys.readouterr().out.split())
+    assert (folder / "checkpoint-2" / "manifest.json").is_file()
+    assert "older checkpoints could not be removed" in (folder / "log.txt").read_text()
 
 
 def _dies(arguments: list[str], metrics: Path) -> int:
