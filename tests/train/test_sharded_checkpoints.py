@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 
 from phi3v.cli import main
 from phi3v.config import CheckpointConfig, RunConfig, TrainingConfig
+from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.errors import UserError
 from phi3v.train import assemble
 from phi3v.train.checkpoint_folder import checkpoints, damage, step_of
@@ -71,9 +73,14 @@ def command(model: Path, data: Path, out: Path, engine: str = "auto", **others: 
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
+def main_with_readers(arguments: list[str]) -> int:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have readers
+    return main(arguments)
+
+
 def run(ranks: int, model: Path, data: Path, out: Path, engine: str, *flags: str, **others: object) -> str:
     arguments = [*command(model, data, out, engine, **others), *flags]
-    return run_ranks(ranks, main, arguments, folder=out.with_name(f"{out.name}-printed-{ranks}"))
+    return run_ranks(ranks, main_with_readers, arguments, folder=out.with_name(f"{out.name}-printed-{ranks}"))
 
 
 def assert_same_sharded_run(one: Path, two: Path, last: int) -> None:
@@ -302,7 +309,10 @@ def _killed_in_a_save(arguments: list[str], out: str, victims: tuple[int, ...], 
 
     if int(os.environ["RANK"]) in victims:
         threading.Thread(target=watch, daemon=True).start()
-    return main(arguments)
+    code = main_with_readers(arguments)
+    if int(os.environ["RANK"]) in victims:  # another one was killed a moment before
+        os.kill(os.getpid(), signal.SIGKILL)
+    return code
 
 
 @SLOW
@@ -312,8 +322,13 @@ def test_kills_at_random_moments_of_saves(
 ) -> None:
     """kill -9 of one rank, or of all, while a save is in flight; then the run is the one that was not disturbed."""
     last = 3 * kills + 2
-    settings = {"training.max_steps": last, "training.batch_size": ranks, "checkpoint.save_steps": 1}
-    settings["checkpoint.keep_last"] = 2
+    settings: dict[str, object] = {"training.max_steps": last, "training.batch_size": ranks}
+    settings |= {"checkpoint.save_steps": 1, "checkpoint.keep_last": 2}
+    if ranks == 2:  # what reads ahead is killed too, in a file and in shards
+        shard_data([easy_vqa / "train.jsonl"], tmp_path / "shards", ShardOptions(shard_size=20_000))
+        file, shards = easy_vqa / "train.jsonl", tmp_path / "shards"
+        sources = [{"path": str(file), "max_records": 9, "name": "file"}, {"path": str(shards), "max_records": 9}]
+        settings |= {"data.train": json.dumps(sources), "data.num_workers": 2}
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(ranks, small_model_dir, easy_vqa, whole, engine, **settings)
     draw = random.Random(engine)
@@ -332,7 +347,7 @@ def test_kills_at_random_moments_of_saves(
         assert [damage(folder) for folder in checkpoints(out)] == [None] * len(checkpoints(out))
         before, newest = newest, max(map(step_of, checkpoints(out)), default=-1)
         assert newest >= before
-    shown = run_ranks(ranks, main, arguments, folder=tmp_path / "last")
+    shown = run_ranks(ranks, main_with_readers, arguments, folder=tmp_path / "last")
     assert newest > 0
     assert f"checkpoint-{newest} (the newest valid checkpoint)" in shown
     assert not list(out.glob(".checkpoint-*"))
