@@ -11,6 +11,7 @@ import pytest
 from sample_files import image_bytes
 
 from phi3v.data import overlap
+from phi3v.data.image_store import FolderStore
 from phi3v.data.overlap import Overlap, find_overlap
 from phi3v.data.table import open_table
 
@@ -65,7 +66,7 @@ def test_files_that_share_nothing_are_not_read(
     train, _ = files
     other = write(tmp_path / "eval", [turn("What colour?", "c.png")])
     (tmp_path / "eval/images/c.png").write_bytes(image_bytes(5) + b" ")
-    monkeypatch.setattr(overlap, "_hash", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(FolderStore, "sha256", lambda store, name: pytest.fail(f"{name} was read"))
     assert find_overlap(open_table(train), open_table(other)).finding is None
 
 

@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from device_reads import DeviceReads
+from device_reads import DeviceReads, sample
 from torch._subclasses import FakeTensorMode
 
 from phi3v import Phi3VForCausalLM
-from phi3v.data.collate import Collator, Page, Sample, pack_row
+from phi3v.data.collate import Collator, pack_row
 from phi3v.train.compute.checkpointing import apply_checkpointing
-
-
-def sample(text: int, *pages: tuple[str, int]) -> Sample:
-    """``text`` tokens after the pages, the last three with labels; a page is a name and a number of crops in a row."""
-    ids, made = [1], []
-    for number, (name, crops) in enumerate(pages, start=1):
-        ids += [-number] * ((crops + 1) * 144 + 1 + 2 * 12)
-        made.append(Page(name, (336, 336 * crops), torch.zeros(336, 336 * crops, 3, dtype=torch.uint8)))
-    ids += range(5, 5 + text)
-    return Sample(ids, [-100] * (len(ids) - 3) + ids[-3:], made)
 
 
 def batches() -> dict[str, tuple[str, dict[str, Any]]]:

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from device_reads import sample
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.data.collate import Collator, Page, Sample, pack_row
+from phi3v.data.collate import Collator, pack_row
 from phi3v.model import attention
 from phi3v.model.attention import BACKENDS, MaskBackend
 from phi3v.plan.hardware import find_gpu
@@ -77,16 +78,6 @@ def fake_gpu(device_guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fa
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
-
-
-def sample(text: int, *pages: tuple[str, int]) -> Sample:
-    """``text`` tokens after the pages, the last three with labels; a page is a name and a number of crops in a row."""
-    ids, made = [1], []
-    for number, (name, crops) in enumerate(pages, start=1):
-        ids += [-number] * ((crops + 1) * 144 + 1 + 2 * 12)
-        made.append(Page(name, (336, 336 * crops), torch.zeros(336, 336 * crops, 3, dtype=torch.uint8)))
-    ids += range(5, 5 + text)
-    return Sample(ids, [-100] * (len(ids) - 3) + ids[-3:], made)
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,13 @@ class ImageStore(ABC):
             OSError: it cannot be read.
         """
 
+    def digest(self, name: str) -> str | None:
+        """As `sha256`; None where the image cannot be read, which is said where it is needed."""
+        try:
+            return self.sha256(name)
+        except OSError:
+            return None
+
 
 @dataclass(frozen=True)
 class FolderStore(ImageStore):

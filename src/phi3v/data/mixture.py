@@ -284,7 +284,7 @@ def _same_images(
     )
     alike = [name for size, name in zip(sizes, names, strict=True) if size >= 0 and homes_of_size[size] > 1]
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(lambda name: _digest(store, name), alike))
+        digests = list(pool.map(store.digest, alike))
     first: dict[str, str] = {}
     same = {}
     for name, digest in zip(alike, digests, strict=True):
@@ -295,13 +295,6 @@ def _same_images(
             same[name] = kept
     remember(memory, {"of": state, "same": same})
     return same
-
-
-def _digest(store: ImageStore, name: str) -> str | None:
-    try:
-        return store.sha256(name)
-    except OSError:  # said where it is read
-        return None
 
 
 def open_sources(

@@ -9,10 +9,9 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from phi3v.data.cache import recall, remember
-from phi3v.data.image_store import THREADS, ImageStore
+from phi3v.data.image_store import THREADS
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.findings import Finding
@@ -135,14 +134,7 @@ def _same_contents(*tables: RecordTable) -> list[dict[str, str]]:
     with ThreadPoolExecutor(THREADS) as pool:
         for store, of_table, of_sizes in zip(stores, names, sizes, strict=True):
             chosen = [name for name, size in zip(of_table, of_sizes, strict=True) if size in in_both]
-            digests = dict(zip(chosen, pool.map(partial(_hash, store), chosen), strict=True))
+            digests = dict(zip(chosen, pool.map(store.digest, chosen), strict=True))
             # What no other file can hold is like itself alone.
             found.append({name: digests.get(name) or store.where(name) for name in of_table})
     return found
-
-
-def _hash(store: ImageStore, name: str) -> str | None:
-    try:
-        return store.sha256(name)
-    except OSError:  # said where it is read
-        return None
