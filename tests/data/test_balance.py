@@ -66,6 +66,8 @@ def test_what_prefers_a_rank_leaves_it_only_to_even_the_work_out() -> None:
     assert loads(work, assigned, 16).max() < 1.04 * work.sum() / 16
     # Of one rank too many: the surplus goes elsewhere.
     assert assign_to_ranks([1, 1, 1, 1], 2, most=2, preferred=[0, 0, 0, 1]) == [0, 0, 1, 1]
+    # What prefers none goes where there is room.
+    assert assign_to_ranks([9, 1, 1, 1, 1, 1, 1], 2, preferred=[-1, 1, 1, -1, 1, -1, 1]) == [0, 1, 1, 1, 1, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def test_rows_of_equal_work() -> None:
     assert even_rows([1, 1, 1], [4, 4, 4], 5, 2) is None
     assert abreast([1, 5, 3, 4, 2], 2) == [[1, 2, 0], [3, 4]]
     assert abreast([1, 5, 3, 4, 2], 2, preferred=[1, 1, 1, 1, 0]) == [[3, 4], [1, 2, 0]]
+    assert abreast([1, 5, 3, 4, 2, 6], 2, preferred=[1, 1, -1, -1, -1, -1]) == [[5, 3, 4], [1, 2, 0]]
     assert even_rows([1, 1], [9, 9], 5, 2) == [[0], [1]]  # longer than a row: by itself
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -78,6 +79,25 @@ def test_a_source_in_shards_keeps_its_windows() -> None:
             np.testing.assert_array_equal(of_source[30 * time : 30 * time + 30], shards.of_epoch(3 * epoch + time))
         mixed = (drawn[:40] >= 20).sum()
         assert 20 < mixed < 40, "between those of the other source"
+
+
+def test_a_rank_owns_shards_of_all_sources_that_are_fetched() -> None:
+    """Numbered through, also where a source is read where it lies; in all passes those of the first one."""
+    one, other = ShardWindows((7, 0, 9, 3, 6), window=2, seed=0), ShardWindows((4, 4), window=2, seed=0)
+    here = replace(other, fetched=False)
+    order = Mixed((20, 25, 8, 8), (20, 60, 8, 4), 0, (None, one, here, other))
+    for epoch in (0, 1):
+        first = other.windows(epoch)[0]
+        windows = one.windows(3 * epoch)
+        assert order.windows(epoch) == [[*windows[0], *(7 + shard for shard in first)], *windows[1:]]
+        slots = order.slots(epoch)
+        assert len(slots) == 61
+        assert (slots[:20] == -1).all()
+        np.testing.assert_array_equal(slots[20:45], one.slots(3 * epoch))
+        assert (slots[45:53] == -1).all()
+        np.testing.assert_array_equal(slots[53:], 2 + other.slots(epoch))
+    assert Mixed((20, 8), (20, 8), 0).windows(0) == []
+    assert (Mixed((20, 8), (20, 8), 0).slots(0) == -1).all()
 
 
 def test_earlier_draws() -> None:

@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from one_step import one_step
+from one_step import assert_same, one_step
 from ranks import run_ranks
 from safetensors.torch import load_file
-
-# Float32 sums in another order. Relative to the largest gradient of a tensor where that is above 1: a unit in the last
-# place of a gradient of 8 is 1e-6 already.
-TOLERANCE = 1e-6
 
 
 def gradients(
@@ -69,15 +65,6 @@ def test_packed_rows_on_two_ranks_give_the_same_gradients(
         tmp_path / "packed", small_model_dir, data, micro=1, weighting="sample", ranks=2, packing="shared-image"
     )
     assert_same(packed, reference, "shared pages on two ranks")
-
-
-def assert_same(got: dict[str, Any], reference: dict[str, Any], what: str) -> None:
-    assert got.keys() == reference.keys()
-    worst = max(
-        ((got[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1.0)).item()
-        for name, gradient in reference.items()
-    )
-    assert worst < TOLERANCE, f"{what}: {worst}"
 
 
 def test_the_weightings_differ_and_mean_what_they_say(tmp_path: Path, small_model_dir: Path, uneven: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from resume_helpers import assert_same_run, assert_same_weights, interrupted_cop
 from run_helpers import read_metrics
 
 from phi3v.cli import main
-from phi3v.config import RunConfig
+from phi3v.config import DataSource, RunConfig
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
-from phi3v.data.order import ShardWindows
+from phi3v.data.mixture import mix_tables
+from phi3v.data.order import Mixed, ShardWindows
 from phi3v.data.shards.write import ShardOptions, shard_data
-from phi3v.data.table import open_table
+from phi3v.data.table import RecordTable, open_table
+from phi3v.findings import Finding
 from phi3v.train import open_data, prepare
 
 WINDOW = 4
@@ -121,15 +124,29 @@ def test_a_run_that_was_killed_goes_on_with_the_same_records(
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps - steps % 2)
 
 
-def test_ranks_without_shards_of_their_own_are_told(server: FileServer, shards: Path) -> None:
+def test_ranks_without_shards_of_their_own_are_told(server: FileServer, shards: Path, in_order: Path) -> None:
     config = RunConfig()
     config.data.shuffle_window = 3
-    remote, local = open_table(server.url), open_table(shards)
-    found = open_data.few_shards(config, remote, 4)
-    assert found is not None
-    assert found.what.startswith("of 3 shards at a time, 1 of 4 ranks have none")
-    assert open_data.few_shards(config, remote, 3) is None
-    assert open_data.few_shards(config, local, 4) is None, "what is here is read where it lies"
+    remote, local, file = open_table(server.url), open_table(shards), open_table(in_order)
+
+    def found(*tables: RecordTable, **amount: Any) -> Finding | None:
+        table = tables[0] if len(tables) == 1 else mix_tables(tables, ["a", "b"])
+        config.data.train = [DataSource("a"), DataSource("b", **amount)]
+        return open_data.few_shards(open_data.order_of(config, table), 4)
+
+    alone = found(remote)
+    assert alone is not None
+    assert alone.what.startswith("of 3 shards at a time, 1 of 4 ranks have none")
+    assert open_data.few_shards(open_data.order_of(config, remote), 3) is None
+    assert found(local) is None, "what is here is read where it lies"
+    assert found(file) is None
+    # Half of the records are in no shards, so there is enough for the rank that has none.
+    assert found(file, remote) is None
+    assert found(local, remote) is None
+    much = found(file, remote, epochs=9)
+    assert much is not None
+    assert much.what.startswith("of 3 shards at a time, which 90% of the records are in, 1 of 4 ranks have none")
+    assert found(file, remote, max_records=2) is None, "asked for image by image in any case"
 
 
 @pytest.mark.slow
@@ -160,11 +177,23 @@ def random_lengths(records: int, seed: int) -> RecordLengths:
     return RecordLengths(tokens, prefix, tokens // 10, crops, prefix, np.arange(records) // 3)
 
 
+SHARDS = (60, 61, 62, 63, 58, 59, 57, 60, 30)
+ALONE = ShardWindows(SHARDS, 4, 7)
+# The second source is a file, of whose records no rank has any at hand; the third comes twice.
+BESIDE = Mixed(
+    (246, 200, 264), (246, 200, 528), 7, (replace(ALONE, shards=SHARDS[:4]), None, replace(ALONE, shards=SHARDS[4:]))
+)
+
+
 @pytest.mark.parametrize("packing", ["none", "samples", "shared-image"])
-def test_every_record_comes_once_and_mostly_from_a_rank_s_own_shards(packing: Any) -> None:
-    counts = (60, 61, 62, 63, 58, 59, 57, 60, 30)
-    order, lengths = ShardWindows(counts, 4, 7), random_lengths(sum(counts), 3)
-    shard_of = np.repeat(np.arange(len(counts)), counts)
+@pytest.mark.parametrize("order", [ALONE, BESIDE])
+def test_every_record_comes_as_often_as_it_is_to_and_mostly_from_a_rank_s_own_shards(
+    packing: Any, order: ShardWindows | Mixed
+) -> None:
+    lengths = random_lengths(sum(SHARDS) + 200 * (order is BESIDE), 3)
+    shard_of = np.repeat(np.arange(len(SHARDS)), SHARDS)
+    if order is BESIDE:
+        shard_of = np.insert(shard_of, 246, np.full(200, -1))
     steps: dict[int, list[list[int]]] = {}
     for ranks in (1, 2, 4):
         plan = BatchPlan(
@@ -178,19 +207,21 @@ def test_every_record_comes_once_and_mostly_from_a_rank_s_own_shards(packing: An
             order=order,
         )
         own = [{shard for window in plan.own_shards(rank, 1) for shard in window} for rank in range(ranks)]
-        assert sorted(shard for shards in own for shard in shards) == list(range(len(counts)))
+        assert sorted(shard for shards in own for shard in shards) == list(range(len(SHARDS)))
         seen: Counter[int] = Counter()
-        at_home = 0
+        at_home, in_shards = 0, 0
         steps[ranks] = []
         for step in plan.steps(1):
             for rank, rows in enumerate(step):
                 records = [index for row in rows for group in row for index in group]
                 seen.update(records)
-                at_home += sum(int(shard_of[index]) in own[rank] for index in records)
+                of_records = shard_of[records]
+                in_shards += (of_records >= 0).sum()
+                at_home += np.isin(of_records, list(own[rank])).sum()
             steps[ranks].append(sorted(index for rows in step for row in rows for group in row for index in group))
-        assert seen == Counter(range(sum(counts)))
+        assert seen == Counter(order.of_epoch(1).tolist())
         # The last window has one shard, so its 30 records are one rank's own.
-        assert at_home / sum(counts) > {1: 0.99, 2: 0.75, 4: 0.65}[ranks]
+        assert at_home / in_shards > {1: 0.99, 2: 0.75, 4: 0.65}[ranks]
         work = np.array([[sum(map(plan.work, rows)) for rows in step] for step in plan.steps(1)])
         assert (work.max(axis=1) / work.mean(axis=1)).mean() < 1.05
     assert steps[1] == steps[2] == steps[4]

@@ -20,7 +20,7 @@ def assign_to_ranks(
 
     Args:
         most: items of a rank at most.
-        preferred: a rank for each item, which it leaves only where that evens the work out.
+        preferred: a rank for each item, which it leaves only where that evens the work out; -1: none.
     """
     if ranks == 1:
         return [0] * len(work)
@@ -37,7 +37,7 @@ def _largest_first(work: Sequence[float], ranks: int, most: int | None, preferre
         homeless = []
         for item in items:
             rank = preferred[item]
-            if counts[rank] == most or (counts[rank] and at[rank] + work[item] > limit):
+            if rank < 0 or counts[rank] == most or (counts[rank] and at[rank] + work[item] > limit):
                 homeless.append(item)
                 continue
             assigned[item] = rank
@@ -117,7 +117,7 @@ def abreast(work: Sequence[float], ranks: int, preferred: Sequence[int] | None =
         placed: dict[int, int] = {}
         left = []
         for item in order[start : start + ranks]:
-            if preferred is not None and preferred[item] not in placed:
+            if preferred is not None and preferred[item] >= 0 and preferred[item] not in placed:
                 placed[preferred[item]] = item
             else:
                 left.append(item)

@@ -139,13 +139,16 @@ class BatchPlan:
             equal: ranks meet in every row, so they have equally many, as far as their groups go, and the rows that
                 they compute at the same time are alike.
         """
-        chunks = self.chunks(epoch)
-        # Of each record the rank that has its images at hand, and is to compute it where work allows that.
-        homes = self._order.slots(epoch) % self.world_size if isinstance(self._order, ShardOrder) else None
+        chunks, homes = self.chunks(epoch), self._homes(epoch)
         starts = self._starts(chunks)[first:].tolist()
         for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
             records = chunks.records[start:end]
             yield self._pack(records, equal, homes) if self.is_packed else self._pad(records, equal, homes)
+
+    def _homes(self, epoch: int) -> Ints | None:
+        """(records,) the rank that has its images at hand, and is to compute it where work allows that; -1: any."""
+        slots = self._order.slots(epoch) if self.world_size > 1 and isinstance(self._order, ShardOrder) else np.empty(0)
+        return np.where(slots < 0, -1, slots % self.world_size) if (slots >= 0).any() else None
 
     def chunks(self, epoch: int) -> Chunks:
         """All records in the order of the epoch; those of a page in chunks that come together."""
@@ -263,7 +266,8 @@ class BatchPlan:
         ]
 
     def _assign(self, groups: Sequence[_Group], homes: Ints | None) -> list[int]:
-        preferred = None if homes is None else homes[[group.records[0] for group in groups]].tolist()
+        # A page of several sources is read where the first of them has it.
+        preferred = None if homes is None else homes[[min(group.records) for group in groups]].tolist()
         return assign_to_ranks([group.work for group in groups], self.world_size, preferred=preferred)
 
     def _groups(self, records: Ints) -> list[_Group]:

@@ -135,6 +135,19 @@ class MixtureTable(RecordTable):
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
         return super().read_images(record, _by_own_name(take))
 
+    def assign_shards(self, own: Sequence[Sequence[int]]) -> None:
+        """Those of all sources are numbered through, as of `Mixed`."""
+        of_stores: dict[int, list[list[int]]] = {}
+        first = 0
+        for home, table in zip(self.homes, self.sources, strict=True):
+            numbers = range(first, first + len(table.shards))
+            first = numbers.stop
+            of_store = of_stores.setdefault(home, [[] for _ in own])
+            for into, window in zip(of_store, own, strict=True):
+                into += [shard - numbers.start for shard in window if shard in numbers]
+        for home, windows in of_stores.items():
+            self.sources[home].assign_shards(windows)
+
     def of_image(self, take: Callable[..., T], name: str) -> T:
         return super().of_image(_by_own_name(take), name)
 

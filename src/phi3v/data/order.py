@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, zip_longest
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,7 +32,7 @@ class ShardOrder(Order, Protocol):
         """The shards that are read at the same time, one such window after the other."""
 
     def slots(self, epoch: int) -> npt.NDArray[np.int64]:
-        """(records,) the place of each record's shard in its window."""
+        """(records,) the place of each record's shard in its window; -1 where it matters not which rank reads it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class ShardWindows:
         shards: records of each shard.
         window: shards that are read at the same time. Ranks do not enter, so records come in the same order on any
             number of them.
+        fetched: whether a rank fetches its shards whole; otherwise it matters not which rank reads a record.
     """
 
     shards: tuple[int, ...]
     window: int
     seed: int
+    fetched: bool = True
 
     def __len__(self) -> int:
         return sum(self.shards)
@@ -88,10 +91,7 @@ class ShardWindows:
         return np.concatenate(order) if order else np.empty(0, dtype=np.int64)
 
     def slots(self, epoch: int) -> npt.NDArray[np.int64]:
-        slots = np.zeros(len(self.shards), dtype=np.int64)
-        for window in self.windows(epoch):
-            slots[window] = np.arange(len(window))
-        return np.repeat(slots, self.shards)
+        return np.repeat(_slots(self.windows(epoch) if self.fetched else [], len(self.shards)), self.shards)
 
     def _shuffled(self, epoch: int) -> list[int]:
         # Shards without records are nobody's.
@@ -106,6 +106,9 @@ class Mixed:
     A source of ``n`` records of which an epoch takes ``k`` gives each of them ``k // n`` times, and the rest of ``k``
     once more: the next ones of a fixed shuffled round, so that over the epochs all come equally often. Records of a
     source that is in shards come in the order of its windows, between those of the others.
+
+    Shards that are fetched are numbered through, source after source. What is one rank's own in the first pass over a
+    source stays so in the others, so that no other rank fetches it.
 
     Attributes:
         sizes: records of each source.
@@ -132,6 +135,34 @@ class Mixed:
                 taken[own] = start + self._in_windows(windows, taken[own] - start, epoch)
         return taken
 
+    def windows(self, epoch: int) -> list[list[int]]:
+        """The first windows of all sources together, then their second ones."""
+        of_sources = [
+            [[first + shard for shard in window] for window in shards.windows(epoch * self._passes(place))]
+            for place, (shards, first) in enumerate(self._numbered())
+            if shards is not None and shards.fetched
+        ]
+        return [list(chain.from_iterable(windows)) for windows in zip_longest(*of_sources, fillvalue=())]
+
+    def slots(self, epoch: int) -> npt.NDArray[np.int64]:
+        numbered = self._numbered()
+        slots = _slots(self.windows(epoch), sum(len(shards.shards) for shards, _ in numbered if shards is not None))
+        of_sources = [
+            np.full(size, -1) if shards is None else np.repeat(slots[first : first + len(shards.shards)], shards.shards)
+            for size, (shards, first) in zip(self.sizes, numbered, strict=True)
+        ]
+        return np.concatenate(of_sources)
+
+    def _numbered(self) -> list[tuple[ShardWindows | None, int]]:
+        """Of each source its shards, and the number of the first of them."""
+        of_sources = self.windows_of or (None,) * len(self.sizes)
+        counts = [0 if shards is None else len(shards.shards) for shards in of_sources]
+        return list(zip(of_sources, accumulate(counts, initial=0), strict=False))
+
+    def _passes(self, place: int) -> int:
+        """How often an epoch goes over a source, the last time perhaps over a part of it."""
+        return -(-self.counts[place] // self.sizes[place])
+
     def _of_source(self, place: int, epoch: int) -> npt.NDArray[np.int64]:
         size = self.sizes[place]
         whole, rest = divmod(self.counts[place], size)
@@ -151,6 +182,14 @@ class Mixed:
             order = windows.of_epoch(epoch * passes + time)
             ordered.append(order[np.isin(order, records[times == time])])
         return np.concatenate(ordered) if ordered else records
+
+
+def _slots(windows: Iterable[Sequence[int]], shards: int) -> npt.NDArray[np.int64]:
+    """(shards,) the place of each in its window, -1 where it is in none."""
+    slots = np.full(shards, -1)
+    for window in windows:
+        slots[list(window)] = np.arange(len(window))
+    return slots
 
 
 def earlier_draws(order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -9,13 +9,12 @@ from phi3v.config import RunConfig
 from phi3v.data.check import ensure_checked
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.mixture import open_sources
-from phi3v.data.order import Mixed, Order, ShardWindows, epoch_counts
+from phi3v.data.order import Mixed, Order, ShardOrder, ShardWindows, epoch_counts
 from phi3v.data.shards.index import require_data
 from phi3v.data.shards.store import ShardStore
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
 from phi3v.findings import Finding
-from phi3v.paths import url_of
 from phi3v.processing.processor import Phi3VProcessor
 
 
@@ -80,15 +79,20 @@ def data_files(config: RunConfig) -> list[Path]:
 
 def order_of(config: RunConfig, table: RecordTable) -> Order | None:
     """What an epoch takes of the sources of a mixture, or in which order of shards; of one file all records."""
-    if table.shards:
-        return ShardWindows(table.shards, config.data.shuffle_window, config.training.seed)
+    seed = config.training.seed
+
+    def windows(table: RecordTable, count: int) -> ShardWindows | None:
+        """The shards of a source of which an epoch takes so many records."""
+        if not table.shards:
+            return None
+        fetched = isinstance(table.images, ShardStore) and table.images.are_fetched(count / len(table))
+        return ShardWindows(table.shards, config.data.shuffle_window, seed, fetched)
+
     if not table.sources:
-        return None
+        return windows(table, len(table))
     sizes = tuple(map(len, table.sources))
     counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
-    seed, window = config.training.seed, config.data.shuffle_window
-    shards = tuple(ShardWindows(each.shards, window, seed) if each.shards else None for each in table.sources)
-    return Mixed(sizes, tuple(counts), seed, shards)
+    return Mixed(sizes, tuple(counts), seed, tuple(map(windows, table.sources, counts)))
 
 
 def questions_of(
@@ -105,15 +109,20 @@ def questions_of(
     return QuestionDataset(table, processor, limit=min(limits, default=None), seed=seed, records=records)
 
 
-def few_shards(config: RunConfig, table: RecordTable, ranks: int) -> Finding | None:
-    """What is said where ranks have no shard of their own to fetch."""
-    window = min(config.data.shuffle_window, len(table.shards))
-    if window >= ranks or not isinstance(table.images, ShardStore) or url_of(table.images.index.place(0)) is None:
+def few_shards(order: Order | None, ranks: int) -> Finding | None:
+    """What is said where ranks have no shard of their own to fetch, and too few records that are in none."""
+    if not isinstance(order, ShardOrder):
         return None
+    in_shards = (order.slots(0)[order.of_epoch(0)] >= 0).mean()
+    together = max(map(len, order.windows(0)), default=0)
+    if together >= ranks * in_shards:
+        return None
+    of_records = f", which {in_shards:.0%} of the records are in" if in_shards < 1 else ""
     return Finding(
         "shards",
         "warn",
-        f"of {window} shards at a time, {ranks - window} of {ranks} ranks have none, and ask for images one by one",
+        f"of {together} shards at a time{of_records}, {ranks - together} of {ranks} ranks have none, and ask for "
+        "images one by one",
         "raise data.shuffle_window, or make smaller shards (`phi3v data shard --shard-size`)",
     )
 

@@ -206,7 +206,7 @@ def prepare(
             *checked.findings,
             *shared,
             *([limit.finding] if limit is not None and limit.finding is not None else []),
-            *(said for said in (doubtful, few_shards(config, train_table, runtime.world_size)) if said is not None),
+            *(said for said in (doubtful, few_shards(plan.order, runtime.world_size)) if said is not None),
         ),
     )
 

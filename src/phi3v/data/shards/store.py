@@ -166,6 +166,13 @@ class ShardStore(ImageStore):
             self._positions[list(shards)] = window
         self._assigned += 1
 
+    def are_fetched(self, share: float = 1.0) -> bool:
+        """Whether who reads such a share of its shards has them whole in the cache."""
+        return any(
+            shard.kind != "tar" or (share > WORTH_FETCHING and not self._is_in_place(number))
+            for number, shard in enumerate(self.index.shards)
+        )
+
     def _distance(self, shard: int) -> tuple[int, int]:
         """Of several shards that have an image, the one with the least is read."""
         return (int(self._open(shard) is None), int(self._positions[shard] < 0))

@@ -1,0 +1,163 @@
+"""An epoch of shards at a URL, alone or beside a file: ranks fetch shards of their own and learn what one process does.
+
+Each rank has two readers, a disk of its own and a server of its own, which tells what that rank asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from file_server import serving
+from mixture_data import questions, write
+from one_step import assert_same
+from ranks import run_ranks
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from phi3v.config import DataSource, Packing, RunConfig
+from phi3v.data.readers import Readers
+from phi3v.data.shards.write import ShardOptions, shard_data
+from phi3v.data.table import open_table
+from phi3v.train.collectives import HostCollectives
+from phi3v.train.device import choose_device
+from phi3v.train.engines import DataParallel
+from phi3v.train.loop import TrainingLoop
+from phi3v.train.observers.faults import StepFaults
+from phi3v.train.prepare import prepare
+
+IN_FILE = 13
+WINDOW = 4
+
+
+class StandsStill(DataParallel):
+    """Keeps the gradients of every step, and the weights as they are."""
+
+    def step(self, norm: torch.Tensor) -> None:
+        self.__dict__.setdefault("steps", []).append(
+            {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        )
+        self.optimizer.zero_grad()
+
+
+class Recorded(StepFaults):
+    """Keeps the records of every step that this rank computed."""
+
+    def add(self, number: int, rows: Sequence[Sequence[int]], losses: Sequence[torch.Tensor], norm: Any) -> None:
+        self.__dict__.setdefault("seen", []).append([index for row in rows for index in row])
+        super().add(number, rows, losses, norm)
+
+
+def epoch(
+    model: Path, sources: Sequence[dict[str, Any]], places: Sequence[str], out: Path, packing: Packing, size: int
+) -> None:
+    """An epoch of the loop; writes its gradients, and what this rank read.
+
+    Args:
+        sources: of which the last is in shards.
+        places: where each rank has the shards.
+        size: records of a step.
+    """
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have readers
+    rank = int(os.environ.get("RANK", 0))
+    os.environ["PHI3V_CACHE"] = str(out / f"disk-{rank}")
+    config = RunConfig()
+    config.model.path = str(model)
+    named = [DataSource(**source) for source in [*sources[:-1], sources[-1] | {"path": places[rank]}]]
+    train = named if len(named) > 1 else places[rank]
+    config.data = replace(config.data, train=train, packing=packing, pack_tokens=700, shuffle_window=WINDOW)
+    config.data.num_workers = 2 if len(places) > 1 else 0
+    config.training.batch_size, config.training.micro_batch_size = size, 2 if packing == "none" else 1
+    config.training.epochs, config.training.max_grad_norm = 1, 0.0
+    config.training.output_dir, config.distributed.engine = str(out / "run"), "ddp"
+    runtime = choose_device("fp32")
+    run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    engine = StandsStill(run.model, run.engine.choice, config, runtime)
+    run, faults = replace(run, engine=engine), Recorded(run)
+    with Readers(run.dataset().__getitem__, run.num_workers) as readers:
+        TrainingLoop(run, readers, faults).run()
+    told = {"seen": faults.__dict__["seen"], "own": run.plan.own_shards(rank, 0)}
+    (out / f"told-{rank}.json").write_text(json.dumps(told))
+    if rank == 0:
+        steps = engine.__dict__["steps"]
+        save_file({f"{step} {name}": g for step, of_step in enumerate(steps) for name, g in of_step.items()}, out / "g")
+
+
+@pytest.fixture(scope="module")
+def shards(easy_vqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two questions about each of eighteen images, six of which the file asks about too."""
+    folder = tmp_path_factory.mktemp("own-shards")
+    asked = questions(easy_vqa, range(6, 24), 1, "b") + questions(easy_vqa, range(6, 24), 2, "c")
+    file = write(easy_vqa, folder / "in" / "b.jsonl", asked)
+    shard_data([file], folder / "shards", ShardOptions(shard_size=10_000))
+    assert len(open_table(folder / "shards").shards) > WINDOW + 1
+    return folder / "shards"
+
+
+@pytest.mark.parametrize(
+    ("mixed", "packing", "ranks"),
+    [
+        (True, "shared-image", 2),
+        *(
+            pytest.param(mixed, packing, ranks, marks=pytest.mark.slow)
+            for mixed in (True, False)
+            for packing in ("none", "samples", "shared-image")
+            for ranks in (2, 4)
+            if (mixed, packing, ranks) != (True, "shared-image", 2)
+        ),
+    ],
+)
+def test_every_record_once_own_shards_whole_and_the_gradients_of_one_process(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, shards: Path, mixed: bool, packing: Packing, ranks: int
+) -> None:
+    """Beside a file of 13 records, 54 of 36 that are in shards. The last step has rows for some of the ranks."""
+    file = write(easy_vqa, tmp_path / "a.jsonl", questions(easy_vqa, range(IN_FILE), 0, "a"))
+    sources: list[dict[str, Any]] = [{"path": str(file)}] * mixed + [{"path": str(shards), "name": "b"}]
+    sources[-1] |= {"epochs": 1.5} if mixed else {}
+    total = 67 if mixed else 36
+    size = 16 if packing == "none" else 22 if mixed else 35
+    out = {world: tmp_path / str(world) for world in (1, ranks)}
+    run_ranks(1, epoch, small_model_dir, sources, [str(shards)], out[1], packing, size, folder=out[1])
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(serving(shards)) for _ in range(ranks)]
+        urls = [server.url for server in servers]
+        run_ranks(ranks, epoch, small_model_dir, sources, urls, out[ranks], packing, size, folder=out[ranks])
+    told = {
+        world: [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(world)]
+        for world, folder in out.items()
+    }
+
+    first = IN_FILE if mixed else 0
+    taken = range(-(-total // size))
+    steps = [Counter(index for rank in told[ranks] for index in rank["seen"][step]) for step in taken]
+    assert steps == list(map(Counter, told[1][0]["seen"]))
+    assert all(len(rank["seen"]) == len(steps) for rank in told[ranks])
+    drawn = sum(steps, Counter())
+    assert all(drawn[index] == 1 for index in range(first))
+    assert Counter(drawn[index] for index in range(first, first + 36)) == ({1: 18, 2: 18} if mixed else {1: 36})
+    assert len(drawn) == first + 36
+
+    count = len(open_table(shards).shards)
+    own = [{shard for window in rank["own"] for shard in window} for rank in told[ranks]]
+    assert sorted(shard for of_rank in own for shard in of_rank) == list(range(count)), "each is one rank's"
+    for server, of_rank in zip(servers, own, strict=True):
+        whole = server.whole()
+        names = {f"{shard:05d}.tar" for shard in of_rank}
+        assert len(whole) == len(set(whole)), "once"
+        assert set(whole) <= names
+        assert not {name for name, start in server.requests if start is not None} & names
+    # All of it was read; by chance others compute all records of a shard, to balance a step.
+    assert {name for server in servers for name, _ in server.requests} >= {f"{n:05d}.tar" for n in range(count)}
+    assert sum(len(server.whole()) for server in servers) > count / 2
+
+    assert_same(load_file(out[ranks] / "g"), load_file(out[1] / "g"), f"{packing} on {ranks} ranks")
