@@ -30,8 +30,9 @@ from phi3v.data.batches import BatchPlan
 from phi3v.data.cache import keep_arrays
 from phi3v.data.lengths import measure_table, tokens_file
 from phi3v.data.order import ShardWindows
+from phi3v.data.record_rows import SCHEMA
 from phi3v.data.shards.index import _IMAGE_SCHEMA, IMAGES, INDEX, RECORDS, Shard, name_keys, write_index
-from phi3v.data.table import _SCHEMA, open_table
+from phi3v.data.table import open_table
 from phi3v.model.configuration import Phi3VConfig
 from phi3v.model.shape import ModelShape
 
@@ -59,7 +60,7 @@ def write_data(folder: Path, count: int) -> list[int]:
     names = [f"pages/{number:07d}.jpg" for number in range(pages)]
     text, targets = rng.integers(20, 60, count), rng.integers(3, 20, count)
 
-    with pa.OSFile(str(folder / RECORDS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    with pa.OSFile(str(folder / RECORDS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for start in range(0, count, BATCH):
             writer.write_batch(_records(np.arange(start, min(start + BATCH, count)), page, names))
 
@@ -69,7 +70,7 @@ def write_data(folder: Path, count: int) -> list[int]:
         "key": keys,
         "name": np.array(names, dtype=object),
         "shard": shard_of_page,
-        "offset": ends - size,
+        "offset": (ends - size) - (ends - size)[np.searchsorted(shard_of_page, shard_of_page)],
         "size": size,
         "width": width,
         "height": height,
@@ -108,9 +109,11 @@ def _records(rows: Any, page: Any, names: list[str]) -> pa.RecordBatch:
         "images": pa.ListArray.from_arrays(every, pa.array([names[number] for number in page[rows]])),
         "weight": pa.array(np.ones(count, dtype=np.int8)),
     }
-    kind = _SCHEMA.field("turns").type.value_type
+    kind = SCHEMA.field("turns").type.value_type
+    empty = {name: pa.array([[]] * count, kind.field(name).type) for name in ("answers", "rejected", "scores")}
     turns = pa.StructArray.from_arrays(
-        [turn.get(field.name, pa.nulls(count, field.type)) for field in kind], fields=list(kind)
+        [turn.get(field.name, empty.get(field.name, pa.nulls(count, field.type))) for field in kind],
+        fields=list(kind),
     )
     columns = {
         "id": pa.array([f"record-{row}" for row in rows]),
@@ -121,8 +124,8 @@ def _records(rows: Any, page: Any, names: list[str]) -> pa.RecordBatch:
         "num_images": pa.array(np.ones(count, dtype=np.int32)),
         "num_rejected": pa.array(np.zeros(count, dtype=np.int32)),
     }
-    arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in _SCHEMA]
-    return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+    arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def plan_of(folder: Path, packing: Any, ranks: int, batch: int) -> tuple[BatchPlan, ShardWindows]:

@@ -54,7 +54,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_pairs_and_images_are_counted_apart(files: tuple[Path, Path]) -> None:
     found = find_overlap(*map(open_table, files))
-    assert found == Overlap(questions=8, same=4, same_image=2, first=2)
+    assert found == Overlap(questions=8, same=4, same_image=2, first_at="line 2")
     assert found.finding is not None
     for words in ("of 8 questions 4 are asked there too", "2 more are about images", "first in line 2"):
         assert words in found.finding.what

@@ -129,7 +129,7 @@ def test_what_fails_is_tried_again(
     ("fault", "requests", "message"),
     [
         (500, remote.ATTEMPTS, "HTTP 500"),
-        (404, 1, "is not there"),
+        (404, remote.ATTEMPTS, "is not there"),
         (403, 1, "may not be read"),
         ("short", remote.ATTEMPTS, "cannot be read"),
     ],
@@ -145,7 +145,7 @@ def test_what_goes_on_failing_names_shard_and_record(
         table.load_images(table[8])
     assert message in str(caught.value)
     assert f"{server.url}/00002.tar" in str(caught.value)
-    assert ":9: conversations[0].images[0]" in str(caught.value)
+    assert f"{table[8].id!r}: conversations[0].images[0]" in str(caught.value)
     assert len([name for name, _ in server.requests if name == "00002.tar"]) == requests
     assert table.load_images(table[0])
 
@@ -248,7 +248,7 @@ def test_a_shard_that_was_damaged_in_the_cache_is_fetched_again(server: FileServ
 def test_a_full_disk_is_told_at_once(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     table = open_table(server.url)
     table.assign_shards([[0]])
-    monkeypatch.setattr(remote.Location, "fetch", lambda *_: remote.attempt(_full, "there"))
+    monkeypatch.setattr(remote.Location, "fetch", lambda *_, **__: remote.attempt(_full, "there"))
     monkeypatch.setattr(remote.time, "sleep", None)
     with pytest.raises(UserError, match="no room for a shard") as caught:
         table.load_images(table[0])

@@ -225,17 +225,6 @@ def test_a_damaged_index_is_refused(shards: Path, file: str) -> None:
         open_table(shards)
 
 
-def test_names_in_an_index_do_not_leave_its_folder(shards: Path) -> None:
-    content = json.loads((shards / "index.json").read_text())
-    for change in ({"shards": [content["shards"][0] | {"file": "../../etc/passwd"}]}, {"files": {"../a": {}}}):
-        broken = content | change
-        broken["files"] = content["files"] | change.get("files", {})
-        broken["files"] = {name: {"bytes": 1, "sha256": ""} | of_file for name, of_file in broken["files"].items()}
-        (shards / "index.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="names a file outside of its folder"):
-            open_table(shards)
-
-
 def test_a_changed_image_or_a_lost_shard_is_named_with_the_record(shards: Path) -> None:
     table = open_table(shards)
     index = open_index(shards)
@@ -246,7 +235,7 @@ def test_a_changed_image_or_a_lost_shard_is_named_with_the_record(shards: Path) 
     (shards / "00000.tar").write_bytes(content)
     with pytest.raises(UserError, match="other bytes than the index says") as caught:
         table.load_images(table[0])
-    assert str(caught.value.where).endswith("shards:1: conversations[0].images[0]")
+    assert str(caught.value.where).endswith(f"shards/00000.tar: record {table[0].id!r}: conversations[0].images[0]")
     (shards / "00000.tar").unlink()
     with pytest.raises(UserError, match=r"the shard is not there: .*00000.tar"):
         open_table(shards).load_images(table[0])

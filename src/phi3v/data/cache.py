@@ -105,6 +105,8 @@ def recall_arrays(file: Path, shapes: dict[str, int]) -> dict[str, Ints] | None:
             arrays = {name: kept[name] for name in shapes}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+    if any(array.dtype != np.int64 for array in arrays.values()):
+        return None
     return arrays if {name: len(array) for name, array in arrays.items()} == shapes else None
 
 

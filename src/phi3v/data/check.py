@@ -7,8 +7,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from phi3v.config import CACHE_LIMIT, DEFAULT_MAX_PIXELS, SHUFFLE_WINDOW
 from phi3v.data.cache import cache_folder, cannot_write, content_hash, recall, remember
-from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.faults import DataFaultsError, Fault, quote
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import ImageLevel, check_image, describe_kinds, image_size
 from phi3v.data.lengths import LENGTH_HINT, Context
@@ -26,9 +25,11 @@ from phi3v.data.lines import DataLines
 from phi3v.data.progress import LateProgress, in_order
 from phi3v.data.schema import Line, Record, SpecialText
 from phi3v.data.shards.index import is_shards
+from phi3v.data.shards.store import ShardStore
 from phi3v.data.table import RecordTable, open_table, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
+from phi3v.paths import url_of
 
 SizeOf = Callable[[str], tuple[int, int]]  # an image's path to its width and height
 
@@ -41,22 +42,24 @@ class TextStats:
     total: int = 0
     longest: int = 0
     longest_line: int = 0
+    longest_id: str = ""
 
-    def add(self, text: str, line: int) -> None:
+    def add(self, text: str, record: Record) -> None:
         """One more text."""
         self.count += 1
         self.total += len(text)
         if len(text) > self.longest:
-            self.longest, self.longest_line = len(text), line
+            self.longest, self.longest_line, self.longest_id = len(text), record.line, record.id
 
     @property
     def mean(self) -> float:
         """0 if there is none."""
         return self.total / self.count if self.count else 0.0
 
-    def describe(self) -> str:
+    def describe(self, by_id: bool) -> str:
         """Mean and maximum in words."""
-        return f"{self.mean:.0f} characters on average, at most {self.longest:,} (line {self.longest_line})"
+        longest = f"record {quote(self.longest_id)}" if by_id else f"line {self.longest_line}"
+        return f"{self.mean:.0f} characters on average, at most {self.longest:,} ({longest})"
 
 
 COUNTS = ("records", "turns", "questions", "context", "images", "image_kinds", "pairs", "ties", "good", "bad")
@@ -122,7 +125,7 @@ class CheckReport:
         """Plain values for ``--json``."""
         return {
             "ok": self.ok,
-            "path": str(self.path),
+            "path": url_of(self.path) or str(self.path),
             "images_root": self.images_root,
             "image_level": self.image_level,
             "faults": [fault.to_json_dict() for fault in self.faults],
@@ -133,29 +136,31 @@ class CheckReport:
 
     def render(self, console: Console) -> None:
         """Print the faults, or the counts if there is none."""
+        shown_path = url_of(self.path) or self.path
         # As `Text`, not markup: rich would take the [0] of a field for a style.
         for fault in self.faults:
             what, _, hint = str(fault).partition("\n")
             console.print(Text(what, style="red"), soft_wrap=True)
             console.print(Text(hint), soft_wrap=True)
         if self.faults:
-            shown = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} in {self.path}"
+            shown = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} in {shown_path}"
             more = "; stopped there, there are more (--max-errors shows more)" if self.stopped_early else ""
             console.print(Text(shown + more, style="bold red"), soft_wrap=True)
             return
         seen = {"decode": "all decoded", "header": "headers read", "off": "not looked at"}[self.image_level]
         context = f", {self.context:,} of weight 0" if self.context else ""
+        by_id = is_shards(self.path)
         lines = [
-            f"{self.path}: no fault",
+            f"{shown_path}: no fault",
             f"  records    {self.records:,}",
             f"  turns      {self.turns:,} ({self.questions:,} with a question{context})",
             f"  images     {self.images:,} distinct, {seen}",
-            f"  questions  {self.user.describe()}",
-            f"  answers    {self.assistant.describe()}",
+            f"  questions  {self.user.describe(by_id)}",
+            f"  answers    {self.assistant.describe(by_id)}",
         ]
         if self.pairs:
             ties = f", {self.ties:,} with the score of the chosen answer" if self.ties else ""
-            lines.append(f"  rejected   {self.rejected.describe()}{ties}")
+            lines.append(f"  rejected   {self.rejected.describe(by_id)}{ties}")
             lines.append(f"  pairs      {self.pairs:,} of {self.records:,} records have rejected answers")
         if judged := self.good + self.bad:
             lines.append(f"  labels     {judged:,} of {self.records:,} records: {self.good:,} good, {self.bad:,} bad")
@@ -251,7 +256,7 @@ def check_file(
     faults.extend(lines.repeated_ids())
     # All faults up to the last line read are known here, so the first of them are the first of the file.
     faults.sort(key=lambda fault: fault.line)
-    report.faults = faults[:max_errors]
+    report.faults = list(map(lines.placed, faults[:max_errors]))
     report.stopped_early = len(faults) > len(report.faults)
     report.images = len(seen_images)
     report.image_kinds = dict(Counter(kinds))
@@ -276,26 +281,27 @@ def ensure_checked(
     """`check_file`, once for each content of a data file; what it reads becomes the table of `open_table`.
 
     A passed check is remembered in the cache. That is of the file, not of its images: delete one later and only loading
-    it will tell. Of shards the images are not looked at: they were when the index was made, which has their hashes.
+    it will tell. Of shards the index alone is looked at, as by `open_table`; the report has three counts.
 
     Raises:
         DataFaultsError: there are faults.
         UserError: as `check_file`, or the cache cannot be written.
     """
     path = Path(path)
-    store = images or FolderStore.beside(path)
     if is_shards(path):
-        table = open_table(path)
-        store, sha256, folder, image_level = table.images, table.sha256, table.folder, "off"
-    else:
-        sha256 = content_hash(path)
-        folder = cache_folder(sha256, special_text)
+        table = open_table(path, max_errors=max_errors, progress=progress)
+        of_shards = CheckReport(path, str(table.images), "off", records=len(table), sha256=table.sha256)
+        of_shards.turns, of_shards.images = int(table.turn_counts().sum()), len(table.distinct_images()[0])
+        return of_shards
+    store = images or FolderStore.beside(path)
+    sha256 = content_hash(path)
+    folder = cache_folder(sha256, special_text)
     place = hashlib.blake2b(store.identity.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     memory = folder / f"check-{image_level}-{max_pixels}-{exif_orientation}-{place}.json"
     report = _recall(memory, path, store, image_level)
     if report is None:
         try:
-            with _writing_table(path, sha256, folder) as add:
+            with writing_table(path, sha256, folder) as add:
                 report = check_file(
                     path,
                     max_errors=max_errors,
@@ -320,13 +326,15 @@ def ensure_checked(
 
 
 class ShardLines:
-    """The records of shards as the lines of a file, whose texts are known to be in order.
+    """The records of shards as the lines of a file; that they are sound was seen when their index was opened.
 
     Its shards are read one after the other.
     """
 
     def __init__(self, table: RecordTable, *, progress: bool) -> None:
+        assert isinstance(table.images, ShardStore)
         self.table = table
+        self.index = table.images.index
         self.progress = progress
 
     def __iter__(self) -> Generator[tuple[int, Line]]:
@@ -345,10 +353,11 @@ class ShardLines:
         """As of `DataLines`; there are none."""
         return []
 
-
-def _writing_table(path: Path, sha256: str, folder: Path) -> AbstractContextManager[Callable[[Record], None] | None]:
-    """`writing_table`, of what has no table yet."""
-    return contextlib.nullcontext() if is_shards(path) else writing_table(path, sha256, folder)
+    def placed(self, fault: Fault) -> Fault:
+        """As of `DataLines`: with the shard and the record's id."""
+        index, number = self.index, fault.line - 1
+        record = quote(self.table[number].id)
+        return replace(fault, file=Path(index.place(index.shard_of(number))), record=record)
 
 
 def _recall(memory: Path, path: Path, store: ImageStore, level: ImageLevel) -> CheckReport | None:
@@ -383,11 +392,11 @@ def _count(report: CheckReport, record: Record) -> None:
     for turn in record.turns:
         report.questions += bool(turn.user.strip())
         report.context += not turn.weight
-        report.user.add(turn.user, record.line)
-        report.assistant.add(turn.assistant, record.line)
+        report.user.add(turn.user, record)
+        report.assistant.add(turn.assistant, record)
         report.ties += sum(score == turn.scores[0] for score in turn.scores[1:])
         for text in turn.rejected:
-            report.rejected.add(text, record.line)
+            report.rejected.add(text, record)
     report.pairs += bool(record.rejected)
     report.good += record.label is True
     report.bad += record.label is False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import UserError
+from phi3v.paths import url_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +20,11 @@ class Fault:
 
     Attributes:
         file: the data file, as the caller named it.
-        line: 1-based, as editors count; blank lines count.
+        line: 1-based, as editors count; blank lines count. Of shards, the place among all records.
         field: e.g. ``conversations[2].images[0]`` (0-based, as in JSON paths); empty for the whole line.
         what: what is wrong, so that "``field``: ``what``" reads well.
         hint: what to do about it.
+        record: of shards, what the record is called; its file is the shard.
     """
 
     file: Path
@@ -30,20 +32,23 @@ class Fault:
     field: str
     what: str
     hint: str
+    record: str | None = None
 
     def __str__(self) -> str:
         field = f"{self.field}: " if self.field else ""
-        return f"{self.file}:{self.line}: {field}{self.what}\n  → {self.hint}"
+        file = url_of(self.file) or self.file
+        place = f"{file}:{self.line}" if self.record is None else f"{file}: record {self.record}"
+        return f"{place}: {field}{self.what}\n  → {self.hint}"
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return {
-            "file": str(self.file),
+            "file": url_of(self.file) or str(self.file),
             "line": self.line,
             "field": self.field,
             "what": self.what,
             "hint": self.hint,
-        }
+        } | ({} if self.record is None else {"record": self.record})
 
 
 class DataFaultsError(UserError):
@@ -54,9 +59,12 @@ class DataFaultsError(UserError):
         faults: the first faults, in line order.
         total: how many there are in all.
         exact: false if reading stopped early, so that ``total`` is a lower bound.
+        hint: default: to correct the file.
     """
 
-    def __init__(self, file: Path, faults: Sequence[Fault], *, total: int, exact: bool = True) -> None:
+    def __init__(
+        self, file: Path | str, faults: Sequence[Fault], *, total: int, exact: bool = True, hint: str | None = None
+    ) -> None:
         self.file = file
         self.faults = tuple(faults)
         self.total = total
@@ -66,7 +74,7 @@ class DataFaultsError(UserError):
             count = f"at least {count}"
         if len(self.faults) < total:
             count += f" (the first {len(self.faults)} follow)"
-        super().__init__(count, where=str(file), hint=f"correct them; `phi3v data check {file}` looks again")
+        super().__init__(count, where=str(file), hint=hint or f"correct them; `phi3v data check {file}` looks again")
 
     def __str__(self) -> str:
         return "\n".join([f"{self.where}: {self.what}", *map(str, self.faults), f"  → {self.hint}"])

@@ -291,7 +291,7 @@ def measure_table(
     shapes = {"text": len(turns), "targets": len(turns)} | dict.fromkeys(("prompts", "prefixes", "pages"), len(images))
     shapes["answers"] = len(turns) + int(rejected.sum())
     kept = recall_arrays(file, shapes)
-    if kept is None:
+    if kept is None or any(array.ndim != 1 or (array < 0).any() for array in kept.values()):
         kept = dict(zip(shapes, _count_all(table, processor, progress), strict=True))
         keep_arrays(file, kept)
     of_names = np.array([sizes[name] for name in names], dtype=np.int64).reshape(-1, 2)
@@ -375,10 +375,11 @@ def require_context(table: RecordTable, context: Context, lengths: RecordLengths
     if not too_long:
         return
     records = [table[index] for index in too_long[: 1 + SHOWN_LINES]]
-    lines = [table.line_of(record).removeprefix("line ") for record in records]
     what = context.too_long(int(lengths.longest[too_long[0]]))
     if len(too_long) > 1:
-        shown = zip(lines[1:], lengths.longest[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True)
+        shown = zip(
+            map(table.line_of, records[1:]), lengths.longest[too_long[1 : 1 + SHOWN_LINES]].tolist(), strict=True
+        )
         others = ", ".join(f"{line} ({tokens:,})" for line, tokens in shown)
-        what += f"; {len(too_long) - 1} more are too long: line {others}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
+        what += f"; {len(too_long) - 1} more are too long: {others}" + ", …" * (len(too_long) > 1 + SHOWN_LINES)
     raise UserError(what, where=table.where(records[0]), hint=LENGTH_HINT)

@@ -25,13 +25,13 @@ class Overlap:
         questions: how many there are.
         same: that are trained on too, with the same images.
         same_image: others, about an image that is trained on.
-        first: line of the first of all these.
+        first_at: where the first of all these is.
     """
 
     questions: int
     same: int
     same_image: int
-    first: int
+    first_at: str
 
     @property
     def finding(self) -> Finding | None:
@@ -52,7 +52,7 @@ class Overlap:
             "overlap",
             "warn",
             f"{asked} shares records with {trained}: of {self.questions:,} questions "
-            f"{' and '.join(filter(None, parts))} (first in line {self.first})",
+            f"{' and '.join(filter(None, parts))} (first in {self.first_at})",
             "memorised answers score well: keep each image in one of the two files",
         )
 
@@ -101,7 +101,8 @@ def _compare(train: RecordTable, other: RecordTable) -> Overlap:
             trained.update(images)
             if (images, text) in asked:
                 asked[images, text] = True
-    same = same_image = questions = first = 0
+    same = same_image = questions = 0
+    first = ""
     for record in other:
         for images, text in _questions(record, contents[1]):
             questions += 1
@@ -111,7 +112,7 @@ def _compare(train: RecordTable, other: RecordTable) -> Overlap:
                 same_image += 1
             else:
                 continue
-            first = first or record.line
+            first = first or other.line_of(record)
     return Overlap(questions, same, same_image, first)
 
 

@@ -21,49 +21,22 @@ from PIL import Image
 
 from phi3v.config import CACHE_LIMIT, DEFAULT_MAX_PIXELS, SHUFFLE_WINDOW
 from phi3v.data.cache import cache_folder, cannot_write, changed, content_hash, recall, remember
-from phi3v.data.faults import DataFaultsError, Fault
+from phi3v.data.faults import DataFaultsError, Fault, quote
 from phi3v.data.image_store import FolderStore, ImageStore
 from phi3v.data.images import image_size, load_image
 from phi3v.data.jsonl import replacing
 from phi3v.data.lines import DataLines
-from phi3v.data.schema import Record, SpecialText, Turn
+from phi3v.data.record_rows import open_records, record_of, writing_records
+from phi3v.data.schema import Record, SpecialText
 from phi3v.data.shards.index import RECORDS, is_shards, open_index
 from phi3v.data.shards.store import ShardStore
+from phi3v.data.shards.verify import verify_index
 from phi3v.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-_TURN = pa.struct(
-    [
-        ("user", pa.string()),
-        ("assistant", pa.string()),
-        ("images", pa.list_(pa.string())),
-        ("answers", pa.list_(pa.string())),
-        ("image_offsets", pa.list_(pa.int32())),
-        ("weight", pa.int8()),
-        ("rejected", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float64())),
-        ("label", pa.bool_()),
-    ]
-)
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("system", pa.string()),
-        ("line", pa.int64()),
-        ("turns", pa.list_(_TURN)),
-        ("questions", pa.list_(pa.int32())),
-        ("num_images", pa.int32()),
-        ("num_rejected", pa.int32()),
-        ("label", pa.bool_()),
-    ]
-)
 T = TypeVar("T")
-
-_BATCH_ROWS = 4096
-_BATCH_CHARACTERS = 16 * 2**20  # whichever comes first ends a batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +80,7 @@ class RecordTable:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
-        return _record(self.dataset[int(index)], self.path)
+        return record_of(self.dataset[int(index)], self.path)
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), 1000):
@@ -116,15 +89,15 @@ class RecordTable:
     def records(self, start: int, stop: int) -> list[Record]:
         """The records of a range, read faster than one by one."""
         rows = self.dataset.with_format("arrow")[start : min(stop, len(self))].to_pylist()
-        return [_record(row, self.path) for row in rows]
+        return [record_of(row, self.path) for row in rows]
 
     def as_written(self, index: int) -> Record:
         """Record ``index`` as its file has it; in a mixture the images of records have other names."""
         return self[index]
 
     def line_of(self, record: Record) -> str:
-        """The line of a record, in words; in a mixture with its file."""
-        return self.where(record) if self.sources else f"line {record.line}"
+        """The line of a record, in words; in a mixture or shards as `where`."""
+        return self.where(record) if self.sources or self.shards else f"line {record.line}"
 
     def all_as_written(self) -> Iterator[Record]:
         """`as_written` of all records, read faster than one by one."""
@@ -137,8 +110,9 @@ class RecordTable:
         return sources if self.sources else []
 
     def where(self, record: Record) -> str:
-        """File and line of a record of this table, for a message."""
-        return f"{record.file or self.path}:{record.line}"
+        """File and line of a record of this table, for a message; of shards the shard and its id."""
+        source = next((table for table in self.sources if table.path == record.file), self)
+        return where_of(record, source.path, source.images)
 
     def questions(self) -> npt.NDArray[np.int64]:
         """(questions, 2) record and turn of every turn with a weight, without reading the texts."""
@@ -178,7 +152,7 @@ class RecordTable:
         """The images of all turns of a record as RGB, in order.
 
         Raises:
-            UserError: an image cannot be used; names the line and the field.
+            UserError: an image cannot be used; names the record and the field.
         """
         return self.read_images(record, load_image)
 
@@ -198,18 +172,28 @@ class RecordTable:
             UserError: as `load_images`.
         """
         settings = {"max_pixels": self.max_pixels, "exif_orientation": self.exif_orientation}
-        return read_images(record, take, path=record.file or self.path, store=self.images, **settings)
+        return read_images(record, take, where=self.where(record), store=self.images, **settings)
 
     def of_image(self, take: Callable[..., T], name: str) -> T:
         """``take`` of one image, as in `read_images`."""
         return take(name, store=self.images, max_pixels=self.max_pixels, exif_orientation=self.exif_orientation)
 
 
-def read_images(record: Record, take: Callable[..., T], *, path: Path, store: ImageStore, **settings: Any) -> list[T]:
-    """``take(name, store=…, **settings)`` of every image of a record of ``path``, in order.
+def where_of(record: Record, path: Path, images: ImageStore) -> str:
+    """`RecordTable.where` of a record of a file or shards with these images."""
+    if isinstance(images, ShardStore):
+        return f"{images.index.place(images.index.shard_of(record.line - 1))}: record {quote(record.id)}"
+    return f"{path}:{record.line}"
+
+
+def read_images(record: Record, take: Callable[..., T], *, where: str, store: ImageStore, **settings: Any) -> list[T]:
+    """``take(name, store=…, **settings)`` of every image of a record, in order.
+
+    Args:
+        where: the record is, for a message.
 
     Raises:
-        UserError: an image cannot be used; names the line and the field.
+        UserError: an image cannot be used; names the record and the field.
     """
     taken = []
     for t, turn in enumerate(record.turns):
@@ -217,8 +201,8 @@ def read_images(record: Record, take: Callable[..., T], *, path: Path, store: Im
             try:
                 taken.append(take(name, store=store, **settings))
             except UserError as error:
-                where = f"{path}:{record.line}: conversations[{t}].images[{k}]"
-                raise UserError(error.what, where=where, hint=error.hint) from None
+                place = f"{where}: conversations[{t}].images[{k}]"
+                raise UserError(error.what, where=place, hint=error.hint) from None
     return taken
 
 
@@ -260,7 +244,8 @@ def open_table(
     """
     path = Path(path)
     if is_shards(path):
-        return _open_shards(path, max_pixels, exif_orientation, sha256, cache_limit, shuffle_window)
+        reading = {"max_pixels": max_pixels, "exif_orientation": exif_orientation}
+        return _open_shards(path, sha256, cache_limit, shuffle_window, max_errors, progress, **reading)
     sha256 = sha256 or content_hash(path)
     folder = cache_folder(sha256, special_text)
     dataset = open_cached(folder)
@@ -280,22 +265,24 @@ def open_table(
 
 
 def _open_shards(
-    path: Path, max_pixels: int, exif_orientation: bool, sha256: str | None, cache_limit: float, window: int
+    path: Path,
+    sha256: str | None,
+    cache_limit: float,
+    window: int,
+    max_errors: int,
+    progress: bool,
+    **reading: Any,
 ) -> RecordTable:
-    index = open_index(path)
+    index = open_index(path, progress=progress)
     if sha256 is not None and sha256 != index.sha256:
         raise changed(path)
-    try:
-        dataset = open_records(index.folder / RECORDS)
-        if len(dataset) != index.num_records:
-            raise ValueError("another number of records")
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"is damaged: {error}", where=str(index.folder / RECORDS), hint="copy it again") from None
     if not index.num_records:
-        raise UserError("holds no record", where=str(path), hint="were the shards made of the right files?")
+        raise UserError("holds no record", where=index.location.root, hint="were the shards made of the right files?")
+    verify_index(index, max_errors=max_errors, progress=progress)
+    dataset = open_records(index.folder / RECORDS)
     store = ShardStore(index, cache_limit=round(cache_limit * 1e9), window=window)
     counts = tuple(shard.records for shard in index.shards)
-    return RecordTable(dataset, path, store, max_pixels, exif_orientation, index.sha256, index.cache, shards=counts)
+    return RecordTable(dataset, path, store, **reading, sha256=index.sha256, folder=index.cache, shards=counts)
 
 
 def images_of(path: Path) -> ImageStore:
@@ -314,20 +301,6 @@ def open_cached(folder: Path) -> datasets.Dataset | None:
         return dataset if len(dataset) == expected["records"] else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-
-
-def open_records(file: Path) -> datasets.Dataset:
-    """Map what `writing_records` wrote.
-
-    Raises:
-        OSError, ValueError, ArrowException: it is not that.
-    """
-    import datasets  # takes a second, and a check may do without
-
-    dataset = datasets.Dataset.from_file(str(file))
-    if dataset.data.schema.names != _SCHEMA.names:
-        raise ValueError(f"{file} has other columns")
-    return dataset
 
 
 def _build(path: Path, sha256: str, folder: Path, special_text: SpecialText, max_errors: int, progress: bool) -> None:
@@ -373,51 +346,3 @@ def writing_table(path: Path, sha256: str, folder: Path) -> Iterator[Callable[[R
         size = temporary.stat().st_size
     # Says that the table is complete.
     remember(folder / "records.json", {"records": records, "bytes": size, "file": str(path.absolute())})
-
-
-@contextlib.contextmanager
-def writing_records(file: Path) -> Iterator[Callable[[Record], None]]:
-    """Takes all records of a table in order, and writes them to ``file``."""
-    rows: list[dict[str, Any]] = []
-    characters = 0
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-
-        def write() -> None:
-            nonlocal characters
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-            rows.clear()
-            characters = 0
-
-        def add(record: Record) -> None:
-            nonlocal characters
-            rows.append(_row(record))
-            characters += sum(len(text) for turn in record.turns for text in turn.texts)
-            if len(rows) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-                write()
-
-        yield add
-        if rows:
-            write()
-
-
-def _row(record: Record) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "source": record.source,
-        "system": record.system,
-        "line": record.line,
-        "turns": [{name: getattr(turn, name) for name in _TURN.names} for turn in record.turns],
-        "questions": [index for index, turn in enumerate(record.turns) if turn.weight],
-        "num_images": len(record.images),
-        "num_rejected": len(record.rejected),
-        "label": record.label,
-    }
-
-
-def _record(row: dict[str, Any], file: Path) -> Record:
-    return Record(row["id"], row["source"], tuple(map(_turn, row["turns"])), row["line"], row["system"], file)
-
-
-def _turn(row: dict[str, Any]) -> Turn:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-    return Turn(**values)

@@ -85,7 +85,7 @@ def find_benchmark(table: RecordTable) -> Benchmark:
     """
     first: str | None = None
     for record in table:
-        where = f"{table.path}:{record.line}"
+        where = table.where(record)
         first = first or record.source
         if record.source not in BENCHMARKS:
             source = "no source" if record.source is None else f"the source {quote(record.source)}"

@@ -185,7 +185,7 @@ def _measure(
     num_crops = processor.image_processor.num_crops
     for record in records:
         try:
-            sizes = read_images(record, image_size, path=file, store=store, exif_orientation=exif_orientation)
+            sizes = read_images(record, image_size, where=str(file), store=store, exif_orientation=exif_orientation)
         except UserError:
             continue
         pages = [page_geometry(*size, num_crops) for size in sizes]

@@ -15,7 +15,8 @@ from phi3v.data.collate import encode_record
 from phi3v.data.image_store import ImageStore
 from phi3v.data.images import load_image
 from phi3v.data.schema import Record
-from phi3v.data.table import read_images
+from phi3v.data.shards.store import ShardStore
+from phi3v.data.table import read_images, where_of
 from phi3v.errors import UserError
 from phi3v.processing.conversation import IGNORE_INDEX, TokenStream
 from phi3v.processing.hd_transform import cut_pages, page_geometry
@@ -35,10 +36,15 @@ def sample_block(
     record: Record, file: Path, store: ImageStore, processor: Phi3VProcessor, *, exif_orientation: bool = True
 ) -> dict[str, Any]:
     """A sample for the page: ``images``, ``pieces``, ``tokens``, ``supervised``; or ``error`` if it cannot be read."""
-    block: dict[str, Any] = {"id": record.id, "line": record.line, "source": record.source}
+    place = f"line {record.line}"
+    if isinstance(store, ShardStore):
+        place = store.index.shards[store.index.shard_of(record.line - 1)].file.rpartition("/")[2]
+    block: dict[str, Any] = {"id": record.id, "place": place, "source": record.source}
     image_processor = processor.image_processor
     try:
-        loaded = read_images(record, load_image, path=file, store=store, exif_orientation=exif_orientation)
+        loaded = read_images(
+            record, load_image, where=where_of(record, file, store), store=store, exif_orientation=exif_orientation
+        )
     except UserError as error:
         return block | {"error": str(error)}
     side = PAGE_SIDE if len(loaded) <= 2 else PAGE_SIDE // 2

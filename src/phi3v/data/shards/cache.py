@@ -21,6 +21,7 @@ from phi3v.data.cache import cache_root, cannot_write
 from phi3v.errors import UserError
 from phi3v.paths import is_out_of_room
 
+_MODE = 0o666  # of locks, short of the umask: people may share a cache
 _PART = re.compile(r"\.([0-9a-f]{64})\.(\d+)\.\d+\.part")
 
 
@@ -64,7 +65,7 @@ class ShardCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f"{sha256}.lock", blocking=wait)
+            lock = FileLock(self.folder / f"{sha256}.lock", mode=_MODE, blocking=wait)
             try:
                 lock.acquire()
             except TimeoutError:
@@ -90,7 +91,7 @@ class ShardCache:
     def _room(self, sha256: str, size: int) -> Iterator[Path | None]:
         """A place to write to, once shards that nobody reads have made room; none if there is not enough."""
         part = self.folder / f".{sha256}.{size}.{os.getpid()}.part"
-        with FileLock(self.folder / "room.lock"):
+        with FileLock(self.folder / "room.lock", mode=_MODE):
             kept = self._kept()
             used = sum(kept.values()) + self._being_fetched()
             for file in kept:
@@ -115,7 +116,7 @@ class ShardCache:
         """The bytes that shards will have which others are fetching; what a killed process left is deleted."""
         size = 0
         for found in filter(None, (_PART.fullmatch(entry.name) for entry in os.scandir(self.folder))):
-            lock = FileLock(self.folder / f"{found[1]}.lock", blocking=False)
+            lock = FileLock(self.folder / f"{found[1]}.lock", mode=_MODE, blocking=False)
             try:
                 lock.acquire()
             except TimeoutError:

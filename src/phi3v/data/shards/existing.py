@@ -26,6 +26,7 @@ from phi3v.data.image_paths import image_path_fault
 from phi3v.data.images import UNREADABLE_SUFFIXES, decode_image, read_header
 from phi3v.data.jsonl import replacing
 from phi3v.data.progress import LateProgress
+from phi3v.data.record_rows import map_records, writing_records
 from phi3v.data.schema import Record, read_line
 from phi3v.data.shards.index import (
     IMAGES,
@@ -46,7 +47,6 @@ from phi3v.data.sources.chats import record_of_chat
 from phi3v.data.sources.csv_table import record_of_row
 from phi3v.data.sources.media import Medium
 from phi3v.data.sources.records import OwnDataOptions, RawRecord, RawTurn, json_record
-from phi3v.data.table import open_records, writing_records
 from phi3v.errors import UserError
 from phi3v.paths import file_hash, url_of
 from phi3v.processing.processor import Phi3VProcessor
@@ -340,7 +340,7 @@ def _require_own_ids(records: Path, shards: Sequence[Shard]) -> None:
     """Check that no id is there twice."""
     seen: dict[str, str] = {}
     files = (shard.file for shard in shards for _ in range(shard.records))
-    for name, file in zip(open_records(records).data.column("id").to_pylist(), files, strict=True):
+    for name, file in zip(map_records(records).column("id").to_pylist(), files, strict=True):
         if name in seen:
             raise UserError(f"the id {name!r} is there twice, the first time in {seen[name]}", where=file, hint=_APART)
         seen[name] = file

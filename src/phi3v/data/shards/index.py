@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,14 +26,20 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from phi3v.data.cache import cache_folder, cannot_write, content_hash
+from phi3v.data.faults import quote
 from phi3v.data.image_paths import image_path_fault
 from phi3v.data.jsonl import replacing, require_file
-from phi3v.data.shards.remote import FetchError, Location
+from phi3v.data.progress import LateProgress
+from phi3v.data.schema import SCHEMA_VERSION
+from phi3v.data.shards.remote import FetchError, Location, has_parents
 from phi3v.errors import UserError
 from phi3v.paths import file_hash, url_of
 
 INDEX, RECORDS, IMAGES = "index.json", "records.arrow", "images.arrow"
-FORMAT, VERSION = "phi3v shards", 1
+FORMAT = "phi3v shards"
+# Of the index, and of what its records mean.
+VERSION = [1, SCHEMA_VERSION]
+AGAIN = "copy it again, or make it again with `phi3v data shard`"
 
 Ints = npt.NDArray[np.int64]
 Kind = Literal["tar", "parquet"]
@@ -110,10 +117,14 @@ class ShardIndex:
     def num_records(self) -> int:
         return sum(shard.records for shard in self.shards)
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """The first record of each shard, and the number of all."""
         return list(accumulate((shard.records for shard in self.shards), initial=0))
+
+    def shard_of(self, record: int) -> int:
+        """The shard of a record, from 0 in the order of all."""
+        return bisect_right(self.starts, record) - 1
 
     def place(self, shard: int) -> str:
         """Path or URL of a shard."""
@@ -141,11 +152,13 @@ class ImageTable:
         """
         try:
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+                if not reader.schema.equals(_IMAGE_SCHEMA):
+                    raise pa.ArrowInvalid("it has other columns")
                 table = reader.read_all()
-            if table.schema.names != _IMAGE_SCHEMA.names:
-                raise pa.ArrowInvalid("other columns")
+            table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"is damaged: {error}", where=str(file), hint="make the index again") from None
+            what = f"is damaged: {str(error).splitlines()[0]}"
+            raise UserError(what, where=str(file), hint=AGAIN) from None
         return cls(table)
 
     def __len__(self) -> int:
@@ -278,7 +291,7 @@ def data_hash(path: Path | str) -> str:
     return open_index(path).sha256 if is_shards(path) else content_hash(Path(path))
 
 
-def open_index(path: Path | str) -> ShardIndex:
+def open_index(path: Path | str, *, progress: bool = True) -> ShardIndex:
     """Open the index of a folder or URL of shards; of a URL, it is fetched once and kept in the cache.
 
     Raises:
@@ -293,30 +306,20 @@ def open_index(path: Path | str) -> ShardIndex:
     sha256 = hashlib.sha256(raw).hexdigest()
     shards, files = _parse(raw, location)
     cache = cache_folder(sha256, "refuse")
-    folder = Path(location.root)
-    if location.is_remote:
-        folder = cache
-        try:
-            with FileLock(cache / "lock"):
-                for name, of_file in files.items():
-                    _fetch(location, name, of_file, cache)
-        except OSError as error:
-            raise cannot_write(cache, error) from None
-    else:
+    folder = cache if location.is_remote else Path(location.root)
+    try:
+        if location.is_remote:
+            _fetch_missing(location, files, cache, progress)
         for name, of_file in files.items():
-            _verify(folder / name, of_file)
-            if name not in (RECORDS, IMAGES) and not (cache / name).exists():
-                with replacing(cache / name) as temporary:  # where what is derived is looked for
-                    shutil.copyfile(folder / name, temporary)
+            if not location.is_remote:
+                _verify(folder / name, of_file)
+                if name not in (RECORDS, IMAGES) and not (cache / name).exists():
+                    with replacing(cache / name) as temporary:  # where what is derived is looked for
+                        shutil.copyfile(folder / name, temporary)
+    except OSError as error:
+        raise cannot_write(cache, error) from None
     counts = tuple(name for name in files if name not in (RECORDS, IMAGES))
-    index = ShardIndex(location, folder, cache, sha256, shards, counts)
-    shard = index.images.places["shard"]
-    if len(shard) and not 0 <= shard.min() <= shard.max() < len(shards):
-        raise UserError("names shards that it does not have", where=str(folder / IMAGES), hint=_AGAIN)
-    return index
-
-
-_AGAIN = "copy it again, or make it again with `phi3v data shard`"
+    return ShardIndex(location, folder, cache, sha256, shards, counts)
 
 
 def _parse(raw: bytes, location: Location) -> tuple[tuple[Shard, ...], dict[str, Any]]:
@@ -325,52 +328,75 @@ def _parse(raw: bytes, location: Location) -> tuple[tuple[Shard, ...], dict[str,
         content = json.loads(raw)
         if content["format"] != FORMAT:
             raise ValueError("another format")
-        if content["version"] > VERSION:
-            hint = "install the version that made it"
-            raise UserError("was made by a newer version of phi3v", where=where, hint=hint)
+        if content["version"] != VERSION:
+            hint = "make it again with `phi3v data shard`, or install the version that made it"
+            raise UserError("was made by another version of phi3v", where=where, hint=hint)
         shards = tuple(Shard(**shard | {"images": tuple(shard["images"])}) for shard in content["shards"])
         files = dict(content["files"])
-        sound = all(isinstance(of_file["sha256"], str) for of_file in files.values())
-        sound &= all(shard.records >= 0 and shard.kind in ("tar", "parquet") for shard in shards)
-        if not sound or not {RECORDS, IMAGES} <= files.keys():
-            raise ValueError("no tables")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError("is no index of shards", where=where, hint=_AGAIN) from None
-    outside = [name for name in files if "/" in name or image_path_fault(name)]
-    outside += [shard.file for shard in shards if _leaves(shard.file, location)]
+        named = [*files.values(), *map(asdict, shards)]
+        sound = all(_SHA256.fullmatch(file["sha256"]) and _is_count(file["bytes"]) for file in named)
+        sound &= all(_is_count(shard.records) and shard.kind in ("tar", "parquet") for shard in shards)
+        sound &= all(isinstance(name, str) for shard in shards for name in (shard.file, *shard.images))
+        sound &= {RECORDS, IMAGES} <= files.keys()
+        if not sound or not all(name in (RECORDS, IMAGES) or _COUNTS.fullmatch(name) for name in files):
+            raise ValueError("other files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError("is no index of shards", where=where, hint=AGAIN) from None
+    outside = [shard.file for shard in shards if _leaves(shard.file, location)]
     if outside:
-        raise UserError(f"names a file outside of its folder: {outside[0]!r}", where=where, hint=_AGAIN)
+        raise UserError(f"names a file outside of its folder: {quote(outside[0])}", where=where, hint=AGAIN)
     return shards, files
+
+
+# The first names files of the cache, as do the second; so neither may be a path, or a file of ours.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COUNTS = re.compile(r"tokens-[0-9a-f]+\.npz")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def _leaves(name: str, location: Location) -> bool:
     """Whether a shard's name leads out of the folder of an index from elsewhere; one's own may name any place."""
+    if has_parents(name) or "\0" in name:
+        return True
     if url_of(name) is not None or name.startswith("/"):
         return location.is_remote and not name.startswith(f"{location.root}/")
     return image_path_fault(name) is not None
 
 
-def _fetch(location: Location, name: str, of_file: dict[str, Any], cache: Path) -> None:
-    """Have a file of the index in the cache; what is there is whole."""
-    file = cache / name
-    if file.is_file():
-        with suppress(UserError):  # of a damaged one, which is fetched again
-            _verify(file, of_file)
-            return
+def _fetch_missing(location: Location, files: dict[str, Any], cache: Path, progress: bool) -> None:
+    """Have the files of the index in the cache; those that are there are whole."""
+    if all(_is_sound(cache / name, of_file) for name, of_file in files.items()):
+        return  # a cache that others filled may be one to read only
+    size = sum(of_file["bytes"] for of_file in files.values())
+    about = f"fetching the index of {location.root} ({size / 1e6:,.1f} MB)"
+    with FileLock(cache / "lock", mode=0o666), LateProgress(about, size, enabled=progress) as bar:
+        for name, of_file in files.items():
+            if _is_sound(cache / name, of_file):
+                bar.advance(of_file["bytes"])
+                continue
+            try:
+                with replacing(cache / name) as temporary:
+                    expected = {"size": of_file["bytes"], "sha256": of_file["sha256"]}
+                    location.fetch(name, temporary, **expected, progress=bar.advance)
+            except FetchError as error:
+                raise UserError(f"the index {error.what}", where=location.root, hint=error.hint) from None
+
+
+def _is_sound(file: Path, of_file: dict[str, Any]) -> bool:
     try:
-        with replacing(file) as temporary:
-            location.fetch(name, temporary)
-            _verify(temporary, of_file, shown=location.place(name))
-    except FetchError as error:
-        raise UserError(f"the index {error.what}", where=location.root, hint=error.hint) from None
+        _verify(file, of_file)
+    except UserError:
+        return False
+    return True
 
 
-def _verify(file: Path, of_file: dict[str, Any], shown: str | None = None) -> None:
+def _verify(file: Path, of_file: dict[str, Any]) -> None:
     try:
         sound = file.stat().st_size == of_file["bytes"] and file_hash(file) == of_file["sha256"]
     except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-        raise UserError(what, where=shown or str(file), hint=_AGAIN) from None
+        raise UserError(f"cannot be read: {error.strerror}", where=str(file), hint=AGAIN) from None
     if not sound:
-        what = f"is not the file that {INDEX} names: its SHA-256 is another"
-        raise UserError(what, where=shown or str(file), hint=_AGAIN)
+        raise UserError(f"is not the file that {INDEX} names: its SHA-256 is another", where=str(file), hint=AGAIN)

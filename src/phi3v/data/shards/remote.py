@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from phi3v.errors import UserError
-from phi3v.paths import is_out_of_room, url_of
+from phi3v.paths import file_hash, is_out_of_room, url_of
 
 T = TypeVar("T")
 
@@ -30,6 +32,7 @@ EXTRAS = {
     "az": "abfs",
 }
 _REFUSED = (401, 403)
+CHANGED = "it was changed since the index was made, or damaged on the way: make the index again, or copy it again"
 # A password, or the query of a signed URL.
 _SECRET = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?")
 
@@ -41,6 +44,14 @@ class FetchError(Exception):
         super().__init__(what)
         self.what = what
         self.hint = hint
+
+
+class _OtherContentError(Exception):
+    """What came is not what it should be; ``digest`` tells it from other such content."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__("other bytes came than the index says")
+        self.digest = digest
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Location:
         if secret := _SECRET.search(url):
             hint = "set them in the environment, where the driver looks for them: URLs are written into logs"
             raise UserError("has credentials in it", where=f"{url[: secret.start()]}…", hint=hint)
+        if has_parents(url):
+            raise UserError("has .. in it", where=url, hint="write the URL without")
         return cls(url.rstrip("/"))
 
     @property
@@ -71,11 +84,14 @@ class Location:
         """Path or URL of a file here; one that has a place of its own keeps it."""
         return name if url_of(name) is not None or name.startswith("/") else f"{self.root}/{name}"
 
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+    def read(self, name: str, start: int | None = None, end: int | None = None, *, sha256: str | None = None) -> bytes:
         """The bytes of a file, or those from ``start`` up to ``end``.
 
+        Args:
+            sha256: that they must have.
+
         Raises:
-            FetchError: they cannot be read.
+            FetchError: they cannot be read, or are others.
         """
         place = self.place(name)
 
@@ -90,23 +106,64 @@ class Location:
                 content = content[start:end]  # the server sends all of a file, whatever is asked for
             if start is not None and end is not None and len(content) != end - start:
                 raise OSError(f"{len(content):,} bytes came, not {end - start:,}")
+            if sha256 is not None and (digest := hashlib.sha256(content).hexdigest()) != sha256:
+                raise _OtherContentError(digest)
             return content
 
-        return attempt(read, place)
+        return attempt(read, place, known=sha256 is not None)
 
-    def fetch(self, name: str, target: Path) -> None:
+    def fetch(
+        self,
+        name: str,
+        target: Path,
+        *,
+        size: int | None = None,
+        sha256: str | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
         """Write a file's bytes to ``target``, piece by piece.
 
+        Args:
+            size, sha256: that it must have.
+            progress: is told of bytes that came, as far as the driver tells.
+
         Raises:
-            FetchError: they cannot be read.
+            FetchError: they cannot be read, or are others.
         """
+        from fsspec.callbacks import Callback
+
         place = self.place(name)
+
+        class Watch(Callback):
+            came = 0
+
+            def relative_update(self, inc: int = 1) -> None:
+                self.came += inc
+                progress(inc)
+                if size is not None and self.came > size:  # or it fills the disk
+                    raise _OtherContentError("longer")
 
         def fetch() -> None:
             files, inner = filesystem(place)
-            files.get_file(inner, str(target))
+            watch = Watch()
+            try:
+                files.get_file(inner, str(target), callback=watch)
+                found = file_hash(target) if sha256 is not None else None
+            except BaseException:
+                progress(-watch.came)
+                raise
+            if found != sha256:
+                progress(-watch.came)
+                raise _OtherContentError(str(found))
 
-        attempt(fetch, place)
+        attempt(fetch, place, known=sha256 is not None)
+
+
+def has_parents(name: str) -> bool:
+    """Whether a name has a part ``..``, written out or in percent encoding, which servers decode."""
+    while (plain := unquote(name)) != name:
+        name = plain
+    return ".." in re.split(r"[/\\]", name)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -139,30 +196,40 @@ def _options(scheme: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, connect=SILENCE, sock_read=SILENCE)}}
 
 
-def attempt(work: Callable[[], T], place: str) -> T:
+def attempt(work: Callable[[], T], place: str, *, known: bool = False) -> T:
     """What ``work`` gives, which is tried again where it fails.
+
+    Args:
+        known: an index names the file, so that a bucket which has it not may have it again in a moment.
 
     Raises:
         FetchError: it failed `ATTEMPTS` times, or will not work another time either.
         OSError: the disk is full.
     """
+    others: set[str] = set()
     for number in range(ATTEMPTS):
+        last = number + 1 == ATTEMPTS or url_of(place) is None
+        tried = f"tried {number + 1} times; " if number else ""
         try:
             return work()
         except UserError:
             raise
+        except _OtherContentError as error:
+            if last or error.digest in others:  # the same twice was not damaged on the way
+                raise FetchError(f"is not the one that the index names: {place}", CHANGED) from None
+            others.add(error.digest)
         except Exception as error:  # each driver has errors of its own
             if is_out_of_room(error):
                 raise
             status = getattr(error, "status", None)
-            if isinstance(error, FileNotFoundError) or status in (404, 410):
-                raise FetchError(f"is not there: {place}", "was it moved or deleted? Look at the address") from None
+            if (isinstance(error, FileNotFoundError) or status in (404, 410)) and (last or not known):
+                hint = f"{tried}was it moved or deleted? Look at the address"
+                raise FetchError(f"is not there: {place}", hint) from None
             if isinstance(error, PermissionError) or status in _REFUSED:
                 hint = "check the credentials of this machine, and what they may read"
                 raise FetchError(f"may not be read ({_told(error)}): {place}", hint) from None
-            if number + 1 == ATTEMPTS or (isinstance(error, OSError) and url_of(place) is None):
+            if last:
                 what = f"cannot be read ({_told(error)}): {place}"
-                tried = f"tried {number + 1} times; " if number else ""
                 raise FetchError(what, f"{tried}check the connection or the disk, and start again") from None
         time.sleep(FIRST_WAIT * 2**number)
     raise AssertionError("unreachable")

@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,15 +27,14 @@ from phi3v.data.image_store import ImageFaultError, ImageStore
 from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.index import ShardIndex
 from phi3v.data.shards.parquet import write_images_of
-from phi3v.data.shards.remote import FetchError
+from phi3v.data.shards.remote import CHANGED, FetchError
 from phi3v.errors import UserError
-from phi3v.paths import file_hash, url_of
+from phi3v.paths import url_of
 
 Ints = npt.NDArray[np.int64]
 
 WORTH_FETCHING = 0.1  # share of a shard asked for image by image, after which the rest is fetched too
 UNASSIGNED, OTHERS = -1, -2  # in place of the window of an own shard
-_CHANGED = "it was changed since the index was made, or damaged on the way: make the index again, or copy it again"
 
 
 class ShardStore(ImageStore):
@@ -59,11 +59,16 @@ class ShardStore(ImageStore):
         self._positions, self._assigned = shared[:count], shared[count:]  # the latter: how often that was said
         self._positions[:] = UNASSIGNED
         self._asked = np.zeros(count, dtype=np.int64)
+        self._begin()
+        begin = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (own := begin()) and own())
+
+    def _begin(self) -> None:
+        """What a process has of its own: a thread of its parent may have held the lock when it was forked."""
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         self._discarded: set[int] = set()
         self._lock = threading.Lock()
         self._ahead = (0, 0)  # the assignment and the window after which the next one is being fetched
-        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index, "cache": self.cache, "window": self.window}
@@ -134,28 +139,29 @@ class ShardStore(ImageStore):
         best = min(range(len(rows)), key=lambda at: self._distance(shards[at]))
         row, shard = rows[best], shards[best]
         place = int(self._places["offset"][row]), int(self._places["size"][row])
-        expected = self.index.images.sha256(row)
         try:
-            data = self._read(shard, *place)
-            if hashlib.sha256(data).digest() != expected and self._discard(shard):
-                data = self._read(shard, *place)
+            data = self._read(shard, *place, self.index.images.sha256(row))
         except FetchError as error:
             raise ImageFaultError(f"{quote(name)} cannot be had: the shard {error.what}", error.hint) from None
+        except OSError as error:
+            what = f"{quote(name)} cannot be had: {error.strerror} ({self.index.place(shard)})"
+            raise ImageFaultError(what, "look at the disk, and at `ulimit -n`") from None
         except UserError as error:
             what = f"{quote(name)} cannot be had: {error.what} ({error.where})"
             raise ImageFaultError(what, error.hint or "") from None
-        if hashlib.sha256(data).digest() != expected:
+        if data is None:
             what = f"has other bytes than the index says: {quote(name)} in {self.index.place(shard)}"
-            raise ImageFaultError(what, _CHANGED)
+            raise ImageFaultError(what, CHANGED)
         return data
 
     def _discard(self, shard: int) -> bool:
-        """Have a damaged shard out of the cache, once, so that it is fetched again; whether it was there."""
+        """Have a damaged shard out of the cache, once, so that it is fetched again; whether this may help."""
         with self._lock:
-            if self._is_in_place(shard) or shard in self._discarded or shard not in self._files:
+            if self._is_in_place(shard) or shard in self._discarded:
                 return False
             self._discarded.add(shard)
-            self._files.pop(shard).close()
+            if (file := self._files.pop(shard, None)) is not None:
+                file.close()
         self.cache.discard(self._key(shard))
         return True
 
@@ -175,48 +181,73 @@ class ShardStore(ImageStore):
 
     def _distance(self, shard: int) -> tuple[int, int]:
         """Of several shards that have an image, the one with the least is read."""
-        return (int(self._open(shard) is None), int(self._positions[shard] < 0))
+        with self._opened(shard) as file:
+            return (int(file is None), int(self._positions[shard] < 0))
 
     def _is_in_place(self, shard: int) -> bool:
         """Whether a shard is read where it lies."""
         return self.index.shards[shard].kind == "tar" and url_of(self.index.place(shard)) is None
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        file = self._open(shard)
-        if not self._is_in_place(shard):
+    def _read(self, shard: int, offset: int, size: int, expected: bytes) -> bytes | None:
+        """Bytes of a shard with this hash; none if it has others there.
+
+        Raises:
+            FetchError, UserError: it cannot be read.
+        """
+        in_place = self._is_in_place(shard)
+        if not in_place:
             self._fetch_ahead(shard)
-            if file is None and self._wants_whole(shard, size) and self.fetch(shard):
-                file = self._open(shard)
-        if file is not None:
-            return os.pread(file.fileno(), size, offset)
+        for _ in range(3):  # it may have to be fetched, and again if it is damaged
+            with self._opened(shard) as file:
+                if file is not None:
+                    data = os.pread(file, size, offset)
+                    if hashlib.sha256(data).digest() == expected:
+                        return data
+            if file is None and (in_place or not self._wants_whole(shard, size) or not self.fetch(shard)):
+                break
+            if file is not None and not self._discard(shard):
+                return None
         if self.index.shards[shard].kind != "tar":
             raise UserError(
                 f"the cache has no room for the shard {self.index.place(shard)}, whose images cannot be read singly",
                 where="data.cache_limit",
                 hint="raise it",
             )
-        return self.index.location.read(self.index.shards[shard].file, offset, offset + size)
+        of_shard = self.index.shards[shard].file
+        return self.index.location.read(of_shard, offset, offset + size, sha256=expected.hex())
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[int | None]:
+        """A descriptor of a shard that is on this machine, until the block ends.
+
+        It is a duplicate: other threads may close the file meanwhile, and the system gives its number to another.
+        """
+        with self._lock:
+            file = self._open(shard)
+            descriptor = None if file is None else os.dup(file.fileno())
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _open(self, shard: int) -> BinaryIO | None:
-        """The file of a shard that is on this machine; the last few are kept open."""
-        with self._lock:
-            if self._process != os.getpid():  # a forked reader: it opens files of its own
-                self._files, self._process, self._ahead = OrderedDict(), os.getpid(), (0, 0)
-            file = self._files.pop(shard, None)
+        """The file of a shard that is on this machine; the last few are kept open. The caller holds the lock."""
+        file = self._files.pop(shard, None)
+        if file is None:
+            if self._is_in_place(shard):
+                try:
+                    file = Path(self.index.place(shard)).open("rb")  # noqa: SIM115
+                except OSError:
+                    return None  # said where it is read
+            else:
+                file = self.cache.open(self._key(shard))
             if file is None:
-                if self._is_in_place(shard):
-                    try:
-                        file = Path(self.index.place(shard)).open("rb")  # noqa: SIM115
-                    except OSError:
-                        return None  # said where it is read
-                else:
-                    file = self.cache.open(self._key(shard))
-                if file is None:
-                    return None
-                while len(self._files) >= max(2, self.window):
-                    self._files.popitem(last=False)[1].close()
-            self._files[shard] = file
-            return file
+                return None
+            while len(self._files) >= max(2, self.window):
+                self._files.popitem(last=False)[1].close()
+        self._files[shard] = file
+        return file
 
     def _key(self, shard: int) -> str:
         """The name of a shard in the cache."""
@@ -244,9 +275,7 @@ class ShardStore(ImageStore):
         of_shard = self.index.shards[shard]
 
         def write(part: Path) -> None:
-            self.index.location.fetch(of_shard.file, part)
-            if part.stat().st_size != of_shard.bytes or file_hash(part) != of_shard.sha256:
-                raise FetchError(f"is not the one that the index names: {self.index.place(shard)}", _CHANGED)
+            self.index.location.fetch(of_shard.file, part, size=of_shard.bytes, sha256=of_shard.sha256)
             if of_shard.kind == "parquet":
                 write_images_of(part, of_shard.images)
 

@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,8 @@ from phi3v.data.images import read_header
 from phi3v.data.jsonl import replacing
 from phi3v.data.lengths import measure_table, tokens_file
 from phi3v.data.progress import LateProgress, in_order
-from phi3v.data.schema import Record, SpecialText, Turn
+from phi3v.data.record_rows import object_of, row_of, writing_records
+from phi3v.data.schema import Record, SpecialText
 from phi3v.data.shards.index import (
     IMAGES,
     INDEX,
@@ -44,7 +45,7 @@ from phi3v.data.shards.index import (
     write_images,
     write_index,
 )
-from phi3v.data.table import RecordTable, open_table, writing_records
+from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
 from phi3v.paths import cannot_write
@@ -332,24 +333,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _json_of(record: Record, members: dict[str, str]) -> bytes:
     """A record as a line of a data file, and the members that its images are."""
-    content: dict[str, Any] = {"id": record.id, "source": record.source}
-    if record.system is not None:
-        content["system"] = record.system
-    content["conversations"] = [_turn(turn) for turn in record.turns]
-    if members:
-        content["members"] = members
+    content = object_of(row_of(record)) | ({"members": members} if members else {})
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _turn(turn: Turn) -> dict[str, Any]:
-    """A turn as the data file has it: without what it does not say."""
-    values = {each.name: getattr(turn, each.name) for each in fields(turn)}
-    said = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    return {
-        key: value
-        for key, value in said.items()
-        if key in ("user", "assistant") or (value not in (None, []) and (key, value) != ("weight", 1))
-    }
 
 
 def renamed(record: Record, names: dict[str, str], line: int) -> Record:

@@ -71,7 +71,7 @@ def read_calibration(model: str, data: Path) -> list[Sample]:
         if len(sample.input_ids) > context:
             raise UserError(
                 f"has {len(sample.input_ids)} tokens, and the model reads {context}",
-                where=f"{data}:{record.line}",
+                where=table.where(record),
                 hint=LENGTH_HINT,
             )
         samples.append(sample)

@@ -39,7 +39,7 @@ function legend() {
 }
 
 function sample(record) {
-  const head = make('h3', {}, make('span', { class: 'mono' }, record.id), make('span', { class: 'soft' }, ` · line ${record.line}${record.source ? ` · ${record.source}` : ''}${record.longest ? ' · the longest measured' : ''}`));
+  const head = make('h3', {}, make('span', { class: 'mono' }, record.id), make('span', { class: 'soft' }, ` · ${record.place}${record.source ? ` · ${record.source}` : ''}${record.longest ? ' · the longest measured' : ''}`));
   if (record.error) return make('article', { class: 'sample' }, head, make('pre', { class: 'log' }, record.error));
   return make('article', { class: 'sample' }, head,
     make('div', { class: 'sheets' }, record.images.map(sheet)),
