@@ -16,8 +16,8 @@ class FileServer:
 
     Attributes:
         faults: called with each request's file name and how often that was asked for; gives what goes wrong: a status,
-            ``"whole"`` (ranges are ignored), ``"short"`` (the body ends half-way), ``"slow"`` (it never comes), or
-            None.
+            ``"whole"`` (ranges are ignored), ``"short"`` (the body ends half-way), ``"slow"`` (it never comes),
+            ``"damaged"`` (some bytes are others, each time other ones), or None.
         requests: (file name, first byte or None for a whole file) of each.
         sent: bytes of each file.
     """
@@ -77,6 +77,8 @@ def serving(folder: Path) -> Iterator[FileServer]:
             if fault in ("short", "slow"):
                 data = data[: len(data) // 2]
                 self.close_connection = True
+            if fault == "damaged":
+                data = len(server.requests).to_bytes(16) + data[16:]
             server.sent[name] += len(data)
             self.wfile.write(data)
 

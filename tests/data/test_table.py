@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phi3v.data import lines, table
+from phi3v.data import lines, record_rows
 from phi3v.data.cache import cache_folder, cache_root, content_hash
 from phi3v.data.check import ensure_checked
 from phi3v.data.faults import DataFaultsError
@@ -124,7 +124,7 @@ def test_the_second_opening_parses_nothing(tmp_path: Path, no_parser: Callable[[
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_BATCH_ROWS", 256)
+    monkeypatch.setattr(record_rows, "_BATCH_ROWS", 256)
 
     def peak(count: int) -> tuple[int, int]:
         """Bytes that Python holds at most while parsing, and while iterating over the mapped table."""

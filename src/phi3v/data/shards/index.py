@@ -382,7 +382,7 @@ def _fetch_missing(location: Location, files: dict[str, Any], cache: Path, progr
                     expected = {"size": of_file["bytes"], "sha256": of_file["sha256"]}
                     location.fetch(name, temporary, **expected, progress=bar.advance)
             except FetchError as error:
-                raise UserError(f"the index {error.what}", where=location.root, hint=error.hint) from None
+                raise UserError(f"a file of the index {error.what}", where=location.root, hint=error.hint) from None
 
 
 def _is_sound(file: Path, of_file: dict[str, Any]) -> bool:
