@@ -45,6 +45,11 @@ def url_of(path: str | Path) -> str | None:
     return f"{found[1]}://{found[2]}" if found else None
 
 
+def shown(path: str | Path) -> str:
+    """A path or a URL as a person would write it."""
+    return url_of(path) or str(path)
+
+
 def absolute(path: str | Path) -> Path:
     """The absolute path, with links kept and ``~`` expanded."""
     path = Path(os.path.expanduser(path))

@@ -22,6 +22,7 @@ from PIL import Image
 
 from phi3v.data.check import check_file, ensure_checked
 from phi3v.data.lengths import measure_table
+from phi3v.data.mixture import mix_tables
 from phi3v.data.shards import remote
 from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.store import ShardStore
@@ -68,6 +69,8 @@ def store_of(table: RecordTable) -> ShardStore:
 def test_opening_and_measuring_fetch_the_index_alone_and_once(server: FileServer) -> None:
     assert ensure_checked(Path(server.url)).ok
     table = open_table(Path(server.url))  # as a configuration's path arrives
+    assert table.shown == server.url
+    assert mix_tables([table, table], ["a", "b"]).shown == f"{server.url}, {server.url}"
     assert measure_table(table, None).sizes.tolist() == [[40, 40]] * len(table)
     assert sorted({name for name, _ in server.requests}) == ["images.arrow", "index.json", "records.arrow"]
     assert server.sent["records.arrow"] == (server.folder / "records.arrow").stat().st_size

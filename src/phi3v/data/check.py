@@ -29,7 +29,7 @@ from phi3v.data.shards.store import ShardStore
 from phi3v.data.table import RecordTable, open_table, writing_table
 from phi3v.errors import UserError
 from phi3v.machine import available_cores
-from phi3v.paths import url_of
+from phi3v.paths import shown
 
 SizeOf = Callable[[str], tuple[int, int]]  # an image's path to its width and height
 
@@ -125,7 +125,7 @@ class CheckReport:
         """Plain values for ``--json``."""
         return {
             "ok": self.ok,
-            "path": url_of(self.path) or str(self.path),
+            "path": shown(self.path),
             "images_root": self.images_root,
             "image_level": self.image_level,
             "faults": [fault.to_json_dict() for fault in self.faults],
@@ -136,22 +136,21 @@ class CheckReport:
 
     def render(self, console: Console) -> None:
         """Print the faults, or the counts if there is none."""
-        shown_path = url_of(self.path) or self.path
         # As `Text`, not markup: rich would take the [0] of a field for a style.
         for fault in self.faults:
             what, _, hint = str(fault).partition("\n")
             console.print(Text(what, style="red"), soft_wrap=True)
             console.print(Text(hint), soft_wrap=True)
         if self.faults:
-            shown = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} in {shown_path}"
+            found = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} in {shown(self.path)}"
             more = "; stopped there, there are more (--max-errors shows more)" if self.stopped_early else ""
-            console.print(Text(shown + more, style="bold red"), soft_wrap=True)
+            console.print(Text(found + more, style="bold red"), soft_wrap=True)
             return
         seen = {"decode": "all decoded", "header": "headers read", "off": "not looked at"}[self.image_level]
         context = f", {self.context:,} of weight 0" if self.context else ""
         by_id = is_shards(self.path)
         lines = [
-            f"{shown_path}: no fault",
+            f"{shown(self.path)}: no fault",
             f"  records    {self.records:,}",
             f"  turns      {self.turns:,} ({self.questions:,} with a question{context})",
             f"  images     {self.images:,} distinct, {seen}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3v.errors import UserError
-from phi3v.paths import url_of
+from phi3v.paths import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Fault:
 
     def __str__(self) -> str:
         field = f"{self.field}: " if self.field else ""
-        file = url_of(self.file) or self.file
+        file = shown(self.file)
         place = f"{file}:{self.line}" if self.record is None else f"{file}: record {self.record}"
         return f"{place}: {field}{self.what}\n  → {self.hint}"
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return {
-            "file": url_of(self.file) or str(self.file),
+            "file": shown(self.file),
             "line": self.line,
             "field": self.field,
             "what": self.what,

@@ -104,7 +104,7 @@ class MixtureTable(RecordTable):
 
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} in {self.path}")
+            raise IndexError(f"record {index} of {len(self)} in {self.shown}")
         source, own = self.place(int(index) % len(self))
         return self._named(source, self.sources[source][own])
 

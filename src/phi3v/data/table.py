@@ -32,6 +32,7 @@ from phi3v.data.shards.index import RECORDS, is_shards, open_index
 from phi3v.data.shards.store import ShardStore
 from phi3v.data.shards.verify import verify_index
 from phi3v.errors import UserError
+from phi3v.paths import shown
 
 if TYPE_CHECKING:
     import datasets
@@ -69,6 +70,11 @@ class RecordTable:
     sources: tuple[RecordTable, ...] = ()
     names: tuple[str, ...] = ()
 
+    @property
+    def shown(self) -> str:
+        """The file or the URL, for a message; of a mixture all of them."""
+        return ", ".join(table.shown for table in self.sources) or shown(self.path)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -79,7 +85,7 @@ class RecordTable:
             IndexError: there is no such record.
         """
         if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} in {self.path}")
+            raise IndexError(f"record {index} of {len(self)} in {self.shown}")
         return record_of(self.dataset[int(index)], self.path)
 
     def __iter__(self) -> Iterator[Record]:

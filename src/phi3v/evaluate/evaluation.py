@@ -160,7 +160,7 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
         if not references & set(words):
             raise UserError(
                 f"the answer to {question.id!r} is {question.references[0]!r}, which is none of the answer words",
-                where=str(questions.table.path),
+                where=questions.table.shown,
                 hint=f"evaluation.answer_words is [{', '.join(config.answer_words)}]; auroc needs all answers in it",
             )
         positives += words[0] in references
@@ -168,7 +168,7 @@ def check_references(questions: QuestionDataset, config: EvaluationConfig) -> No
         side = "none" if positives == 0 else "each"
         raise UserError(
             f"auroc compares two kinds of answers, and {side} of the {len(questions)} is {config.answer_words[0]!r}",
-            where=str(questions.table.path),
+            where=questions.table.shown,
             hint="evaluate on data that has both, or leave auroc out of evaluation.metrics",
         )
 

@@ -191,7 +191,7 @@ def read_workload(
     lengths, order = measure(table, processor, progress=progress), order_of(table)
     tokens = "the model's tokenizer" if processor is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     images = len(table.distinct_images()[0])
-    what = f"{len(table):,} records of {table.path}"
+    what = f"{len(table):,} records of {table.shown}"
     if isinstance(order, Mixed):
         lengths = take_lengths(lengths, order.of_epoch(0))
         what = f"{len(lengths):,} records that an epoch takes of the {what}"

@@ -56,7 +56,7 @@ class DataFacts:
             unusable = error
         is_pair, is_labelled = table.rejected_counts() > 0, table.labels() >= 0
         return cls(
-            str(table.path),
+            table.shown,
             bool(table.image_counts().any()),
             unusable,
             len(table),

@@ -177,7 +177,7 @@ def _require_own_ids(sources: Sequence[Source]) -> None:
             if (other := seen.setdefault(name, source.table.path)) is not source.table.path:
                 raise UserError(
                     f"the id {name!r} is in {other} too",
-                    where=str(source.table.path),
+                    where=source.table.shown,
                     hint="give each record an id of its own, or cut the files into folders of their own",
                 )
 

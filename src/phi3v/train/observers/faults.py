@@ -102,7 +102,7 @@ class StepFaults:
             times = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
             raise UserError(
                 f"{what} is not finite at step {step.number}{times}; records: {listed}",
-                where=str(self.run.train_table.path),
+                where=self.run.train_table.shown,
                 hint=f"{newest_checkpoint(self.run.folder)}: look at these records, or lower training.learning_rate in "
                 "a new run",
             )
