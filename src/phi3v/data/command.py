@@ -87,7 +87,7 @@ def _add_shard(group: Parser) -> None:
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards and the index")
     command.add_argument(
-        "--shard-size", type=_size, default=500_000_000, metavar="SIZE", help="size of a shard, e.g. 500MB or 1GB"
+        "--shard-size", type=_size, default="500MB", metavar="SIZE", help="size of a shard, e.g. 500MB or 1GB"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order of the pages")
     command.add_argument(
@@ -105,11 +105,11 @@ def _add_shard(group: Parser) -> None:
 
 
 def _size(text: str) -> int:
-    """A number of bytes, with a unit or without."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]?)B?", text.strip(), re.IGNORECASE)
+    """A number of bytes, with its unit: of a bare number, nobody knows which one is meant."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG])B?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 1GB")
-    return round(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
+    return round(float(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
 
 
 def shard(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
