@@ -63,11 +63,17 @@ def assert_same_run(one: Path, two: Path, last: int) -> None:
     assert lines(one) == lines(two)
     assert_same_weights(one / "final", two / "final")
     a, b = (run / f"checkpoint-{last}" for run in (one, two))
-    assert_same_weights(a / "model", b / "model")
-    assert_same_weights(a, b)  # random.safetensors
-    assert_same(*(torch.load(f / "optimizer" / "optimizer.pt", weights_only=True) for f in (a, b)))
-    assert (a / "optimizer" / "schedule.json").read_text() == (b / "optimizer" / "schedule.json").read_text()
-    states = [json.loads((folder / "state.json").read_text()) for folder in (a, b)]
-    for state in states:
-        del state["config"], state["progress"], state["versions"]
-    assert states[0] == states[1]
+    files = {path.relative_to(a).as_posix() for path in a.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(b).as_posix() for path in b.rglob("*") if path.is_file()}
+    for name in sorted(files - {"manifest.json", "metrics.jsonl"}):
+        if name.endswith(".safetensors"):
+            assert_same(load_file(a / name), load_file(b / name), name)
+        elif name.endswith(".pt"):
+            assert_same(*(torch.load(folder / name, weights_only=True) for folder in (a, b)), name)
+        elif name == "state.json":
+            states = [json.loads((folder / name).read_text()) for folder in (a, b)]
+            for state in states:
+                del state["config"], state["progress"], state["versions"]
+            assert_same(*states)
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name

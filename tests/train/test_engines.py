@@ -118,7 +118,7 @@ def test_an_engine_agrees_with_one_process(
     method, engine, more = MATRIX[name]
     settings: dict[str, object] = {"method.name": method, "training.max_steps": steps}
     # What an engine has settings for makes no difference to one process; packed rows do, in the order of the data.
-    reference = alone(**settings, **(more if "data.packing" in more else {}))
+    reference = alone(**settings, **{key: value for key, value in more.items() if key in PACKED})
     shown = train(2, small_model_dir, easy_vqa, tmp_path / "run", **settings, **{"distributed.engine": engine}, **more)
     assert f"engine: {engine} (as configured" in shown
     one, two = read_metrics(reference), read_metrics(tmp_path / "run")

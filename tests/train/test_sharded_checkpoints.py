@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import run_ranks
-from resume_helpers import assert_same, assert_same_weights, interrupted_copy, lines
+from resume_helpers import assert_same, assert_same_run, interrupted_copy
 from rich.console import Console
 from run_helpers import read_metrics
 from safetensors.torch import load_file
@@ -83,19 +84,6 @@ def run(ranks: int, model: Path, data: Path, out: Path, engine: str, *flags: str
     return run_ranks(ranks, main_with_readers, arguments, folder=out.with_name(f"{out.name}-printed-{ranks}"))
 
 
-def assert_same_sharded_run(one: Path, two: Path, last: int) -> None:
-    """Two runs on the same ranks that came to the same, bit by bit."""
-    assert lines(one) == lines(two)
-    assert_same_weights(one / "final", two / "final")
-    a, b = (folder / f"checkpoint-{last}" for folder in (one, two))
-    assert_same_weights(a / "shards", b / "shards")
-    assert_same_weights(a, b)  # random.safetensors
-    states = [json.loads((folder / "state.json").read_text()) for folder in (a, b)]
-    for state in states:
-        del state["config"], state["progress"], state["versions"]
-    assert states[0] == states[1]
-
-
 @pytest.mark.parametrize(
     ("engine", "ranks", "replicas"),
     [
@@ -118,7 +106,7 @@ def test_an_engine_goes_on_bit_by_bit(
     part = interrupted_copy(whole, 2, tmp_path / "part")
     shown = run(ranks, small_model_dir, easy_vqa, part, engine, "--resume", **method)
     assert "after step 2" in shown
-    assert_same_sharded_run(whole, part, last=3)
+    assert_same_run(whole, part, last=3)
     files = sorted((whole / "checkpoint-2" / "shards").iterdir())
     assert len(files) == ranks
     assert max(path.stat().st_size for path in files) < 1.2 * min(path.stat().st_size for path in files)
@@ -173,7 +161,31 @@ def test_engines_go_on_from_each_other(
     assert "putting the parts of" in capsys.readouterr().err
     assert resolve_model(str(out / f"checkpoint-{last}" / "model")).base == tuned.base
     assert capsys.readouterr().err == ""
+    assert_few_are_kept(out, Path(tuned.base))
     assert main(["export", str(out / f"checkpoint-{last}"), "--out", str(tmp_path / "export")]) == 0
+
+
+def assert_few_are_kept(run: Path, newest: Path) -> None:
+    """Of the models that the cache puts together those that were used last, and all that processes use."""
+
+    def resolved(step: int) -> Path:
+        return Path(resolve_model(str(run / f"checkpoint-{step}")).base)
+
+    killed = newest.with_name(".killed.new")
+    killed.mkdir()
+    with mock.patch.object(assemble, "KEPT", 2):
+        older = resolved(1), resolved(2)
+        assert all(folder.is_dir() for folder in (newest, *older)), "all are in use"
+        assert not killed.exists()
+        assemble._in_use.clear()
+        assert resolved(1) == older[0]
+        shutil.rmtree(newest)
+        assemble._in_use.clear()
+        assert resolved(step_of(checkpoints(run)[0])) == newest
+        assert [folder.is_dir() for folder in (newest, *older)] == [True, True, False], "the second was used last"
+        with mock.patch.object(assemble, "free_space", return_value=0):
+            assert resolved(2) == older[1]
+        assert [folder.is_dir() for folder in (newest, *older)] == [True, False, True], "room is made"
 
 
 def _resolved(checkpoint: str) -> int:
@@ -351,4 +363,4 @@ def test_kills_at_random_moments_of_saves(
     assert newest > 0
     assert f"checkpoint-{newest} (the newest valid checkpoint)" in shown
     assert not list(out.glob(".checkpoint-*"))
-    assert_same_sharded_run(whole, out, last)
+    assert_same_run(whole, out, last)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock
@@ -18,17 +20,24 @@ from phi3v.errors import UserError
 from phi3v.json_files import content_of
 from phi3v.model.checkpoint import model_content, stored_tensors
 from phi3v.model.configuration import Phi3VConfig
-from phi3v.paths import file_hash, find_model
+from phi3v.paths import file_hash, find_model, free_space
 from phi3v.processing.processor import Phi3VProcessor
 from phi3v.terminal import say
-from phi3v.train.checkpoint_folder import MANIFEST, SHARDS, damage
+from phi3v.train.checkpoint_folder import MANIFEST, SHARDS, damage, tensor_bytes
 from phi3v.train.methods.loading import make_skeleton
 from phi3v.train.methods.weights import save_final
 from phi3v.train.pieces import WEIGHTS, Piece, PieceError, read_pieces, saved_sizes
 
+# Models that the cache keeps, and more while processes use them.
+KEPT = 3
+
+_in_use: dict[Path, BinaryIO] = {}  # by this process; the locks end with it
+
 
 def whole_model(checkpoint: Path, base: str) -> Path:
-    """A folder with the model of a checkpoint, as ``model/`` of one that is not sharded; kept in the cache.
+    """A folder with the model of a checkpoint, as ``model/`` of one that is not sharded.
+
+    The cache keeps the few that were used last; this one stays while the process lives.
 
     Args:
         base: what it was tuned from, a folder or a hub id; what was not trained is taken from there.
@@ -55,7 +64,7 @@ def whole_model(checkpoint: Path, base: str) -> Path:
     if base_folder is not None:
         key += f"-{model_content(base_folder)[:16]}"
     folder = cache_root() / "checkpoints" / key
-    if (folder / MANIFEST).is_file():
+    if _use(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +72,9 @@ def whole_model(checkpoint: Path, base: str) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from None
     with lock:
-        if not (folder / MANIFEST).is_file():
+        if not _use(folder):
             _put_together(checkpoint, model, trained, base_folder, folder)
+            _use(folder)
     return folder
 
 
@@ -90,14 +100,47 @@ def _put_together(
         model.load_state_dict(whole, assign=True)
     except (PieceError, RuntimeError, OSError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from None
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed: the lock is ours
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            new = Path(temporary) / "model"
-            save_final(model, Phi3VProcessor.from_pretrained(str(description)), new, model.state_dict())
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+        _make_room(folder.parent, tensor_bytes(model.state_dict()))
+        save_final(model, Phi3VProcessor.from_pretrained(str(description)), new, model.state_dict())
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _use(folder: Path) -> bool:
+    """Whether a model is in the cache; then it stays there until this process ends."""
+    manifest = folder / MANIFEST
+    try:
+        file = manifest.open("rb")
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_SH)  # while it is being removed, wait until it is gone
+        os.utime(manifest)
+    except OSError:
+        return False
+    _in_use[folder] = file
+    return True
+
+
+def _make_room(cache: Path, needed: int) -> None:
+    """Remove what killed processes left, and of the models that nobody uses those that were used longest ago."""
+    for new in cache.glob(".*.new"):
+        lock = FileLock(new.with_suffix(".lock"), blocking=False)
+        with suppress(TimeoutError), lock:
+            shutil.rmtree(new, ignore_errors=True)
+    kept = sorted(cache.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    for number, manifest in enumerate(kept):
+        if len(kept) - number < KEPT and free_space(cache) >= needed:
+            break
+        with suppress(OSError), manifest.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            manifest.unlink()  # first: without it the rest is no model
+            shutil.rmtree(manifest.parent)
 
 
 def _damaged(checkpoint: Path, error: Exception | str) -> UserError:
