@@ -134,7 +134,7 @@ def combinations() -> Iterator[Any]:
         yield pytest.param(engine, form, "shared-image", others, every, id=name, marks=SLOW)
 
 
-@pytest.mark.parametrize(("engine", "form", "packing", "others", "steps"), combinations())
+@pytest.mark.parametrize(("engine", "form", "packing", "others", "steps"), list(combinations()))
 def test_the_run_from_any_step_is_the_run(
     tmp_path: Path,
     small_model_dir: Path,
