@@ -31,6 +31,7 @@ from phi3v.config import CheckpointConfig, RunConfig, TrainingConfig
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.errors import UserError
 from phi3v.train import assemble
+from phi3v.train import pieces as pieces_module
 from phi3v.train.checkpoint_folder import checkpoints, damage, step_of
 from phi3v.train.checkpoints import formats
 from phi3v.train.checkpoints.formats import choose_format
@@ -41,7 +42,7 @@ from phi3v.train.device import RuntimeDevice, choose_device
 from phi3v.train.engines import DataParallel, ZeroEngine
 from phi3v.train.engines.choice import EngineChoice
 from phi3v.train.finetuned import resolve_model
-from phi3v.train.pieces import write_pieces
+from phi3v.train.pieces import Piece, PieceError, gap, read_pieces, write_pieces
 
 SLOW = pytest.mark.slow
 
@@ -252,6 +253,43 @@ def test_the_scale_of_fp16_goes_to_another_engine() -> None:
     assert own["scale"] == 1024.0
     ZeroEngine.put_scaler_state(zero, own | {"scale": 512.0})
     assert vars(theirs) == {"cur_scale": 512.0, "cur_iter": 5, "min_scale": 1}
+
+
+def test_what_no_rank_has_or_two_have_is_told() -> None:
+    """Each rank writes by itself, so nothing else would find it before a resume does."""
+    sizes = {"weights/a": 6, "exp_avg/a": 6}
+
+    def pieces(*ranges: tuple[int, int], name: str = "weights/a") -> list[Piece]:
+        return [Piece(name, torch.zeros(end - start), start, 6) for start, end in ranges]
+
+    whole = pieces((0, 6))
+    assert gap(whole, sizes, None) is None, "no step was taken"
+    assert gap(whole + pieces((0, 2), (2, 6), name="exp_avg/a"), sizes, None) is None
+    assert gap(whole + pieces((0, 2), (3, 6), name="exp_avg/a"), sizes, None) is not None
+    assert gap(pieces((0, 2), (3, 6)), sizes, None) == (
+        "weights/a: the parts of all ranks have 5 of 6 elements, or not each of them once"
+    )
+    assert gap(pieces((0, 4), (3, 5)), sizes, None) is not None, "one is missing and one is there twice"
+
+
+def test_ranks_write_and_read_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are named by their rank and cut by size; any number of ranks reads them."""
+    monkeypatch.setattr(pieces_module, "FILE_BYTES", 12)
+    whole = {name: torch.randn(7) for name in ("weights/a", "weights/b")}
+    for rank in range(3):
+        shares = [Piece(name, values, 0, 7).share(rank, 3) for name, values in whole.items()]
+        names = {path.name for path in write_pieces(tmp_path, shares, rank)}
+        assert len(names) == (1 if rank < 2 else 2)
+        assert all(name.startswith(f"shard-{rank + 1:05d}-") for name in names)
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            empty = [Piece(name, torch.empty(7), 0, 7).share(rank, ranks) for name in whole]
+            read_pieces(tmp_path, empty)
+            for piece in empty:
+                assert torch.equal(piece.values, whole[piece.name][piece.start : piece.start + len(piece)])
+    next(tmp_path.iterdir()).unlink()
+    with pytest.raises(PieceError, match=r"weights/. is incomplete"):
+        read_pieces(tmp_path, [Piece(name, values, 0, 7) for name, values in whole.items()])
 
 
 def _full_disk_on_rank_1(arguments: list[str]) -> int:

@@ -94,7 +94,7 @@ def _put_together(
     pieces = [Piece(f"{WEIGHTS}/{name}", value.view(-1), 0, value.numel()) for name, value in whole.items()]
     say(Console(stderr=True), f"putting the parts of {checkpoint} together in {folder}")
     try:
-        read_pieces(shards, pieces, None)
+        read_pieces(shards, pieces)
         if base_folder is not None:
             whole |= {name: tensor for _, name, tensor in stored_tensors(Path(base_folder), wanted.keys() - trained)}
         model.load_state_dict(whole, assign=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -40,8 +41,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-# Bytes of all ranks' pieces that go into one set of files: a file is put together in memory before it is written.
-FILE_BYTES = 2**30
+# Of a rank's pieces that go into one file: it is put together in memory before it is written, and who reads opens all.
+FILE_BYTES = 2**28
 
 WEIGHTS = "weights"
 
@@ -113,53 +114,68 @@ class HostCopies:
         return buffer is not None and (buffer.shape, buffer.dtype) == (piece.values.shape, piece.values.dtype)
 
 
-def write_pieces(
-    folder: Path, pieces: Sequence[Piece], sizes: Mapping[str, int], group: ProcessGroup | None
-) -> list[Path]:
-    """Write this rank's pieces; a collective.
+def write_pieces(folder: Path, pieces: Sequence[Piece], rank: int) -> list[Path]:
+    """Write this rank's pieces.
 
-    DCP sees to it that the pieces of all ranks make up every tensor, and that what several ranks hold is written once.
-
-    Args:
-        sizes: bytes of every tensor of any rank, by its name, in the same order on all ranks.
-        group: of all ranks, for hosts; ``None``: this process is alone.
+    DCP takes each rank for a process alone: it would send the plans of all to one, which for hundreds of ranks takes it
+    minutes and gigabytes. What it would look for in them is `gap`'s.
 
     Returns:
         The files that this rank wrote; they are on the disk.
 
     Raises:
-        PieceError: it failed on a rank; raised on all.
+        PieceError: it failed.
     """
     index, filled = {}, 0
-    for name, size in sizes.items():
-        index[name] = 1 + filled // FILE_BYTES
-        filled += size
-    writer = _Writer(str(folder), fqn_to_index_mapping=index, save_distributed=True)
+    for piece in pieces:
+        index[piece.name] = 1 + filled // FILE_BYTES
+        filled += piece.bytes
+    writer = _Writer(str(folder), rank, fqn_to_index_mapping=index, save_distributed=True)
     state = {piece.name: piece.values for piece in pieces}
     planner = _SavePlanner({piece.name: piece for piece in pieces})
-    _expect_no_group(group)
+    _expect_no_group()
     try:
-        save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        save(state, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise PieceError(_reason(error)) from error
     return [folder / name for name in writer.files]
 
 
-def read_pieces(folder: Path, pieces: Sequence[Piece], group: ProcessGroup | None) -> None:
-    """Let the pieces' values be what was saved, whoever saved it, in place; a collective.
+def gap(pieces: Sequence[Piece], sizes: Mapping[str, int], group: ProcessGroup | None) -> str | None:
+    """The first tensor that the pieces of all ranks do not make up, each element once; a collective.
+
+    Told by how many elements they have, and by the sum of these elements' indices. Moments may all be missing.
 
     Args:
-        group: as of `write_pieces`.
+        sizes: elements of every tensor of any rank, by its name, in the same order on all ranks.
+        group: of all ranks, for hosts; ``None``: this process is alone.
+    """
+    places = {name: place for place, name in enumerate(sizes)}
+    found = torch.zeros(len(sizes), 2, dtype=torch.int64)
+    for piece in pieces:
+        count = len(piece)
+        found[places[piece.name]] += torch.tensor([count, count * (2 * piece.start + count - 1) // 2])
+    if group is not None:
+        distributed.all_reduce(found, group=group)
+    weights = torch.tensor([name.startswith(f"{WEIGHTS}/") for name in sizes])
+    stepped = bool(found[~weights].any())  # else there are no moments yet
+    for name, size, got in zip(sizes, sizes.values(), found.tolist(), strict=True):
+        if got != [size, size * (size - 1) // 2] and (stepped or weights[places[name]]):
+            return f"{name}: the parts of all ranks have {got[0]} of {size} elements, or not each of them once"
+    return None
+
+
+def read_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Let the pieces' values be what was saved, whoever saved it, in place. Each rank reads by itself.
 
     Raises:
-        PieceError: it failed on a rank; raised on all.
+        PieceError: it failed.
     """
     state = {piece.name: piece.values for piece in pieces}
     planner = _LoadPlanner({piece.name: piece for piece in pieces})
-    reader = HuggingFaceStorageReader(str(folder))
-    _expect_no_group(group)
+    _expect_no_group()
     try:
-        load(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner, no_dist=True)
     except CheckpointException as error:
         raise PieceError(_reason(error)) from error
 
@@ -185,25 +201,30 @@ def difference(files: Iterable[Path], pieces: Sequence[Piece]) -> str | None:
     return None
 
 
-def _expect_no_group(group: ProcessGroup | None) -> None:
+def _expect_no_group() -> None:
     """DCP warns of what is meant; for good, since filters are the process's and threads call this."""
-    if group is None:
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _reason(error: CheckpointException) -> str:
-    rank, (cause, _) = min(error.failures.items())
+    ((cause, _),) = error.failures.values()
     if isinstance(cause, OSError) and cause.strerror:
-        cause_text = f"{cause.strerror}{f' ({cause.filename})' if cause.filename else ''}"
-    else:
-        cause_text = " ".join(str(cause).split())[:300]
-    return f"{cause_text} (on rank {rank})"
+        return f"{cause.strerror}{f' ({cause.filename})' if cause.filename else ''}"
+    return " ".join(str(cause).split())[:300]
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Remembers what it wrote."""
+    """Names files by the rank that writes them, and remembers them."""
 
     files: tuple[str, ...] = ()
+
+    def __init__(self, path: str, rank: int, **settings: Any) -> None:
+        super().__init__(path, **settings)
+        self.number = rank + 1  # `rank` is 0: DCP knows of no other
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        (plan,) = super().prepare_global_plan(plans)
+        return [replace(plan, storage_data=plan.storage_data | {"shard_index": self.number})]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future = super().write_data(plan, planner)

@@ -33,7 +33,7 @@ from phi3v.train.methods.weights import (
     save_description,
     save_final,
 )
-from phi3v.train.pieces import WEIGHTS, HostCopies, Piece, PieceError, difference, read_pieces, write_pieces
+from phi3v.train.pieces import WEIGHTS, HostCopies, Piece, PieceError, difference, gap, read_pieces, write_pieces
 from phi3v.train.prepare import PreparedRun
 
 # SHA-256 and size of files that other ranks wrote, by their names in the checkpoint.
@@ -136,7 +136,7 @@ class ShardedFormat(CheckpointFormat):
         )
         self._copies = HostCopies()
         trained = [(name, p.numel()) for name, p in self.skeleton.named_parameters() if p.requires_grad]
-        self._sizes = {f"{kind}/{name}": 4 * size for kind in (WEIGHTS, *MOMENTS) for name, size in trained}
+        self._sizes = {f"{kind}/{name}": size for kind in (WEIGHTS, *MOMENTS) for name, size in trained}
 
     def take(self) -> None:
         ranks, choice = self.run.runtime.world_size, self.engine.choice
@@ -145,7 +145,7 @@ class ShardedFormat(CheckpointFormat):
         self.pieces = [piece for piece in shares if len(piece)]
 
     def disk_bytes(self) -> int:
-        return sum(self._sizes.values())
+        return 4 * sum(self._sizes.values())
 
     def memory_bytes(self) -> int:
         return self._copies.missing(self.pieces) * self.run.runtime.node_ranks
@@ -163,8 +163,9 @@ class ShardedFormat(CheckpointFormat):
             own: dict[str, tuple[str, int]] = {}
             lost = wrong = None
             try:
-                files = write_pieces(unfinished / SHARDS, pieces, self._sizes, collectives.group)
-                lost = difference(files, pieces)
+                lost = gap(pieces, self._sizes, collectives.group)
+                files = write_pieces(unfinished / SHARDS, pieces, self.rank)
+                lost = lost or difference(files, pieces)
                 own = {f"{SHARDS}/{path.name}": (file_hash(path), path.stat().st_size) for path in files}
                 if self.rank == 0:
                     save_description(self.skeleton, self.run.processor, unfinished / "model")
@@ -176,7 +177,7 @@ class ShardedFormat(CheckpointFormat):
                     raise IncompleteSaveError(lost)
             for rank, (_, _, wrong) in enumerate(everywhere):
                 if wrong is not None:
-                    raise PieceError(wrong if "(on rank " in wrong else f"{wrong} (on rank {rank})")
+                    raise PieceError(f"{wrong} (on rank {rank})")
             return {name: about for files, _, _ in everywhere for name, about in files.items()}
 
         return write
@@ -237,9 +238,13 @@ def load_checkpoint(engine: Engine, point: ResumePoint, rank: int, collectives: 
         engine.load_optimizer(folder / "optimizer" if folder is not None else None)
         return
     engine.load_facts(point.state["optimizer"])
+    wrong = None
     try:
-        read_pieces(point.folder / SHARDS, list(engine.pieces()), collectives.group)
+        read_pieces(point.folder / SHARDS, list(engine.pieces()))
     except PieceError as error:
-        hint = "name an older checkpoint with --resume, or start another run"
-        raise UserError(f"cannot be read: {error}", where=str(point.folder), hint=hint) from None
+        wrong = f"cannot be read: {error} (on rank {rank})"
+    for failed in collectives.all_gather(wrong):
+        if failed is not None:
+            hint = "name an older checkpoint with --resume, or start another run"
+            raise UserError(failed, where=str(point.folder), hint=hint)
     engine.refresh()
