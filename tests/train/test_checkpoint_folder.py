@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,35 @@ def test_a_crash_at_any_system_call_leaves_a_valid_one(
     assert not found.skipped
     assert all(damage(folder) is None for folder in checkpoints(tmp_path))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_folder_that_is_renamed_file_by_file_is_none_before_the_last(tmp_path: Path, backwards: bool) -> None:
+    """As an object store does that is mounted as a disk; a kill comes in between."""
+    whole = save(tmp_path / "whole", 3)
+    files = sorted((path for path in whole.rglob("*") if path.is_file()), reverse=backwards)
+    folder = tmp_path / "run" / whole.name
+    for path in files:
+        assert damage(folder) is not None
+        target = folder / path.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    assert damage(folder) is None
+
+
+def test_a_disk_that_flushes_no_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int, *, of_folders: int = errno.EINVAL, of_files: int = 0) -> None:
+        number = of_folders if stat.S_ISDIR(os.fstat(descriptor).st_mode) else of_files
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert damage(save(tmp_path, 3)) is None
+    for others in ({"of_folders": errno.EIO}, {"of_files": errno.EINVAL}):
+        monkeypatch.setattr(os, "fsync", functools.partial(fsync, **others))
+        with pytest.raises(OSError, match=os.strerror(next(iter(others.values())))):
+            save(tmp_path, 4, next(iter(others)))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

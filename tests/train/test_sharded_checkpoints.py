@@ -344,6 +344,45 @@ def test_a_rank_that_dies_in_a_save_leaves_no_checkpoint(tmp_path: Path, small_m
     assert len(list(out.glob(".checkpoint-4.*.new/shards/*"))) == 2
 
 
+def _stopped_in_a_save(arguments: list[str]) -> int:
+    """SIGTERM comes to rank 1 while it writes the second checkpoint, which takes it longer than a step."""
+    saves: list[Path] = []
+
+    def write(folder: Path, *args: Any) -> list[Path]:
+        saves.append(folder)
+        if os.environ["RANK"] == "1" and len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        return write_pieces(folder, *args)
+
+    with mock.patch.object(formats, "write_pieces", write):
+        return main(arguments)
+
+
+@SLOW
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_signal_in_a_save_and_damage_after_it(
+    tmp_path: Path, small_model_dir: Path, easy_vqa: Path, steps: int
+) -> None:
+    """That save is finished, the step that follows is saved too; whichever part of it is damaged, the other stands."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings: dict[str, object] = {"training.max_steps": 8, "checkpoint.save_steps": steps, "checkpoint.keep_last": 2}
+    run(2, small_model_dir, easy_vqa, whole, "fsdp2", **settings)
+    arguments = command(small_model_dir, easy_vqa, out, "fsdp2", **settings)
+    shown = run_ranks(2, _stopped_in_a_save, arguments, folder=tmp_path / "printed", codes=(3, 3))
+    newest, before = checkpoints(out)
+    assert step_of(before) == 2 * steps
+    assert f"which is saved in {newest}" in shown
+    assert damage(newest) is None
+    assert damage(before) is None
+    file = sorted((newest / "shards").iterdir())[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    shown = run(2, small_model_dir, easy_vqa, out, "fsdp2", "--resume", **settings)
+    assert f"skipped {newest}: shards/{file.name} is not what was written (its SHA-256 differs)" in shown
+    assert f"{before.name} (the newest valid checkpoint)" in shown
+    assert_same_run(whole, out, 8)
+
+
 def _killed_in_a_save(arguments: list[str], out: str, victims: tuple[int, ...], save: int, after: float) -> int:
     """The victims are killed some time after so many saves have begun."""
 

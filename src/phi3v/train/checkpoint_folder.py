@@ -256,5 +256,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # not every network disk flushes a folder
+            raise
     finally:
         os.close(descriptor)
