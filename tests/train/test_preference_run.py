@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from one_step import one_step
+from one_step import assert_same, one_step
 from preference_data import write_pairs
 from ranks import command, run_ranks
 from resume_helpers import assert_same_run, interrupted_copy
 from rich.console import Console
 from run_helpers import Train, read_metrics
 from safetensors.torch import load_file, save_file
-from test_loss_splits import assert_same
 
 from phi3v.config import ObjectiveConfig, ObjectiveName, load_config
 from phi3v.data.image_store import FolderStore

@@ -77,6 +77,15 @@ class ImageStore(ABC):
         """(names, 2) width and height of each image, 0 where there is none; None where their headers must be read."""
         return None
 
+    def shares(self, names: Sequence[str], parts: int) -> list[list[str]]:
+        """The images cut into parts of about as many, each in an order in which it is read at little cost."""
+        ordered = sorted(names)
+        return [ordered[part::parts] for part in range(parts)]
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say that this process is going to read these images in this order: it fetches one shard after the other."""
+        return
+
     @abstractmethod
     def sha256(self, name: str) -> str:
         """Of the bytes of an image.

@@ -67,12 +67,37 @@ class MixtureStore(ImageStore):
 
     def stamps(self, names: Sequence[str]) -> Ints:
         stamps = np.full((len(names), 2), -1, dtype=np.int64)
+        for place, chosen, own in self._of_stores(names):
+            stamps[chosen] = self.stores[place].stamps(own)
+        return stamps
+
+    def sizes(self, names: Sequence[str], *, exif_orientation: bool) -> Ints | None:
+        sizes = np.zeros((len(names), 2), dtype=np.int64)
+        for place, chosen, own in self._of_stores(names):
+            known = self.stores[place].sizes(own, exif_orientation=exif_orientation)
+            if known is None:
+                return None
+            sizes[chosen] = known
+        return sizes
+
+    def shares(self, names: Sequence[str], parts: int) -> list[list[str]]:
+        shares: list[list[str]] = [[] for _ in range(parts)]
+        for place, _, own in self._of_stores(names):
+            for share, of_store in zip(shares, self.stores[place].shares(own, parts), strict=True):
+                share += [f"{place}/{name}" for name in of_store]
+        return shares
+
+    def expect(self, names: Sequence[str]) -> None:
+        for place, _, own in self._of_stores(names):
+            self.stores[place].expect(own)
+
+    def _of_stores(self, names: Sequence[str]) -> Iterator[tuple[int, list[int], list[str]]]:
+        """Of each store its number, the places of its images among ``names``, and what these are named there."""
         of_store: dict[str, list[int]] = {}
         for at, name in enumerate(names):
             of_store.setdefault(name.partition("/")[0], []).append(at)
         for place, chosen in of_store.items():
-            stamps[chosen] = self.stores[int(place)].stamps([names[at].partition("/")[2] for at in chosen])
-        return stamps
+            yield int(place), chosen, [names[at].partition("/")[2] for at in chosen]
 
     def sha256(self, name: str) -> str:
         store, own = self.find(name)
@@ -146,7 +171,7 @@ class MixtureTable(RecordTable):
             for into, window in zip(of_store, own, strict=True):
                 into += [shard - numbers.start for shard in window if shard in numbers]
         for home, windows in of_stores.items():
-            self.sources[home].assign_shards(windows)
+            self.sources[home].assign_shards(list(filter(None, windows)))
 
     def of_image(self, take: Callable[..., T], name: str) -> T:
         return super().of_image(_by_own_name(take), name)

@@ -171,6 +171,15 @@ class RecordTable:
         if isinstance(self.images, ShardStore):
             self.images.assign(own)
 
+    def expect(self, records: Sequence[int]) -> None:
+        """Say that this process is going to read the images of these records in this order; see `ImageStore.expect`."""
+        names, used = self.distinct_images()
+        counts = self.image_counts().astype(np.int64)
+        with_images = np.array(records, dtype=np.int64)
+        with_images = with_images[counts[with_images] > 0]
+        first = used[(np.cumsum(counts) - counts)[with_images]]
+        self.images.expect([names[place] for place in dict.fromkeys(first.tolist())])
+
     def read_images(self, record: Record, take: Callable[..., T]) -> list[T]:
         """``take(name, store=…, max_pixels=…, exif_orientation=…)`` of every image of a record, in order.
 

@@ -79,20 +79,28 @@ def data_files(config: RunConfig) -> list[Path]:
 
 def order_of(config: RunConfig, table: RecordTable) -> Order | None:
     """What an epoch takes of the sources of a mixture, or in which order of shards; of one file all records."""
-    seed = config.training.seed
+    sizes = tuple(map(len, table.sources))
+    counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends) if sizes else [len(table)]
+    return _order(table, counts, config.data.shuffle_window, config.training.seed)
+
+
+def each_once(table: RecordTable) -> Order | None:
+    """All records once, in an order that goes through the shards of a source one after the other."""
+    return _order(table, list(map(len, table.sources or [table])), 1, 0)
+
+
+def _order(table: RecordTable, counts: Sequence[int], window: int, seed: int) -> Order | None:
+    """The order of so many records of each source, of which so many shards are read at the same time."""
 
     def windows(table: RecordTable, count: int) -> ShardWindows | None:
-        """The shards of a source of which an epoch takes so many records."""
         if not table.shards:
             return None
         fetched = isinstance(table.images, ShardStore) and table.images.are_fetched(count / len(table))
-        return ShardWindows(table.shards, config.data.shuffle_window, seed, fetched)
+        return ShardWindows(table.shards, window, seed, fetched)
 
     if not table.sources:
-        return windows(table, len(table))
-    sizes = tuple(map(len, table.sources))
-    counts = epoch_counts(config.data.train_sources, sizes, config.data.mixture_ends)
-    return Mixed(sizes, tuple(counts), seed, tuple(map(windows, table.sources, counts)))
+        return windows(table, counts[0])
+    return Mixed(tuple(map(len, table.sources)), tuple(counts), seed, tuple(map(windows, table.sources, counts)))
 
 
 def questions_of(

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from phi3v.errors import UserError
 from phi3v.terminal import progress_bar, say
 from phi3v.train.compute.feature_cache import computing
 from phi3v.train.objectives import PreferenceObjective
+from phi3v.train.open_data import each_once
 from phi3v.train.prepare import PreparedRun
 
 FILE = "reference.safetensors"
@@ -62,6 +64,7 @@ def reference_log_probs(run: PreparedRun, features: FeatureStore | None = None) 
     say(run.console, f"reference: computing the log-probabilities of {starts[-1]:,} answers{before}")
     own = [step[run.runtime.rank] for step in rounds]
     plans = [RowPlan(row, ends_step=row is rows[-1]) for rows in own for row in rows]
+    run.train_table.expect([index for plan in plans for group in plan.row for index in group])
     readers = Readers(dataset.__getitem__, run.num_workers, timeout=60 * run.config.distributed.timeout_minutes)
     saved = time.monotonic()
     was_training = run.model.training
@@ -124,18 +127,19 @@ def _digest(text: str) -> str:
 def _rounds(run: PreparedRun, missing: npt.NDArray[np.bool_], starts: list[int]) -> Iterator[Step]:
     """The rows of each rank, round by round; those whose answers are all known are left out.
 
-    They are the same on any number of ranks.
+    They are the same on any number of ranks. Each rank has a stretch of them, which goes through shards of its own.
     """
-    plan = replace(run.plan, batch_size=CHUNK, batch_tokens=None, world_size=1, seed=0, order=None)
+    order = each_once(run.train_table)
+    plan = replace(run.plan, batch_size=CHUNK, batch_tokens=None, world_size=1, seed=0, order=order)
     steps = [
         rows
         for (rows,) in plan.steps(0)
         if any(missing[starts[index] : starts[index + 1]].any() for row in rows for group in row for index in group)
     ]
     ranks = run.runtime.world_size
-    for start in range(0, len(steps), ranks):
-        step = steps[start : start + ranks]
-        yield [*step, *([] for _ in range(ranks - len(step)))]
+    ends = [len(steps) * rank // ranks for rank in range(ranks + 1)]
+    for step in zip_longest(*(steps[start:end] for start, end in pairwise(ends))):
+        yield [rows or [] for rows in step]
 
 
 def _compute(run: PreparedRun, row: dict[str, Any]) -> tuple[tuple[int, ...], list[float]]:

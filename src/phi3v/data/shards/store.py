@@ -111,6 +111,15 @@ class ShardStore(ImageStore):
         ]
         return np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
+    def shares(self, names: Sequence[str], parts: int) -> list[list[str]]:
+        rows = self.index.images.first(names)
+        in_order = np.lexsort((self._places["offset"][rows], self._places["shard"][rows]))
+        return [[names[at] for at in part] for part in np.array_split(in_order, parts)]
+
+    def expect(self, names: Sequence[str]) -> None:
+        shards = self._places["shard"][self.index.images.first(names)]
+        self.assign([[shard] for shard in dict.fromkeys(shards.tolist())])
+
     def sha256(self, name: str) -> str:
         rows = self.index.images.copies(name)
         if not rows:
@@ -171,6 +180,7 @@ class ShardStore(ImageStore):
         for window, shards in enumerate(own):
             self._positions[list(shards)] = window
         self._assigned += 1
+        self._let_go()
 
     def are_fetched(self, share: float = 1.0) -> bool:
         """Whether who reads such a share of its shards has them whole in the cache."""
@@ -290,9 +300,17 @@ class ShardStore(ImageStore):
         if window < 0 or now <= self._ahead:
             return
         self._ahead = now
+        self._let_go(but=window)
         wanted = [int(other) for at in (window, window + 1) for other in np.flatnonzero(self._positions == at)]
         wanted.remove(shard)
         threading.Thread(target=self._fetch_all, args=(wanted,), daemon=True).start()
+
+    def _let_go(self, but: int | None = None) -> None:
+        """Close all shards but those of a window and the one before: what is open cannot make room in the cache."""
+        kept = () if but is None else (but - 1, but)
+        with self._lock:
+            for shard in [shard for shard in self._files if self._positions[shard] not in kept]:
+                self._files.pop(shard).close()
 
     def _fetch_all(self, shards: Sequence[int]) -> None:
         for shard in shards:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
@@ -58,7 +59,8 @@ def fill_features(
 
     How much room it takes is said, and looked for, before anything is computed. The features are those of a step, in
     the same dtypes, but for the rounding of sums that are taken over other batches. On the disk, all ranks share the
-    work, and those of a node without the others' disk then share what it still lacks; in memory each has its own.
+    work, and those of a node without the others' disk then share what it still lacks; in memory each has its own. Each
+    goes through the shards that its images are in one after the other.
 
     Raises:
         UserError: there is not enough room.
@@ -75,16 +77,15 @@ def fill_features(
     sizes = image_sizes(table)
     missing = [name for name in sizes if name not in store]
 
-    def features(name: str) -> torch.Tensor:
-        image = table.of_image(load_image, name)
+    def features(image: Image.Image) -> torch.Tensor:
         page = processor.page(image).to(runtime.device)
         size = (page.shape[0], page.shape[1])
         tower = vision.img_processor(cut_flat_pages(page.flatten(0, 1), [size]))
         return tower if stage == "tower" else vision.project(tower, [size])
 
     with computing(model, runtime):
-        # The first one tells how large a value is.
-        itemsize = features(missing[0]).element_size() if missing else 0
+        # A blank one tells how large a value is.
+        itemsize = features(Image.new("RGB", (CROP_SIZE, CROP_SIZE))).element_size() if missing else 0
         needed = sum(_values(vision, stage, processor, sizes[name]) for name in missing) * itemsize
         place = f"on the disk, in {folder}" if folder is not None else "in memory"
         console.print(
@@ -101,17 +102,16 @@ def fill_features(
                 hint="set PHI3V_CACHE to a larger disk" if folder is not None else "use disk, or off",
             )
         # Shares are of all names, not of the missing ones: those grow fewer while ranks look, and differ by disk.
-        names = sorted(sizes)
-        shares = [names]
+        parts = [(0, 1)]
         if folder is not None and runtime.world_size > 1:
-            here = PartialState().local_process_index
-            shares = [names[runtime.rank :: runtime.world_size], names[here :: runtime.node_ranks]]
+            parts = [(runtime.rank, runtime.world_size), (PartialState().local_process_index, runtime.node_ranks)]
         with progress_bar(console, enabled=show_bar) as bar:
-            for share in shares:
-                mine = [name for name in share if name not in store]
+            for part, of in parts:
+                mine = [name for name in table.images.shares(list(sizes), of)[part] if name not in store]
+                table.images.expect(mine)
                 task = bar.add_task("features", total=len(mine), extra="", visible=bool(mine))
                 for name in mine:
-                    store.put(name, features(name))
+                    store.put(name, features(table.of_image(load_image, name)))
                     bar.advance(task)
                 PartialState().wait_for_everyone()
     return store
