@@ -13,7 +13,7 @@ import pytest
 from phi3v.config import DataSource
 from phi3v.data.batches import BatchPlan
 from phi3v.data.lengths import RecordLengths
-from phi3v.data.order import Mixed, ShardWindows, Shuffled, earlier_draws, epoch_counts
+from phi3v.data.order import Mixed, ShardWindows, Shuffled, earlier_draws, epoch_counts, share_out
 
 
 def counts(sizes: list[int], *amounts: dict[str, Any], ends: Any = "first") -> list[int]:
@@ -148,3 +148,21 @@ def test_what_comes_again_comes_in_another_step() -> None:
     )
     together = sum(len(group) for (rows,) in steps for row in rows for group in row if len(group) > 1)
     assert together < 40, "by chance alone"
+
+
+def test_a_limit_leaves_some_of_each_source() -> None:
+    assert share_out(10, [60, 30, 10]) == [6, 3, 1]
+    assert share_out(4, [1000, 1, 3]) == [2, 1, 1]
+    assert share_out(2, [1, 5, 1000]) == [0, 0, 2], "not enough for one of each"
+    assert share_out(5, [9]) == [5]
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = random.integers(1, 60, size=random.integers(1, 6)).tolist()
+        limit = int(random.integers(1, sum(sizes) + 1))
+        shares = share_out(limit, sizes)
+        assert sum(shares) == limit
+        assert all(share <= size for share, size in zip(shares, sizes, strict=True))
+        assert limit < len(sizes) or min(shares) >= 1
+        if limit >= len(sizes) and all(limit * size >= sum(sizes) for size in sizes):
+            exact = [limit * size / sum(sizes) for size in sizes]
+            assert all(abs(share - wanted) < 1 for share, wanted in zip(shares, exact, strict=True))

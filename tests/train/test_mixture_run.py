@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,8 +25,12 @@ from safetensors.torch import load_file, save_file
 from phi3v.cli import main
 from phi3v.config import DataSource, ObjectiveName, Packing, RunConfig
 from phi3v.data.batches import RowPlan
+from phi3v.data.collate import QuestionDataset
+from phi3v.data.mixture import mix_tables
 from phi3v.data.readers import Readers
+from phi3v.data.table import open_table
 from phi3v.export.proof import make_probes
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report.gallery import Thumbnails, gallery
 from phi3v.report.run_files import read_run
 from phi3v.serve.examples import find_examples
@@ -186,6 +191,19 @@ def test_the_same_page_of_two_sources_is_one_page(small_model_dir: Path, easy_vq
     assert samples == (sum(index < 12 for index in both[0]), sum(index >= 12 for index in both[0]))
 
 
+def test_a_limit_of_questions_leaves_some_of_each_source(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:
+    tables = [open_table(file) for file in two_sources(easy_vqa, tmp_path)]
+    processor = Phi3VProcessor.from_pretrained(small_model_dir)
+    for seed in range(5):
+        for limit, expected in ((2, [1, 1]), (8, [3, 5]), (32, [12, 20]), (None, [12, 20])):
+            questions = QuestionDataset(mix_tables(tables, ["a", "b"]), processor, limit=limit, seed=seed)
+            assert np.bincount(questions.sources()).tolist() == expected
+            assert questions.by_source == f" ({expected[0]} of a, {expected[1]} of b)"
+            records = questions.index[:, 0].tolist()
+            assert records == sorted(set(records)), "each once, in the order of the files"
+    assert QuestionDataset(tables[0], processor, limit=5).by_source == ""
+
+
 def test_a_mixture_resumes_as_if_it_had_not_stopped(
     train: Train, tmp_path: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,13 +231,14 @@ def test_a_mixture_resumes_as_if_it_had_not_stopped(
     assert "data.train was" in capsys.readouterr().err
     moved = tmp_path / "moved"
     (tmp_path / "two").rename(moved)
-    assert train(*settings, "data.train", listed(files[0], moved / "b.jsonl"), out="other", resume="auto")[0] == 0
-    assert f"data.train: {files[1]} → {moved / 'b.jsonl'}" in capsys.readouterr().out
-    assert_same_run_but_paths(whole, part)
-
-
-def assert_same_run_but_paths(whole: Path, part: Path) -> None:
-    assert lines(whole) == lines(part)
+    renamed = listed(files[0], moved / "b.jsonl", amounts=(AMOUNTS[0], AMOUNTS[1] | {"name": "two"}))
+    assert train(*settings, "data.train", renamed, out="other", resume="auto")[0] == 0
+    shown = capsys.readouterr().out
+    assert f"data.train: {files[1]} → {moved / 'b.jsonl'}" in shown
+    assert "data.train[1].name: b → two" in shown
+    for a, b in zip(lines(whole), lines(part), strict=True):
+        named = b if b["step"] <= 4 else {key.replace("/two/", "/b/"): value for key, value in b.items()}
+        assert named == a
 
 
 def command_with_readers(*words: str) -> int:
@@ -282,7 +301,7 @@ def test_the_command_line_from_another_folder(
     shown = capsys.readouterr().out
     assert "an epoch takes 12 of 12 records of a (25.0%), 36 of 20 records of receipts (75.0%)" in shown
     assert "10 questions to evaluate on" not in shown
-    assert "9 questions to evaluate on" in shown
+    assert "9 questions to evaluate on (6 of test, 3 of two)" in shown
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["train"]
     assert [source["path"] for source in saved] == [str(tmp_path / name) for name in ("one/a.jsonl", "two/b.jsonl")]
     evaluation = json.loads((tmp_path / "run" / "eval_after.json").read_text())

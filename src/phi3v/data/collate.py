@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from phi3v.data.features import FeatureStore
 from phi3v.data.images import image_size, load_image
+from phi3v.data.order import share_out
 from phi3v.data.schema import Record
 from phi3v.data.table import RecordTable
 from phi3v.errors import UserError
@@ -223,7 +224,8 @@ class QuestionDataset(Dataset[Sample]):
     """Every question with a weight, as a prompt to answer.
 
     Args:
-        limit: take so many questions, drawn by ``seed`` and kept in the order of the file.
+        limit: take so many questions, drawn by ``seed`` and kept in the order of the file; of the sources of a mixture
+            in proportion, and at least one of each.
         records: take the questions of these alone.
     """
 
@@ -243,11 +245,25 @@ class QuestionDataset(Dataset[Sample]):
         if records is not None:
             self.index = self.index[np.isin(self.index[:, 0], records)]
         if limit is not None and limit < len(self.index):
-            chosen = np.random.default_rng(seed).choice(len(self.index), size=limit, replace=False)
-            self.index = self.index[np.sort(chosen)]
+            random = np.random.default_rng(seed)
+            _, of_source, counts = np.unique(
+                self.sources() or np.zeros(len(self.index)), return_inverse=True, return_counts=True
+            )
+            chosen = [
+                np.flatnonzero(of_source == source)[random.choice(count, size=share, replace=False)]
+                for source, (count, share) in enumerate(zip(counts, share_out(limit, counts.tolist()), strict=True))
+            ]
+            self.index = self.index[np.sort(np.concatenate(chosen))]
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def by_source(self) -> str:
+        """How many are of each source of a mixture, for a line that tells how many there are."""
+        counts = np.bincount(np.array(self.sources(), dtype=np.int64), minlength=len(self.table.names))
+        told = ", ".join(f"{count:,} of {name}" for name, count in zip(self.table.names, counts, strict=True))
+        return f" ({told})" if told else ""
 
     def question(self, index: int) -> Question:
         """What is asked, without the images' content."""

@@ -221,3 +221,20 @@ def epoch_counts(sources: Sequence[DataSource], sizes: Sequence[int], ends: Lite
         return min(size, source.max_records or size)
 
     return [max(1, count(source, size)) for source, size in pairs]
+
+
+def share_out(limit: int, counts: Sequence[int]) -> list[int]:
+    """``limit`` in proportion to ``counts``, whose sum is no less; where it suffices for that, 1 at least of each."""
+    total = sum(counts)
+    least = int(limit >= len(counts))
+    shares = [max(least, limit * count // total) for count in counts]
+
+    def excess(place: int) -> float:
+        return shares[place] - limit * counts[place] / total
+
+    while (surplus := sum(shares) - limit) != 0:
+        if surplus > 0:
+            shares[max((place for place, share in enumerate(shares) if share > least), key=excess)] -= 1
+        else:
+            shares[min(range(len(shares)), key=excess)] += 1
+    return shares

@@ -110,7 +110,7 @@ def evaluate_tuned(
     for line in (
         f"[bold]evaluating[/bold] {tuned.base}{adapter}{bits}",
         f"{described(tuned, runtime)}, {runtime.world_size} ranks",
-        f"data: {len(questions)} questions of {table.shown}",
+        f"data: {len(questions)} questions of {table.shown}{questions.by_source}",
         f"answers: {limit}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

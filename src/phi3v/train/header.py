@@ -40,7 +40,7 @@ def print_header(setup: PreparedRun, forecast: Forecast | None = None) -> None:
         f"objective: {describe_objective(config.objective)}" if config.objective.is_preference else None,
         f"mixture: {describe_mixture(setup.mixture, train_table.names)}" if setup.mixture is not None else None,
         f"data: {len(train_table)} records, {_learned(setup)} to train on"
-        + (f", {len(questions)} questions to evaluate on" if questions is not None else ""),
+        + (f", {len(questions)} questions to evaluate on{questions.by_source}" if questions is not None else ""),
         f"answers: {setup.limit}" if setup.limit is not None else None,
         f"device: {runtime.device}, {runtime.precision} ({runtime.reason})",
         f"engine: {setup.engine.choice.name} ({setup.engine.choice.reason})",

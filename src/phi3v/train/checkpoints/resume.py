@@ -280,9 +280,9 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
         saved, value, old = state["data"].get(name), now[key], before.get(key)
         if value is None or old is None:
             continue
-        if _besides_paths(value) != _besides_paths(old):
+        if _besides_labels(value) != _besides_labels(old):
             what = f"{key} was {old} when it was saved and is {value} now"
-            raise UserError(what, where=where, hint="its files may be at other places, and nothing else may differ")
+            raise UserError(what, where=where, hint="paths and names may differ, and nothing else")
         contents = saved.split() if saved is not None else None
         for place, (path, old_path) in enumerate(zip(_paths(value), _paths(old), strict=True)):
             old_path = now_at(old_path, before["training.output_dir"], Path(config.training.output_dir))
@@ -293,6 +293,8 @@ def allowed_changes(state: Mapping[str, Any], config: RunConfig, where: str) -> 
                 lines.append(f"{key}: {old_path} → {path}")
             if contents is not None and _content_of(name, path) != contents[place]:
                 raise _other_content(key, path, where)
+        renamed = enumerate(zip(_names(old), _names(value), strict=True))
+        lines += [f"{key}[{place}].name: {old} → {new}" for place, (old, new) in renamed if old != new]
     return lines
 
 
@@ -301,8 +303,13 @@ def _paths(value: str | list[dict[str, Any]]) -> list[str]:
     return [value] if isinstance(value, str) else [source["path"] for source in value]
 
 
-def _besides_paths(value: str | list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    return None if isinstance(value, str) else [{**source, "path": None} for source in value]
+def _names(value: str | list[dict[str, Any]]) -> list[str]:
+    return [] if isinstance(value, str) else [source["name"] for source in value]
+
+
+def _besides_labels(value: str | list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """What decides how much is taken of each source of a list."""
+    return None if isinstance(value, str) else [{**source, "path": None, "name": None} for source in value]
 
 
 def _group(key: str) -> str:
