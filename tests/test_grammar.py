@@ -41,7 +41,7 @@ VERBS: dict[str, tuple[list[str], tuple[list[str], ...], dict[str, Any]]] = {
         (["--source", "t.csv"], ["--out", "d"], ["--image-column", "left", "right"], ["--eval-share", "0.1"]),
         {"source": "csv", "location": "t.csv", "image_columns": ["left", "right"], "eval_share": 0.1},
     ),
-    "data check": (["d.jsonl"], (["--max-errors", "3"], ["--json"]), {"file": Path("d.jsonl"), "max_errors": 3}),
+    "data check": (["d.jsonl"], (["--max-errors", "3"], ["--json"]), {"files": [Path("d.jsonl")], "max_errors": 3}),
     "data preview": (
         ["d.jsonl"],
         (["--out", "p.html"], ["--model.path", "m"], ["--model.num_crops", "4"], ["--open"]),

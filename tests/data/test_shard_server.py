@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import threading
@@ -20,15 +21,18 @@ from file_server import FileServer, serving
 from filelock import FileLock
 from PIL import Image
 
+from phi3v.cli import main
 from phi3v.data.check import check_file, ensure_checked
 from phi3v.data.lengths import measure_table
 from phi3v.data.mixture import mix_tables
+from phi3v.data.progress import LateProgress
 from phi3v.data.shards import remote
 from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.store import ShardStore
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UserError
+from phi3v.report.preview import preview
 
 SHARDS = 6
 
@@ -113,6 +117,50 @@ def test_a_check_streams_shard_after_shard(server: FileServer) -> None:
     assert not [start for name, start in server.requests if start is not None and name.endswith(".tar")]
 
 
+def test_a_preview_fetches_what_it_shows(server: FileServer, tmp_path: Path) -> None:
+    told = preview(Path(server.url), tmp_path / "page.html", samples=1)
+    assert (told["records"], told["measured"], told["faults"]) == (4 * SHARDS, 4 * SHARDS, 0)
+    assert len([name for name, _ in server.requests if name.endswith(".tar")]) == 1
+    page = (tmp_path / "page.html").read_text()
+    assert server.url.rpartition("/")[2] in page
+    assert re.search(r"0000\d\.tar", page), "where the record is"
+
+
+def test_sizes_of_images_in_a_list_of_sources_are_read_from_their_indexes(server: FileServer, made: Path) -> None:
+    table = mix_tables([open_table(server.url), open_table(made)], ["a", "b"])
+    assert {size for record in table for size in table.image_sizes(record)} == {(40, 40)}
+    assert not [name for name, _ in server.requests if name.endswith(".tar")]
+    place = f"{server.url}/00000.tar: record "
+    assert table.where(table[0]).startswith(place)
+    assert table.where(table[4 * SHARDS]).startswith(f"{made}/00000.tar: record ")
+
+
+def test_a_check_takes_several_and_says_what_it_fetches(
+    server: FileServer, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "check", str(made), server.url, "--images", "off", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(each["path"], each["records"]) for each in told["files"]] == [(str(made), 24), (server.url, 24)]
+    assert main(["data", "check", server.url]) == 0
+    shown = capsys.readouterr().out
+    assert f"fetching {SHARDS} shards, 0.0 GB, of {server.url}" in shown
+    assert f"{server.url}: no fault" in shown
+    assert "(record '" in shown
+    assert main(["data", "check", "recipe.yaml"]) == 2
+    assert "phi3v doctor recipe.yaml" in capsys.readouterr().err
+    assert main(["data", "shard", "a.jsonl", "--out", "s3://bucket/train"]) == 2
+    assert "shards are written on this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+
+
+def test_a_long_fetch_is_told_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for told in (True, False):
+        with LateProgress("fetching", 3, delay=0, told=told) as bar:
+            bar.advance(1)
+            bar.advance(2)
+    assert capsys.readouterr().err == "fetching …\n"
+
+
 @pytest.mark.parametrize("fault", [404, 500, 503, "short", "slow", "damaged"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_fails_is_tried_again(
@@ -124,7 +172,8 @@ def test_what_fails_is_tried_again(
     table.assign_shards([[0]] if whole else [])
     server.faults = lambda name, times: fault if name == "00000.tar" and times < 3 else None
     assert table.load_images(table[0])[0].size == (40, 40)
-    assert [name for name, _ in server.requests].count("00000.tar") == 3
+    times = [name for name, _ in server.requests].count("00000.tar")
+    assert times == 3 or (fault == "slow" and times > 3)  # as a busy machine may be
     assert not list(ShardCache(1).folder.glob(".*.part"))
     fsspec.filesystem("http").clear_instance_cache()
 

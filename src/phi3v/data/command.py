@@ -12,7 +12,9 @@ from rich.console import Console
 
 from phi3v.config import DEFAULT_MAX_PIXELS, METRIC_NAMES, PRECISIONS, add_keys, load_config
 from phi3v.data.sources import OWN_DATA, SOURCE_OPTIONS, SOURCES, require_taken
+from phi3v.errors import UserError
 from phi3v.grammar import Parser
+from phi3v.paths import url_of
 from phi3v.terminal import say
 
 MAX_PIXELS: dict[str, Any] = {
@@ -28,7 +30,7 @@ SPECIAL_TEXT: dict[str, Any] = {
 FILE: dict[str, Any] = {
     "type": Path,
     "metavar": "FILE.jsonl",
-    "help": "the data; its images are in the folder images/ next to it (or a folder of shards)",
+    "help": "the data; its images are in the folder images/ next to it (or a folder of shards, or its URL)",
 }
 
 
@@ -42,7 +44,7 @@ def add_commands(verbs: Parser) -> None:
         "(without --model.path: approximately as by Phi-3.5-vision)",
         "phi3v data check data/train.jsonl",
     )
-    command.add_argument("file", **FILE)
+    command.add_argument("files", nargs="+", **FILE)
     command.add_argument("--max-errors", type=int, default=20, help="stop after this many faults")
     command.add_argument(
         "--images",
@@ -115,6 +117,13 @@ def _size(text: str) -> int:
 def shard(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.data.shards.write import ShardOptions, shard_data
 
+    if (url := url_of(arguments.out)) is not None:
+        hint = (
+            f"name a folder, then copy it, index.json last: `aws s3 cp --recursive DIR {url}`, or your store's own tool"
+        )
+        raise UserError("shards are written on this machine", where=f"--out {url}", hint=hint)
+    for source in arguments.source:
+        _require_no_recipe(Path(source))
     options = ShardOptions(
         shard_size=arguments.shard_size,
         seed=arguments.seed,
@@ -287,6 +296,7 @@ def convert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from phi3v.data.check import check_file
     from phi3v.data.lengths import Context
+    from phi3v.data.shards.index import describe_fetching, is_shards
 
     context = Context()
     config = load_config(None, arguments.overrides)
@@ -296,16 +306,32 @@ def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
         longest = planned_config(config.model.path)[0].max_position_embeddings
         context = Context(longest, load_processor(config))
-    report = check_file(
-        arguments.file,
-        max_errors=arguments.max_errors,
-        max_pixels=arguments.max_pixels,
-        image_level=arguments.images,
-        special_text=arguments.special_text,
-        context=context,
-    )
-    report.render(console)
-    return report.to_json_dict() | {"exit_code": 0 if report.ok else 2}
+    for file in arguments.files:
+        _require_no_recipe(file)
+        if is_shards(file) and arguments.images != "off" and (told := describe_fetching(file)):
+            say(console, f"{told}; --images off looks at the records alone")
+    reports = [
+        check_file(
+            file,
+            max_errors=arguments.max_errors,
+            max_pixels=arguments.max_pixels,
+            image_level=arguments.images,
+            special_text=arguments.special_text,
+            context=context,
+        )
+        for file in arguments.files
+    ]
+    for report in reports:
+        report.render(console)
+    ok = all(report.ok for report in reports)
+    found = [report.to_json_dict() for report in reports]
+    return (found[0] if len(found) == 1 else {"ok": ok, "files": found}) | {"exit_code": 0 if ok else 2}
+
+
+def _require_no_recipe(file: Path) -> None:
+    if file.suffix in (".yaml", ".yml"):
+        hint = f"name its data files one after the other, or check all of it: `phi3v doctor {file}`"
+        raise UserError("is a recipe, not data", where=str(file), hint=hint)
 
 
 def pairs(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -319,6 +345,7 @@ def pairs(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def preview(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    _require_no_recipe(arguments.file)
     num_crops = load_config(None, arguments.overrides).model.num_crops
     from phi3v.report.page import announce_page
     from phi3v.report.preview import preview

@@ -99,6 +99,15 @@ class MixtureStore(ImageStore):
         for place, chosen in of_store.items():
             yield int(place), chosen, [names[at].partition("/")[2] for at in chosen]
 
+    def sizes(self, names: Sequence[str], *, exif_orientation: bool) -> Ints | None:
+        known = [np.zeros((0, 2), dtype=np.int64)]
+        for store, own in map(self.find, names):
+            size = store.sizes([own], exif_orientation=exif_orientation)
+            if size is None:
+                return None
+            known.append(size)
+        return np.concatenate(known)
+
     def sha256(self, name: str) -> str:
         store, own = self.find(name)
         return store.sha256(own)

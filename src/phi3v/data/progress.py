@@ -42,10 +42,14 @@ class LateProgress:
         total: the amount of work, in the unit of `advance`.
         enabled: false for no bar ever.
         delay: seconds; shorter work shows nothing.
+        told: where there is no bar, say once what is being done.
     """
 
-    def __init__(self, description: str, total: int, *, enabled: bool = True, delay: float = 2.0) -> None:
+    def __init__(
+        self, description: str, total: int, *, enabled: bool = True, delay: float = 2.0, told: bool = False
+    ) -> None:
         self._description = description
+        self._told = told
         self._total = total
         self._enabled = enabled and sys.stderr.isatty()
         self._start_at = time.monotonic() + delay
@@ -65,6 +69,9 @@ class LateProgress:
         """``amount`` more is done."""
         self._done += amount
         if not self._enabled:
+            if self._told and time.monotonic() >= self._start_at:
+                print(f"{self._description} …", file=sys.stderr, flush=True)
+                self._told = False
             return
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)

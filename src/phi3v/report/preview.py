@@ -19,8 +19,10 @@ from phi3v.data.image_store import ImageStore
 from phi3v.data.images import describe_kinds, image_size
 from phi3v.data.lengths import LONG_CONTEXT, count_record
 from phi3v.data.schema import Record, SpecialText
+from phi3v.data.shards.index import is_shards
 from phi3v.data.table import images_of, read_images
 from phi3v.errors import UserError
+from phi3v.paths import url_of
 from phi3v.processing.hd_transform import CROP_SIZE, page_geometry
 from phi3v.processing.image_processor import Phi3VImageProcessor
 from phi3v.processing.processor import Phi3VProcessor
@@ -109,7 +111,7 @@ def preview(
     check = check_file(
         file,
         max_errors=None,
-        image_level="header",
+        image_level="off" if is_shards(file) else "header",  # of shards the index knows the sizes
         special_text=special_text,
         exif_orientation=applied,
         on_record=contents.add,
@@ -118,7 +120,7 @@ def preview(
     measured = _measure(records, file, store, processor, applied)
     chosen = _choose(records, measured.longest, samples, Random(seed))
     block = {
-        "file": str(file),
+        "file": url_of(file) or str(file),
         "version": __version__,
         "tokenizer": told,
         "num_crops": processor.image_processor.num_crops,

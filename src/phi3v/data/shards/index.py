@@ -276,6 +276,14 @@ def is_shards(path: Path | str) -> bool:
     return url_of(path) is not None or (Path(path) / INDEX).is_file()
 
 
+def describe_fetching(path: Path | str) -> str | None:
+    """What reading all of shards fetches, in words; none where they lie on this machine."""
+    index = open_index(path)
+    remote = [shard for at, shard in enumerate(index.shards) if url_of(index.place(at)) is not None]
+    size = sum(shard.bytes for shard in remote)
+    return f"fetching {len(remote):,} shards, {size / 1e9:,.1f} GB, of {url_of(path) or path}" if remote else None
+
+
 def require_data(path: Path | str) -> None:
     """Raise `UserError` unless ``path`` is a data file that can be read, or that of shards."""
     if not is_shards(path):
@@ -372,7 +380,7 @@ def _fetch_missing(location: Location, files: dict[str, Any], cache: Path, progr
         return  # a cache that others filled may be one to read only
     size = sum(of_file["bytes"] for of_file in files.values())
     about = f"fetching the index of {location.root} ({size / 1e6:,.1f} MB)"
-    with FileLock(cache / "lock", mode=0o666), LateProgress(about, size, enabled=progress) as bar:
+    with FileLock(cache / "lock", mode=0o666), LateProgress(about, size, enabled=progress, told=True) as bar:
         for name, of_file in files.items():
             if _is_sound(cache / name, of_file):
                 bar.advance(of_file["bytes"])
