@@ -27,6 +27,18 @@ class UserError(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  → {self.hint}" if self.hint else text
 
+    def told(self, *, what: str | None = None, where: str | None = None) -> UserError:
+        """The error in other words, or with another place."""
+        kind = UnavailableError if isinstance(self, UnavailableError) else UserError
+        return kind(what or self.what, where=where or self.where, hint=self.hint)
+
+
+class UnavailableError(UserError):
+    """What records need cannot be had: a server does not answer, or a disk is full.
+
+    No record is to blame, so that none may be left out for it.
+    """
+
 
 class StoppedError(BaseException):
     """A signal ended the run after its state was saved. The command line prints it and exits with 3.

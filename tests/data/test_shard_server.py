@@ -30,7 +30,7 @@ from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.store import ShardStore
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import RecordTable, open_table
-from phi3v.errors import UserError
+from phi3v.errors import UnavailableError, UserError
 from phi3v.report.preview import preview
 
 SHARDS = 6
@@ -198,6 +198,8 @@ def test_what_goes_on_failing_names_shard_and_record(
     with pytest.raises(UserError) as caught:
         table.load_images(table[8])
     assert message in str(caught.value)
+    # No record may be left out for a server that does not work.
+    assert isinstance(caught.value, UnavailableError) == (fault not in (404, "damaged"))
     assert f"{server.url}/00002.tar" in str(caught.value)
     assert f"{table[8].id!r}: conversations[0].images[0]" in str(caught.value)
     assert len([name for name, _ in server.requests if name == "00002.tar"]) == requests
@@ -303,7 +305,7 @@ def test_a_full_disk_is_told_at_once(server: FileServer, monkeypatch: pytest.Mon
     table.assign_shards([[0]])
     monkeypatch.setattr(remote.Location, "fetch", lambda *_, **__: remote.attempt(_full, "there"))
     monkeypatch.setattr(remote.time, "sleep", None)
-    with pytest.raises(UserError, match="no room for a shard") as caught:
+    with pytest.raises(UnavailableError, match="no room for a shard") as caught:
         table.load_images(table[0])
     assert "data.cache_limit" in str(caught.value.hint)
 

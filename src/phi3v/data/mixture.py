@@ -99,15 +99,6 @@ class MixtureStore(ImageStore):
         for place, chosen in of_store.items():
             yield int(place), chosen, [names[at].partition("/")[2] for at in chosen]
 
-    def sizes(self, names: Sequence[str], *, exif_orientation: bool) -> Ints | None:
-        known = [np.zeros((0, 2), dtype=np.int64)]
-        for store, own in map(self.find, names):
-            size = store.sizes([own], exif_orientation=exif_orientation)
-            if size is None:
-                return None
-            known.append(size)
-        return np.concatenate(known)
-
     def sha256(self, name: str) -> str:
         store, own = self.find(name)
         return store.sha256(own)
@@ -267,7 +258,7 @@ def _by_own_name(take: Callable[..., T]) -> Callable[..., T]:
             return take(name, **settings)
         except UserError as error:
             own = name.partition("/")[2]
-            raise UserError(error.what.replace(name, own), where=error.where, hint=error.hint) from None
+            raise error.told(what=error.what.replace(name, own)) from None
 
     return named
 

@@ -25,7 +25,7 @@ from phi3v.data.features import FeatureStore
 from phi3v.data.preferences import ANSWER_WEIGHTS, Preferences
 from phi3v.data.readers import Readers
 from phi3v.data.table import RecordTable
-from phi3v.errors import UserError
+from phi3v.errors import UnavailableError, UserError
 from phi3v.processing.conversation import IGNORE_INDEX
 from phi3v.processing.processor import Phi3VProcessor
 
@@ -70,7 +70,7 @@ class RowDataset(Dataset[dict[str, Any]]):
             try:
                 groups.append(self.samples(group))
             except UserError as error:
-                if self.on_bad == "stop":
+                if self.on_bad == "stop" or isinstance(error, UnavailableError):
                     raise
                 skipped += [(index, str(error).splitlines()[0]) for index in group]
                 wrong = error
@@ -122,6 +122,8 @@ class RowDataset(Dataset[dict[str, Any]]):
         for step in range(1, len(self.table)):
             try:
                 return self.samples(((after + step) % len(self.table),))
+            except UnavailableError:
+                raise
             except UserError:
                 continue
         raise error

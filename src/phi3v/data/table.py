@@ -217,7 +217,7 @@ def read_images(record: Record, take: Callable[..., T], *, where: str, store: Im
                 taken.append(take(name, store=store, **settings))
             except UserError as error:
                 place = f"{where}: conversations[{t}].images[{k}]"
-                raise UserError(error.what, where=place, hint=error.hint) from None
+                raise error.told(where=place) from None
     return taken
 
 

@@ -38,10 +38,15 @@ _SECRET = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?")
 
 
 class FetchError(Exception):
-    """A file cannot be fetched: what is wrong, and what to do."""
+    """A file cannot be fetched: what is wrong, and what to do.
 
-    def __init__(self, what: str, hint: str) -> None:
+    Args:
+        is_its_own: the fault of this file, which is gone or another; others may be had.
+    """
+
+    def __init__(self, what: str, hint: str, *, is_its_own: bool = False) -> None:
         super().__init__(what)
+        self.is_its_own = is_its_own
         self.what = what
         self.hint = hint
 
@@ -216,7 +221,7 @@ def attempt(work: Callable[[], T], place: str, *, known: bool = False) -> T:
             raise
         except _OtherContentError as error:
             if last or error.digest in others:  # the same twice was not damaged on the way
-                raise FetchError(f"is not the one that the index names: {place}", CHANGED) from None
+                raise FetchError(f"is not the one that the index names: {place}", CHANGED, is_its_own=True) from None
             others.add(error.digest)
         except Exception as error:  # each driver has errors of its own
             if is_out_of_room(error):
@@ -224,7 +229,7 @@ def attempt(work: Callable[[], T], place: str, *, known: bool = False) -> T:
             status = getattr(error, "status", None)
             if (isinstance(error, FileNotFoundError) or status in (404, 410)) and (last or not known):
                 hint = f"{tried}was it moved or deleted? Look at the address"
-                raise FetchError(f"is not there: {place}", hint) from None
+                raise FetchError(f"is not there: {place}", hint, is_its_own=True) from None
             if isinstance(error, PermissionError) or status in _REFUSED:
                 hint = "check the credentials of this machine, and what they may read"
                 raise FetchError(f"may not be read ({_told(error)}): {place}", hint) from None

@@ -28,7 +28,7 @@ from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.index import ShardIndex
 from phi3v.data.shards.parquet import write_images_of
 from phi3v.data.shards.remote import CHANGED, FetchError
-from phi3v.errors import UserError
+from phi3v.errors import UnavailableError, UserError
 from phi3v.paths import url_of
 
 Ints = npt.NDArray[np.int64]
@@ -138,7 +138,8 @@ class ShardStore(ImageStore):
         """The bytes of an image, which are those that the index has the hash of.
 
         Raises:
-            ImageFaultError: there is no such image, or it cannot be read; names the shard.
+            ImageFaultError: there is no such image, or its shard is gone or another; names the shard.
+            UnavailableError: the server or the cache does not work.
         """
         rows = self.index.images.copies(name)
         if not rows:
@@ -151,13 +152,18 @@ class ShardStore(ImageStore):
         try:
             data = self._read(shard, *place, self.index.images.sha256(row))
         except FetchError as error:
-            raise ImageFaultError(f"{quote(name)} cannot be had: the shard {error.what}", error.hint) from None
+            what = f"{quote(name)} cannot be had: the shard {error.what}"
+            if error.is_its_own:
+                raise ImageFaultError(what, error.hint) from None
+            raise UnavailableError(f"the image {what}", where=self.index.place(shard), hint=error.hint) from None
         except OSError as error:
-            what = f"{quote(name)} cannot be had: {error.strerror} ({self.index.place(shard)})"
-            raise ImageFaultError(what, "look at the disk, and at `ulimit -n`") from None
+            what = f"the image {quote(name)} cannot be had: {error.strerror}"
+            raise UnavailableError(
+                what, where=self.index.place(shard), hint="look at the disk, and at `ulimit -n`"
+            ) from None
         except UserError as error:
-            what = f"{quote(name)} cannot be had: {error.what} ({error.where})"
-            raise ImageFaultError(what, error.hint or "") from None
+            what = f"the image {quote(name)} cannot be had: {error.what} ({error.where})"
+            raise UnavailableError(what, where=self.index.place(shard), hint=error.hint) from None
         if data is None:
             what = f"has other bytes than the index says: {quote(name)} in {self.index.place(shard)}"
             raise ImageFaultError(what, CHANGED)
