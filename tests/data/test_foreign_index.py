@@ -229,6 +229,18 @@ def test_no_file_of_an_index_takes_a_name_of_the_cache_s_own(shards: Path) -> No
         open_table(shards)
 
 
+def test_shards_that_lie_here_are_there_and_whole_before_training(shards: Path) -> None:
+    data = (shards / "00001.tar").read_bytes()
+    (shards / "00001.tar").write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"00001.tar: has .* bytes, and index.json says"):
+        ensure_checked(shards)
+    (shards / "00001.tar").unlink()
+    with pytest.raises(UserError, match=r"00001.tar: cannot be read: No such file"):
+        ensure_checked(shards)
+    (shards / "00001.tar").write_bytes(data)
+    assert ensure_checked(shards).records == 6
+
+
 def test_other_types_and_broken_buffers_are_refused(shards: Path) -> None:
     edit_table(shards, RECORDS, lambda _: None, with_column("source", pa.large_string()))
     with pytest.raises(UserError, match=r"records.arrow: is damaged: it has other columns"):

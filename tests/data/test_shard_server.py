@@ -21,16 +21,19 @@ from filelock import FileLock
 from PIL import Image
 
 from phi3v.cli import main
+from phi3v.data.batches import RowPlan
 from phi3v.data.check import check_file, ensure_checked
 from phi3v.data.lengths import measure_table
 from phi3v.data.mixture import mix_tables
 from phi3v.data.progress import LateProgress
+from phi3v.data.rows import RowDataset
 from phi3v.data.shards import remote
 from phi3v.data.shards.cache import ShardCache
 from phi3v.data.shards.store import ShardStore
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UnavailableError, UserError
+from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report.preview import preview
 
 SHARDS = 6
@@ -204,6 +207,20 @@ def test_what_goes_on_failing_names_shard_and_record(
     assert f"{table[8].id!r}: conversations[0].images[0]" in str(caught.value)
     assert len([name for name, _ in server.requests if name == "00002.tar"]) == requests
     assert table.load_images(table[0])
+
+
+def test_no_record_is_left_out_for_a_server_that_does_not_work(server: FileServer, tiny_model_dir: Path) -> None:
+    table = open_table(server.url)
+    table.assign_shards([])
+    rows = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), on_bad="skip")
+    plan = RowPlan(((0,), (5,)), ends_step=True)
+    server.faults = lambda name, _: 404 if name == "00000.tar" else None
+    skipped = rows[plan]["counts"].skipped
+    assert [index for index, _ in skipped] == [0]
+    assert "00000.tar" in skipped[0][1]
+    server.faults = lambda name, _: 503 if name == "00000.tar" else None
+    with pytest.raises(UnavailableError):
+        rows[plan]
 
 
 def test_a_server_that_ignores_ranges_is_no_obstacle(server: FileServer, made: Path) -> None:

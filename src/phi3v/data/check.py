@@ -289,6 +289,8 @@ def ensure_checked(
     path = Path(path)
     if is_shards(path):
         table = open_table(path, max_errors=max_errors, progress=progress)
+        if isinstance(table.images, ShardStore):
+            table.images.index.require_shards()
         of_shards = CheckReport(path, str(table.images), "off", records=len(table), sha256=table.sha256)
         of_shards.turns, of_shards.images = int(table.turn_counts().sum()), len(table.distinct_images()[0])
         return of_shards

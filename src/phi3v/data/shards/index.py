@@ -130,6 +130,24 @@ class ShardIndex:
         """Path or URL of a shard."""
         return self.location.place(self.shards[shard].file)
 
+    def require_shards(self) -> None:
+        """Check that the shards that lie on this machine are there, as long as they were.
+
+        Raises:
+            UserError: one is not.
+        """
+        for number, shard in enumerate(self.shards):
+            place = self.place(number)
+            if url_of(place) is not None:
+                continue
+            try:
+                size = Path(place).stat().st_size
+            except OSError as error:
+                raise UserError(f"cannot be read: {error.strerror}", where=place, hint=AGAIN) from None
+            if size != shard.bytes:
+                what = f"has {size:,} bytes, and {INDEX} says {shard.bytes:,}"
+                raise UserError(what, where=place, hint=AGAIN)
+
     @cached_property
     def images(self) -> ImageTable:
         return ImageTable.open(self.folder / IMAGES)
