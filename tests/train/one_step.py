@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ class KeepGradients(DataParallel):
     def step(self, norm: torch.Tensor) -> None:
         self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         super().step(norm)
+
+
+class StandsStill(DataParallel):
+    """Keeps the gradients of every step, and the weights as they are."""
+
+    @cached_property
+    def gradients(self) -> list[dict[str, torch.Tensor]]:
+        return []
+
+    def step(self, norm: torch.Tensor) -> None:
+        self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
+        self.optimizer.zero_grad()
 
 
 def one_step(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from mixture_data import two_sources
-from one_step import KeepGradients
+from mixture_data import AMOUNTS, Told, mixed_run, two_sources, write_pairs
 from ranks import command, run_ranks
 from resume_helpers import assert_same_run, interrupted_copy, lines
-from rich.console import Console
 from run_helpers import Train, read_metrics
 from safetensors.torch import load_file, save_file
 
 from phi3v.cli import main
-from phi3v.config import DataSource, ObjectiveName, Packing, RunConfig
+from phi3v.config import ObjectiveName, Packing
 from phi3v.data.batches import RowPlan
 from phi3v.data.collate import QuestionDataset
 from phi3v.data.mixture import mix_tables
@@ -34,17 +30,12 @@ from phi3v.processing.processor import Phi3VProcessor
 from phi3v.report.gallery import Thumbnails, gallery
 from phi3v.report.run_files import read_run
 from phi3v.serve.examples import find_examples
-from phi3v.train.collectives import HostCollectives
-from phi3v.train.device import choose_device
 from phi3v.train.finetuned import resolve_model
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.observers.faults import StepFaults
-from phi3v.train.prepare import PreparedRun, prepare
 from phi3v.train.reference import reference_log_probs
 
 SHARED = ("data.packing", "shared-image", "data.pack_tokens", 700, "training.micro_batch_size", 1)
-# 18 of the first source's 12 records, 12 of the second's 20: an epoch has five steps of six records.
-AMOUNTS: tuple[dict[str, Any], dict[str, Any]] = ({"epochs": 1.5}, {"max_records": 12})
 COMMON = (
     *("evaluation.before", "false", "evaluation.after", "false", "data.eval", "null", "checkpoint.save_steps", 4),
     *("checkpoint.keep_last", 20, "training.warmup_steps", 3, "training.logging_steps", 2, "training.max_steps", 9),
@@ -56,22 +47,6 @@ def listed(*files: Path, amounts: Sequence[dict[str, Any]] = AMOUNTS) -> str:
     return json.dumps([{"path": str(file)} | amount for file, amount in zip(files, amounts, strict=True)])
 
 
-def mixed_run(
-    model: Path, files: Sequence[Path], out: Path, *, packing: Packing, objective: ObjectiveName, workers: int = 0
-) -> PreparedRun:
-    config = RunConfig()
-    config.model.path, config.objective.name = str(model), objective
-    sources = [DataSource(str(file), **amount) for file, amount in zip(files, AMOUNTS, strict=True)]
-    config.data = replace(config.data, train=sources, packing=packing, pack_tokens=700, num_workers=workers)
-    training = config.training
-    training.batch_size, training.max_steps, training.max_grad_norm = 6, 1, 0.0
-    training.output_dir = str(out / "run")
-    config.distributed.engine = "ddp"
-    runtime = choose_device("fp32")
-    run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
-    return replace(run, engine=KeepGradients(run.model, run.engine.choice, config, runtime))
-
-
 def mixed_step(
     model: Path, files: Sequence[Path], out: Path, packing: Packing, objective: ObjectiveName, workers: int
 ) -> int:
@@ -80,37 +55,32 @@ def mixed_step(
     run = mixed_run(model, files, out, packing=packing, objective=objective, workers=workers)
     run.folder.mkdir(parents=True, exist_ok=True)
     reference = reference_log_probs(run) if run.config.objective.needs_reference else None
-    told: dict[str, float] = {}
-
-    class Told:
-        def on_log(self, state: Any, values: dict[str, float]) -> None:
-            told.update(values)
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *arguments: None
-
+    told = Told()
     with Readers(run.dataset(reference=reference).__getitem__, workers) as readers:
-        TrainingLoop(run, readers, StepFaults(run), observers=[Told()]).run()  # type: ignore[list-item]
+        TrainingLoop(run, readers, StepFaults(run), observers=[told]).run()
     if run.runtime.rank == 0:
         save_file(run.engine.gradients, out / "gradients.safetensors")  # type: ignore[attr-defined]
-        (out / "told.json").write_text(json.dumps(told))
+        (out / "told.json").write_text(json.dumps(told.lines[0]))
     return 0
 
 
 @pytest.mark.parametrize(
     ("packing", "objective", "ranks"),
     [
-        ("shared-image", "sft", 2),
-        pytest.param("none", "sft", 2, marks=pytest.mark.slow),
-        pytest.param("shared-image", "sft", 4, marks=pytest.mark.slow),
-        pytest.param("samples", "sft", 4, marks=pytest.mark.slow),
+        ("none", "sft", 2),
+        ("shared-image", "dpo", 2),
+        ("shared-image", "kto", 4),
+        ("samples", "orpo", 4),
     ],
 )
+@pytest.mark.slow
 def test_ranks_learn_a_mixture_as_one_process_does(
     small_model_dir: Path, easy_vqa: Path, tmp_path: Path, packing: Packing, objective: ObjectiveName, ranks: int
 ) -> None:
     """With two readers each; gradients, and the loss of each source, up to the order of float32 sums."""
     files = two_sources(easy_vqa, tmp_path)
+    if objective != "sft":
+        write_pairs(files)
     found = []
     for world, workers in ((1, 0), (ranks, 2)):
         out = tmp_path / str(world)
@@ -124,58 +94,6 @@ def test_ranks_learn_a_mixture_as_one_process_does(
     assert told.keys() == told_together.keys() >= {"source/a/loss", "source/b/loss"}
     assert told_together == pytest.approx(told, rel=1e-5)
     assert told["source/a/samples"] + told["source/b/samples"] == 6
-
-
-@pytest.mark.parametrize(
-    ("packing", "objective", "weighting"),
-    [
-        ("shared-image", "sft", "sample"),
-        ("none", "sft", "token"),
-        ("shared-image", "dpo", "sample"),
-        ("shared-image", "kto", "sample"),
-    ],
-)
-def test_the_loss_of_a_source_is_that_of_its_records(
-    small_model_dir: Path, easy_vqa: Path, tmp_path: Path, packing: Packing, objective: ObjectiveName, weighting: Any
-) -> None:
-    """Against each record computed alone, by its weight."""
-    files = two_sources(easy_vqa, tmp_path)
-    if objective != "sft":
-        for file in files:
-            records = [json.loads(line) for line in file.read_text().splitlines()]
-            for place, record in enumerate(records):
-                record["conversations"][-1]["rejected"] = ["a circle", "none"][: 1 + place % 2]
-            file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = mixed_run(small_model_dir, files, tmp_path, packing=packing, objective=objective)
-    run.folder.mkdir()
-    run.config.training.loss_weighting = weighting
-    reference = reference_log_probs(run) + 0.5 if run.config.objective.needs_reference else None
-    dataset, goal = run.dataset(reference=reference), run.objective
-    if objective == "kto":
-        goal.drift = 0.3  # type: ignore[attr-defined]
-    run.model.eval()
-
-    def sums(plan: RowPlan) -> dict[str, float]:
-        row = dataset[plan]
-        row = {name: value for name, value in row.items() if name not in ("counts", "ends_step")}
-        with torch.no_grad():
-            _, statistics = goal.loss(lambda inputs: run.model(**inputs), row, 1.0)
-        assert statistics is not None
-        return dict(zip(goal.statistics, statistics.tolist(), strict=True))
-
-    rows = list(chain.from_iterable(chain.from_iterable(run.plan.steps(0))))
-    indices = [index for row in rows for group in row for index in group]
-    assert len(indices) == 30
-    whole = [sums(RowPlan(row, ends_step=True)) for row in rows]
-    each = {index: sums(RowPlan(((index,),), ends_step=True)) for index in set(indices)}
-    for name in goal.statistics:
-        expected = sum(each[index][name] for index in indices)
-        assert sum(of_row[name] for of_row in whole) == pytest.approx(expected, rel=1e-5, abs=1e-5), name
-    for place, name in enumerate(("a", "b")):
-        own = [index for index in indices if (index >= 12) == bool(place)]
-        assert all(each[index][f"source/{'ba'[place]}/weight"] == 0 for index in own)
-        if weighting == "sample" and objective != "kto":
-            assert sum(each[index][f"source/{name}/weight"] for index in own) == pytest.approx(len(own))
 
 
 def test_the_same_page_of_two_sources_is_one_page(small_model_dir: Path, easy_vqa: Path, tmp_path: Path) -> None:

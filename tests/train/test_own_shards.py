@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from file_server import serving
-from mixture_data import questions, write
-from one_step import assert_same
+from mixture_data import Told, questions, write
+from one_step import StandsStill, assert_same
 from ranks import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -30,23 +30,12 @@ from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
 from phi3v.train.collectives import HostCollectives
 from phi3v.train.device import choose_device
-from phi3v.train.engines import DataParallel
 from phi3v.train.loop import TrainingLoop
 from phi3v.train.observers.faults import StepFaults
 from phi3v.train.prepare import prepare
 
 IN_FILE = 13
 WINDOW = 4
-
-
-class StandsStill(DataParallel):
-    """Keeps the gradients of every step, and the weights as they are."""
-
-    def step(self, norm: torch.Tensor) -> None:
-        self.__dict__.setdefault("steps", []).append(
-            {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        )
-        self.optimizer.zero_grad()
 
 
 class Recorded(StepFaults):
@@ -77,20 +66,20 @@ def epoch(
     config.data = replace(config.data, train=train, packing=packing, pack_tokens=700, shuffle_window=WINDOW)
     config.data.num_workers = 2 if len(places) > 1 else 0
     config.training.batch_size, config.training.micro_batch_size = size, 2 if packing == "none" else 1
-    config.training.epochs, config.training.max_grad_norm = 1, 0.0
+    config.training.epochs, config.training.logging_steps, config.training.max_grad_norm = 1, 1, 0.0
     config.training.output_dir, config.distributed.engine = str(out / "run"), "ddp"
     runtime = choose_device("fp32")
     run = prepare(config, Console(quiet=True), runtime, HostCollectives(runtime.world_size))
     run.folder.mkdir(parents=True, exist_ok=True)
     engine = StandsStill(run.model, run.engine.choice, config, runtime)
-    run, faults = replace(run, engine=engine), Recorded(run)
+    run, faults, logged = replace(run, engine=engine), Recorded(run), Told()
     with Readers(run.dataset().__getitem__, run.num_workers) as readers:
-        TrainingLoop(run, readers, faults).run()
-    told = {"seen": faults.__dict__["seen"], "own": run.plan.own_shards(rank, 0)}
+        TrainingLoop(run, readers, faults, observers=[logged]).run()
+    told = {"logged": logged.lines, "seen": faults.__dict__["seen"], "own": run.plan.own_shards(rank, 0)}
     (out / f"told-{rank}.json").write_text(json.dumps(told))
     if rank == 0:
-        steps = engine.__dict__["steps"]
-        save_file({f"{step} {name}": g for step, of_step in enumerate(steps) for name, g in of_step.items()}, out / "g")
+        steps = enumerate(engine.gradients)
+        save_file({f"{step} {name}": g for step, of_step in steps for name, g in of_step.items()}, out / "g")
 
 
 @pytest.fixture(scope="module")
@@ -160,4 +149,7 @@ def test_every_record_once_own_shards_whole_and_the_gradients_of_one_process(
     assert {name for server in servers for name, _ in server.requests} >= {f"{n:05d}.tar" for n in range(count)}
     assert sum(len(server.whole()) for server in servers) > count / 2
 
+    for alone, together in zip(told[1][0]["logged"], told[ranks][0]["logged"], strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)  # float32 sums in another order
+    assert any("source/b/loss" in line for line in told[1][0]["logged"]) == mixed
     assert_same(load_file(out[ranks] / "g"), load_file(out[1] / "g"), f"{packing} on {ranks} ranks")
