@@ -344,6 +344,32 @@ def test_a_rank_that_dies_in_a_save_leaves_no_checkpoint(tmp_path: Path, small_m
     assert len(list(out.glob(".checkpoint-4.*.new/shards/*"))) == 2
 
 
+def _hangs_in_a_save(arguments: list[str]) -> int:
+    """The disk of rank 1 does not answer while it writes the second checkpoint, and training goes on."""
+    saves: list[Path] = []
+
+    def write(folder: Path, *args: Any) -> list[Path]:
+        saves.append(folder)
+        if os.environ["RANK"] == "1" and len(saves) == 2:
+            time.sleep(40)
+        return write_pieces(folder, *args)
+
+    with mock.patch.object(formats, "write_pieces", write):
+        return main(arguments)
+
+
+@SLOW
+def test_a_rank_whose_disk_hangs_is_given_up(tmp_path: Path, small_model_dir: Path, easy_vqa: Path) -> None:
+    out = tmp_path / "run"
+    others = {"training.max_steps": 40, "distributed.timeout_minutes": 0.3}
+    arguments = command(small_model_dir, easy_vqa, out, "fsdp2", **others)
+    shown = run_ranks(2, _hangs_in_a_save, arguments, folder=tmp_path / "printed", codes=(1, 1))
+    assert "did not answer within 0.3 minutes" in shown
+    assert "checkpoint-2; start again with --resume" in shown
+    assert "Traceback" not in shown
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+
+
 def _stopped_in_a_save(arguments: list[str]) -> int:
     """SIGTERM comes to rank 1 while it writes the second checkpoint, which takes it longer than a step."""
     saves: list[Path] = []

@@ -135,5 +135,8 @@ def is_lost_rank(error: BaseException) -> bool:
     if isinstance(error, distributed.DistError):
         return True
     text = str(error).lower()
-    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting")
+    words = (
+        *("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting"),
+        "caused pair closure",  # what gloo says after a timeout
+    )
     return isinstance(error, RuntimeError) and any(word in text for word in words)
