@@ -25,6 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from phi3v.config import DataSource, Packing, RunConfig
+from phi3v.data.mixture import mix_tables
 from phi3v.data.readers import Readers
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
@@ -153,3 +154,26 @@ def test_every_record_once_own_shards_whole_and_the_gradients_of_one_process(
         assert together == pytest.approx(alone, rel=1e-5)  # float32 sums in another order
     assert any("source/b/loss" in line for line in told[1][0]["logged"]) == mixed
     assert_same(load_file(out[ranks] / "g"), load_file(out[1] / "g"), f"{packing} on {ranks} ranks")
+
+
+def test_shards_of_a_mixture_are_numbered_through(
+    tmp_path: Path, easy_vqa: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two sources are the same shards, which are read through the first of them."""
+    monkeypatch.setenv("PHI3V_CACHE", str(tmp_path))
+    with serving(shards) as server:
+        file = open_table(write(easy_vqa, tmp_path / "a.jsonl", questions(easy_vqa, range(IN_FILE), 0, "a")))
+        remote, again = open_table(server.url), open_table(server.url)
+        table = mix_tables([file, remote, again], ["a", "b", "c"])
+        table.assign_shards([[1], [len(remote.shards) + 2]])
+
+        def read(source: int, shard: int) -> None:
+            table.load_images(table[table.starts[source] + sum(remote.shards[:shard])])
+
+        read(0, 0)
+        read(1, 3)
+        assert not server.whole()
+        read(1, 1)
+        read(2, 2)
+        assert sorted(server.whole()) == ["00001.tar", "00002.tar"]
+        assert {name for name, start in server.requests if start is not None} == {"00003.tar"}
