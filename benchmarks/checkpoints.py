@@ -1,19 +1,19 @@
 """What a save costs each of several ranks, whole (rank 0 gathers and writes) and sharded (each writes its part).
 
-    python benchmarks/checkpoints.py                # benchmarks/results/checkpoints.json
-    python benchmarks/checkpoints.py --cases fsdp2:4 zero3:2
+    python benchmarks/checkpoints.py                # benchmarks/results/checkpoints.json, and a table in docs/resume.md
+    python benchmarks/checkpoints.py --cases zero3:2
     python benchmarks/checkpoints.py --quick        # to see that it works
 
-Processes of a gloo group train a model of some twenty-five million parameters in full and save every few steps. Of each
-rank:
+Processes of a gloo group train a model of some twelve million parameters in full and save every second step; runs with
+whole and with sharded checkpoints take turns. Of each rank:
 
 - the bytes that it wrote: of files in its checkpoints, by whoever wrote them;
-- the stall: what `Checkpointer.save` takes of the thread that trains, waiting for the others included, beside what a
-  step without a save takes on the same rank. Both in wall time and in CPU time of that thread.
+- the stall: CPU time of the process, threads of gloo included, from when training stops for a save until it goes on.
+  The ranks wait for each other in it, so the largest of them is what training waits for, if each has a core and a
+  network that is no slower than memory;
+- the memory that saving takes: the peak from the first save on, less the peak in the steps before.
 
-On a machine whose ranks share cores and disk, as here, the writing threads compete with training, so the steps after a
-save are longer too; they are counted apart. Wall times of such ranks say which part of a save is waited for, not how
-fast a machine is.
+Wall times are not taken: the ranks share cores and a disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import statistics
 import sys
 import tempfile
 import time
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +48,10 @@ from phi3v.train.loop import TrainingLoop
 _CONTEXT = multiprocessing.get_context("forkserver")
 OUT = ROOT / "benchmarks" / "results" / "checkpoints.json"
 MARKS = ("<!-- checkpoints -->", "<!-- /checkpoints -->")
-EVERY = 4  # steps from save to save
-LEAVE_OUT = 2  # steps at the beginning
+CASES = ("zero2:2", "fsdp2:2", "fsdp2:4", "fsdp2:2x2")
+EVERY = 2  # steps from save to save
+FIRST = 6  # steps before the first save that is measured; it and those before are warm-up
+SAVES, ROUNDS = 8, 2
 
 
 def make_model(folder: Path, *, wide: int) -> int:
@@ -69,29 +73,31 @@ def make_model(folder: Path, *, wide: int) -> int:
 
 
 def measure_rank(settings: dict[str, object], environment: dict[str, str], log: str, out: str) -> None:
-    """Train as a rank of a group, and write what the steps and saves took to ``out``."""
+    """Train as a rank of a group, and write what the saves took to ``out``."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    steps: list[dict[str, float]] = []
-    save, compute = Checkpointer.save, TrainingLoop._take
-    last: list[tuple[float, float]] = []
+    save, take = Checkpointer.save, TrainingLoop._take
+    steps: list[float] = []
+    stalls: list[float] = []
+    peaks: list[int] = []
 
-    def take(self: Any, source: Any) -> Any:
-        """Steps are told apart where the rows of the next one are taken."""
-        now = time.perf_counter(), time.thread_time()
-        if last:
-            steps.append({"wall": now[0] - last[0][0], "cpu": now[1] - last[0][1], "save_wall": 0.0, "save_cpu": 0.0})
-            steps[-1] |= saved
-            saved.clear()
-        last[:] = [now]
-        return compute(self, source)
-
-    saved: dict[str, float] = {}
+    def counted(self: Any, source: Any) -> Any:
+        """The rows of a step are taken where it begins."""
+        steps.append(time.process_time())
+        if len(steps) == FIRST - 2:
+            peak_memory(reset=True)
+        return take(self, source)
 
     def timed(self: Any, state: Any) -> None:
-        began = time.perf_counter(), time.thread_time()
+        self.wait()  # for the save before, which does not happen where steps take longer than saves
+        if state.step < FIRST:
+            return
+        if state.step == FIRST or state.is_last:
+            peaks.append(peak_memory(reset=True))
+        began = time.process_time()
         save(self, state)
-        saved.update(save_wall=time.perf_counter() - began[0], save_cpu=time.thread_time() - began[1])
+        if not state.is_last:  # which is not written in a thread
+            stalls.append(time.process_time() - began)
 
     arguments = ["train", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
     with (
@@ -99,29 +105,45 @@ def measure_rank(settings: dict[str, object], environment: dict[str, str], log: 
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
         mock.patch.object(Checkpointer, "save", timed),
-        mock.patch.object(TrainingLoop, "_take", take),
+        mock.patch.object(TrainingLoop, "_take", counted),
     ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         code = phi3v(arguments)
-        Path(out).write_text(json.dumps(steps))
+        before, during = peaks
+        step = statistics.median(after - began for began, after in pairwise(steps[2 : FIRST - 1]))
+        Path(out).write_text(json.dumps({"step": step, "stalls": stalls[1:], "memory": during - before}))
     sys.exit(code)
 
 
-def run(work: Path, ranks: int, engine: str, form: str, steps: int) -> dict[str, Any]:
+def peak_memory(*, reset: bool) -> int:
+    """Bytes that this process had in memory at most, since the last reset (proc_pid_clear_refs(5))."""
+    status = Path("/proc/self/status").read_text().split()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(status[status.index("VmHWM:") + 1])
+
+
+def run(work: Path, case: str, form: str, saves: int) -> dict[str, Any]:
     """One run; gives what its saves cost."""
-    name = f"{engine}-{form}-{ranks}"
+    engine, shape = case.split(":")
+    replicas, shards = map(int, shape.split("x")) if "x" in shape else (1, int(shape))
+    ranks = replicas * shards
+    name = f"{engine}-{shape}-{form}"
+    shutil.rmtree(work / name, ignore_errors=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     settings: dict[str, object] = {
         "model.path": work / "model",
+        "model.num_crops": 1,
         "data.train": work / "data" / "train.jsonl",
         "data.num_workers": 0,
         "method.name": "full",
         "distributed.engine": engine,
+        "distributed.replicas": replicas,
         "training.output_dir": work / name,
-        "training.max_steps": steps,
+        "training.max_steps": FIRST + EVERY * (saves + 1),
         "training.batch_size": ranks,
         "training.micro_batch_size": 1,
         "training.logging_steps": 1,
@@ -148,13 +170,22 @@ def run(work: Path, ranks: int, engine: str, form: str, steps: int) -> dict[str,
         process.join(900)
         if process.exitcode != 0:
             raise RuntimeError((work / f"{name}-{rank}.txt").read_text()[-3000:])
-    measured = [json.loads((work / f"{name}-{rank}.json").read_text())[LEAVE_OUT:] for rank in range(ranks)]
+    measured = [json.loads((work / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
+    return {"bytes_written": written(checkpoints(work / name)[0], ranks), "per_rank": measured}
+
+
+def summary(case: str, form: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs of a case came to, for each rank: medians over all saves, of memory the most of any run."""
+    ranks = [list(own) for own in zip(*(run["per_rank"] for run in runs), strict=True)]
+    stalls = [[[float(stall) for stall in run["stalls"]] for run in own] for own in ranks]
     return {
-        "engine": engine,
+        "case": case,
         "format": form,
-        "ranks": ranks,
-        "bytes_written": written(checkpoints(work / name)[0], ranks),
-        "per_rank": [costs(own) for own in measured],
+        "bytes_written": runs[-1]["bytes_written"],
+        "step_cpu_seconds": [round(statistics.median(run["step"] for run in own), 4) for own in ranks],
+        "stall_cpu_seconds": [round(statistics.median(chain(*own)), 4) for own in stalls],
+        "stall_cpu_seconds_of_runs": [[round(statistics.median(run), 4) for run in own] for own in stalls],
+        "memory_bytes": [max(run["memory"] for run in own) for own in ranks],
     }
 
 
@@ -167,69 +198,54 @@ def written(checkpoint: Path, ranks: int) -> list[int]:
     return sizes
 
 
-def costs(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Of one rank: what saves take of the training thread, beside steps without one."""
-    saves = [step for step in steps if step["save_wall"] > 0.001]
-    after = [steps[index + 1] for index, step in enumerate(steps[:-1]) if step in saves]
-    plain = [step for step in steps if step not in saves and step not in after]
-    wall, cpu = (statistics.median(step[kind] for step in plain) for kind in ("wall", "cpu"))
-    return {
-        "step_seconds": round(wall, 4),
-        "step_cpu_seconds": round(cpu, 4),
-        "stall_in_steps": round(statistics.median(step["save_wall"] for step in saves) / wall, 2),
-        "stall_cpu_in_steps": round(statistics.median(step["save_cpu"] for step in saves) / cpu, 2),
-        "step_after_in_steps": round(statistics.median(step["wall"] for step in after) / wall, 2),
-    }
-
-
-def summary(parameters: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of the runs."""
-    return {
-        "how": "gloo ranks on one machine that share its cores and its disk, one thread each; full fine-tuning in "
-        f"float32 with adamw, a save every {EVERY} steps, written in a thread; medians; the stall is what a save takes "
-        "of the thread that trains, in steps without a save",
-        "parameters": parameters,
-        "cores": len(os.sched_getaffinity(0)),
-        "runs": runs,
-    }
-
-
 def table(result: dict[str, Any]) -> str:
     """The figures as a table."""
     lines = [
-        "| engine, ranks | format | MB written by each rank | stall in steps, CPU time | wall time |",
+        "| engine, ranks | format | MB written by each rank | stall of each rank, CPU ms | memory, MB |",
         "|---|---|---|---|---|",
     ]
     for run in result["runs"]:
-        megabytes = ", ".join(f"{size / 1e6:.1f}" for size in run["bytes_written"])
-        stalls = (
-            ", ".join(f"{rank[key]:.2f}" for rank in run["per_rank"])
-            for key in ("stall_cpu_in_steps", "stall_in_steps")
+        engine, ranks = run["case"].split(":")
+        shape = f"{ranks.replace('x', ' replicas of ')} ranks" if "x" in ranks else ranks
+        values = (
+            ", ".join(f"{value / unit:.0f}" for value in run[name])
+            for name, unit in (("bytes_written", 1e6), ("stall_cpu_seconds", 1e-3), ("memory_bytes", 1e6))
         )
-        lines.append(f"| `{run['engine']}`, {run['ranks']} | {run['format']} | {megabytes} | {' | '.join(stalls)} |")
+        lines.append(f"| `{engine}`, {shape} | {run['format']} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what whole and sharded saves cost each rank.")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
-    parser.add_argument("--cases", nargs="+", default=["zero2:2"], help="ENGINE:RANKS, each whole and sharded")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, a round, two saves")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="ENGINE:RANKS, or ENGINE:REPLICASxRANKS of each")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     _CONTEXT.set_forkserver_preload(["phi3v.cli", "phi3v.train.run", "deepspeed", "faults"])
-    cases = [(int(ranks), engine) for engine, ranks in (case.split(":") for case in arguments.cases)]
+    saves, rounds = (2, 1) if arguments.quick else (SAVES, ROUNDS)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["PHI3V_CACHE"] = str(work / "cache")
         write_data(work / "data")
-        parameters = make_model(work / "model", wide=1 if arguments.quick else 6)
-        steps = LEAVE_OUT + EVERY * (3 if arguments.quick else 6)
-        runs = [run(work, ranks, engine, form, steps) for ranks, engine in cases for form in ("whole", "sharded")]
-    result = summary(parameters, runs)
+        parameters = make_model(work / "model", wide=1 if arguments.quick else 4)
+        summaries = []
+        for case in arguments.cases:
+            runs: dict[str, list[dict[str, Any]]] = {"whole": [], "sharded": []}
+            for _ in range(rounds):
+                for form, own in runs.items():
+                    own.append(run(work, case, form, saves))
+            summaries += [summary(case, form, own) for form, own in runs.items()]
+            print(table({"runs": summaries[-2:]}), flush=True)
+    result = {
+        "how": "gloo ranks on one machine that share its cores and its disk, one thread each; full fine-tuning in "
+        f"float32 with adamw, a save every {EVERY} steps, written in a thread; {rounds} rounds of {saves} saves",
+        "parameters": parameters,
+        "cores": len(os.sched_getaffinity(0)),
+        "runs": summaries,
+    }
     write_result("checkpoints", result, arguments.out)
     if arguments.out == OUT:
         write_between_marks(ROOT / "docs" / "resume.md", MARKS, table(result))
-    print(json.dumps(result, indent=2))
     return 0
 
 

@@ -10,52 +10,46 @@ GOOD_AT_HOME = 1.03  # the same of items that prefer a rank
 ROUNDS = 12  # of moving, at most
 
 
-def assign_to_ranks(
-    work: Sequence[float], ranks: int, most: int | None = None, preferred: Sequence[int] | None = None
-) -> list[int]:
+def assign_to_ranks(work: Sequence[float], ranks: int, preferred: Sequence[int] | None = None) -> list[int]:
     """The rank of each item, so that the most work of a rank is little above the mean.
 
     The largest item first, each to the rank that has the least so far (Graham 1969, https://doi.org/10.1137/0117039);
     then ranks with much and ranks with little exchange items, as long as that lowers the larger of the two.
 
     Args:
-        most: items of a rank at most.
         preferred: a rank for each item, which it leaves only where that evens the work out; -1: none.
     """
     if ranks == 1:
         return [0] * len(work)
-    assigned = _largest_first(work, ranks, most, preferred)
-    _exchange(work, assigned, ranks, most, GOOD if preferred is None else GOOD_AT_HOME)
+    assigned = _largest_first(work, ranks, preferred)
+    _exchange(work, assigned, ranks, GOOD if preferred is None else GOOD_AT_HOME)
     return assigned
 
 
-def _largest_first(work: Sequence[float], ranks: int, most: int | None, preferred: Sequence[int] | None) -> list[int]:
-    assigned, counts, at = [0] * len(work), [0] * ranks, [0.0] * ranks
+def _largest_first(work: Sequence[float], ranks: int, preferred: Sequence[int] | None) -> list[int]:
+    assigned, at = [0] * len(work), [0.0] * ranks
     items: Sequence[int] = sorted(range(len(work)), key=lambda item: -work[item])
     if preferred is not None:
         limit = GOOD_AT_HOME * sum(work) / ranks
         homeless = []
         for item in items:
             rank = preferred[item]
-            if rank < 0 or counts[rank] == most or (counts[rank] and at[rank] + work[item] > limit):
+            if rank < 0 or (at[rank] and at[rank] + work[item] > limit):
                 homeless.append(item)
                 continue
             assigned[item] = rank
-            counts[rank] += 1
             at[rank] += work[item]
         items = homeless
-    loads = [(load, rank) for rank, load in enumerate(at) if counts[rank] != most]
+    loads = [(load, rank) for rank, load in enumerate(at)]
     heapq.heapify(loads)
     for item in items:
         load, rank = heapq.heappop(loads)
         assigned[item] = rank
-        counts[rank] += 1
-        if counts[rank] != most:
-            heapq.heappush(loads, (load + work[item], rank))
+        heapq.heappush(loads, (load + work[item], rank))
     return assigned
 
 
-def _exchange(work: Sequence[float], assigned: list[int], ranks: int, most: int | None, good: float) -> None:
+def _exchange(work: Sequence[float], assigned: list[int], ranks: int, good: float) -> None:
     """Round by round the ranks with the most work are paired with those with the least, each with another each time."""
     items = by_rank(assigned, ranks)
     loads = [sum(work[item] for item in own) for own in items]
@@ -74,13 +68,12 @@ def _exchange(work: Sequence[float], assigned: list[int], ranks: int, most: int 
                 continue
             best = gap
             pair: tuple[int, int | None] | None = None
-            full = len(items[taker]) == most
             for given in items[giver]:
                 for back in items[taker]:
                     left = abs(gap - 2 * (work[given] - work[back]))
                     if left < best:
                         best, pair = left, (given, back)
-                if not full and abs(gap - 2 * work[given]) < best:
+                if abs(gap - 2 * work[given]) < best:
                     best, pair = abs(gap - 2 * work[given]), (given, None)
             if pair is None:
                 continue

@@ -11,7 +11,6 @@ any step of it can be made again, and the records of a step are the same on any 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import NamedTuple
@@ -229,7 +228,8 @@ class BatchPlan:
         return np.minimum(front, len(self) - places[::-1] - 1)
 
     def _pad(self, records: Ints, equal: bool, homes: Ints | None) -> Step:
-        """Padded rows of a step, as evenly many on each rank as can be."""
+        """Padded rows of a step: of records that are alike in length, so that little is padded."""
+        records = records[np.argsort(-self.lengths.longest[records], kind="stable")]
         if homes is not None:
             records = records[np.argsort(homes[records], kind="stable")]
         starts = np.arange(0, len(records), self.micro_batch_size)
@@ -237,11 +237,10 @@ class BatchPlan:
         groups: list[Group] = [(index,) for index in records.tolist()]
         rows = [tuple(groups[start : start + self.micro_batch_size]) for start in starts.tolist()]
         preferred = None if homes is None else homes[records[starts]].tolist()
-        if equal:
+        if equal or len(rows) <= self.world_size:
             ranks = abreast(work, self.world_size, preferred)
         else:
-            most = math.ceil(len(rows) / self.world_size)
-            ranks = by_rank(assign_to_ranks(work, self.world_size, most, preferred), self.world_size)
+            ranks = by_rank(assign_to_ranks(work, self.world_size, preferred), self.world_size)
         return [[rows[place] for place in places] for places in ranks]
 
     def _pack(self, records: Ints, equal: bool, homes: Ints | None) -> Step:
@@ -268,7 +267,7 @@ class BatchPlan:
     def _assign(self, groups: Sequence[_Group], homes: Ints | None) -> list[int]:
         # A page of several sources is read where the first of them has it.
         preferred = None if homes is None else homes[[min(group.records) for group in groups]].tolist()
-        return assign_to_ranks([group.work for group in groups], self.world_size, preferred=preferred)
+        return assign_to_ranks([group.work for group in groups], self.world_size, preferred)
 
     def _groups(self, records: Ints) -> list[_Group]:
         """The records of a step; those of a page together, as far as they fit into a row."""
