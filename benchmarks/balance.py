@@ -15,6 +15,9 @@ Records are dealt to the ranks in three ways:
 - tokens: the plan's assignment by tokens alone;
 - work: as training does.
 
+Padded rows are made of a step's records sorted by length; ``drawn`` is the work of rows of records as they were drawn,
+over that of these.
+
 ``bound`` is what no assignment of these rows or groups goes below: the mean, the largest, and for each k the smallest
 k + 1 of the k·ranks + 1 largest, as some rank has so many of them.
 """
@@ -152,7 +155,8 @@ def figures(lengths: RecordLengths, packing: Packing, ranks: int, samples: int, 
     ]
     alone, _, by_work = plans
     places = {index: at for at, index in enumerate(alone.chunks(0).records.tolist())}
-    kept: dict[str, list[float]] = {name: [] for name in ("dealt", "tokens", "work", "bound", "rows", "groups")}
+    names = ("dealt", "tokens", "work", "bound", "rows", "groups", *(("drawn",) if packing == "none" else ()))
+    kept: dict[str, list[float]] = {name: [] for name in names}
     numbers = islice(zip(*(plan.steps(0) for plan in plans), by_work.steps(0, equal=True), strict=True), STEPS)
     for one, tokens, work, equal in numbers:
         # In the order of the epoch: a page comes where the first of its records does.
@@ -164,6 +168,11 @@ def figures(lengths: RecordLengths, packing: Packing, ranks: int, samples: int, 
             kept[name].append(max(loads) / (sum(loads) / ranks))
         kept["bound"].append(bound([by_work.work(item) for item in items], ranks))
         kept["groups"].append(len(items) / ranks)
+        if packing == "none":
+            records = sorted((index for item in items for (index,) in item), key=places.__getitem__)
+            starts = range(0, len(records), MICRO_BATCH)
+            drawn = [tuple((index,) for index in records[at : at + MICRO_BATCH]) for at in starts]
+            kept["drawn"].append(sum(map(by_work.work, drawn)) / sum(map(by_work.work, items)))
         loads = [[by_work.work(row) for row in rows] for rows in equal]
         height = max(map(len, loads))
         at_once = [max(own[place] if place < len(own) else 0.0 for own in loads) for place in range(height)]
@@ -256,14 +265,15 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables of docs/scaling.md: of the most ranks, where it is hardest."""
     columns = ("dealt", "tokens", "work", "bound", "rows")
     lines = [
-        "| data | packing | ranks | samples a rank | dealt | by tokens | by work | bound | in every row |",
+        "| data | packing | samples a rank | dealt | by tokens | by work | bound | in every row | padded as drawn |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         if case["ranks"] != RANKS[-1]:
             continue  # the result has them
         values = " | ".join(f"{case[name]:.2f}" for name in columns)
-        lines.append(f"| {case['data']} | `{case['packing']}` | {case['ranks']} | {case['samples']} | {values} |")
+        drawn = f"{case['drawn']:.2f}" if "drawn" in case else ""
+        lines.append(f"| {case['data']} | `{case['packing']}` | {case['samples']} | {values} | {drawn} |")
     lines += ["", "Steps of a small model, as ratios to the first:", ""]
     lines += ["| images | prefix | branches | modelled | measured |", "|---|---|---|---|---|"]
     for shape in result["measured"]:
