@@ -23,6 +23,14 @@ def phi3v(*arguments: object, threads: int | None = None) -> dict[str, Any]:
     return answer
 
 
+def peak_memory(*, reset: bool = False) -> int:
+    """Bytes that this process had in memory at most, since the last reset (proc_pid_clear_refs(5))."""
+    status = Path("/proc/self/status").read_text().split()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(status[status.index("VmHWM:") + 1])
+
+
 def write_result(name: str, figures: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write ``figures`` with where and with what they were measured to ``out``, and return the whole."""
     result = with_environment(name, figures)

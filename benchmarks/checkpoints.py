@@ -36,7 +36,7 @@ from unittest import mock
 
 import torch
 
-from bench_result import ROOT, write_between_marks, write_result
+from bench_result import ROOT, peak_memory, write_between_marks, write_result
 from faults import write_data
 from phi3v.cli import main as phi3v
 from phi3v.model.modeling import Phi3VForCausalLM
@@ -114,14 +114,6 @@ def measure_rank(settings: dict[str, object], environment: dict[str, str], log: 
         step = statistics.median(after - began for began, after in pairwise(steps[2 : FIRST - 1]))
         Path(out).write_text(json.dumps({"step": step, "stalls": stalls[1:], "memory": during - before}))
     sys.exit(code)
-
-
-def peak_memory(*, reset: bool) -> int:
-    """Bytes that this process had in memory at most, since the last reset (proc_pid_clear_refs(5))."""
-    status = Path("/proc/self/status").read_text().split()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(status[status.index("VmHWM:") + 1])
 
 
 def run(work: Path, case: str, form: str, saves: int) -> dict[str, Any]:

@@ -2,148 +2,149 @@
 
     python benchmarks/scale_simulation.py   # benchmarks/results/scale_simulation.json and the tables of docs/scaling.md
 
-A real index of a million made-up records (3.9 questions a page, one page an image of 300 kB on average) is written and
-opened; the shards themselves are not. Opening it and planning a whole epoch run in a process of their own, of which CPU
-time and peak memory are measured. Everything else is computed: what ranks fetch by the order that training uses, bytes
-of checkpoints from the released model's shapes by the engines' rules for dividing tensors.
+The index of a million made-up records (3.9 questions a page, one page an image of 300 kB on average) is written by the
+function with which ``phi3v data shard --model.path`` writes it; the shards themselves are not. Processes of their own
+then start as training does: one opens the index for the first time on a machine and verifies it, the others open it
+again, plan a whole epoch, and go on in the middle of another. CPU time and peak memory are theirs.
+
+Everything else is computed: what ranks fetch and how equal their work is by the plan that training makes, with the
+defaults of shards and with as many shards in a window as there are ranks; bytes of checkpoints from the released
+model's shapes by the engines' rules for dividing tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from bench_result import ROOT, write_between_marks, write_result
-from phi3v.config import LoraConfig, MethodConfig
+from bench_result import ROOT, peak_memory, write_between_marks, write_result
+from phi3v.config import SHUFFLE_WINDOW, LoraConfig, MethodConfig, RunConfig
 from phi3v.data.batches import BatchPlan
-from phi3v.data.cache import keep_arrays
-from phi3v.data.lengths import measure_table, tokens_file
-from phi3v.data.order import ShardWindows
-from phi3v.data.record_rows import SCHEMA
-from phi3v.data.shards.index import _IMAGE_SCHEMA, IMAGES, INDEX, RECORDS, Shard, name_keys, write_index
-from phi3v.data.table import open_table
+from phi3v.data.lengths import Ints, RecordLengths, measure_table
+from phi3v.data.order import Order, ShardWindows
+from phi3v.data.schema import Record, Turn
+from phi3v.data.shards.index import INDEX, ImageRow, Shard
+from phi3v.data.shards.write import ShardOptions, write_tables
 from phi3v.model.configuration import Phi3VConfig
+from phi3v.model.presets import init_model
 from phi3v.model.shape import ModelShape
+from phi3v.processing.processor import Phi3VProcessor
+from phi3v.train.open_data import open_data, order_of
 
 BEGIN, END = "<!-- scale: begin -->", "<!-- scale: end -->"
 NODES, PER_NODE, SAMPLES = 64, 8, 16  # samples of a rank in a step
 RANKS = NODES * PER_NODE
-QUESTIONS = 3.9
-SHARD_BYTES, IMAGE_BYTES = 100_000_000, 300_000
-BATCH = 50_000  # records that are written at a time
+QUESTIONS, IMAGE_BYTES, BLOCK = 3.9, 300_000, 512
+SHARDS = {"defaults": (ShardOptions().shard_size, SHUFFLE_WINDOW), "a window of 512": (100_000_000, RANKS)}
 STEPS = 20  # that balance and reads are looked at
-PACKING: dict[str, Any] = {"pack_tokens": 8192, "shared_image_max": 8}
 PLANS = (("none", PER_NODE, 64), ("samples", PER_NODE, 64), ("shared-image", RANKS, RANKS * SAMPLES))
 
 
-def write_data(folder: Path, count: int) -> list[int]:
-    """The index of so many records; returns the bytes of each shard."""
-    rng = np.random.default_rng(0)
-    page = np.repeat(np.arange(count), 1 + rng.poisson(QUESTIONS - 1, count))[:count]
-    pages = int(page[-1]) + 1
-    width = rng.normal(1700, 250, pages).clip(600, 2600).astype(np.int32)
-    height = (width * rng.normal(1.3, 0.15, pages).clip(0.7, 2.2)).astype(np.int32)
-    size = rng.lognormal(np.log(IMAGE_BYTES) - 0.125, 0.5, pages).astype(np.int64)
-    ends = np.cumsum(size)
-    shard_of_page = ends // SHARD_BYTES
-    names = [f"pages/{number:07d}.jpg" for number in range(pages)]
-    text, targets = rng.integers(20, 60, count), rng.integers(3, 20, count)
+@dataclass(frozen=True)
+class Pages:
+    """Made-up pages, and the page of each record.
 
-    with pa.OSFile(str(folder / RECORDS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for start in range(0, count, BATCH):
-            writer.write_batch(_records(np.arange(start, min(start + BATCH, count)), page, names))
+    Attributes:
+        of_record: (records,) in order.
+        bytes, width, height: (pages,) of its image.
+    """
 
-    keys = name_keys(names)
-    order = np.argsort(keys, kind="stable")
-    columns = {
-        "key": keys,
-        "name": np.array(names, dtype=object),
-        "shard": shard_of_page,
-        "offset": (ends - size) - (ends - size)[np.searchsorted(shard_of_page, shard_of_page)],
-        "size": size,
-        "width": width,
-        "height": height,
-        "turned": np.zeros(pages, dtype=bool),
-        "sha256": np.array([key.tobytes() * 4 for key in keys], dtype=object),
-    }
-    arrays = [pa.array(columns[field.name][order], field.type) for field in _IMAGE_SCHEMA]
-    with pa.OSFile(str(folder / IMAGES), "wb") as sink, pa.ipc.new_stream(sink, _IMAGE_SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_IMAGE_SCHEMA))
+    of_record: Ints
+    bytes: Ints
+    width: Ints
+    height: Ints
 
-    prefix = np.full(count, 5)
-    counts = {
-        "text": text + targets,
-        "targets": targets,
-        "prompts": text,
-        "prefixes": prefix,
-        "pages": page,
-        "answers": np.repeat(targets, 1),
-    }
-    keep_arrays(folder / tokens_file(None), counts)
-    shards = int(shard_of_page[-1]) + 1
-    bytes_of = np.bincount(shard_of_page, size, shards).astype(int).tolist()
-    records_of = np.bincount(shard_of_page[page], minlength=shards).tolist()
-    made = [Shard(f"{k:06d}.tar", bytes_of[k], f"{k:064x}", records_of[k]) for k in range(shards)]
-    write_index(folder, made, ["simulated"], [tokens_file(None)])
-    return bytes_of
+    @classmethod
+    def draw(cls, records: int) -> Pages:
+        """Of so many records."""
+        rng = np.random.default_rng(0)
+        of_record = np.repeat(np.arange(records), 1 + rng.poisson(QUESTIONS - 1, records))[:records]
+        count = int(of_record[-1]) + 1
+        width = rng.normal(1700, 250, count).clip(600, 2600).astype(np.int64)
+        height = (width * rng.normal(1.3, 0.15, count).clip(0.7, 2.2)).astype(np.int64)
+        return cls(of_record, rng.lognormal(np.log(IMAGE_BYTES) - 0.125, 0.5, count).astype(np.int64), width, height)
+
+    def shards(self, shard_bytes: int) -> tuple[Ints, Ints]:
+        """(pages,) the shard of each page, where they are cut into so many bytes, and its place in the tar."""
+        ends = np.cumsum(BLOCK + -(-self.bytes // BLOCK) * BLOCK)
+        shard = ends // shard_bytes
+        starts = np.append(0, ends[:-1])
+        first = starts[np.searchsorted(shard, np.arange(int(shard[-1]) + 1))]
+        return shard, starts - first[shard] + BLOCK
+
+    def records_of(self, shard: Ints) -> tuple[int, ...]:
+        """The number of records of each shard."""
+        return tuple(np.bincount(shard[self.of_record]).tolist())
 
 
-def _records(rows: Any, page: Any, names: list[str]) -> pa.RecordBatch:
-    """Some of the records, of one turn each."""
-    count = len(rows)
-    every = pa.array(np.arange(count + 1, dtype=np.int32))
-    turn = {
-        "user": pa.array([f"What is written in field number {row % 97} of this page?" for row in rows]),
-        "assistant": pa.array([f"answer {row}" for row in rows]),
-        "images": pa.ListArray.from_arrays(every, pa.array([names[number] for number in page[rows]])),
-        "weight": pa.array(np.ones(count, dtype=np.int8)),
-    }
-    kind = SCHEMA.field("turns").type.value_type
-    empty = {name: pa.array([[]] * count, kind.field(name).type) for name in ("answers", "rejected", "scores")}
-    turns = pa.StructArray.from_arrays(
-        [turn.get(field.name, empty.get(field.name, pa.nulls(count, field.type))) for field in kind],
-        fields=list(kind),
+def write_data(folder: Path, pages: Pages, processor: Phi3VProcessor | None) -> None:
+    """The index of shards of the pages' records, in ``folder``."""
+    shard, offset = pages.shards(SHARDS["defaults"][0])
+    names = [f"pages/{number:07d}.jpg" for number in range(len(pages.bytes))]
+
+    def records() -> Iterator[Record]:
+        for number, page in enumerate(pages.of_record.tolist()):
+            question = f"What is written in field number {number % 97} of this page?"
+            turn = Turn(user=question, assistant=f"answer {number}", images=(names[page],))
+            yield Record(f"record-{number}", "made up", (turn,), number + 1)
+
+    arrays = (shard, offset, pages.bytes, pages.width, pages.height)
+    rows = [
+        ImageRow(name, *numbers, turned=False, sha256=hashlib.sha256(name.encode()).digest())
+        for name, *numbers in zip(names, *(array.tolist() for array in arrays), strict=True)
+    ]
+    ends = np.zeros(int(shard[-1]) + 1, dtype=np.int64)
+    np.maximum.at(ends, shard, offset + pages.bytes)
+    sizes = zip(ends.tolist(), pages.records_of(shard), strict=True)
+    made = [
+        Shard(f"{k:05d}.tar", size, hashlib.sha256(b"%d" % k).hexdigest(), of) for k, (size, of) in enumerate(sizes)
+    ]
+    write_tables(folder, records(), rows, made, ["made-up records"], processor)
+
+
+def plan_of(lengths: RecordLengths, packing: Any, ranks: int, batch: int, order: Order | None) -> BatchPlan:
+    """As training makes it."""
+    config = RunConfig()
+    return BatchPlan(
+        lengths,
+        packing,
+        batch_size=batch,
+        micro_batch_size=2 if packing == "none" else 1,
+        pack_tokens=config.data.pack_tokens,
+        shared_image_max=config.data.shared_image_max,
+        costs=ModelShape.of(Phi3VConfig()).training_costs(),
+        world_size=ranks,
+        order=order,
     )
-    columns = {
-        "id": pa.array([f"record-{row}" for row in rows]),
-        "source": pa.array(["simulated"] * count),
-        "line": pa.array(rows + 1),
-        "turns": pa.ListArray.from_arrays(every, turns),
-        "questions": pa.ListArray.from_arrays(every, pa.array(np.zeros(count, dtype=np.int32))),
-        "num_images": pa.array(np.ones(count, dtype=np.int32)),
-        "num_rejected": pa.array(np.zeros(count, dtype=np.int32)),
-    }
-    arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in SCHEMA]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def plan_of(folder: Path, packing: Any, ranks: int, batch: int) -> tuple[BatchPlan, ShardWindows]:
-    """As training makes it, of an index."""
-    table = open_table(folder, progress=False)
-    lengths = measure_table(table, None).at(16)
-    order = ShardWindows(table.shards, window=RANKS, seed=0)
-    costs = ModelShape.of(Phi3VConfig()).training_costs()
-    size = 2 if packing == "none" else 1
-    settings = PACKING | {"batch_size": batch, "micro_batch_size": size, "world_size": ranks, "costs": costs}
-    return BatchPlan(lengths, packing, order=order, **settings), order
+def open_lengths(folder: Path, processor: Phi3VProcessor | None) -> tuple[RecordLengths, Order | None]:
+    """The records of an index as training opens them: their lengths, and their order."""
+    config = RunConfig().with_keys({"data.train": str(folder), "training.progress_bar": False})
+    table, _ = open_data(config)
+    return measure_table(table, processor).at(16), order_of(config, table)
 
 
 def measure_plan(folder: Path, packing: str, ranks: int, batch: int) -> dict[str, Any]:
     """In this process: open the index, plan an epoch, go on in the middle of another. CPU seconds, peak of memory."""
+    processor = Phi3VProcessor.from_pretrained(folder / "model")
+    before = peak_memory()
     started = time.process_time()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan, _ = plan_of(folder, packing, ranks, batch)
+    lengths, order = open_lengths(folder / "index", processor)
+    plan = plan_of(lengths, packing, ranks, batch, order)
     opened = time.process_time()
     steps = sum(1 for _ in plan.steps(0))
     planned = time.process_time()
@@ -155,23 +156,43 @@ def measure_plan(folder: Path, packing: str, ranks: int, batch: int) -> dict[str
         "open_seconds": round(opened - started, 2),
         "epoch_seconds": round(planned - opened, 2),
         "resume_seconds": round(time.process_time() - planned, 2),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
-        "imports_mb": round(before / 1000),
+        "peak_mb": round(peak_memory() / 1e6),
+        "before_mb": round(before / 1e6),
     }
 
 
-def in_own_process(folder: Path, case: tuple[str, int, int]) -> dict[str, Any]:
-    """`measure_plan` with nothing in memory before."""
+def in_own_process(folder: Path, case: tuple[str, int, int], cache: str) -> dict[str, Any]:
+    """`measure_plan` with nothing in memory before, on one core."""
     command = [sys.executable, __file__, "--plan", str(folder), *map(str, case)]
-    output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
+    environment = os.environ | {"PHI3V_CACHE": str(folder / cache), "OMP_NUM_THREADS": "1"}
+    core = sorted(os.sched_getaffinity(0))[:1]
+    process = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+    )
+    figures: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 
-def reads_and_balance(folder: Path, shard_bytes: list[int]) -> dict[str, Any]:
+def reads_and_balance(lengths: RecordLengths, pages: Pages, shard_bytes: int, window: int) -> dict[str, Any]:
     """Work of 512 ranks; what each fetches: own shards whole, of others' shards the pages that it computes."""
-    plan, order = plan_of(folder, "shared-image", RANKS, RANKS * SAMPLES)
-    homes, uneven, at_home, records, foreign = order.slots(0) % RANKS, [], 0, 0, 0
+    shard, _ = pages.shards(shard_bytes)
+    order = ShardWindows(pages.records_of(shard), window, 0)
+    plan = plan_of(lengths, "shared-image", RANKS, RANKS * SAMPLES, order)
+    sizes = np.bincount(shard, pages.bytes)
+    own = np.zeros((RANKS, 2))  # bytes of the first window, and of all
+    for number, shards in enumerate(order.windows(0)):
+        for rank in range(RANKS):
+            fetched = sizes[shards[rank::RANKS]].sum()
+            own[rank] += (fetched if number == 0 else 0, fetched)
+    homes, uneven = order.slots(0) % RANKS, []
+    at_home = records = 0
+    foreign = np.zeros(RANKS)
     for step in islice(plan.steps(0), STEPS):
         work = [sum(map(plan.work, rows)) for rows in step]
         uneven.append(max(work) / (sum(work) / RANKS))
@@ -180,83 +201,83 @@ def reads_and_balance(folder: Path, shard_bytes: list[int]) -> dict[str, Any]:
                 is_home = homes[group[0]] == rank
                 at_home += len(group) * bool(is_home)
                 records += len(group)
-                foreign += not is_home
-    owned = np.bincount(np.arange(len(shard_bytes)) % RANKS, shard_bytes, RANKS)
-    foreign_bytes = foreign / STEPS / RANKS * plan.num_steps * IMAGE_BYTES
-    first = order.windows(0)[0]
-    files = json.loads((folder / INDEX).read_text())["files"]
+                foreign[rank] += 0 if is_home else pages.bytes[pages.of_record[group[0]]]
+    singly = foreign * plan.num_steps / STEPS
     return {
-        "shards": len(shard_bytes),
-        "data_gb": round(sum(shard_bytes) / 1e9, 1),
-        "index_mb": round((sum(file["bytes"] for file in files.values()) + (folder / INDEX).stat().st_size) / 1e6),
-        "index_bytes_per_record": round(sum(file["bytes"] for file in files.values()) / len(plan)),
-        "first_shards_mb_per_node": round(PER_NODE * sum(shard_bytes[shard] for shard in first) / len(first) / 1e6),
-        "work_most_over_mean": round(float(np.mean(uneven)), 3),
+        "shard_mb": round(shard_bytes / 1e6),
+        "shards": len(sizes),
+        "window": window,
+        "ranks_with_shards": int((own[:, 1] > 0).sum()),
+        "first_shards_mb_per_node_most": round(own[:, 0].reshape(NODES, PER_NODE).sum(axis=1).max() / 1e6),
+        "own_shards_mb_per_rank_most": round(own[:, 1].max() / 1e6),
+        "single_pages_mb_per_rank_mean": round(singly.mean() / 1e6),
+        "fetched_over_data": round(float((own[:, 1].sum() + singly.sum()) / sizes.sum()), 2),
         "at_home": round(at_home / records, 3),
-        "own_shards_mb_per_rank": round(float(owned.mean()) / 1e6),
-        "other_pages_mb_per_rank": round(foreign_bytes / 1e6),
-        "without_homes_mb_per_rank": round(float(len(plan) / QUESTIONS * IMAGE_BYTES / RANKS / 1e6)),
+        "work_most_over_mean": round(float(np.mean(uneven)), 3),
     }
 
 
 def checkpoints() -> list[dict[str, Any]]:
     """Bytes of trained weights and AdamW's moments in float32, in all and of the rank that writes the most."""
-    from phi3v.plan.parameters import meta_model  # not in the processes whose memory is measured
+    from phi3v.plan.parameters import meta_model
 
     found = []
     for name, method in (("full", MethodConfig(name="full")), ("lora", MethodConfig(name="lora", lora=LoraConfig()))):
         model = meta_model(Phi3VConfig(), method, "bf16")
         shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
-        numbers = 3 * 4 * np.array([shape.numel() for shape in shapes])  # weight and two moments
-        rows = np.array([shape[0] for shape in shapes])
+        numbers, rows = np.array([[shape.numel(), shape[0]] for shape in shapes]).T
 
-        def most(ranks: int, rows: Any = rows, numbers: Any = numbers) -> int:
-            # As torch.chunk divides rows: the first ranks have the most.
-            return int((np.minimum(-(-rows // ranks), rows) * (numbers // rows)).sum())
+        def fsdp2(ranks: int, rows: Any = rows, numbers: Any = numbers) -> Any:
+            """Of each tensor what the first rank holds: torch.chunk divides rows, and gives it the most."""
+            return np.minimum(-(-rows // ranks), rows) * (numbers // rows)
 
-        total = int(numbers.sum())
-        ddp = int(sum(-(-number // 12 // RANKS) * 12 for number in numbers.tolist()))
+        def megabytes(held: Any) -> float:
+            return round(float(held.sum()) * 3 * 4 / 1e6, 1)  # weight and two moments
+
         found.append(
             {
                 "method": name,
                 "tensors": len(shapes),
-                "total_gb": round(total / 1e9, 3),
-                "fsdp2_most_mb": round(most(RANKS) / 1e6, 1),
-                "zero_mb": round(total / RANKS / 1e6, 1),
-                "ddp_mb": round(ddp / 1e6, 1),
-                "fsdp2_in_a_node_mb": round(most(PER_NODE) / 1e6, 1),
-                "gathered_on_rank_0_gb": round(total / 1e9, 3),
+                "total_mb": megabytes(numbers),
+                "ddp_most_mb": megabytes(-(-numbers // RANKS)),
+                "zero_mb": megabytes(numbers / RANKS),
+                "fsdp2_most_mb": megabytes(fsdp2(RANKS)),
+                "hsdp_most_mb": megabytes(-(-fsdp2(PER_NODE) // NODES)),  # replicas share the writing
             }
         )
     return found
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/scaling.md."""
-    data = result["data"]
-    rows = [
-        (
-            "Index of the shards",
-            f"{data['index_mb']} MB, {data['index_bytes_per_record']} bytes a record; once a node",
-        ),
-        ("Shards", f"{data['shards']} of 100 MB, {data['data_gb']} GB"),
-        ("First shards needed", f"{data['first_shards_mb_per_node']} MB a node"),
-        ("Records on the rank that has their shard", f"{data['at_home']:.1%}"),
-        ("Own shards of a rank, fetched whole in an epoch", f"{data['own_shards_mb_per_rank']} MB"),
-        ("Single pages of others' shards", f"{data['other_pages_mb_per_rank']} MB a rank"),
-        ("All pages, if each were fetched singly", f"{data['without_homes_mb_per_rank']} MB a rank"),
-        ("Work of a step, most over mean of 512 ranks", f"{data['work_most_over_mean']:.3f}"),
-    ]
-    for case in result["checkpoints"]:
-        parts = f"FSDP2 at most {case['fsdp2_most_mb']} MB, ZeRO {case['zero_mb']} MB, DDP {case['ddp_mb']} MB a rank"
-        rows.append((f"Sharded checkpoint, `{case['method']}`", f"{case['total_gb']} GB; {parts}"))
-    lines = ["| simulated: 64 nodes x 8 GPUs, a million records | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in rows]
-    lines += ["", "| plan of a million records | ranks | index opened, s | epoch planned, s | resumed, s | peak, MB |"]
+    """The tables of docs/scaling.md."""
+    lines = ["| plan of a million records | ranks | start, s | epoch planned, s | resumed, s | peak, MB |"]
     lines.append("|---|---|---|---|---|---|")
-    for case in result["plans"]:
+    for case in (result["first"], *result["plans"]):
+        first = ", the first time on a machine" if case is result["first"] else ""
         seconds = " | ".join(f"{case[f'{name}_seconds']:.1f}" for name in ("open", "epoch", "resume"))
-        lines.append(f"| `{case['packing']}` | {case['ranks']} | {seconds} | {case['peak_mb']} |")
+        lines.append(f"| `{case['packing']}`{first} | {case['ranks']} | {seconds} | {case['peak_mb']} |")
+    reads = result["reads"].values()
+    wide = [f"{each['shard_mb']} MB, window {each['window']}" for each in reads]
+    lines += ["", f"| 512 ranks; shards of | {' | '.join(wide)} |", "|---|---|---|"]
+    for title, name, unit in (
+        ("shards", "shards", ""),
+        ("ranks that have some", "ranks_with_shards", ""),
+        ("index, fetched once a node", "", ""),
+        ("a node's own shards of the first window, at most", "first_shards_mb_per_node_most", " MB"),
+        ("own shards of a rank in an epoch, at most", "own_shards_mb_per_rank_most", " MB"),
+        ("single pages of others' shards a rank, on average", "single_pages_mb_per_rank_mean", " MB"),
+        ("all that is fetched over the data", "fetched_over_data", ""),
+        ("records computed where their shard is", "at_home", "%"),
+        ("work of a step, most over mean", "work_most_over_mean", ""),
+    ):
+        values = [each[name] if name else f"{result['index_mb']} MB" for each in reads]
+        shown = [f"{value:.1%}" if unit == "%" else f"{value}{unit}" for value in values]
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    lines += ["", "| sharded checkpoint, MB | in all | a rank: `ddp` | ZeRO | `fsdp2` | `fsdp2`, 64 replicas |"]
+    lines.append("|---|---|---|---|---|---|")
+    for case in result["checkpoints"]:
+        names = ("total", "ddp_most", "zero", "fsdp2_most", "hsdp_most")
+        lines.append(f"| `{case['method']}` | {' | '.join(str(case[f'{name}_mb']) for name in names)} |")
     return "\n".join(lines)
 
 
@@ -273,19 +294,33 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shard_bytes = write_data(folder, arguments.records)
+        os.environ["PHI3V_CACHE"] = str(folder / "cache of the writer")
+        init_model("tiny", folder / "model")
+        processor = Phi3VProcessor.from_pretrained(folder / "model")
+        (folder / "index").mkdir()
+        pages = Pages.draw(arguments.records)
+        started = time.process_time()
+        write_data(folder / "index", pages, processor)
+        print(f"index written, {time.process_time() - started:.0f} s", flush=True)
         plans = []
-        for case in PLANS:
-            plans.append(in_own_process(folder, case))
+        for case in (PLANS[0], *PLANS):
+            plans.append(in_own_process(folder, case, "cache"))
             print(plans[-1], flush=True)
-        data = reads_and_balance(folder, shard_bytes)
-        print(data, flush=True)
+        lengths, _ = open_lengths(folder / "index", processor)
+        reads = {name: reads_and_balance(lengths, pages, *cut) for name, cut in SHARDS.items()}
+        print(reads, flush=True)
+        index = json.loads((folder / "index" / INDEX).read_text())["files"].values()
+        index_bytes = sum(file["bytes"] for file in index) + (folder / "index" / INDEX).stat().st_size
     figures = {
         "nodes": NODES,
         "gpus_per_node": PER_NODE,
         "records": arguments.records,
-        "plans": plans,
-        "data": data,
+        "data_gb": round(int(pages.bytes.sum()) / 1e9, 1),
+        "index_mb": round(index_bytes / 1e6),
+        "index_bytes_per_record": round(index_bytes / arguments.records),
+        "first": plans[0],
+        "plans": plans[1:],
+        "reads": reads,
         "checkpoints": checkpoints(),
     }
     result = write_result("scale_simulation", figures, arguments.out)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import checkpoints
+from bench_result import peak_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def test_what_runs_come_to() -> None:
 
 def test_the_peak_of_memory_is_that_since_the_last_reset() -> None:
     block = bytearray(b"x") * (300 * 2**20)
-    with_block = checkpoints.peak_memory(reset=False)
+    with_block = peak_memory()
     del block
-    assert checkpoints.peak_memory(reset=True) > with_block - 10 * 2**20  # the kernel counts by threads
-    assert checkpoints.peak_memory(reset=False) < with_block - 250 * 2**20
+    assert peak_memory(reset=True) > with_block - 10 * 2**20  # the kernel counts by threads
+    assert peak_memory() < with_block - 250 * 2**20

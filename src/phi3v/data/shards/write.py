@@ -15,7 +15,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -357,11 +357,37 @@ def _finish(
     progress: bool,
 ) -> None:
     """Write the index."""
-    with replacing(out / RECORDS) as temporary, writing_records(temporary) as add:
-        for line, (place, index) in enumerate((address for shard in plan for address in shard), start=1):
-            add(renamed(sources[place].table[index], names[place], line))
+    addresses = enumerate((address for shard in plan for address in shard), start=1)
+    records = (renamed(sources[place].table[index], names[place], line) for line, (place, index) in addresses)
     parts = [ImageTable.open((out / PARTS / shard.file).with_suffix(".arrow")) for shard in shards]
     rows = [row for part in parts for row in part.rows()]
+    write_tables(out, records, rows, shards, made_of, processor, progress=progress)
+
+
+def write_tables(
+    out: Path,
+    records: Iterable[Record],
+    rows: Sequence[ImageRow],
+    shards: Sequence[Shard],
+    made_of: Sequence[str],
+    processor: Phi3VProcessor | None = None,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write the index of shards.
+
+    Args:
+        records: of all shards, in their order.
+        rows: the images of all shards.
+        made_of: what the shards were made of, for people.
+        processor: also count all tokens, as its tokenizer does.
+
+    Raises:
+        UserError: a name stands for two images.
+    """
+    with replacing(out / RECORDS) as temporary, writing_records(temporary) as add:
+        for record in records:
+            add(record)
     require_own_names(rows, [shard.file for shard in shards], "it was changed meanwhile: name a new folder")
     write_images(out / IMAGES, rows)
     write_index(out, shards, made_of)
