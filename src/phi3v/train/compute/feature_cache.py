@@ -74,7 +74,7 @@ def fill_features(
     if folder is not None:
         require_writable(folder, "training.feature_cache", CACHE_HINT)  # another user may have made it
     store = FeatureStore(table.images, folder)
-    sizes = image_sizes(table)
+    sizes = dict(zip(table.distinct_images()[0], image_sizes(table).tolist(), strict=True))
     missing = [name for name in sizes if name not in store]
 
     def features(image: Image.Image) -> torch.Tensor:
