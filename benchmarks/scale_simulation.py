@@ -3,9 +3,10 @@
     python benchmarks/scale_simulation.py   # benchmarks/results/scale_simulation.json and the tables of docs/scaling.md
 
 The index of a million made-up records (3.9 questions a page, one page an image of 300 kB on average) is written by the
-function with which ``phi3v data shard --model.path`` writes it; the shards themselves are not. Processes of their own
-then start as training does: one opens the index for the first time on a machine and verifies it, the others open it
-again, plan a whole epoch, and go on in the middle of another. CPU time and peak memory are theirs.
+function with which ``phi3v data shard --model.path`` writes it; the shards themselves are files without content.
+Processes of their own then start as training does: one opens the index for the first time on a machine and verifies it,
+the others open it again, plan a whole epoch, and go on in the middle of another. CPU time and peak memory are theirs.
+With ``--folder``, the index is kept, and not made again.
 
 Everything else is computed: what ranks fetch and how equal their work is by the plan that training makes, with the
 defaults of shards and with as many shards in a window as there are ranks; bytes of checkpoints from the released
@@ -91,7 +92,7 @@ class Pages:
 
 
 def write_data(folder: Path, pages: Pages, processor: Phi3VProcessor | None) -> None:
-    """The index of shards of the pages' records, in ``folder``."""
+    """The index of the shards of the pages, in ``folder``, and files of the size that the shards would have."""
     shard, offset = pages.shards(SHARDS["defaults"][0])
     names = [f"pages/{number:07d}.jpg" for number in range(len(pages.bytes))]
 
@@ -112,6 +113,9 @@ def write_data(folder: Path, pages: Pages, processor: Phi3VProcessor | None) -> 
     made = [
         Shard(f"{k:05d}.tar", size, hashlib.sha256(b"%d" % k).hexdigest(), of) for k, (size, of) in enumerate(sizes)
     ]
+    for each in made:
+        with (folder / each.file).open("wb") as file:
+            file.truncate(each.bytes)  # takes no room
     write_tables(folder, records(), rows, made, ["made-up records"], processor)
 
 
@@ -161,10 +165,10 @@ def measure_plan(folder: Path, packing: str, ranks: int, batch: int) -> dict[str
     }
 
 
-def in_own_process(folder: Path, case: tuple[str, int, int], cache: str) -> dict[str, Any]:
+def in_own_process(folder: Path, case: tuple[str, int, int], cache: Path) -> dict[str, Any]:
     """`measure_plan` with nothing in memory before, on one core."""
     command = [sys.executable, __file__, "--plan", str(folder), *map(str, case)]
-    environment = os.environ | {"PHI3V_CACHE": str(folder / cache), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PHI3V_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     core = sorted(os.sched_getaffinity(0))[:1]
     process = subprocess.run(
         command,
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scale_simulation.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/scaling.md")
+    parser.add_argument("--folder", type=Path, help="where the index is kept, or was; by default it is not")
     parser.add_argument("--plan", nargs=4, metavar=("FOLDER", "PACKING", "RANKS", "BATCH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plan:
@@ -293,18 +298,17 @@ def main() -> None:
         print(json.dumps(measure_plan(Path(folder), packing, int(ranks), int(batch))))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        os.environ["PHI3V_CACHE"] = str(folder / "cache of the writer")
-        init_model("tiny", folder / "model")
-        processor = Phi3VProcessor.from_pretrained(folder / "model")
-        (folder / "index").mkdir()
+        folder = arguments.folder or Path(temporary)
+        os.environ["PHI3V_CACHE"] = str(Path(temporary) / "cache of the writer")
         pages = Pages.draw(arguments.records)
-        started = time.process_time()
-        write_data(folder / "index", pages, processor)
-        print(f"index written, {time.process_time() - started:.0f} s", flush=True)
+        if not (folder / "index" / INDEX).exists():
+            (folder / "index").mkdir(parents=True)
+            init_model("tiny", folder / "model")
+            write_data(folder / "index", pages, Phi3VProcessor.from_pretrained(folder / "model"))
+        processor = Phi3VProcessor.from_pretrained(folder / "model")
         plans = []
         for case in (PLANS[0], *PLANS):
-            plans.append(in_own_process(folder, case, "cache"))
+            plans.append(in_own_process(folder, case, Path(temporary) / "cache"))
             print(plans[-1], flush=True)
         lengths, _ = open_lengths(folder / "index", processor)
         reads = {name: reads_and_balance(lengths, pages, *cut) for name, cut in SHARDS.items()}

@@ -62,6 +62,6 @@ def test_a_million_records_are_planned_in_a_gigabyte(tmp_path: Path, monkeypatch
     pages = scale_simulation.Pages.draw(1_000_000)
     scale_simulation.write_data(tmp_path / "index", pages, Phi3VProcessor.from_pretrained(tmp_path / "model"))
     for case in (scale_simulation.PLANS[0], *scale_simulation.PLANS):
-        found = scale_simulation.in_own_process(tmp_path, case, "cache")
+        found = scale_simulation.in_own_process(tmp_path, case, tmp_path / "cache")
         assert found["peak_mb"] < 1000
         assert found["steps"] == -(-1_000_000 // case[2])
