@@ -169,7 +169,8 @@ def test_a_long_fetch_is_told_where_there_is_no_terminal(capsys: pytest.CaptureF
 def test_what_fails_is_tried_again(
     server: FileServer, fault: int | str, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    if fault == "slow":
+        monkeypatch.setattr(remote, "SILENCE", 0.3)
     fsspec.filesystem("http").clear_instance_cache()  # which keeps the timeout
     table = open_table(server.url)
     table.assign_shards([[0]] if whole else [])
@@ -221,6 +222,15 @@ def test_no_record_is_left_out_for_a_server_that_does_not_work(server: FileServe
     server.faults = lambda name, _: 503 if name == "00000.tar" else None
     with pytest.raises(UnavailableError):
         rows[plan]
+
+
+def test_a_proxy_of_the_environment_is_asked(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    with pytest.raises(UserError, match="the index is not there"):
+        open_table("http://nowhere.invalid/train")
+    assert server.requests == [("http://nowhere.invalid/train/index.json", None)]
 
 
 def test_a_server_that_ignores_ranges_is_no_obstacle(server: FileServer, made: Path) -> None:

@@ -11,6 +11,7 @@ from ranks import command, run_ranks
 
 from phi3v.cli import main
 from phi3v.data.check import check_file
+from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
 from phi3v.model.presets import copy_pretrained
 from phi3v.runtime.session import BACKENDS
@@ -77,6 +78,19 @@ def test_pairs_are_a_data_file_with_the_questions_as_they_were(whole: Path, data
             turn.assistant for turn in source[name].turns[: int(number) - 1]
         ]
         assert record.system == source[name].system
+
+
+def test_of_shards_the_pairs_have_their_images_beside_them(base: Path, data: Path, tmp_path: Path) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "pairs"
+    shard_data([data], shards, ShardOptions())
+    few = ("--chosen", "reference", "--samples", 1, "--max-questions", 4, "--max-new-tokens", 2)
+    assert command("data", "pairs", "--model", base, "--data", shards, *few, "--out", out) == 0
+    assert check_file(out / "pairs.jsonl").ok
+    table, source = open_table(out / "pairs.jsonl"), open_table(shards)
+    assert len(table) > 0
+    assert table.images.root == out / "images"
+    for name in table.distinct_images()[0]:
+        assert table.images.sha256(name) == source.images.sha256(name)
 
 
 def test_an_interrupted_command_goes_on_and_refuses_another_one(

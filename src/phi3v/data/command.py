@@ -165,7 +165,13 @@ def _add_pairs(group: Parser) -> None:
         "--model", required=True, metavar="MODEL_OR_RUN", help="a model folder, a hub id, an adapter or a run folder"
     )
     command.add_argument("--base", metavar="MODEL", help="the base model, if it has moved")
-    command.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="questions with references")
+    command.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="questions with references (or a folder of shards, or its URL)",
+    )
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for pairs.jsonl and answers.jsonl"
     )

@@ -1,8 +1,8 @@
 """``phi3v data pairs``: a model's own answers, scored by a metric, as pairs of a better and a worse one.
 
 The folder of the result holds ``answers.jsonl``, all answers with their scores, and ``pairs.jsonl``, a data file whose
-``images/`` is a link to the images of the questions. While answers are drawn, each rank adds them to a file of its own,
-batch by batch; a command that is run again goes on after the last batch.
+``images/`` is a link to the images of the questions; of shards it has those of the pairs. While answers are drawn, each
+rank adds them to a file of its own, batch by batch; a command that is run again goes on after the last batch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from phi3v.config import Precision
-from phi3v.data.collate import QuestionDataset
-from phi3v.data.image_store import FolderStore, ImageStore
+from phi3v.data.collate import QuestionDataset, upto_question
+from phi3v.data.image_store import FolderStore, ImageStore, faults_of
 from phi3v.data.jsonl import replacing, write_jsonl
 from phi3v.data.schema import Record, Turn
 from phi3v.data.shards.index import require_data
@@ -218,7 +218,9 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
 def _link_images(link: Path, images: ImageStore) -> None:
     """Let the new data file find the images of the old one."""
     if not isinstance(images, FolderStore):
-        raise UserError("its images are not files in a folder", where="--data", hint="name the JSONL file of the data")
+        if link.is_symlink():
+            raise UserError("is a link to other images", where=str(link), hint="name another folder with --out")
+        return
     root = images.root
     try:
         if link.exists():
@@ -229,6 +231,16 @@ def _link_images(link: Path, images: ImageStore) -> None:
             link.symlink_to(root.resolve(), target_is_directory=True)
     except OSError as error:
         raise cannot_write(error, str(link), _ROOM) from None
+
+
+def _keep_images(folder: Path, record: Record, images: ImageStore) -> None:
+    """Write the images of a record that are no files yet."""
+    for name in record.images if not isinstance(images, FolderStore) else ():
+        file = folder / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with faults_of(images.where(name)), images.open(name) as opened, replacing(file) as temporary:
+                temporary.write_bytes(opened.read())
 
 
 def _read_answers(out: Path) -> dict[str, list[Drawn]]:
@@ -331,6 +343,7 @@ def _write(
             pair = choose_pair(asked, known[name], metric, chosen=options.chosen, min_margin=options.min_margin)
             counts.add(asked, known[name], metric, pair)
             if pair is not None:
+                _keep_images(out / "images", upto_question(record, turn), questions.table.images)
                 yield _record(name, record, turn, pair)
 
     has_others = bool(known.keys() - set(ids))

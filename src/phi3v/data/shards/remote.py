@@ -198,7 +198,8 @@ def _options(scheme: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, connect=SILENCE, sock_read=SILENCE)}}
+    timeout = aiohttp.ClientTimeout(total=None, connect=SILENCE, sock_read=SILENCE)
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # which names the proxy, where there is one
 
 
 def attempt(work: Callable[[], T], place: str, *, known: bool = False) -> T:
