@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,37 @@ def test_the_cache_keeps_to_its_limit_and_spares_what_is_read(server: FileServer
     for record in other:
         other.load_images(record)
     assert [start for _, start in server.requests if start is not None]
+
+
+def test_a_shard_that_is_done_while_room_is_made_for_another_counts(
+    server: FileServer, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (made / "00000.tar").stat().st_size
+    store = store_of(open_table(server.url, cache_limit=1.5 * size / 1e9))
+    store.cache.folder.mkdir(parents=True)
+    part = store.cache.folder / f".{store.index.shards[1].sha256}.{size}.1.part"
+    part.write_bytes(bytes(size))
+    lock = FileLock(store.cache.folder / f"{store.index.shards[1].sha256}.lock")
+    lock.acquire()
+
+    def ends(found: Callable[[], Any]) -> Callable[[], Any]:
+        """The other process's shard is there, and open, after this part of the count."""
+
+        def counted() -> Any:
+            counts = found()
+            if part.exists():
+                part.rename(store.cache.folder / store.index.shards[1].sha256)
+                opened.append(store.cache.open(store.index.shards[1].sha256))
+                lock.release()
+            return counts
+
+        return counted
+
+    opened: list[Any] = []
+    monkeypatch.setattr(store.cache, "_kept", ends(store.cache._kept))
+    monkeypatch.setattr(store.cache, "_being_fetched", ends(store.cache._being_fetched))
+    assert not store.fetch(0)
+    assert opened
 
 
 def test_a_shard_that_died_with_its_process_is_fetched_again(server: FileServer) -> None:

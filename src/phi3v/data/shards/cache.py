@@ -92,8 +92,9 @@ class ShardCache:
         """A place to write to, once shards that nobody reads have made room; none if there is not enough."""
         part = self.folder / f".{sha256}.{size}.{os.getpid()}.part"
         with FileLock(self.folder / "room.lock", mode=_MODE):
+            being_fetched = self._being_fetched()  # first, or one that is just done would count nowhere
             kept = self._kept()
-            used = sum(kept.values()) + self._being_fetched()
+            used = being_fetched + sum(kept.values())
             for file in kept:
                 if used + size <= self.limit:
                     break
