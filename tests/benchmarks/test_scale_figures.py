@@ -19,7 +19,7 @@ from phi3v.processing.processor import Phi3VProcessor
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("script", [balance])
+@pytest.mark.parametrize("script", [balance, scale_simulation])
 def test_the_page_has_the_committed_figures(script: ModuleType) -> None:
     name = Path(str(script.__file__)).stem
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
