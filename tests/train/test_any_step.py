@@ -189,10 +189,13 @@ def test_other_ranks_go_on_with_the_same_records(
     Losses within 1e-4: float32 sums in another order, carried through up to seven optimizer steps.
     """
     settings: dict[str, object] = {"checkpoint.format": form, "data.packing": packing, **PACKED}
-    settings["distributed.engine"] = engine
+    settings |= {"distributed.engine": engine, "training.batch_size": 12}  # for 3 and 4 ranks; of 60 records an epoch
+    file, shards = (source["path"] for source in json.loads(sources))
+    sources = json.dumps([{"path": file, "epochs": 3}, {"path": shards, "epochs": 1.2}])
     whole, steps = tmp_path / "whole", (2, 5, 9)
     started(small_model_dir, sources, whole, ranks=ranks, **settings)
     expected = records(seen(whole))
+    assert {step: len(own) for step, own in expected.items()} == dict.fromkeys(range(1, 10), 12)
     for other in others:
         settings["distributed.engine"] = engine if other > 1 else "auto"
         parts = resumed(whole, steps, small_model_dir, sources, ranks=other, **settings)
