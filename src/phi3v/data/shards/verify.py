@@ -7,7 +7,7 @@ file are (`schema.py`), which alone says what is wrong with one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -124,28 +124,43 @@ def _faults(index: ShardIndex, records: pa.Table, bar: LateProgress) -> Iterator
     for batch in records.to_batches(_ROWS):
         plain = _plain(batch, first, index)
         for chosen in np.split(np.flatnonzero(~plain), range(1000, batch.num_rows, 1000)):
-            for at, row in zip(chosen.tolist(), batch.take(pa.array(chosen)).to_pylist(), strict=True):
+            rows = batch.take(pa.array(chosen)).to_pylist()
+            turns = (turn for row in rows for turn in row["turns"] or () if turn)
+            names = list({name for turn in turns for name in turn["images"] or () if name is not None})
+            known = {name for name, found in zip(names, index.images.first(names), strict=True) if found >= 0}
+            for at, row in zip(chosen.tolist(), rows, strict=True):
                 shard = index.shard_of(first + at)
                 name = f"number {first + at - index.starts[shard] + 1}" if row["id"] is None else quote(row["id"])
-                for fault in _faults_of(row, first + at + 1, index):
+                for fault in _faults_of(row, first + at + 1, known):
                     yield replace(fault, file=Path(index.place(shard)), record=name)
         first += batch.num_rows
         bar.advance(batch.num_rows)
     yield from _repeated_ids(index, records.column("id"))
 
 
-def _faults_of(row: dict[str, Any], number: int, index: ShardIndex) -> Iterator[Fault]:
-    """What is wrong with a record."""
+def _as_arrow_gives(value: Any) -> Any:
+    """Plain values with lists for tuples."""
+    if isinstance(value, dict):
+        return {name: _as_arrow_gives(item) for name, item in value.items()}
+    return [_as_arrow_gives(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _faults_of(row: dict[str, Any], number: int, known: Collection[str]) -> Iterator[Fault]:
+    """What is wrong with a record.
+
+    Args:
+        known: names of images that there are.
+    """
     line = read_line(json.dumps(object_of(row)), file=Path(), line=number)
     yield from line.faults
     if line.record is None:
         return
-    expected = pa.RecordBatch.from_pylist([row_of(line.record)], schema=SCHEMA).to_pylist()[0]
+    expected = _as_arrow_gives(row_of(line.record))
     for name in SCHEMA.names:
         if expected[name] != row[name]:
             yield Fault(Path(), number, name, "is not as the rest of the record says", AGAIN)
-    for name, found in zip(line.record.images, index.images.first(line.record.images), strict=True):
-        if found < 0:
+    for name in line.record.images:
+        if name not in known:
             yield Fault(Path(), number, "conversations", f"names an image that no shard has: {quote(name)}", AGAIN)
 
 
