@@ -16,6 +16,7 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.data.check import ensure_checked
+from phi3v.data.record_rows import SCHEMA, TURN
 from phi3v.data.shards import verify
 from phi3v.data.shards.index import IMAGES, RECORDS, open_index
 from phi3v.data.shards.write import ShardOptions, shard_data
@@ -106,6 +107,7 @@ def record(**values: Any) -> Callable[[dict[str, Any]], None]:
         ("r2", turn(weight=0), "conversations"),
         ("r1", turn(image_offsets=[-1, 2]), "must be a list of whole numbers"),
         ("r1", turn(image_offsets=[None, 2]), "must be a list of whole numbers"),
+        ("r1", turn(image_offsets=[1, None]), "must be a list of whole numbers"),
         ("r1", turn(image_offsets=[3, 2]), "must not decrease"),
         ("r1", turn(image_offsets=[3]), "must have one offset for each image"),
         ("r1", turn(image_offsets=[3, 12]), "is beyond the end of the question"),
@@ -255,6 +257,23 @@ def test_other_types_and_broken_buffers_are_refused(shards: Path) -> None:
         write_batch(shards, RECORDS, pa.RecordBatch.from_arrays([ids, *batch.columns[1:]], schema=batch.schema))
         with pytest.raises(UserError, match=r"records.arrow: is damaged"):
             open_table(shards)
+
+
+def test_records_without_an_id_and_items_behind_a_null_are_told(shards: Path, original: Path) -> None:
+    edit_table(shards, RECORDS, lambda rows: [row.update(id=None) for row in rows[:2]])
+    with pytest.raises(UserError, match=r"record number 1: id: must be a string.*\n.*\n.*id: must be a string"):
+        open_table(shards)
+    (batch,) = open_table(original).dataset.data.table.combine_chunks().to_batches()
+    turns = batch.column("turns")
+    of_turn, count = dict(zip(TURN.names, turns.flatten().flatten(), strict=True)), len(turns.flatten())
+    null_first = pa.array([place == 0 for place in range(count)])
+    of_turn["answers"] = pa.ListArray.from_arrays(range(count + 1), pa.array(["x"] * count), mask=null_first)
+    hiding = pa.StructArray.from_arrays(list(of_turn.values()), fields=list(TURN))
+    columns = {name: batch.column(name) for name in SCHEMA.names}
+    columns["turns"] = pa.ListArray.from_arrays(turns.offsets, hiding)
+    write_batch(shards, RECORDS, pa.RecordBatch.from_arrays(list(columns.values()), schema=SCHEMA))
+    with pytest.raises(UserError, match="turns: is not as the rest"):
+        open_table(shards)
 
 
 def test_faults_are_listed_once_for_each_content_and_end_with_2(

@@ -148,7 +148,7 @@ def test_images_keep_their_places_beside_escaped_text() -> None:
         (line_of(placed([0, 12])), "conversations[0].image_offsets", "is beyond the end of the question", ""),
         *[
             (line_of(placed(value)), "conversations[0].image_offsets", "must be a list of whole numbers from 0", "")
-            for value in ("1", 1, [True, 1], [0, 1.5], [-1, 2], [None, 2])
+            for value in ("1", 1, [True, 1], [0, 1.5], [-1, 2], [None, 2], [1, None], ["1", "2"])
         ],
         (pair("circle"), "conversations[0].rejected", "the same text as assistant: there is nothing to prefer", ""),
         (pair([" circle\n"]), "conversations[0].rejected[0]", "the same text as assistant", "white space does not"),

@@ -144,6 +144,8 @@ def test_a_check_takes_several_and_says_what_it_fetches(
     assert main(["data", "check", str(made), server.url, "--images", "off", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [(each["path"], each["records"]) for each in told["files"]] == [(str(made), 24), (server.url, 24)]
+    assert main(["data", "check", str(made), str(tmp_path / "gone.jsonl"), "--images", "off"]) == 2
+    assert f"{made}: no fault" in capsys.readouterr().out
     assert main(["data", "check", server.url]) == 0
     shown = capsys.readouterr().out
     assert f"fetching {SHARDS} shards, 0.0 GB, of {server.url}" in shown

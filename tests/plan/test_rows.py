@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from phi3v.data.batches import BatchPlan, RowPlan
 from phi3v.data.lengths import measure_table
 from phi3v.data.rows import RowDataset
 from phi3v.data.table import open_table
+from phi3v.errors import UserError
 from phi3v.model.shape import Costs
 from phi3v.plan.hardware import find_machine
 from phi3v.plan.inputs import TrainSetup, setup_from_config
@@ -78,6 +80,15 @@ def test_rows_are_those_of_training(data: Path, tiny_model_dir: Path, packing: s
     assert rows.work.tokens * len(workload) == pytest.approx(total, rel=0.05)
     pairs = sum(sum(rest) * (prefix + sum(rest)) for row in made for prefix, *rest in row["layout"] if prefix)
     assert (rows.largest.branch_pairs > 0) == (pairs > 0)
+
+
+def test_records_with_other_images_share_none(data: Path, tiny_model_dir: Path) -> None:
+    """Lengths that come with an index of shards may say that they do."""
+    table = open_table(data)
+    dataset = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir, num_crops=4), packed=True)
+    other = next(index for index, record in enumerate(table) if record.images != table[0].images)
+    with pytest.raises(UserError, match=rf"{re.escape(table.where(table[other]))}: has other images"):
+        dataset[RowPlan(((0, other),), True)]
 
 
 def test_sharing_saves_tokens_and_crops(data: Path, tiny_model_dir: Path) -> None:

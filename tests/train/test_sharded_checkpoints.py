@@ -161,6 +161,8 @@ def test_engines_go_on_from_each_other(
     assert_same(weights(Path(tuned.base)), weights(out / "final"))
     assert "putting the parts of" in capsys.readouterr().err
     assert resolve_model(str(out / f"checkpoint-{last}" / "model")).base == tuned.base
+    with mock.patch.object(assemble.os, "utime", side_effect=PermissionError):  # another user's cache
+        assert resolve_model(str(out / f"checkpoint-{last}" / "model")).base == tuned.base
     assert capsys.readouterr().err == ""
     assert_few_are_kept(out, Path(tuned.base))
     assert main(["export", str(out / f"checkpoint-{last}"), "--out", str(tmp_path / "export")]) == 0

@@ -316,8 +316,9 @@ def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         _require_no_recipe(file)
         if is_shards(file) and arguments.images != "off" and (told := describe_fetching(file)):
             say(console, f"{told}; --images off looks at the records alone")
-    reports = [
-        check_file(
+    reports = []
+    for file in arguments.files:
+        report = check_file(
             file,
             max_errors=arguments.max_errors,
             max_pixels=arguments.max_pixels,
@@ -325,10 +326,8 @@ def check(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             special_text=arguments.special_text,
             context=context,
         )
-        for file in arguments.files
-    ]
-    for report in reports:
         report.render(console)
+        reports.append(report)
     ok = all(report.ok for report in reports)
     found = [report.to_json_dict() for report in reports]
     return (found[0] if len(found) == 1 else {"ok": ok, "files": found}) | {"exit_code": 0 if ok else 2}

@@ -101,14 +101,19 @@ class RowDataset(Dataset[dict[str, Any]]):
         """The samples of records about the same images.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or the records have different images.
             ImageAlignmentError: placeholders and images do not fit together.
         """
-        pages = self.reader.pages(self.table[group[0]])
+        first = self.table[group[0]]
+        pages = self.reader.pages(first)
         counts = [page.num_img_tokens for page in pages]
         samples: list[Sample] = []
         for index in group:
             record = self.table[index]
+            if record.images != first.images:
+                what = f"has other images than {self.table.where(first)}, though they are counted as the same"
+                hint = "the token counts of its index are wrong: make it again with `phi3v data shard`"
+                raise UserError(what, where=self.table.where(record), hint=hint)
             stream = encode_record(record, self.processor, counts)
             check_placeholders(stream.input_ids, pages, record, self.table.where(record))
             if self.preferences is not None:

@@ -370,11 +370,12 @@ class _LineReader:
         hint = 'write the place of each image in "user", in characters from 0, or leave it out: all come first'
         if not isinstance(offsets, list) or not all(type(item) is int and item >= 0 for item in offsets):
             self.fault(where, "must be a list of whole numbers from 0", hint)
-        elif offsets != sorted(offsets):
+            return None
+        if offsets != sorted(offsets):
             self.fault(where, "must not decrease: images are listed in the order in which they stand", hint)
         elif len(offsets) != num_images:
             self.fault(where, f"must have one offset for each image: {len(offsets)} given, images: {num_images}", hint)
-        return tuple(offsets) if isinstance(offsets, list) else None
+        return tuple(offsets)
 
     def answers(self, value: object, where: str) -> tuple[str, ...]:
         if value == []:

@@ -118,13 +118,14 @@ def _use(folder: Path) -> bool:
     manifest = folder / MANIFEST
     try:
         file = manifest.open("rb")
-        with suppress(OSError):  # not every file system has locks
-            fcntl.flock(file, fcntl.LOCK_SH)  # while it is being removed, wait until it is gone
-        os.utime(manifest)
     except OSError:
         return False
+    with suppress(OSError):  # not every file system has locks
+        fcntl.flock(file, fcntl.LOCK_SH)  # while it is being removed, wait until it is gone
+    with suppress(OSError):  # the cache may be another user's
+        os.utime(manifest)
     _in_use[folder] = file
-    return True
+    return manifest.is_file()
 
 
 def _make_room(cache: Path, needed: int) -> None:

@@ -167,7 +167,7 @@ def _faults_of(row: dict[str, Any], number: int, known: Collection[str]) -> Iter
 def _repeated_ids(index: ShardIndex, ids: pa.ChunkedArray) -> Iterator[Fault]:
     if pc.count_distinct(ids).as_py() == len(ids):
         return
-    counts = pc.value_counts(ids)
+    counts = pc.value_counts(ids.drop_null())  # of which each is a fault already
     for name in counts.filter(pc.greater(counts.field("counts"), 1)).field("values"):
         one, other = pc.indices_nonzero(pc.equal(ids, name)).to_pylist()[:2]
         places = [index.place(index.shard_of(at)) for at in (one, other)]
@@ -184,9 +184,11 @@ def _plain(batch: pa.RecordBatch, first: int, index: ShardIndex) -> Bools:
     """
     turns = batch.column("turns")
     parents, flat = np.asarray(pc.list_parent_indices(turns)), turns.flatten()
-    if turns.null_count or flat.null_count or len(parents) != len(flat):
+    if turns.null_count or flat.null_count or _hides(turns):
         return np.zeros(batch.num_rows, dtype=bool)
     of_turn = dict(zip(TURN.names, flat.flatten(), strict=True))
+    if any(_hides(values) for values in of_turn.values() if pa.types.is_list(values.type)):
+        return np.zeros(batch.num_rows, dtype=bool)
     count = np.bincount(parents, minlength=batch.num_rows)
     last = np.append(parents[1:] != parents[:-1], True)[: len(parents)]
     weight, label = _numbers(of_turn["weight"]), _numbers(of_turn["label"])
@@ -219,6 +221,11 @@ def _plain(batch: pa.RecordBatch, first: int, index: ShardIndex) -> Bools:
         plain[parents[asked][numbers != places[asked]]] = False
         return plain
     return np.zeros(batch.num_rows, dtype=bool)
+
+
+def _hides(lists: pa.Array) -> bool:
+    """Whether there are items where a list is null."""
+    return len(pc.list_parent_indices(lists)) != len(lists.flatten())
 
 
 def _special(texts: pa.Array) -> Bools:
