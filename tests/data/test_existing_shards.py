@@ -18,9 +18,10 @@ from PIL import Image
 
 from phi3v.cli import main
 from phi3v.data.shards.existing import index_existing
+from phi3v.data.shards.store import ShardStore
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import open_table
-from phi3v.errors import UserError
+from phi3v.errors import UnavailableError, UserError
 
 
 def image(seed: int, kind: str = "PNG") -> bytes:
@@ -101,6 +102,20 @@ def test_parquet_with_images_in_it(tmp_path: Path, remote: bool) -> None:
         for place, record in enumerate(table):
             seeds = [place // 2, place // 2 + 10] if place < 6 else [7]
             assert [each.size[1] for each in table.load_images(record)] == [10 + seed for seed in seeds]
+
+
+def test_a_wrong_hash_of_an_image_in_parquet_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    rows = [{"image": image(7), "question": "Which?", "answer": "b", "image_id": 3}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "a.parquet")
+    index_existing([str(tmp_path / "in")], tmp_path / "index", ShardOptions())
+    table = open_table(tmp_path / "index")
+    assert isinstance(table.images, ShardStore)
+    monkeypatch.setattr(table.images.index.images, "sha256", lambda _: bytes(32))
+    for _ in range(2):  # fetched, and fetched again; then as it is
+        with pytest.raises(UserError, match="other bytes than the index says") as caught:
+            table.load_images(table[0])
+        assert not isinstance(caught.value, UnavailableError)
 
 
 def test_a_tar_elsewhere_is_fetched_once_as_one_s_own(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from phi3v.data.progress import LateProgress
 from phi3v.data.rows import RowDataset
 from phi3v.data.shards import remote
 from phi3v.data.shards.cache import ShardCache
-from phi3v.data.shards.store import ShardStore
+from phi3v.data.shards.store import OTHERS, ShardStore
 from phi3v.data.shards.write import ShardOptions, shard_data
 from phi3v.data.table import RecordTable, open_table
 from phi3v.errors import UnavailableError, UserError
@@ -217,13 +217,101 @@ def test_no_record_is_left_out_for_a_server_that_does_not_work(server: FileServe
     table.assign_shards([])
     rows = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), on_bad="skip")
     plan = RowPlan(((0,), (5,)), ends_step=True)
+    server.faults = lambda name, _: 503 if name == "00000.tar" else None
+    with pytest.raises(UnavailableError):
+        rows[plan]
     server.faults = lambda name, _: 404 if name == "00000.tar" else None
     skipped = rows[plan]["counts"].skipped
     assert [index for index, _ in skipped] == [0]
     assert "00000.tar" in skipped[0][1]
-    server.faults = lambda name, _: 503 if name == "00000.tar" else None
-    with pytest.raises(UnavailableError):
-        rows[plan]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_lost_shard_is_asked_for_once(server: FileServer, whole: bool) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[0], [1]] if whole else [])
+    (server.folder / "00000.tar").unlink()
+    if whole:
+        (server.folder / "00001.tar").write_bytes(b"another")
+    for index in (0, 1, 4, 5, 2, 6) if whole else (0, 1, 2):
+        with pytest.raises(UserError, match="is not there" if index < 4 else "is not the one") as caught:
+            table.load_images(table[index])
+        assert not isinstance(caught.value, UnavailableError)
+    requests = [name for name, _ in server.requests]
+    assert requests.count("00000.tar") == remote.ATTEMPTS
+    assert requests.count("00001.tar") == (2 if whole else 0)
+    assert table.load_images(table[8])
+
+
+def test_what_is_fetched_ahead_goes_on_behind_a_lost_shard(server: FileServer) -> None:
+    store = store_of(open_table(server.url))
+    (server.folder / "00000.tar").unlink()
+    store._fetch_all([0, 1])
+    assert server.whole() == ["00000.tar"] * remote.ATTEMPTS + ["00001.tar"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_bucket_that_is_gone_ends_the_run(server: FileServer, tiny_model_dir: Path, whole: bool) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[shard] for shard in range(SHARDS)] if whole else [])
+    rows = RowDataset(table, Phi3VProcessor.from_pretrained(tiny_model_dir), on_bad="skip")
+    for shard in range(SHARDS - 1):
+        (server.folder / f"{shard:05d}.tar").unlink()
+    for shard in range(SHARDS - 1):  # some are gone, but between them are others
+        plan = RowPlan(((4 * shard,), (4 * SHARDS - 1,)), ends_step=True)
+        assert [index for index, _ in rows[plan]["counts"].skipped] == [4 * shard]
+    (server.folder / f"{SHARDS - 1:05d}.tar").unlink()
+    with pytest.raises(UnavailableError, match="5 shards, one after the other, are gone or changed") as caught:
+        rows[RowPlan(((0,),), ends_step=True)]
+    assert server.url in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_read_is_no_fault_of_a_record(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = open_table(server.url)
+    store = store_of(table)
+    assert store.fetch(1)
+    (store.cache.folder / store.index.shards[0].sha256).mkdir()
+    with pytest.raises(UnavailableError, match="a shard in the cache cannot be read: Is a directory"):
+        table.load_images(table[0])
+
+    def no_more(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", no_more)
+    with pytest.raises(UnavailableError, match="Too many open files"):
+        table.load_images(table[4])
+
+
+def test_a_shard_that_another_thread_fetched_again_is_read(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[0]])
+    store = store_of(table)
+    assert store.fetch(0)
+    kept = store.cache.folder / store.index.shards[0].sha256
+    kept.write_bytes(bytes(kept.stat().st_size))
+    pread, others = os.pread, [1]
+
+    def reading(*arguments: int) -> bytes:
+        data = pread(*arguments)
+        if others:
+            other = threading.Thread(target=table.load_images, args=(table[others.pop()],))
+            other.start()
+            other.join()
+        return data
+
+    monkeypatch.setattr(os, "pread", reading)
+    assert table.load_images(table[0])[0].size == (40, 40)
+    assert server.whole() == ["00000.tar"] * 2
+
+
+def test_shards_may_be_assigned_while_one_is_read(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_table(server.url)
+    table.assign_shards([[0]])
+    store = store_of(table)
+    monkeypatch.setattr(store, "_let_go", lambda **_: store._positions.fill(OTHERS))
+    assert table.load_images(table[0])
 
 
 def test_a_proxy_of_the_environment_is_asked(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:

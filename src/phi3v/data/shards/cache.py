@@ -18,7 +18,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from phi3v.data.cache import cache_root, cannot_write
-from phi3v.errors import UserError
+from phi3v.errors import UnavailableError, UserError
 from phi3v.paths import is_out_of_room
 
 _MODE = 0o666  # of locks, short of the umask: people may share a cache
@@ -40,13 +40,19 @@ class ShardCache:
         return cache_root() / "shards"
 
     def open(self, sha256: str) -> BinaryIO | None:
-        """A shard that is there, which stays until the file is closed."""
+        """A shard that is there, which stays until the file is closed.
+
+        Raises:
+            UnavailableError: it cannot be read.
+        """
         try:
             file = (self.folder / sha256).open("rb")
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise cannot_write(self.folder, error) from None
+            hint = "look at the disk, the permissions and `ulimit -n`, or set PHI3V_CACHE to another folder"
+            what = f"a shard in the cache cannot be read: {error.strerror or error}"
+            raise UnavailableError(what, where=str(self.folder), hint=hint) from None
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(file.fileno())  # what was used last is removed last
@@ -129,6 +135,13 @@ class ShardCache:
             finally:
                 lock.release()
         return size
+
+    def is_of(self, sha256: str, descriptor: int) -> bool:
+        """Whether an open file is the one that is there."""
+        try:
+            return os.path.samestat((self.folder / sha256).stat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
 
     def discard(self, sha256: str) -> None:
         """Delete a shard that is not what it was."""

@@ -42,13 +42,19 @@ class FetchError(Exception):
 
     Args:
         is_its_own: the fault of this file, which is gone or another; others may be had.
+        is_gone: there is no such file, so that nothing of it can be had.
     """
 
-    def __init__(self, what: str, hint: str, *, is_its_own: bool = False) -> None:
+    def __init__(self, what: str, hint: str, *, is_its_own: bool = False, is_gone: bool = False) -> None:
         super().__init__(what)
-        self.is_its_own = is_its_own
+        self.is_its_own = is_its_own or is_gone
+        self.is_gone = is_gone
         self.what = what
         self.hint = hint
+
+    def again(self) -> FetchError:
+        """The same, without the frames that it came through."""
+        return FetchError(self.what, self.hint, is_its_own=self.is_its_own, is_gone=self.is_gone)
 
 
 class _OtherContentError(Exception):
@@ -230,7 +236,7 @@ def attempt(work: Callable[[], T], place: str, *, known: bool = False) -> T:
             status = getattr(error, "status", None)
             if (isinstance(error, FileNotFoundError) or status in (404, 410)) and (last or not known):
                 hint = f"{tried}was it moved or deleted? Look at the address"
-                raise FetchError(f"is not there: {place}", hint, is_its_own=True) from None
+                raise FetchError(f"is not there: {place}", hint, is_gone=True) from None
             if isinstance(error, PermissionError) or status in _REFUSED:
                 hint = "check the credentials of this machine, and what they may read"
                 raise FetchError(f"may not be read ({_told(error)}): {place}", hint) from None

@@ -34,6 +34,7 @@ from phi3v.paths import url_of
 Ints = npt.NDArray[np.int64]
 
 WORTH_FETCHING = 0.1  # share of a shard asked for image by image, after which the rest is fetched too
+LOST = 5  # shards at a URL, one after the other, that are gone or changed: then no record is to blame
 UNASSIGNED, OTHERS = -1, -2  # in place of the window of an own shard
 
 
@@ -59,6 +60,8 @@ class ShardStore(ImageStore):
         self._positions, self._assigned = shared[:count], shared[count:]  # the latter: how often that was said
         self._positions[:] = UNASSIGNED
         self._asked = np.zeros(count, dtype=np.int64)
+        self._lost: dict[int, FetchError] = {}  # shards that are gone or others, which are not asked for again
+        self._lost_in_a_row: set[int] = set()
         self._begin()
         begin = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (own := begin()) and own())
@@ -139,21 +142,23 @@ class ShardStore(ImageStore):
 
         Raises:
             ImageFaultError: there is no such image, or its shard is gone or another; names the shard.
-            UnavailableError: the server or the cache does not work.
+            UnavailableError: the server or the cache does not work, or shard after shard is gone.
         """
         rows = self.index.images.copies(name)
         if not rows:
             hint = "the index names every image of the shards; was it made of other records?"
             raise ImageFaultError(f"is not in the index: {quote(name)}", hint)
         shards = [int(self._places["shard"][row]) for row in rows]
-        best = min(range(len(rows)), key=lambda at: self._distance(shards[at]))
-        row, shard = rows[best], shards[best]
-        place = int(self._places["offset"][row]), int(self._places["size"][row])
+        shard = shards[0]
         try:
+            best = min(range(len(rows)), key=lambda at: self._distance(shards[at]))
+            row, shard = rows[best], shards[best]
+            place = int(self._places["offset"][row]), int(self._places["size"][row])
             data = self._read(shard, *place, self.index.images.sha256(row))
         except FetchError as error:
             what = f"{quote(name)} cannot be had: the shard {error.what}"
             if error.is_its_own:
+                self._count_lost(shard)
                 raise ImageFaultError(what, error.hint) from None
             raise UnavailableError(f"the image {what}", where=self.index.place(shard), hint=error.hint) from None
         except OSError as error:
@@ -167,18 +172,55 @@ class ShardStore(ImageStore):
         if data is None:
             what = f"has other bytes than the index says: {quote(name)} in {self.index.place(shard)}"
             raise ImageFaultError(what, CHANGED)
+        self._lost_in_a_row.clear()
         return data
 
-    def _discard(self, shard: int) -> bool:
-        """Have a damaged shard out of the cache, once, so that it is fetched again; whether this may help."""
+    def _count_lost(self, shard: int) -> None:
+        """Raises `UnavailableError` where so many are lost that no record is to blame."""
+        if shard not in self._lost or url_of(self.index.place(shard)) is None:
+            return
+        self._lost_in_a_row.add(shard)
+        lost, count = len(self._lost_in_a_row), len(self.index.shards)
+        if lost >= min(LOST, count):
+            many = "all shards" if lost == count else f"{lost} shards, one after the other,"
+            error = self._lost[shard]
+            what = f"{many} are gone or changed; the last {error.what}"
+            raise UnavailableError(what, where=str(self), hint=error.hint) from None
+
+    def _discard(self, shard: int, descriptor: int) -> bool:
+        """Have a damaged shard out of the cache, once, so that it is fetched again; whether this may help.
+
+        Args:
+            descriptor: of the file that was read; another one may have taken its place already.
+        """
+        if self._is_in_place(shard):
+            return False
         with self._lock:
-            if self._is_in_place(shard) or shard in self._discarded:
-                return False
-            self._discarded.add(shard)
             if (file := self._files.pop(shard, None)) is not None:
                 file.close()
-        self.cache.discard(self._key(shard))
+            if not self.cache.is_of(self._key(shard), descriptor):
+                return True
+            if shard in self._discarded:
+                return False
+            self._discarded.add(shard)
+            self.cache.discard(self._key(shard))
         return True
+
+    @contextmanager
+    def _remembered(self, shard: int, *, whole: bool) -> Iterator[None]:
+        """Fetches that fail because the shard is lost are not tried again: each would take seconds, or all its bytes.
+
+        Args:
+            whole: ask for all of it; of one that was changed, single images may be as they were.
+        """
+        if (lost := self._lost.get(shard)) is not None and (whole or lost.is_gone):
+            raise lost.again()
+        try:
+            yield
+        except FetchError as error:
+            if error.is_gone or (whole and error.is_its_own):
+                self._lost[shard] = error.again()
+            raise
 
     def assign(self, own: Sequence[Sequence[int]]) -> None:
         """Say which shards are this rank's, window by window; the others are others'."""
@@ -213,16 +255,16 @@ class ShardStore(ImageStore):
         in_place = self._is_in_place(shard)
         if not in_place:
             self._fetch_ahead(shard)
-        for _ in range(3):  # it may have to be fetched, and again if it is damaged
+        for _ in range(6):  # fetched, read, discarded, fetched, read; and others may discard it meanwhile
             with self._opened(shard) as file:
                 if file is not None:
                     data = os.pread(file, size, offset)
                     if hashlib.sha256(data).digest() == expected:
                         return data
+                    if not self._discard(shard, file):
+                        return None
             if file is None and (in_place or not self._wants_whole(shard, size) or not self.fetch(shard)):
                 break
-            if file is not None and not self._discard(shard):
-                return None
         if self.index.shards[shard].kind != "tar":
             raise UserError(
                 f"the cache has no room for the shard {self.index.place(shard)}, whose images cannot be read singly",
@@ -230,7 +272,8 @@ class ShardStore(ImageStore):
                 hint="raise it",
             )
         of_shard = self.index.shards[shard].file
-        return self.index.location.read(of_shard, offset, offset + size, sha256=expected.hex())
+        with self._remembered(shard, whole=False):
+            return self.index.location.read(of_shard, offset, offset + size, sha256=expected.hex())
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[int | None]:
@@ -291,13 +334,15 @@ class ShardStore(ImageStore):
         of_shard = self.index.shards[shard]
 
         def write(part: Path) -> None:
-            self.index.location.fetch(of_shard.file, part, size=of_shard.bytes, sha256=of_shard.sha256)
+            with self._remembered(shard, whole=True):  # another thread may have tried until now
+                self.index.location.fetch(of_shard.file, part, size=of_shard.bytes, sha256=of_shard.sha256)
             if of_shard.kind == "parquet":
                 write_images_of(part, of_shard.images)
 
         # The images of a parquet file lie beside it for a while.
         size = of_shard.bytes if of_shard.kind == "tar" else 2 * of_shard.bytes
-        return self.cache.fetch(self._key(shard), size, write, wait=wait)
+        with self._remembered(shard, whole=True):
+            return self.cache.fetch(self._key(shard), size, write, wait=wait)
 
     def _fetch_ahead(self, shard: int) -> None:
         """Begin to fetch the other own shards of this window, and those of the next one."""
@@ -308,7 +353,7 @@ class ShardStore(ImageStore):
         self._ahead = now
         self._let_go(but=window)
         wanted = [int(other) for at in (window, window + 1) for other in np.flatnonzero(self._positions == at)]
-        wanted.remove(shard)
+        wanted = [other for other in wanted if other != shard]  # it may be another's by now, as `assign` says
         threading.Thread(target=self._fetch_all, args=(wanted,), daemon=True).start()
 
     def _let_go(self, but: int | None = None) -> None:
@@ -322,5 +367,8 @@ class ShardStore(ImageStore):
         for shard in shards:
             try:
                 self.fetch(shard, wait=False)
-            except (FetchError, UserError):
-                return  # said where it is read
+            except FetchError as error:  # said where it is read
+                if not error.is_its_own:
+                    return
+            except UserError:
+                return
