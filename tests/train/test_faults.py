@@ -131,7 +131,11 @@ def test_a_second_signal_ends_a_step_that_does_not_end(
         time.sleep(600)
 
     monkeypatch.setattr(TrainingLoop, "compute_loss", hangs)
-    code, folder = train(*SETTINGS)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        code, folder = train(*SETTINGS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert code == 3
     assert "stopped by a second SIGHUP while training, within a step" in capsys.readouterr().err
     assert not list(folder.glob("checkpoint-*"))
