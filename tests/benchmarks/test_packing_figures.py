@@ -41,3 +41,15 @@ def test_variants_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.Mon
     assert result["recipe"]["questions_per_second"] == 1.5
     assert result["shared-image"]["questions_per_second_range"] == [10.0, 21.0]
     assert (result["shared_image_over_recipe"], result["shared_image_over_recipe_range"]) == (10.0, [6.0, 14.0])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_pages_have_the_committed_figures(page: str) -> None:
+    root = Path(packing.__file__).parents[1]
+    text = (root / page).read_text(encoding="utf-8")
+    result = json.loads((root / "benchmarks" / "results" / "packing.json").read_text(encoding="utf-8"))
+    for data in packing.DATA:
+        for base in ("recipe", "padded"):
+            over = f"shared_image_over_{base}"
+            low, high = result[data][f"{over}_range"]
+            assert f"{result[data][over]:.1f}x ({low:.1f} to {high:.1f})" in text
