@@ -122,6 +122,7 @@ def test_a_limit_of_questions_leaves_some_of_each_source(small_model_dir: Path, 
     assert QuestionDataset(tables[0], processor, limit=5).by_source == ""
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_as_if_it_had_not_stopped(
     train: Train, tmp_path: Path, easy_vqa: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +165,8 @@ def command_with_readers(*words: str) -> int:
     return command(*words)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_mixture_goes_on_on_another_number_of_ranks(
     small_model_dir: Path, easy_vqa: Path, tmp_path: Path, ranks: int
 ) -> None:

@@ -91,6 +91,7 @@ def _kill(step: int, metrics: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_ranks_read_shards_of_their_own_and_train_as_on_the_file(
     tmp_path: Path, small_model_dir: Path, server: FileServer, shards: Path, in_order: Path
 ) -> None:
